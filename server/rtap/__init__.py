@@ -1,0 +1,1 @@
+"""What server and training share: trajectory format, stop decisions and the Think–Answer loop. No fastapi, no vLLM."""

@@ -1,0 +1,31 @@
+"""The error tree. Everything a user can cause is an RtapError; ``server/errors.py`` maps it to HTTP.
+
+RtapError
+├── ConfigError        wrong settings or checkpoints, found at start
+├── InvalidRequest     a request that can never work (400)
+└── ConfidenceError    the confidence generator failed or was too slow (degrades a request, never fails it)
+"""
+
+
+class RtapError(Exception):
+    """Base of all errors that rtap raises on purpose. The message is one sentence that says what to do."""
+
+
+class ConfigError(RtapError):
+    """Settings, flags or checkpoints that cannot work together."""
+
+
+class InvalidRequest(RtapError):
+    """A request field that is wrong. ``param`` names it, as in OpenAI's error shape."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ConfidenceError(RtapError):
+    """The generator gave no score. ``reason`` is a bounded label for metrics (``error``, ``timeout``)."""
+
+    def __init__(self, message: str, *, reason: str = "error") -> None:
+        super().__init__(message)
+        self.reason = reason

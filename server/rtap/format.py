@@ -1,0 +1,180 @@
+"""Tags of a Think–Answer trajectory, and the parser that reads them from text arriving in pieces.
+
+Text only: nothing here knows token ids or engines. The parser is linear in the text whatever the chunking
+(each character is looked at a bounded number of times), because model output is hostile input.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from server.rtap.errors import ConfigError
+
+
+class Channel(StrEnum):
+    """What a piece of a cycle's text is."""
+
+    THINK = "think"
+    ANSWER = "answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text of one channel, tags removed, in the order it was written."""
+
+    channel: Channel
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryFormat:
+    """The tags of one cycle and what opens the next one.
+
+    name: preset name, as written in the ``rtap`` block of a checkpoint's ``config.json``.
+    answer_open, answer_close: None in the ``think`` preset, whose answer is all text after ``think_close`` up to
+        the end of the turn.
+    cycle_open: appended to the trajectory to make the model write one more cycle.
+    """
+
+    name: str
+    think_open: str
+    think_close: str
+    answer_open: str | None
+    answer_close: str | None
+    cycle_open: str
+
+    @property
+    def has_answer_tags(self) -> bool:
+        """Whether a cycle ends at its own tag (``rtap``) rather than at the end of the turn (``think``)."""
+        return self.answer_close is not None
+
+    def render_cycle(self, think: str, answer: str) -> str:
+        """One cycle as the model would write it (used by training data and by ``/v1/rtap/score``)."""
+        return (
+            f"{self.think_open}{think}{self.think_close}{self.answer_open or ''}{answer}{self.answer_close or ''}"
+        )
+
+
+# R-TAP sec. 3 writes <think> </think> <answer> </answer>, several pairs in one turn.
+RTAP = TrajectoryFormat("rtap", "<think>", "</think>", "<answer>", "</answer>", cycle_open="<think>")
+THINK = TrajectoryFormat("think", "<think>", "</think>", None, None, cycle_open="<think>")
+PRESETS: Mapping[str, TrajectoryFormat] = {f.name: f for f in (RTAP, THINK)}
+
+
+def format_from_config(block: Mapping[str, Any] | None, *, override: str | None = None) -> TrajectoryFormat:
+    """The format a checkpoint declares in the ``rtap`` block of its ``config.json``, or the preset named ``override``.
+
+    A checkpoint without the block is read as ``think``: a plain reasoning model.
+    Raises ConfigError for an unknown preset name.
+    """
+    declared = dict(block or {})
+    name = override or declared.get("format", "think")
+    if name not in PRESETS:
+        raise ConfigError(f"unknown trajectory format {name!r}; use one of {sorted(PRESETS)}")
+    preset = PRESETS[name]
+    cycle_open = declared.get("cycle_open")
+    return replace(preset, cycle_open=cycle_open) if isinstance(cycle_open, str) else preset
+
+
+class CycleParser:
+    """Split the text of **one** cycle into think and answer pieces while it arrives.
+
+    ``feed`` yields pieces as soon as they cannot be part of a tag any more; ``close`` yields what was held back.
+    Text before any tag counts as thinking in the ``rtap`` preset (a cycle opened by ``cycle_open`` starts inside the
+    thought) and tags of the wrong kind are kept as text, so no input is ever lost or raises.
+    """
+
+    def __init__(self, fmt: TrajectoryFormat) -> None:
+        self._format = fmt
+        self._held = ""
+        self._channel = Channel.THINK
+        self._answer_closed = False
+        self._answer_open_seen = fmt.answer_open is None
+        self._think: list[str] = []
+        self._answer: list[str] = []
+
+    @property
+    def think(self) -> str:
+        """All thinking so far, tags removed."""
+        return "".join(self._think)
+
+    @property
+    def answer(self) -> str | None:
+        """The stripped answer, or None when the cycle was cut before it was complete (never a partial answer)."""
+        if not self._answer_closed:
+            return None
+        return "".join(self._answer).strip() or None
+
+    def feed(self, text: str) -> Iterator[Piece]:
+        """Consume the next piece of text."""
+        self._held += text
+        yield from self._drain(final=False)
+
+    def close(self, *, ended_by_model: bool) -> Iterator[Piece]:
+        """End of the cycle. ``ended_by_model``: the model ended its turn, which closes an answer without end tag."""
+        yield from self._drain(final=True)
+        if ended_by_model and self._channel is Channel.ANSWER:
+            self._answer_closed = True
+
+    def _tags(self) -> tuple[str, ...]:
+        """Tags that mean something in the present state."""
+        fmt = self._format
+        if self._answer_closed:
+            return ()
+        if self._channel is Channel.ANSWER:
+            return (fmt.answer_close,) if fmt.answer_close else ()
+        tags = (fmt.think_open, fmt.think_close)
+        return (*tags, fmt.answer_open) if fmt.answer_open else tags
+
+    def _drain(self, *, final: bool) -> Iterator[Piece]:
+        while self._held:
+            start = self._held.find("<") if self._tags() else -1
+            if start < 0:
+                yield from self._emit(self._held)
+                self._held = ""
+                return
+            if start > 0:
+                yield from self._emit(self._held[:start])
+                self._held = self._held[start:]
+            tag = next((t for t in self._tags() if self._held.startswith(t)), None)
+            if tag is not None:
+                self._held = self._held[len(tag) :]
+                self._enter(tag)
+            elif not final and any(t.startswith(self._held) for t in self._tags()):
+                return  # may still become a tag
+            else:
+                yield from self._emit(self._held[0])
+                self._held = self._held[1:]
+
+    def _enter(self, tag: str) -> None:
+        fmt = self._format
+        if tag == fmt.answer_close:
+            self._answer_closed = True
+        elif tag == fmt.answer_open or (tag == fmt.think_close and fmt.answer_open is None):
+            self._channel = Channel.ANSWER
+
+    def _emit(self, text: str) -> Iterator[Piece]:
+        if self._answer_closed or not text:
+            return
+        (self._answer if self._channel is Channel.ANSWER else self._think).append(text)
+        yield Piece(self._channel, text)
+
+
+def parse_cycle(text: str, fmt: TrajectoryFormat, *, ended_by_model: bool = False) -> tuple[str, str | None]:
+    """(think, answer) of one whole cycle; answer is None when it is incomplete."""
+    parser = CycleParser(fmt)
+    for _ in parser.feed(text):
+        pass
+    for _ in parser.close(ended_by_model=ended_by_model):
+        pass
+    return parser.think.strip(), parser.answer
+
+
+def split_cycles(text: str, fmt: TrajectoryFormat = RTAP) -> list[tuple[str, str | None]]:
+    """(think, answer) of every cycle of a trajectory in the ``rtap`` format, in order."""
+    if fmt.answer_close is None:
+        return [parse_cycle(text, fmt, ended_by_model=True)] if text.strip() else []
+    parts = text.split(fmt.answer_close)
+    cycles = [parse_cycle(part + fmt.answer_close, fmt) for part in parts[:-1]]
+    return [*cycles, parse_cycle(parts[-1], fmt)] if parts[-1].strip() else cycles
