@@ -35,6 +35,7 @@ class TrajectoryFormat:
     answer_open, answer_close: None in the ``think`` preset, whose answer is all text after ``think_close`` up to
         the end of the turn.
     cycle_open: appended to the trajectory to make the model write one more cycle.
+    All tags begin with ``<``, which is what lets the parser skip over ordinary text.
     """
 
     name: str
@@ -51,9 +52,7 @@ class TrajectoryFormat:
 
     def render_cycle(self, think: str, answer: str) -> str:
         """One cycle as the model would write it (used by training data and by ``/v1/rtap/score``)."""
-        return (
-            f"{self.think_open}{think}{self.think_close}{self.answer_open or ''}{answer}{self.answer_close or ''}"
-        )
+        return f"{self.think_open}{think}{self.think_close}{self.answer_open or ''}{answer}{self.answer_close or ''}"
 
 
 # R-TAP sec. 3 writes <think> </think> <answer> </answer>, several pairs in one turn.
@@ -81,18 +80,26 @@ class CycleParser:
     """Split the text of **one** cycle into think and answer pieces while it arrives.
 
     ``feed`` yields pieces as soon as they cannot be part of a tag any more; ``close`` yields what was held back.
-    Text before any tag counts as thinking in the ``rtap`` preset (a cycle opened by ``cycle_open`` starts inside the
-    thought) and tags of the wrong kind are kept as text, so no input is ever lost or raises.
+    thought_open: the prompt, or the loop that opened this cycle, already wrote ``think_open``.
+
+    Text outside every tag counts as thinking where answers have tags (``rtap``), and as the answer where they have
+    none and no thought was opened (``think``: a model that answers at once). Tags of the wrong kind are kept as text,
+    so no input is lost and none raises.
     """
 
-    def __init__(self, fmt: TrajectoryFormat) -> None:
+    def __init__(self, fmt: TrajectoryFormat, *, thought_open: bool = False) -> None:
         self._format = fmt
         self._held = ""
+        self._begun = thought_open or fmt.has_answer_tags
         self._channel = Channel.THINK
         self._answer_closed = False
-        self._answer_open_seen = fmt.answer_open is None
         self._think: list[str] = []
         self._answer: list[str] = []
+
+    @property
+    def in_answer(self) -> bool:
+        """Whether the text now arriving belongs to the answer."""
+        return self._channel is Channel.ANSWER
 
     @property
     def think(self) -> str:
@@ -106,16 +113,34 @@ class CycleParser:
             return None
         return "".join(self._answer).strip() or None
 
+    @property
+    def partial_answer(self) -> str | None:
+        """What has been written of the answer so far, complete or not."""
+        return "".join(self._answer).strip() or None
+
     def feed(self, text: str) -> Iterator[Piece]:
         """Consume the next piece of text."""
         self._held += text
-        yield from self._drain(final=False)
+        if not self._begun:
+            self._begin()
+        if self._begun:
+            yield from self._drain(final=False)
 
     def close(self, *, ended_by_model: bool) -> Iterator[Piece]:
         """End of the cycle. ``ended_by_model``: the model ended its turn, which closes an answer without end tag."""
+        if not self._begun:
+            self._begun, self._channel = True, Channel.ANSWER
         yield from self._drain(final=True)
         if ended_by_model and self._channel is Channel.ANSWER:
             self._answer_closed = True
+
+    def _begin(self) -> None:
+        """Decide whether the cycle starts with a thought, once enough text is here."""
+        seen, tag = self._held.lstrip(), self._format.think_open
+        if seen.startswith(tag):
+            self._begun = True
+        elif not tag.startswith(seen):
+            self._begun, self._channel = True, Channel.ANSWER
 
     def _tags(self) -> tuple[str, ...]:
         """Tags that mean something in the present state."""
@@ -128,24 +153,21 @@ class CycleParser:
         return (*tags, fmt.answer_open) if fmt.answer_open else tags
 
     def _drain(self, *, final: bool) -> Iterator[Piece]:
-        while self._held:
-            start = self._held.find("<") if self._tags() else -1
-            if start < 0:
-                yield from self._emit(self._held)
-                self._held = ""
-                return
-            if start > 0:
-                yield from self._emit(self._held[:start])
-                self._held = self._held[start:]
-            tag = next((t for t in self._tags() if self._held.startswith(t)), None)
+        text, self._held = self._held, ""
+        begin = at = 0
+        while (tags := self._tags()) and (at := text.find("<", at)) >= 0:
+            tag = next((t for t in tags if text.startswith(t, at)), None)
             if tag is not None:
-                self._held = self._held[len(tag) :]
+                yield from self._emit(text[begin:at])
                 self._enter(tag)
-            elif not final and any(t.startswith(self._held) for t in self._tags()):
-                return  # may still become a tag
+                begin = at = at + len(tag)
+            elif not final and any(len(text) - at < len(t) and t.startswith(text[at:]) for t in tags):
+                yield from self._emit(text[begin:at])
+                self._held = text[at:]  # may still become a tag
+                return
             else:
-                yield from self._emit(self._held[0])
-                self._held = self._held[1:]
+                at += 1
+        yield from self._emit(text[begin:])
 
     def _enter(self, tag: str) -> None:
         fmt = self._format

@@ -1,0 +1,324 @@
+"""The Think–Answer loop: write a cycle, judge it, stop or write another that sees all earlier ones (R-TAP eq. 2).
+
+One async generator of events over the Engine and Confidence protocols; the server turns the events into vLLM outputs
+and training into rollouts. Cycles continue on token ids, never on re-tokenised text, so an engine with a prefix cache
+reads each token once. Decisions live in ``stopping.py``; nothing here counts metrics or knows HTTP.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from server.rtap import stopping
+from server.rtap.errors import ConfidenceError
+from server.rtap.format import CycleParser, TrajectoryFormat
+from server.rtap.types import (
+    Confidence,
+    Cycle,
+    Engine,
+    Judged,
+    Limits,
+    Policy,
+    Score,
+    Select,
+    Step,
+    StopReason,
+    Trajectory,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """A piece of a cycle as it is written. ``think``: its thinking text, tags removed; empty inside an answer."""
+
+    index: int
+    step: Step
+    think: str
+    in_answer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CycleEvent:
+    """A cycle is complete and judged. ``stop`` is None when another one follows."""
+
+    cycle: Cycle
+    stop: StopReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class FinalEvent:
+    """The trajectory is finished; always the last event."""
+
+    trajectory: Trajectory
+
+
+Event = StepEvent | CycleEvent | FinalEvent
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A cycle while it is being written."""
+
+    index: int
+    parser: CycleParser
+    opening: list[int]
+    started: float
+    steps: list[Step] = field(default_factory=list[Step])
+    timed_out: bool = False
+
+    def add(self, step: Step) -> StepEvent:
+        think = "".join(p.text for p in self.parser.feed(step.text) if p.channel == "think")
+        self.steps.append(step)
+        if step.finished:
+            think += "".join(p.text for p in self.parser.close(ended_by_model=step.ended_turn) if p.channel == "think")
+        return StepEvent(self.index, step, think, self.parser.in_answer)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.opening, *(i for step in self.steps for i in step.token_ids)]
+
+    @property
+    def truncated(self) -> bool:
+        return bool(self.steps) and self.steps[-1].truncated
+
+    @property
+    def ended_turn(self) -> bool:
+        return bool(self.steps) and self.steps[-1].ended_turn
+
+    @property
+    def is_blank(self) -> bool:
+        """The model ended its turn instead of writing anything."""
+        return self.ended_turn and self.parser.answer is None and not self.parser.think.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Recursion:
+    """The loop and what it works with. One instance serves every request.
+
+    confidence: None when no generator is loaded. count_oops: Oops tokens in a text. clock: monotonic seconds.
+    """
+
+    engine: Engine
+    format: TrajectoryFormat
+    confidence: Confidence | None
+    count_oops: Callable[[str], int]
+    clock: Callable[[], float] = time.monotonic
+
+    def run(self, question_token_ids: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
+        """Events of one trajectory. Close the generator to abort the cycle being written."""
+        return (self._vote if limits.policy is Policy.VOTE else self._recurse)(question_token_ids, limits)
+
+    async def _recurse(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
+        requested, started = limits.policy, self.clock()
+        deadline = None if limits.deadline_seconds is None else started + limits.deadline_seconds
+        prompt, opening, cycles = list(question), list[int](), list[Cycle]()
+        spent, degraded, held = 0, None, None  # held: a cycle's event while the model may still end its turn there
+        while True:
+            draft = _Draft(len(cycles), self._parser(question if not cycles else ()), opening, self.clock())
+            if opening:
+                yield _opening_event(draft, self.format.cycle_open)
+            async with aclosing(self._write(draft, prompt + opening, limits, spent, deadline)) as events:
+                async for event in events:
+                    if held is not None and not draft.is_blank:
+                        yield held  # the model goes on, so the answer before was not its last
+                        held = None
+                    yield event
+            if held is not None and draft.is_blank:
+                cycles[-1] = replace(cycles[-1], tokens=cycles[-1].tokens + len(draft.token_ids))
+                cycle, held, stop = cycles[-1], None, StopReason.MODEL
+            else:
+                if held is not None:
+                    yield held
+                    held = None
+                score, seconds, failure = await self._judge(draft, question, limits, deadline)
+                if failure is not None:
+                    degraded, limits = failure, replace(limits, policy=Policy.MODEL, select=Select.LAST)
+                cycle = self._finish(draft, score, seconds)
+                cycles.append(cycle)
+                spent += cycle.tokens
+                next_opening = self._opening(limits)
+                stop = stopping.decide(
+                    cycles,
+                    limits,
+                    ended_turn=draft.ended_turn,
+                    out_of_tokens=draft.truncated or _left(limits, spent + len(next_opening)) == 0,
+                    out_of_time=draft.timed_out or (deadline is not None and self.clock() >= deadline),
+                )
+                prompt += _without_end(draft.token_ids, self.engine.end_of_turn_ids)
+                opening = next_opening
+            if stop is not None:
+                selected = stopping.choose(cycles, limits.select)
+                for event in self._conclude(cycles, selected, stop, degraded, draft, requested, started):
+                    yield event
+                return
+            if limits.policy is Policy.MODEL:
+                held = CycleEvent(cycle, None)
+            else:
+                yield CycleEvent(cycle, None)
+
+    async def _vote(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
+        """Independent single cycles written side by side; events arrive sample by sample, as samples finish."""
+        started = self.clock()
+        deadline = None if limits.deadline_seconds is None else started + limits.deadline_seconds
+        failures: list[str] = []
+
+        async def sample(index: int) -> tuple[list[StepEvent], Cycle, _Draft]:
+            draft = _Draft(index, self._parser(question), [], self.clock())
+            events = [e async for e in self._write(draft, question, limits, 0, deadline)]
+            score, seconds, failure = await self._judge(draft, question, limits, deadline)
+            if failure is not None:
+                failures.append(failure)
+            return events, self._finish(draft, score, seconds), draft
+
+        tasks = [asyncio.create_task(sample(i)) for i in range(limits.samples)]
+        cycles, drafts = list[Cycle](), list[_Draft]()
+        try:
+            for done in asyncio.as_completed(tasks):
+                events, cycle, draft = await done
+                for event in events:
+                    yield event
+                cycles.append(cycle)
+                drafts.append(draft)
+                if len(cycles) < limits.samples:
+                    yield CycleEvent(cycle, None)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if failures:  # a vote where some samples have no confidence counts each as one
+            cycles = [replace(c, confidence=None) for c in cycles]
+        selected = stopping.majority(cycles)
+        late = any(d.timed_out for d in drafts)
+        stop = StopReason.DEADLINE if late else StopReason.VOTE
+        draft = drafts[-1 if selected is None else selected]
+        degraded = failures[0] if failures else None
+        for event in self._conclude(cycles, selected, stop, degraded, draft, limits.policy, started):
+            yield event
+
+    def _parser(self, question: Sequence[int]) -> CycleParser:
+        """A parser for one cycle; a cycle that the loop or the chat template opened starts inside its thought."""
+        open_ids = self.engine.encode(self.format.think_open)
+        tail = list(question[-len(open_ids) - 1 :])  # a template may write a newline after the tag
+        opened = not question or open_ids in (tail[1:], tail[:-1])
+        return CycleParser(self.format, thought_open=opened)
+
+    def _opening(self, limits: Limits) -> list[int]:
+        """What makes the model write one more cycle; nothing where the model itself decides."""
+        return [] if limits.policy is Policy.MODEL else self.engine.encode(self.format.cycle_open)
+
+    async def _write(
+        self, draft: _Draft, prompt: Sequence[int], limits: Limits, spent: int, deadline: float | None
+    ) -> AsyncGenerator[StepEvent, None]:
+        max_tokens = _left(limits, spent + len(draft.opening))
+        async with aclosing(self.engine.cycle(prompt, index=draft.index, max_tokens=max_tokens)) as stream:
+            if deadline is None:
+                async for step in stream:
+                    yield draft.add(step)
+                return
+            while True:
+                try:  # only the wait is timed: a timeout around a yield would cancel whoever reads the events
+                    async with asyncio.timeout(max(0.0, deadline - self.clock())):
+                        step = await anext(stream)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    draft.timed_out = True
+                    return
+                yield draft.add(step)
+
+    async def _judge(
+        self, draft: _Draft, question: Sequence[int], limits: Limits, deadline: float | None
+    ) -> tuple[Score | None, float | None, str | None]:
+        """(score, seconds waited, why it failed). Nothing is scored that no decision needs, nor a cut cycle."""
+        needed = limits.policy in (Policy.CONFIDENCE, Policy.VOTE) or (
+            limits.policy is Policy.MODEL and limits.select is Select.BEST
+        )
+        if self.confidence is None or not needed or draft.parser.answer is None:
+            return None, None, None
+        began = self.clock()
+        judged = Judged(question, _without_end(draft.token_ids, self.engine.end_of_turn_ids), draft.steps)
+        try:
+            async with asyncio.timeout(None if deadline is None else max(0.0, deadline - began)):
+                score = await self.confidence.score(judged)
+        except TimeoutError:  # the request's own deadline, not a fault of the generator
+            draft.timed_out = True
+            return None, self.clock() - began, None
+        except ConfidenceError as error:
+            return None, self.clock() - began, error.reason
+        return score, self.clock() - began, None
+
+    def _finish(self, draft: _Draft, score: Score | None, confidence_seconds: float | None) -> Cycle:
+        first = draft.steps[0] if draft.steps else None
+        return Cycle(
+            index=draft.index,
+            think=draft.parser.think.strip(),
+            answer=draft.parser.answer,
+            confidence=None if score is None else score.confidence,
+            accepted=False,
+            tokens=len(draft.token_ids),
+            answer_tokens=self._answer_tokens(draft),
+            oops_tokens=self.count_oops(draft.parser.think),
+            prompt_tokens=first.prompt_tokens if first else 0,
+            cached_tokens=first.cached_tokens if first else 0,
+            seconds=self.clock() - draft.started,
+            confidence_seconds=confidence_seconds,
+            confidence_tokens=0 if score is None else score.tokens,
+        )
+
+    def _answer_tokens(self, draft: _Draft) -> int:
+        """Tokens of a complete answer with its tags (``think`` preset: all after the thought)."""
+        if draft.parser.answer is None:
+            return 0
+        ids = draft.token_ids
+        before = self.engine.encode(self.format.answer_open or self.format.think_close)
+        if len(before) == 1 and before[0] in ids:
+            start = len(ids) - 1 - ids[::-1].index(before[0])
+            return len(ids) - start - (0 if self.format.has_answer_tags else 1)
+        return len(self.engine.encode(draft.parser.answer))
+
+    def _conclude(
+        self,
+        cycles: Sequence[Cycle],
+        selected: int | None,
+        stop: StopReason,
+        degraded: str | None,
+        draft: _Draft,
+        policy: Policy,
+        started: float,
+    ) -> tuple[CycleEvent, FinalEvent]:
+        """The last cycle's own event and the final one."""
+        marked = tuple(replace(c, accepted=i == selected) for i, c in enumerate(cycles))
+        now = self.clock() - started
+        trajectory = Trajectory(
+            policy=policy,
+            stop_reason=stop,
+            cycles=marked,
+            selected=selected,
+            degraded=degraded,
+            first_answer_seconds=None if selected is None else now,
+            seconds=now,
+            finish=draft.steps[-1] if draft.steps else None,
+            partial_answer=draft.parser.partial_answer if selected is None else None,
+        )
+        return CycleEvent(marked[-1], stop), FinalEvent(trajectory)
+
+
+def _opening_event(draft: _Draft, text: str) -> StepEvent:
+    """The injected opening of a cycle as an event, so that it is streamed and counted like any other token."""
+    step = Step(text, draft.opening, False, False, False, 0, 0, native=None)
+    return StepEvent(draft.index, step, "", False)
+
+
+def _left(limits: Limits, spent: int) -> int | None:
+    """Tokens left of the budget, never negative; None without a budget."""
+    return None if limits.max_tokens is None else max(0, limits.max_tokens - spent)
+
+
+def _without_end(token_ids: list[int], end_of_turn_ids: frozenset[int]) -> list[int]:
+    """Token ids of a cycle as the next one may see them: a model that reads its own end of turn stops at once."""
+    end = len(token_ids)
+    while end and token_ids[end - 1] in end_of_turn_ids:
+        end -= 1
+    return token_ids[:end]
