@@ -1,0 +1,48 @@
+# One command for each thing a person does with this checkout. `make` alone lists them.
+# Variables: EXTRA=cpu|cuda  MODEL=path or name  ARGS="further flags"  PYTHON=python3.11  VENV=.venv
+
+EXTRA ?= cpu
+VENV ?= .venv
+MODEL ?=
+ARGS ?=
+# The first Python on the path that can run rtap; python3 if none can, so that setup_env.py says what is wrong.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; exit; }; \
+	done; echo python3)
+SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check bench train clean
+
+help: ## list the commands
+	@echo "make COMMAND [EXTRA=cuda] [MODEL=...] [ARGS='...']"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 10
+
+setup: ## create .venv and install what serving needs (EXTRA=cuda on CUDA machines)
+	@$(SETUP) $(EXTRA)
+
+serve: setup ## install if needed, then serve MODEL, or the bundled models, at http://127.0.0.1:8000
+	@exec $(VENV)/bin/rtap serve $(MODEL) $(ARGS)
+
+test: ## install what tests need, then run them all, the real vLLM included
+	@$(SETUP) $(EXTRA) dev
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+check: ## formatting, lint, strict types, import directions
+	@$(SETUP) $(EXTRA) dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/basedpyright
+	$(VENV)/bin/lint-imports
+
+bench: ## measure policies on the bundled held-out questions: `rtap eval` (ARGS="--help" lists its flags)
+	@$(SETUP) $(EXTRA) train
+	@exec $(VENV)/bin/rtap eval $(MODEL) $(ARGS)
+
+train: ## train: `rtap train` (ARGS="--help" lists its stages)
+	@$(SETUP) $(EXTRA) train
+	@exec $(VENV)/bin/rtap train $(ARGS)
+
+clean: ## remove .venv and every cache that the commands above write
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,97 @@
+"""The `rtap` command: quick help, sentences for mistakes, and arguments passed on untouched."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rtap_client import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = "import sys; from rtap_client.cli import main; sys.exit(main())"
+
+
+def rtap(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command in its own process, with `path` before everything else on sys.path."""
+    paths = [str(path)] if path else []
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(ROOT / "clients" / "python")])}
+    command = [sys.executable, "-c", RUN, *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """A distribution that registers the command `echo`, which prints its arguments and exits with 7."""
+    (tmp_path / "echo_plugin.py").write_text("def main(argv=None):\n    print(argv)\n    return 7\n")
+    metadata = tmp_path / "echo_plugin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: echo-plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[rtap.commands]\necho = echo_plugin:main\n")
+    return tmp_path
+
+
+def test_help_names_every_command_and_takes_under_a_second() -> None:
+    seconds: list[float] = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = rtap("--help")
+        seconds.append(time.perf_counter() - started)
+        assert result.returncode == 0, result.stderr
+    assert all(f"\n  {name} " in result.stdout for name in ("serve", "train", "eval"))
+    assert max(map(len, result.stdout.splitlines())) <= 120
+    assert statistics.median(seconds) < 1
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from rtap_client.cli import main; main(['--help'])\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'openai', 'pydantic', 'numpy', 'server', 'training'}\n"
+        "print('heavy:', sorted(heavy & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "clients" / "python")}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("heavy: []\n")
+
+
+def test_arguments_reach_the_command_untouched_and_its_status_comes_back(plugin: Path) -> None:
+    result = rtap("echo", "model name", "--help", "--threshold=0.5", "--", "-x", path=plugin)
+    assert result.stdout == "['model name', '--help', '--threshold=0.5', '--', '-x']\n"
+    assert result.returncode == 7
+
+
+def test_help_lists_commands_of_other_distributions(plugin: Path) -> None:
+    assert "  echo    from echo_plugin" in rtap("--help", path=plugin).stdout
+
+
+def test_unknown_command_exits_2_with_close_matches() -> None:
+    result = rtap("srve")
+    assert result.returncode == 2
+    assert result.stderr == "rtap: no command 'srve'; did you mean serve?\n"
+    assert "lists the commands" in rtap("zzz").stderr
+
+
+def test_no_command_shows_the_help_and_exits_2() -> None:
+    result = rtap()
+    assert result.returncode == 2
+    assert result.stdout.startswith("usage: rtap COMMAND")
+
+
+def test_version_is_the_distributions() -> None:
+    result = rtap("--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith("rtap 0")
+
+
+def test_a_command_whose_extra_is_absent_is_listed_so_and_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = cli.Command("serve things", "cpu", "no_such_module_anywhere")
+    monkeypatch.setattr(cli, "COMMANDS", {**cli.COMMANDS, "serve": absent})
+    assert cli.main(["--help"]) == 0
+    assert "serve things (not installed: pip install 'rtap[cpu]')" in capsys.readouterr().out
+    assert cli.main(["serve"]) == 2
+    assert capsys.readouterr().err == "rtap: serve is not installed here: pip install 'rtap[cpu]'\n"
