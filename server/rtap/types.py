@@ -60,7 +60,8 @@ class Cycle:
 
     answer: None when the cycle was cut before its answer was complete; such a cycle is never accepted.
     confidence: in [0, 1]; None when nothing scored it.
-    tokens: written in this cycle, the injected opening included. answer_tokens: those of a complete answer and its tags.
+    tokens: written in this cycle, the injected opening included.
+    answer_tokens: those of a complete answer, its tags included.
     prompt_tokens, cached_tokens: what the engine had to read for it, and how much of that was in its prefix cache.
     """
 

@@ -1,0 +1,141 @@
+"""Confidence on vLLM: a pooling engine of our own, a remote /classify server, or the log-probability rule.
+
+Each is an implementation of ``server.rtap.types.Confidence`` and raises ConfidenceError when it has no score.
+"""
+
+import asyncio
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, cast
+
+import httpx
+from vllm.engine.protocol import EngineClient
+from vllm.logprobs import Logprob
+from vllm.pooling_params import PoolingParams
+
+from server.rtap.errors import ConfidenceError, ConfigError
+from server.rtap.types import Judged, Score
+
+# A string every tokenizer has an opinion on: tags, digits, spaces, a letter outside ASCII.
+PROBE = "<think>12 * 9 = 108 é</think><answer>108</answer>"
+_LOGPROB_FLOOR = -30.0  # the engine reports -inf for tokens that sampling masked
+
+
+class PoolingConfidence:
+    """A second vLLM engine with the pooling runner over a one-label sequence classifier; score = sigmoid.
+
+    Reads the question's and the cycle's own token ids, so it must share the policy's tokenizer.
+    vLLM batches concurrent scores and caches the question's prefix by itself.
+    """
+
+    def __init__(self, engine: EngineClient, timeout_seconds: float, max_model_len: int) -> None:
+        self._engine, self._timeout_seconds, self._max_model_len = engine, timeout_seconds, max_model_len
+        self._numbers = itertools.count()
+
+    async def score(self, judged: Judged) -> Score:
+        """One forward pass over question + cycle."""
+        token_ids = [*judged.question_token_ids, *judged.cycle_token_ids]
+        if len(token_ids) > self._max_model_len:
+            raise ConfidenceError(
+                f"{len(token_ids)} tokens are more than the generator's {self._max_model_len}", reason="too_long"
+            )
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                return Score(await self._classify(token_ids), len(token_ids))
+        except TimeoutError as error:
+            raise ConfidenceError("the generator did not answer in time", reason="timeout") from error
+        except ConfidenceError:
+            raise
+        except Exception as error:  # any failure of the generator degrades the request; it never fails it
+            raise ConfidenceError(f"the generator failed: {type(error).__name__}") from error
+
+    async def _classify(self, token_ids: list[int]) -> float:
+        outputs = self._engine.encode(
+            cast(Any, {"prompt_token_ids": token_ids}),
+            PoolingParams(task="classify", use_activation=True),
+            f"score-{next(self._numbers)}",
+        )
+        async with aclosing(cast(Any, outputs)) as results:
+            async for result in results:
+                if result.finished:
+                    return float(result.outputs.data[0])
+        raise ConfidenceError("the generator ended without a score")
+
+
+class RemoteConfidence:
+    """A vLLM server with ``/classify``, elsewhere. Sends token ids, so it must share the policy's tokenizer."""
+
+    def __init__(self, address: str, timeout_seconds: float, client: httpx.AsyncClient) -> None:
+        self._address, self._timeout_seconds, self._client = address.rstrip("/"), timeout_seconds, client
+
+    async def score(self, judged: Judged) -> Score:
+        """One request to the remote server."""
+        token_ids = [*judged.question_token_ids, *judged.cycle_token_ids]
+        try:
+            reply = await self._client.post(
+                f"{self._address}/classify", json={"input": [token_ids]}, timeout=self._timeout_seconds
+            )
+            reply.raise_for_status()
+            probabilities = cast(list[float], reply.json()["data"][0]["probs"])
+        except httpx.TimeoutException as error:
+            raise ConfidenceError("the remote generator did not answer in time", reason="timeout") from error
+        except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ConfidenceError(f"the remote generator failed: {type(error).__name__}") from error
+        if not 0.0 <= probabilities[-1] <= 1.0:
+            raise ConfidenceError("the remote generator sent no probability")
+        return Score(float(probabilities[-1]), len(token_ids))
+
+    async def check(self, encode_ids: Sequence[int]) -> None:
+        """Raise ConfigError unless the server answers and tokenises like the policy. encode_ids: ids of the probe."""
+        try:
+            reply = await self._client.post(
+                f"{self._address}/tokenize", json={"prompt": PROBE, "add_special_tokens": False}, timeout=10.0
+            )
+            reply.raise_for_status()
+            tokens = cast(list[int], reply.json()["tokens"])
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"no vLLM classify server answers at {self._address} ({type(error).__name__}); "
+                "start it with `vllm serve CHECKPOINT --runner pooling`"
+            ) from error
+        if tokens != list(encode_ids):
+            raise ConfigError(f"the generator at {self._address} and the policy have different tokenizers")
+
+
+class LogprobConfidence:
+    """No generator: how peaked the model's own next-token distributions were; the baseline a generator must beat.
+
+    top_k >= 2: DeepConf's token confidence C = -mean of the top-k log-probabilities (arXiv 2508.15260), averaged over
+    the cycle. C is log k for a flat top-k and unbounded above, so the score is 1 - log(k) / C, in [0, 1).
+    top_k = 1: exp(mean log-probability of the sampled tokens).
+    """
+
+    def __init__(self, top_k: int) -> None:
+        self._top_k = top_k
+
+    async def score(self, judged: Judged) -> Score:
+        """From log-probabilities that the engine was asked to return."""
+        rule = self._sampled if self._top_k == 1 else self._top
+        values = [rule(token_id, entry) for step in judged.steps for token_id, entry in _entries(step.native)]
+        if not values:
+            raise ConfidenceError("the engine returned no log-probabilities", reason="no_logprobs")
+        mean = sum(values) / len(values)
+        return Score(math.exp(mean) if self._top_k == 1 else max(0.0, 1.0 - math.log(self._top_k) / mean))
+
+    def _sampled(self, token_id: int, entry: Mapping[int, Logprob]) -> float:
+        return entry[token_id].logprob
+
+    def _top(self, _: int, entry: Mapping[int, Logprob]) -> float:
+        # The engine adds the sampled token to its top k when it is not among them; rank tells them apart.
+        top = [e.logprob for e in entry.values() if e.rank is not None and e.rank <= self._top_k]
+        return -sum(max(v, _LOGPROB_FLOOR) for v in top) / len(top)
+
+
+def _entries(native: Any) -> list[tuple[int, Mapping[int, Logprob]]]:
+    """(sampled id, log-probabilities by id) of each token of an engine output; nothing for injected tokens."""
+    if native is None:
+        return []
+    part = native.outputs[0]
+    return list(zip(part.token_ids, part.logprobs or (), strict=False))

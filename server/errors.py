@@ -1,0 +1,37 @@
+"""One table from our errors to HTTP, in OpenAI's error shape. Routes raise; nothing here or there catches broadly."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from server.rtap.errors import ConfidenceError, InvalidRequest, RtapError
+
+# class -> (status, OpenAI error type)
+STATUS: dict[type[RtapError], tuple[int, str]] = {
+    InvalidRequest: (400, "invalid_request_error"),
+    ConfidenceError: (503, "confidence_unavailable"),
+    RtapError: (500, "internal_error"),
+}
+
+
+def error_body(message: str, *, status: int, type_: str, param: str | None = None) -> dict[str, Any]:
+    """``{"error": {message, type, param, code}}``, as the OpenAI SDKs read it."""
+    return {"error": {"message": message, "type": type_, "param": param, "code": status}}
+
+
+def describe(error: RtapError) -> tuple[int, dict[str, Any]]:
+    """(HTTP status, body) for an error of ours."""
+    status, type_ = next(STATUS[c] for c in type(error).__mro__ if c in STATUS)
+    return status, error_body(str(error), status=status, type_=type_, param=getattr(error, "param", None))
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Answer RtapErrors raised in routes."""
+
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RtapError)  # the only class this handler is registered for
+        status, body = describe(error)
+        return JSONResponse(body, status_code=status)
+
+    app.add_exception_handler(RtapError, answer)

@@ -1,0 +1,111 @@
+"""The ``rtap_*`` Prometheus series. Counted once, when a trajectory is finished, from the same object the client gets.
+
+Labels are bounded: policies, stop reasons and cycle numbers up to the server's ceiling; never ids, never user text.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from server.rtap.types import Cycle, Policy, Trajectory
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_SCORING_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_CYCLES = (1, 2, 3, 4, 5, 6, 8, 10, 16)
+_CONFIDENCE = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+_GAIN = (-1, -0.5, -0.25, -0.1, -0.01, 0, 0.01, 0.1, 0.25, 0.5, 1)
+
+
+class Metrics:
+    """All series on one registry."""
+
+    ABANDONED = "abandoned"  # the stop reason of a request whose client left or whose engine failed
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, help_: str, *labels: str) -> Counter:
+            return Counter(name, help_, labels, registry=registry)
+
+        def histogram(name: str, help_: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, help_, labels, buckets=buckets, registry=registry)
+
+        self._requests = counter("rtap_requests", "Finished trajectories.", "policy", "stop_reason")
+        self._cycles = histogram("rtap_cycles", "Cycles of a trajectory.", _CYCLES)
+        self._confidence = histogram("rtap_cycle_confidence", "Confidence of a scored cycle.", _CONFIDENCE, "cycle")
+        self._gain = histogram("rtap_confidence_gain", "Confidence of a cycle minus the one before it.", _GAIN)
+        self._first_accepted = counter("rtap_first_cycle_accepted", "Trajectories whose first cycle was returned.")
+        self._oops = counter("rtap_oops_tokens", "Tokens of self-doubt phrases.", "cycle", "accepted")
+        self._reasoning = counter(
+            "rtap_reasoning_tokens", "Tokens written except the returned answer's.", "cycle", "accepted"
+        )
+        self._first_answer = histogram(
+            "rtap_time_to_first_answer_seconds", "From the request to the returned answer.", _SECONDS
+        )
+        self._request_seconds = histogram("rtap_request_seconds", "Whole trajectory.", _SECONDS)
+        self._cycle_seconds = histogram("rtap_cycle_seconds", "Writing and judging one cycle.", _SECONDS)
+        self._scoring = histogram("rtap_confidence_seconds", "Waiting for the generator's score.", _SCORING_SECONDS)
+        self._confidence_tokens = counter("rtap_confidence_tokens", "Tokens the generator read.")
+        self._cached = counter("rtap_cached_tokens", "Prompt tokens of cycles found in the prefix cache.")
+        self._recomputed = counter("rtap_recomputed_tokens", "Prompt tokens of cycles computed again.")
+        self._degraded = counter("rtap_degraded", "Trajectories that went on without the generator.", "reason")
+        self._rejected = counter("rtap_rejected", "Requests refused before any work.", "reason")
+        self._in_flight = Gauge("rtap_in_flight", "Requests being answered.", registry=registry)
+        self._build = Gauge(
+            "rtap_build_info",
+            "1, with versions as labels.",
+            ("version", "vllm_version", "confidence"),
+            registry=registry,
+        )
+
+    def build(self, *, version: str, vllm_version: str, confidence: str) -> None:
+        """Say once what runs here."""
+        self._build.labels(version, vllm_version, confidence).set(1)
+
+    @contextmanager
+    def in_flight(self) -> Generator[None]:
+        """Around one request."""
+        self._in_flight.inc()
+        try:
+            yield
+        finally:
+            self._in_flight.dec()
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused; ``reason`` is one of a few words of ours."""
+        self._rejected.labels(reason).inc()
+
+    def abandoned(self, policy: Policy) -> None:
+        """A trajectory ended without an answer to anyone."""
+        self._requests.labels(policy, self.ABANDONED).inc()
+
+    def observe(self, trajectory: Trajectory) -> None:
+        """Count one finished trajectory."""
+        self._requests.labels(trajectory.policy, trajectory.stop_reason).inc()
+        self._cycles.observe(len(trajectory.cycles))
+        self._request_seconds.observe(trajectory.seconds)
+        if trajectory.first_answer_seconds is not None:
+            self._first_answer.observe(trajectory.first_answer_seconds)
+        if trajectory.selected == 0:
+            self._first_accepted.inc()
+        if trajectory.degraded is not None:
+            self._degraded.labels(trajectory.degraded).inc()
+        before: float | None = None
+        for cycle in trajectory.cycles:
+            self._observe_cycle(cycle)
+            if cycle.confidence is not None:
+                if before is not None:
+                    self._gain.observe(cycle.confidence - before)
+                before = cycle.confidence
+
+    def _observe_cycle(self, cycle: Cycle) -> None:
+        number, accepted = str(cycle.index + 1), "true" if cycle.accepted else "false"
+        self._oops.labels(number, accepted).inc(cycle.oops_tokens)
+        self._reasoning.labels(number, accepted).inc(cycle.tokens - (cycle.answer_tokens if cycle.accepted else 0))
+        self._cycle_seconds.observe(cycle.seconds)
+        self._cached.inc(cycle.cached_tokens)
+        self._recomputed.inc(max(0, cycle.prompt_tokens - cycle.cached_tokens))
+        self._confidence_tokens.inc(cycle.confidence_tokens)
+        if cycle.confidence is not None:
+            self._confidence.labels(number).observe(cycle.confidence)
+        if cycle.confidence_seconds is not None:
+            self._scoring.observe(cycle.confidence_seconds)

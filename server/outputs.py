@@ -1,0 +1,158 @@
+"""Events of a trajectory as vLLM RequestOutputs, in the output kind that the caller of ``generate`` asked for."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from server.rtap.format import TrajectoryFormat
+from server.rtap.recursion import CycleEvent, Event, StepEvent
+from server.rtap.types import Cycle, Limits, StopReason, Trajectory
+from server.wire import ANSWER_MARK, Exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One ``generate`` call of vLLM's routes. options: its keyword arguments, handed to every cycle.
+
+    split: the caller parses reasoning, so text is written as reasoning, ANSWER_MARK, content; otherwise as it is."""
+
+    exchange: Exchange
+    first_choice: int
+    prompt: dict[str, Any]
+    params: SamplingParams
+    request_id: str
+    options: dict[str, Any]
+    limits: Limits
+    split: bool
+
+
+class Writer:
+    """Writes one choice of one call.
+
+    Split text: thinking as it comes; an answer is held until it is judged, then written as reasoning, or after the
+    mark as content. Raw text (``/v1/completions``): everything as it was written, tags included.
+    Every token id is handed on exactly once, so vLLM's own usage counts are right.
+    """
+
+    def __init__(self, call: Call, choice: int, fmt: TrajectoryFormat) -> None:
+        self._call, self._format = call, fmt
+        self._kind = call.params.output_kind
+        self._wants_logprobs = call.params.logprobs is not None
+        self._first: RequestOutput | None = None
+        self._part = self._new_part(choice)
+        self._total = self._new_part(choice)
+
+    def write(self, event: Event) -> Iterable[RequestOutput]:
+        """Outputs for one event; none while there is nothing to tell the client."""
+        if isinstance(event, StepEvent):
+            return self._step(event)
+        if isinstance(event, CycleEvent):
+            if event.stop is None and self._reject(event.cycle):
+                return self._emit()
+            return ()
+        return self._final(event.trajectory)
+
+    def _step(self, event: StepEvent) -> Iterable[RequestOutput]:
+        native = event.step.native
+        if self._first is None:
+            self._first = native
+        text = event.think.replace(ANSWER_MARK, "") if self._call.split else event.step.text
+        if self._call.split and event.in_answer:
+            if text:
+                yield from self._emit_text(text)  # the answer's ids wait for the verdict
+            self._append(event, native)
+            return
+        self._append(event, native)
+        self._part.text += text
+        if self._part.text:
+            yield from self._emit()
+
+    def _append(self, event: StepEvent, native: RequestOutput | None) -> None:
+        _ids(self._part).extend(event.step.token_ids)
+        if self._wants_logprobs:
+            injected: list[Any] = [{} for _ in event.step.token_ids]
+            _logprobs(self._part).extend(injected if native is None else native.outputs[0].logprobs or ())
+
+    def _reject(self, cycle: Cycle) -> bool:
+        """Put a held answer among the reasoning. False when there is none."""
+        if not self._call.split or cycle.answer is None:
+            return False
+        answer = cycle.answer.replace(ANSWER_MARK, "")
+        self._part.text += f"\n{self._format.answer_open or ''}{answer}{self._format.answer_close or ''}\n"
+        return True
+
+    def _final(self, trajectory: Trajectory) -> Iterable[RequestOutput]:
+        if self._call.split:
+            last = len(trajectory.cycles) - 1
+            if trajectory.selected != last:
+                self._reject(trajectory.cycles[last])
+            answer = trajectory.answer or trajectory.partial_answer
+            if answer is not None:
+                self._part.text += ANSWER_MARK + answer.replace(ANSWER_MARK, "")
+        finish = trajectory.finish
+        truncated = finish is not None and finish.truncated
+        self._part.finish_reason = "length" if truncated or trajectory.stop_reason is StopReason.MAX_TOKENS else "stop"
+        self._part.stop_reason = finish.native.outputs[0].stop_reason if finish is not None else None
+        return self._emit()
+
+    def _emit_text(self, text: str) -> Iterable[RequestOutput]:
+        """Text alone, while token ids are being held."""
+        held, self._part = self._part, self._new_part(self._part.index)
+        self._part.text = text
+        outputs = self._emit()
+        self._part = held
+        return outputs
+
+    def _emit(self) -> tuple[RequestOutput, ...]:
+        """What has gathered, in the caller's output kind."""
+        part, self._part = self._part, self._new_part(self._part.index)
+        if self._kind is RequestOutputKind.DELTA:
+            return (self._wrap(part),)
+        total = self._total
+        total.text += part.text
+        _ids(total).extend(part.token_ids)
+        if self._wants_logprobs:
+            _logprobs(total).extend(part.logprobs or ())
+        total.finish_reason, total.stop_reason = part.finish_reason, part.stop_reason
+        if self._kind is RequestOutputKind.FINAL_ONLY and part.finish_reason is None:
+            return ()
+        shown = copy.copy(total)
+        shown.token_ids = list(total.token_ids)
+        return (self._wrap(shown),)
+
+    def _new_part(self, choice: int) -> CompletionOutput:
+        return CompletionOutput(
+            index=choice,
+            text="",
+            token_ids=[],
+            cumulative_logprob=None,
+            logprobs=[] if self._wants_logprobs else None,
+            lora_request=self._call.options.get("lora_request"),
+        )
+
+    def _wrap(self, part: CompletionOutput) -> RequestOutput:
+        first = self._first
+        return RequestOutput(
+            request_id=self._call.request_id,
+            prompt=self._call.prompt.get("prompt"),
+            prompt_token_ids=self._call.prompt["prompt_token_ids"],
+            prompt_logprobs=first.prompt_logprobs if first else None,
+            outputs=[part],
+            finished=part.finish_reason is not None,
+            metrics=first.metrics if first else None,
+            lora_request=part.lora_request,
+            num_cached_tokens=first.num_cached_tokens if first else None,
+        )
+
+
+def _ids(part: CompletionOutput) -> list[int]:
+    """The list behind a part of ours, to grow in place: copying per token would be quadratic."""
+    return cast(list[int], part.token_ids)
+
+
+def _logprobs(part: CompletionOutput) -> list[Any]:
+    return cast(list[Any], part.logprobs)

@@ -1,0 +1,93 @@
+"""The vLLM reasoning parser for text that RecursiveEngine has already split: reasoning, ANSWER_MARK, content.
+
+vLLM imports this file by path (``--reasoning-parser-plugin``) in the API process and in the engine process, so that
+chat completions, responses and Anthropic messages all map cycles to reasoning and content the same way.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from typing_extensions import override
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
+from vllm.reasoning import ReasoningParser, ReasoningParserManager
+
+from server.rtap.format import RTAP, THINK
+from server.wire import ANSWER_MARK
+
+NAME = "rtap"
+
+
+class RecursiveReasoningParser(ReasoningParser):
+    """Split at the mark. ``engine_based_streaming``: vLLM then hands over deltas only and keeps no growing text."""
+
+    engine_based_streaming = True
+
+    def __init__(self, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(tokenizer, *args, **kwargs)
+        self._ended = False
+        vocab: dict[str, int] = self.vocab
+        self._open_ids = {vocab[RTAP.think_open]} if RTAP.think_open in vocab else set[int]()
+        closing = RTAP.answer_open if RTAP.answer_open in vocab else THINK.think_close
+        self._close_id = vocab.get(closing or "")
+
+    @override
+    def has_engine_confirmed_reasoning_end(self) -> bool:
+        return self._ended
+
+    @override
+    def extract_reasoning(self, model_output: str, request: Any) -> tuple[str | None, str | None]:
+        reasoning, _, content = model_output.partition(ANSWER_MARK)
+        return reasoning or None, content or None
+
+    @override
+    def extract_reasoning_streaming(
+        self,
+        previous_text: str,
+        current_text: str,
+        delta_text: str,
+        previous_token_ids: Sequence[int],
+        current_token_ids: Sequence[int],
+        delta_token_ids: Sequence[int],
+    ) -> DeltaMessage | None:
+        reasoning, mark, content = delta_text.partition(ANSWER_MARK)
+        self._ended = self._ended or bool(mark)
+        if not reasoning and not content:
+            return None
+        message = DeltaMessage()
+        if reasoning:
+            message.reasoning = reasoning
+        if content:
+            message.content = content
+        return message
+
+    def finish_streaming(self) -> DeltaMessage | None:
+        """Nothing is ever held back."""
+        return None
+
+    # The three below are read in the engine process, for structured outputs: on raw token ids, per cycle.
+
+    @override
+    def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
+        for token_id in reversed(input_ids):
+            if token_id == self._close_id:
+                return True
+            if token_id in self._open_ids:
+                return False
+        return False
+
+    @override
+    def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Iterable[int]) -> bool:
+        return self._close_id in set(delta_ids)
+
+    @override
+    def extract_content_ids(self, input_ids: list[int]) -> list[int]:
+        ids = list(input_ids)
+        return ids[len(ids) - ids[::-1].index(self._close_id) :] if self._close_id in ids else []
+
+    @override
+    def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
+        # Only makes vLLM send usage details; the middleware puts in the number, which the ids alone do not tell.
+        return 0
+
+
+ReasoningParserManager.register_module(NAME, True, RecursiveReasoningParser)

@@ -1,0 +1,258 @@
+"""Recursion as an engine: RecursiveEngine stands where vLLM's AsyncLLM stands, so every route of vLLM recurses.
+
+``generate`` runs the loop of ``server.rtap.recursion`` for requests of an exchange (the four text endpoints) and
+passes everything else through. Sampling, batching, caching, LoRA, logprobs and multimodal inputs stay vLLM's: a cycle
+is an ordinary ``AsyncLLM.generate`` on the token ids so far.
+"""
+
+import asyncio
+import copy
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, cast
+
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from server.metrics import Metrics
+from server.outputs import Call, Writer
+from server.rtap.artifact import Artifact
+from server.rtap.errors import InvalidRequest
+from server.rtap.format import TrajectoryFormat
+from server.rtap.recursion import CycleEvent, FinalEvent, Recursion
+from server.rtap.types import Confidence, Step
+from server.settings import Settings
+from server.wire import Exchange, RtapOptions, current_exchange, options_from_xargs, resolve_limits
+
+# Cycle seeds of one request are spread by a prime so that n choices (seed + index, as vLLM does) never meet them.
+_SEED_STRIDE = 1_000_003
+_SEED_RANGE = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every request shares: the format, the scorer, defaults, counters."""
+
+    settings: Settings
+    format: TrajectoryFormat
+    confidence: Confidence | None
+    generator: Artifact
+    count_oops: Callable[[str], int]
+    encode: Callable[[str], list[int]]
+    end_of_turn_ids: frozenset[int]
+    metrics: Metrics
+    logprobs: int | None = None
+
+    @property
+    def cycle_end_ids(self) -> list[int]:
+        """The one token that ends a cycle, where the format has such a tag as a token of its own."""
+        ids = self.encode(self.format.answer_close) if self.format.answer_close else []
+        return ids if len(ids) == 1 else []
+
+
+class RecursiveEngine:
+    """An EngineClient around an AsyncLLM. Whatever is not defined here is the wrapped engine's."""
+
+    def __init__(self, inner: EngineClient, plan: Plan) -> None:
+        self._inner = inner
+        self._plan = plan
+        self._live: dict[str, set[str]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs of one request over all its cycles, in the request's own output kind.
+
+        Raises VLLMValidationError (400) before anything is generated when the request cannot recurse as asked."""
+        exchange = current_exchange()
+        if exchange is None:
+            return self._inner.generate(prompt, sampling_params, request_id, **options)
+        try:
+            call = self._call(exchange, prompt, sampling_params, request_id, options)
+        except InvalidRequest as error:
+            raise VLLMValidationError(str(error), parameter=error.param) from error
+        return self._outputs(call)
+
+    async def abort(self, request_id: str | Iterable[str], **options: Any) -> None:
+        """Abort requests by their outer ids: the cycles being written for them, and pass-through ones."""
+        outer = (request_id,) if isinstance(request_id, str) else tuple(request_id)
+        live = [inner for name in outer for inner in self._live.get(name, ())]
+        await self._inner.abort([*outer, *live], **options)
+
+    def _call(
+        self, exchange: Exchange, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]
+    ) -> Call:
+        if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
+            raise InvalidRequest("recursion continues on token ids; prompt embeddings are not supported here")
+        by_xargs = options_from_xargs(params.extra_args, self._plan.settings)
+        if by_xargs is not None and exchange.options is not None:
+            raise InvalidRequest("give the rtap options once: as 'rtap' or as 'vllm_xargs'", param="rtap")
+        limits = resolve_limits(
+            by_xargs or exchange.options or RtapOptions(),
+            self._plan.settings,
+            self._plan.generator,
+            has_confidence=self._plan.confidence is not None,
+            max_tokens=params.max_tokens,
+        )
+        return Call(
+            exchange=exchange,
+            first_choice=exchange.reserve(params.n),
+            prompt=cast(dict[str, Any], prompt),
+            params=params,
+            request_id=request_id,
+            options=options,
+            limits=limits,
+            split=options.get("reasoning_parser_kwargs") is not None,
+        )
+
+    async def _outputs(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
+        live = self._live.setdefault(call.request_id, set())
+        try:
+            with self._plan.metrics.in_flight():
+                if call.params.n == 1:
+                    async with aclosing(self._choice(call, 0, live)) as outputs:
+                        async for output in outputs:
+                            yield output
+                else:
+                    async with aclosing(self._choices(call, live)) as outputs:
+                        async for output in outputs:
+                            yield output
+        finally:
+            del self._live[call.request_id]
+
+    async def _choices(self, call: Call, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
+        """``n`` trajectories side by side, merged as AsyncLLM merges samples: one output for FINAL_ONLY."""
+        queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
+
+        async def run(choice: int) -> None:
+            try:
+                async with aclosing(self._choice(call, choice, live)) as outputs:
+                    async for output in outputs:
+                        queue.put_nowait(output)
+            except Exception as error:  # handed to the reader below, which raises it
+                queue.put_nowait(error)
+            finally:
+                queue.put_nowait(None)
+
+        tasks = [asyncio.create_task(run(choice)) for choice in range(call.params.n)]
+        running, final = len(tasks), list[CompletionOutput]()
+        try:
+            while running:
+                output = await queue.get()
+                if output is None:
+                    running -= 1
+                elif isinstance(output, BaseException):
+                    raise output
+                elif call.params.output_kind is RequestOutputKind.FINAL_ONLY:
+                    final.extend(output.outputs)
+                    if len(final) == len(tasks):
+                        output.outputs = sorted(final, key=lambda o: o.index)
+                        yield output
+                else:
+                    output.finished = output.finished and running == 1
+                    yield output
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _choice(self, call: Call, choice: int, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
+        """One trajectory as RequestOutputs."""
+        engine = _Cycles(self._inner, self._plan, call, choice, live)
+        loop = Recursion(engine, self._plan.format, self._plan.confidence, self._plan.count_oops)
+        writer = Writer(call, choice, self._plan.format)
+        finished = False
+        try:
+            async with aclosing(loop.run(call.prompt["prompt_token_ids"], call.limits)) as events:
+                async for event in events:
+                    if isinstance(event, CycleEvent):
+                        call.exchange.pending.append((call.first_choice + choice, event.cycle))
+                    elif isinstance(event, FinalEvent):
+                        finished = True
+                        call.exchange.trajectories[call.first_choice + choice] = event.trajectory
+                        self._plan.metrics.observe(event.trajectory)
+                    for output in writer.write(event):
+                        yield output
+        finally:
+            if not finished:
+                self._plan.metrics.abandoned(call.limits.policy)
+
+
+# vLLM asks isinstance(client, EngineClient); delegation by __getattr__ serves the methods, which inheriting the
+# abstract class would hide behind its NotImplementedError defaults.
+EngineClient.register(RecursiveEngine)
+
+
+class _Cycles:
+    """The loop's Engine protocol on an AsyncLLM, bound to one choice of one request."""
+
+    def __init__(self, inner: EngineClient, plan: Plan, call: Call, choice: int, live: set[str]) -> None:
+        self._inner, self._plan, self._call, self._choice, self._live = inner, plan, call, choice, live
+        self.end_of_turn_ids = plan.end_of_turn_ids
+
+    def encode(self, text: str) -> list[int]:
+        return self._plan.encode(text)
+
+    async def cycle(
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
+    ) -> AsyncGenerator[Step, None]:
+        call, ends = self._call, self._plan.cycle_end_ids
+        prompt = {**call.prompt, "prompt_token_ids": list(prompt_token_ids)}
+        if index:
+            prompt.pop("prompt", None)  # the text of the first prompt only
+        name = f"{call.request_id}-c{self._choice}.{index}"
+        self._live.add(name)
+        closing = self._plan.format.answer_close
+        try:
+            outputs = self._inner.generate(cast(Any, prompt), self._params(index, max_tokens), name, **call.options)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    part = output.outputs[0]
+                    cycle_ended = part.stop_reason in ends or (not ends and part.stop_reason == closing is not None)
+                    text = part.text + closing if cycle_ended and closing else part.text
+                    yield Step(
+                        text=text,
+                        token_ids=part.token_ids,
+                        finished=output.finished,
+                        truncated=part.finish_reason == "length",
+                        ended_turn=part.finish_reason == "stop" and not cycle_ended,
+                        prompt_tokens=len(output.prompt_token_ids or ()),
+                        cached_tokens=output.num_cached_tokens or 0,
+                        native=output,
+                    )
+        finally:
+            self._live.discard(name)
+
+    def _params(self, index: int, max_tokens: int | None) -> SamplingParams:
+        """The request's sampling parameters for one cycle: its own seed, the rest of the budget, the format's end."""
+        call, ends = self._call, self._plan.cycle_end_ids
+        params = copy.copy(call.params)
+        params.n, params.max_tokens = 1, max_tokens
+        params.skip_clone = False  # this copy shares what AsyncLLM may change
+        if params.seed is not None:
+            params.seed = (params.seed + self._choice + index * _SEED_STRIDE) % _SEED_RANGE
+        if index and call.limits.policy != "vote":
+            params.min_tokens, params.prompt_logprobs = 0, None
+        elif params.max_tokens is not None:
+            params.min_tokens = min(params.min_tokens, params.max_tokens)
+        if ends:
+            params.stop_token_ids = [*(params.stop_token_ids or ()), *ends]
+            params._all_stop_token_ids = {*params._all_stop_token_ids, *ends}  # pyright: ignore[reportPrivateUsage]
+        elif self._plan.format.answer_close:
+            params.stop = [*_as_list(params.stop), self._plan.format.answer_close]
+            params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
+        whole = params.output_kind is RequestOutputKind.FINAL_ONLY and call.limits.deadline_seconds is None
+        params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
+        if self._plan.logprobs is not None:
+            params.logprobs = max(self._plan.logprobs, params.logprobs or 0)
+        return params
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())

@@ -1,0 +1,146 @@
+"""Every R-TAP knob, once: its name, default, bounds, meaning, command-line flag and ``RTAP_*`` variable.
+
+Precedence: command-line flag, then environment variable, then the checkpoint's own ``rtap`` block, then the default
+here. Unknown ``RTAP_*`` names are refused, because pydantic-settings ignores them in silence.
+vLLM's own flags are not repeated here.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from server.rtap.errors import ConfigError
+from server.rtap.types import Policy, Select
+
+ENV_PREFIX = "RTAP_"
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Settings(BaseSettings):
+    """Validated and frozen; built once at start and passed to whatever needs it."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX)
+
+    policy: Policy | None = Field(
+        default=None, description="who decides to stop; default: confidence when a generator is loaded, else model"
+    )
+    threshold: Fraction | None = Field(
+        default=None, description="confidence that ends a request; default: the generator's own, else 0.5"
+    )
+    max_cycles: int = Field(default=8, ge=1, description="cycles a request may have unless it says otherwise")
+    samples: int = Field(default=8, ge=1, description="samples of policy vote unless the request says otherwise")
+    select: Select | None = Field(
+        default=None, description="which cycle's answer is returned; default: best under confidence, last under model"
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="stop after this many cycles without new highest confidence"
+    )
+    deadline_seconds: float | None = Field(
+        default=None, gt=0, description="answer with the best so far after this long, unless the request says otherwise"
+    )
+    max_cycles_limit: int = Field(default=16, ge=1, description="ceiling for max_cycles of a request")
+    samples_limit: int = Field(default=32, ge=1, description="ceiling for samples of a request")
+    deadline_seconds_limit: float = Field(default=600.0, gt=0, description="ceiling for deadline_seconds of a request")
+
+    confidence: Literal["auto", "pooling", "remote", "logprob", "none"] = Field(
+        default="auto", description="where confidence comes from; auto: pooling for a path, remote for a URL, else none"
+    )
+    confidence_model: str | None = Field(
+        default=None,
+        description="generator: checkpoint of a one-label classifier, or address of a vLLM /classify server",
+    )
+    confidence_timeout_seconds: float = Field(default=10.0, gt=0, description="a slower score degrades the request")
+    confidence_engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="JSON of vLLM engine arguments for the generator's own engine"
+    )
+    logprob_top_k: int = Field(default=20, ge=1, le=20, description="k of the logprob rule; 1: sampled tokens only")
+
+    trajectory_format: str | None = Field(default=None, description="rtap or think; default: the checkpoint's own")
+    oops_lexicon: Path | None = Field(default=None, description="file of self-doubt phrases; default: built in")
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="larger request bodies are answered with 413")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for name in ("max_cycles", "samples", "deadline_seconds"):
+            value, limit = getattr(self, name), getattr(self, f"{name}_limit")
+            if value is not None and value > limit:
+                raise ValueError(f"{name}={value} is above {name}_limit={limit}; raise the limit or lower {name}")
+        kind, model = self.confidence_kind, self.confidence_model
+        is_url = bool(model) and str(model).startswith(("http://", "https://"))
+        if kind in ("pooling", "remote") and not model:
+            raise ValueError(f"confidence={kind} needs confidence_model")
+        if kind == "remote" and not is_url:
+            raise ValueError(f"confidence=remote needs a http(s) address as confidence_model, not {model!r}")
+        if kind == "pooling" and is_url:
+            raise ValueError("confidence=pooling needs a checkpoint as confidence_model, not an address")
+        return self
+
+    @property
+    def confidence_kind(self) -> Literal["pooling", "remote", "logprob", "none"]:
+        """``confidence`` with ``auto`` decided."""
+        if self.confidence != "auto":
+            return self.confidence
+        if not self.confidence_model:
+            return "none"
+        return "remote" if self.confidence_model.startswith(("http://", "https://")) else "pooling"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic-settings'
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment; no dotenv files, which would make two machines differ unseen."""
+        return init_settings, env_settings
+
+
+ALIASES: Mapping[str, str] = {"deadline_seconds": "--deadline"}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the one "R-TAP" group: a flag a field, its help from the field."""
+    group = parser.add_argument_group("R-TAP", "recursion; each flag also as an RTAP_* variable (the flag wins)")
+    for name, field in Settings.model_fields.items():
+        names = [f"--{name.replace('_', '-')}", *([ALIASES[name]] if name in ALIASES else [])]
+        default = "" if field.default in (None, ...) or field.default_factory else f" [{field.default}]"
+        group.add_argument(*names, dest=f"rtap_{name}", metavar="VALUE", help=f"{field.description}{default}")
+
+
+def load_settings(args: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+    """Settings from parsed flags (``rtap_*`` names, None when not given) and the environment.
+
+    Raises ConfigError with the flag, the value and the rule."""
+    known = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields]
+    unknown = sorted(k for k in environ if k.startswith(ENV_PREFIX) and k not in known)
+    if unknown:
+        raise ConfigError(
+            f"unknown settings in the environment: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
+    given = {name: args[f"rtap_{name}"] for name in Settings.model_fields if args.get(f"rtap_{name}") is not None}
+    if "confidence_engine_args" in given:
+        given["confidence_engine_args"] = _json_object(given["confidence_engine_args"])
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        where = f"--{name.replace('_', '-')} (or {ENV_PREFIX}{name.upper()})={first['input']!r}: " if name else ""
+        raise ConfigError(where + first["msg"].removeprefix("Value error, ")) from error
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--confidence-engine-args is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError("--confidence-engine-args must be a JSON object of engine arguments")
+    return value  # pyright: ignore[reportUnknownVariableType]

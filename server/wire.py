@@ -1,0 +1,167 @@
+"""The ``rtap`` fields on the wire: request options in, trajectory and cycle objects out, and what one exchange keeps.
+
+Pure data: reading bodies and rewriting streams is ``middleware.py``'s job.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server.rtap.artifact import Artifact
+from server.rtap.errors import InvalidRequest
+from server.rtap.types import Cycle, Limits, Policy, Select, Trajectory
+from server.settings import Settings
+
+XARGS_PREFIX = "rtap_"
+# Separates reasoning from content in the text that RecursiveEngine hands to vLLM's chat layers. The engine removes it
+# from model text, so only the engine can write it.
+ANSWER_MARK = "\x1e"
+
+
+class RtapOptions(BaseModel):
+    """The ``rtap`` request object. Absent fields take the server's defaults; unknown ones are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Numbers are strict: "5" or true for a count is a client's mistake, not a number.
+    policy: Policy | None = None
+    threshold: float | None = Field(default=None, ge=0.0, le=1.0, strict=True)
+    max_cycles: int | None = Field(default=None, ge=1, strict=True)
+    samples: int | None = Field(default=None, ge=1, strict=True)
+    select: Select | None = None
+    patience: int | None = Field(default=None, ge=1, strict=True)
+    deadline_seconds: float | None = Field(default=None, gt=0, strict=True)
+    return_cycles: bool = False
+
+
+def parse_options(raw: Any, settings: Settings, *, where: str = "rtap") -> RtapOptions:
+    """Check one request's options against their types and the server's ceilings.
+
+    Raises InvalidRequest that names the field."""
+    if not isinstance(raw, Mapping):
+        raise InvalidRequest(f"{where} must be an object such as {{'threshold': 0.8}}", param=where)
+    try:
+        options = RtapOptions.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(RtapOptions.model_fields)
+            raise InvalidRequest(f"unknown field {where}.{name}; known: {known}", param=f"{where}.{name}") from error
+        raise InvalidRequest(f"{where}.{name}={first['input']!r}: {first['msg']}", param=f"{where}.{name}") from error
+    for name in ("max_cycles", "samples", "deadline_seconds"):
+        value, limit = getattr(options, name), getattr(settings, f"{name}_limit")
+        if value is not None and value > limit:
+            raise InvalidRequest(
+                f"{where}.{name}={value} is above this server's limit of {limit}", param=f"{where}.{name}"
+            )
+    return options
+
+
+def options_from_xargs(extra_args: Mapping[str, Any] | None, settings: Settings) -> RtapOptions | None:
+    """Options that came as ``vllm_xargs`` entries named ``rtap_<field>``; None when there is none."""
+    found = {k.removeprefix(XARGS_PREFIX): v for k, v in (extra_args or {}).items() if k.startswith(XARGS_PREFIX)}
+    return parse_options(found, settings, where="vllm_xargs.rtap_*") if found else None
+
+
+def resolve_limits(
+    options: RtapOptions, settings: Settings, generator: Artifact, *, has_confidence: bool, max_tokens: int | None
+) -> Limits:
+    """One request's limits: its own values, else the server's, else what the generator was trained for.
+
+    Raises InvalidRequest where the policy needs a generator that is not loaded."""
+    default_policy = settings.policy or (Policy.CONFIDENCE if has_confidence else Policy.MODEL)
+    policy = options.policy or default_policy
+    if policy is Policy.CONFIDENCE and not has_confidence:
+        raise InvalidRequest(
+            "policy 'confidence' needs a confidence generator, and this server has none; "
+            "use policy 'model' or start it with --confidence-model",
+            param="rtap.policy",
+        )
+    default_select = Select.BEST if policy is Policy.CONFIDENCE else Select.LAST
+    threshold = next(v for v in (options.threshold, settings.threshold, generator.threshold, 0.5) if v is not None)
+    return Limits(
+        policy=policy,
+        threshold=threshold,
+        max_cycles=options.max_cycles or settings.max_cycles,
+        samples=options.samples or settings.samples,
+        select=options.select or settings.select or default_select,
+        patience=options.patience or settings.patience,
+        deadline_seconds=options.deadline_seconds or settings.deadline_seconds,
+        max_tokens=max_tokens,
+    )
+
+
+def cycle_object(cycle: Cycle, *, with_think: bool) -> dict[str, Any]:
+    """One entry of ``rtap.cycles``. Seconds are rounded to microseconds."""
+    shown: dict[str, Any] = {"index": cycle.index, "answer": cycle.answer}
+    if with_think:
+        shown["think"] = cycle.think
+    return shown | {
+        "confidence": cycle.confidence,
+        "accepted": cycle.accepted,
+        "tokens": cycle.tokens,
+        "oops_tokens": cycle.oops_tokens,
+        "prompt_tokens": cycle.prompt_tokens,
+        "cached_tokens": cycle.cached_tokens,
+        "seconds": round(cycle.seconds, 6),
+        "confidence_seconds": None if cycle.confidence_seconds is None else round(cycle.confidence_seconds, 6),
+    }
+
+
+def trajectory_object(trajectory: Trajectory, *, with_think: bool) -> dict[str, Any]:
+    """The ``rtap`` response object."""
+    first = trajectory.first_answer_seconds
+    shown: dict[str, Any] = {
+        "policy": trajectory.policy,
+        "stop_reason": trajectory.stop_reason,
+        "cycles": [cycle_object(c, with_think=with_think) for c in trajectory.cycles],
+        "confidence": trajectory.confidence,
+        "first_answer_seconds": None if first is None else round(first, 6),
+        "confidence_tokens": sum(c.confidence_tokens for c in trajectory.cycles),
+    }
+    if trajectory.degraded is not None:
+        shown["degraded"] = trajectory.degraded
+    return shown
+
+
+def reasoning_tokens(trajectory: Trajectory) -> int:
+    """All tokens written except the returned answer's."""
+    written = sum(c.tokens for c in trajectory.cycles)
+    return written - (0 if trajectory.selected is None else trajectory.cycles[trajectory.selected].answer_tokens)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What one HTTP exchange shares between the middleware that frames it and the engine that answers it.
+
+    pending: cycle events not yet written to the stream, with their choice index. trajectories: finished ones by choice.
+    """
+
+    options: RtapOptions | None
+    pending: deque[tuple[int, Cycle]] = field(default_factory=deque[tuple[int, Cycle]])
+    trajectories: dict[int, Trajectory] = field(default_factory=dict[int, Trajectory])
+    num_choices: int = 0
+
+    def reserve(self, num_choices: int) -> int:
+        """Index of the first of ``num_choices`` new choices; prompts of a batch arrive in order."""
+        first = self.num_choices
+        self.num_choices += num_choices
+        return first
+
+
+_current: ContextVar[Exchange | None] = ContextVar("rtap_exchange", default=None)
+
+
+def begin_exchange(exchange: Exchange) -> None:
+    """Make ``exchange`` the one of the running task and all it starts."""
+    _current.set(exchange)
+
+
+def current_exchange() -> Exchange | None:
+    """The exchange of the running task; None on routes that never recurse."""
+    return _current.get()
