@@ -29,7 +29,7 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = {
     "serve": Command("serve a model in Think–Answer cycles, OpenAI-compatible, on vLLM", "cpu", "vllm"),
-    "train": Command("train policies and confidence generators, stage by stage", "train", "torch"),
+    "train": Command("train policies and confidence generators, stage by stage", "train", "sklearn"),
     "eval": Command("measure stop policies: accuracy, tokens, time, calibration", "train", "matplotlib"),
 }
 
