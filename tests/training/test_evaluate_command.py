@@ -1,0 +1,360 @@
+"""`rtap eval` from its command line to its files, against a small real server that speaks the rtap contract."""
+
+import asyncio
+import csv
+import json
+import random
+import socket
+import struct
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from server.rtap.errors import ConfigError
+from training.evaluate import main
+from training.evaluation.server_process import running_server, serve_command
+
+QUESTIONS = 60
+
+
+@dataclass
+class FakeServer:
+    """Answers "right" with a chance that depends on the question, and is surer when right. Everything follows from
+    the request's seed, sample by sample, as on a real server. fail: answers every n-th request with an error."""
+
+    url: str = ""
+    fail: int | None = None
+    degraded: str | None = None
+    api_key: str | None = None
+    requests: list[dict[str, Any]] = field(default_factory=list)
+
+    async def config(self, request: Request) -> Response:
+        if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
+            return JSONResponse({"error": {"message": "no key"}}, status_code=401)
+        return JSONResponse({"max_cycles_limit": 16, "samples_limit": 8})
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": "fake"}]})
+
+    async def chat(self, request: Request) -> Response:
+        body = await request.json()
+        self.requests.append(body)
+        if self.fail is not None and len(self.requests) % self.fail == 0:
+            return JSONResponse({"error": {"message": "the engine is [gone]"}}, status_code=500)
+        return JSONResponse(self.reply(body))
+
+    def reply(self, body: dict[str, Any]) -> dict[str, Any]:
+        rtap = body["rtap"]
+        policy, rng = rtap["policy"], random.Random(body["seed"])
+        most = {"single": 1, "model": 2, "vote": rtap.get("samples", 8)}.get(policy, rtap.get("max_cycles", 8))
+        cycles: list[dict[str, Any]] = []
+        while len(cycles) < most:
+            right = rng.random() < 0.5
+            confidence = min(max(rng.gauss(0.7 if right else 0.4, 0.15), 0.0), 1.0)
+            cycles.append(self.cycle(len(cycles), "right" if right else f"wrong {rng.randrange(3)}", confidence))
+            if policy == "confidence" and confidence >= rtap["threshold"]:
+                break
+        best = max(cycles, key=lambda cycle: cycle["confidence"])
+        tokens = sum(cycle["tokens"] for cycle in cycles)
+        return {
+            "choices": [{"message": {"role": "assistant", "content": best["answer"], "reasoning": "…"}}],
+            "usage": {"completion_tokens": tokens},
+            "rtap": {
+                "policy": policy,
+                "stop_reason": "threshold" if len(cycles) < most else "max_cycles",
+                "confidence": best["confidence"],
+                "first_answer_seconds": 0.01,
+                "confidence_tokens": tokens + 5,
+                "cycles": cycles,
+                **({"degraded": self.degraded} if self.degraded else {}),
+            },
+        }
+
+    def cycle(self, index: int, answer: str, confidence: float) -> dict[str, Any]:
+        return {
+            "index": index,
+            "answer": answer,
+            "confidence": confidence,
+            "accepted": False,
+            "tokens": 20,
+            "oops_tokens": int(index > 0),
+            "cached_tokens": 32 * index,
+            "prompt_tokens": 32 * index + 9,
+            "seconds": 0.01,
+            "confidence_seconds": 0.001,
+        }
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    """The fake server on a real socket, in a thread."""
+    behaviour = FakeServer()
+    routes = [
+        Route("/v1/rtap/config", behaviour.config),
+        Route("/v1/models", behaviour.models),
+        Route("/v1/chat/completions", behaviour.chat, methods=["POST"]),
+    ]
+    config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="error", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    wait_for(lambda: server.started)
+    behaviour.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    yield behaviour
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "demo.jsonl"
+    rows = [{"question": f"demo question {i}?", "answer": "right"} for i in range(QUESTIONS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def evaluate(fake: FakeServer, questions: Path, *more: str) -> int:
+    output = str(questions.parent / "out")
+    return main(["--server", fake.url, "--questions", str(questions), "--output", output, *more])
+
+
+def results_of(questions: Path) -> dict[str, Any]:
+    return json.loads((questions.parent / "out" / "results.json").read_text(encoding="utf-8"))
+
+
+def by_label(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Measurements by rule and by threshold or number of samples."""
+    return {
+        f"{m['spec']['rule']}{m['spec']['threshold'] or m['spec']['samples'] or ''}": m for m in task["measurements"]
+    }
+
+
+def test_all_rules_are_measured_and_written(
+    fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--logprob-server", fake.url, "--thresholds", "0.5,0.7", "--samples", "2,8", "--seed", "3")
+    assert evaluate(fake, questions, *more) == 0
+    results = results_of(questions)
+    task = results["tasks"][0]
+    rows = by_label(task)
+    assert {"single", "model", "vote8", "confidence0.5", "confidence0.7", "majority2", "majority8"} <= rows.keys()
+    assert len([m for m in task["measurements"] if m["spec"]["rule"] == "logprob"]) == 6  # quantiles of its scores
+    for m in task["measurements"]:
+        assert (m["n"], m["errors"]) == (QUESTIONS, 0)
+        assert m["accuracy"]["low"] < m["accuracy"]["value"] < m["accuracy"]["high"]
+        assert m["policy_tokens"]["value"] == pytest.approx(20 * m["cycles"])
+    assert rows["vote8"]["policy_tokens"]["value"] == rows["majority8"]["policy_tokens"]["value"] == 160
+    assert rows["majority2"]["wall_seconds"] is None
+    assert rows["confidence0.7"]["cycles"] > rows["confidence0.5"]["cycles"] > rows["single"]["cycles"] == 1
+    assert rows["confidence0.7"]["accuracy"]["value"] > rows["single"]["accuracy"]["value"]
+    assert rows["confidence0.7"]["later_recomputed_max"] == 9
+    generator = task["quality"][0]
+    assert generator["scored_answers"] == 8 * QUESTIONS
+    assert 0.85 < generator["within"]["auroc"]["value"] < 0.97  # two gaussians two standard deviations apart: 0.92
+    assert [c["vote"] for c in task["versus_vote"]] == ["majority x8", "vote x8"]
+    assert task["versus_logprob"][0]["is_chosen"]
+    assert results["setting"]["load"]["seed"] == 3
+    assert "--seed 3" in results["setting"]["command"]
+    shown = capsys.readouterr().out
+    assert "demo · confidence@0.5:" in shown
+    assert "AUROC" in shown
+
+
+def test_csv_and_markdown_and_plot_tell_the_same(fake: FakeServer, questions: Path) -> None:
+    assert evaluate(fake, questions, "--policies", "single,confidence,vote", "--thresholds", "0.6") == 0
+    output = questions.parent / "out"
+    lines = (output / "results.csv").read_text(encoding="utf-8").splitlines()
+    rows = {row["label"]: row for row in csv.DictReader(lines)}
+    single = by_label(results_of(questions)["tasks"][0])["single"]
+    assert float(rows["single"]["accuracy"]) == single["accuracy"]["value"]
+    assert float(rows["single"]["wall_seconds"]) == single["wall_seconds"]
+    markdown = (output / "results.md").read_text(encoding="utf-8")
+    assert f"| single | {QUESTIONS} | {single['accuracy']['value']:.3f} [" in markdown
+    assert "### Against `majority x8`" in markdown
+    png = (output / "accuracy_vs_tokens.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", png[16:24]) >= (800, 600)
+    assert not list(output.glob("*.partial"))
+
+
+def test_requests_carry_policy_seed_and_limits_and_repeat_exactly(fake: FakeServer, questions: Path) -> None:
+    more = ("--policies", "confidence", "--thresholds", "0.5", "--max-cycles", "4", "--limit", "10")
+    assert evaluate(fake, questions, *more, "--concurrency", "3", "--temperature", "0.7", "--max-tokens", "99") == 0
+    first = fake.requests[-10:]
+    assert all(r["rtap"] == first[0]["rtap"] for r in first)
+    assert first[0]["rtap"] == {"policy": "confidence", "threshold": 0.5, "max_cycles": 4, "return_cycles": True}
+    assert (first[0]["model"], first[0]["temperature"], first[0]["max_completion_tokens"]) == ("fake", 0.7, 99)
+    assert len({r["seed"] for r in first}) == 10
+    accuracy = results_of(questions)["tasks"][0]["measurements"][0]["accuracy"]
+    assert evaluate(fake, questions, *more) == 0
+    assert {r["seed"] for r in fake.requests[-10:]} == {r["seed"] for r in first}
+    assert results_of(questions)["tasks"][0]["measurements"][0]["accuracy"] == accuracy
+
+
+def test_failed_and_degraded_requests_are_counted_and_shown(
+    fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.fail, fake.degraded = 10, "timeout"
+    assert evaluate(fake, questions, "--policies", "single", "--concurrency", "2") == 1
+    row = results_of(questions)["tasks"][0]["measurements"][0]
+    assert (row["n"], row["errors"], row["degraded"]) == (54, 6, 54)
+    shown = capsys.readouterr().out
+    assert "6 requests failed; the first: HTTP 500" in shown
+    assert "the engine is [gone]" in shown
+
+
+def test_a_reply_without_the_rtap_field_is_an_error_of_its_own(
+    fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = fake.reply
+
+    def every_other(body: dict[str, Any]) -> dict[str, Any]:
+        reply = plain(body)
+        if len(fake.requests) % 2:
+            del reply["rtap"]
+        return reply
+
+    monkeypatch.setattr(fake, "reply", every_other)
+    assert evaluate(fake, questions, "--policies", "single", "--concurrency", "2") == 1
+    assert "reply not understood (KeyError: 'rtap')" in capsys.readouterr().out
+
+
+def test_resume_asks_only_what_is_missing(fake: FakeServer, questions: Path) -> None:
+    more = ("--policies", "single,confidence", "--thresholds", "0.5", "--concurrency", "4")
+    assert evaluate(fake, questions, *more) == 0
+    before, asked = results_of(questions), len(fake.requests)
+    next((questions.parent / "out" / "runs").glob("demo-single-*")).unlink()
+    assert evaluate(fake, questions, *more, "--resume") == 0
+    warm_up = 8
+    assert len(fake.requests) == asked + warm_up + QUESTIONS
+    again = results_of(questions)
+    assert again["tasks"][0]["measurements"][1] == before["tasks"][0]["measurements"][1]
+    assert evaluate(fake, questions, *more, "--resume", "--seed", "1") == 0  # another seed is another evaluation
+    assert len(fake.requests) == asked + 2 * warm_up + 3 * QUESTIONS
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--thresholds", "0.5,1.2"], "'1.2' must be a number from 0 to 1"),
+        (["--thresholds", "0.5,"], "must be values with commas between"),
+        (["--policies", "single,best"], "'best' is no policy; choose from confidence, single"),
+        (["--samples", "0"], "'0' must be a whole number of at least 1"),
+        (["--concurrency", "many"], "'many' must be a whole number"),
+        (["--temperature", "nan"], "'nan' must be a number from 0 to 2"),
+        (["--quesions", "x"], "unrecognized arguments: --quesions"),
+    ],
+)
+def test_a_bad_flag_gets_one_sentence(
+    flags: list[str], sentence: str, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--questions", str(questions), *flags])
+    assert caught.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--model", "x"], "give only one of the two"),
+        (["--", "--max-model-len", "9"], "leave them out with --server"),
+        (["--policies", "logprob"], "policy logprob needs a second server"),
+        (["--max-cycles", "17"], "--max-cycles 17 is above the server's ceiling of 16"),
+        (["--samples", "9"], "--samples 9 is above the server's ceiling of 8"),
+        (["--questions", "/nowhere.jsonl"], "cannot read the question file /nowhere.jsonl"),
+        (["--server", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
+    ],
+)
+def test_settings_that_cannot_work_get_one_sentence_and_status_2(
+    flags: list[str], sentence: str, fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(fake, questions, *flags) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_a_key_is_sent_and_a_missing_one_is_named(
+    fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    fake.api_key = "secret"
+    assert evaluate(fake, questions, "--policies", "single") == 2
+    assert "answers 401; give --api-key" in capsys.readouterr().err
+    assert evaluate(fake, questions, "--policies", "single", "--api-key=secret") == 0
+    assert "secret" not in json.dumps(results_of(questions))
+
+
+def test_a_server_that_answers_nothing_ends_the_evaluation(
+    fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.fail = 1
+    assert evaluate(fake, questions, "--policies", "single", "--concurrency", "2") == 2
+    assert "answers none of the first 4 questions: HTTP 500" in capsys.readouterr().err
+    assert len(fake.requests) == 4
+
+
+def test_a_served_model_is_started_asked_and_stopped(tmp_path: Path) -> None:
+    script = tmp_path / "ready.py"
+    script.write_text(
+        textwrap.dedent("""
+            import sys
+            from http.server import BaseHTTPRequestHandler, HTTPServer
+
+            class Ready(BaseHTTPRequestHandler):
+                def do_GET(self):
+                    self.send_response(200 if self.path == "/ready" else 404)
+                    self.end_headers()
+
+            HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Ready).serve_forever()
+        """),
+        encoding="utf-8",
+    )
+    with running_server([sys.executable, str(script)], log=tmp_path / "server.log", ready_seconds=30) as url:
+        assert httpx.get(f"{url}/ready").status_code == 200
+        port = int(url.rsplit(":", 1)[1])
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_server_that_cannot_start_is_explained_by_its_last_words(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('no such model: x'); raise SystemExit(1)"]
+    with (
+        pytest.raises(ConfigError, match="ended before it was ready: no such model: x"),
+        running_server(command, log=tmp_path / "server.log", ready_seconds=30),
+    ):
+        pass
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with (
+        pytest.raises(ConfigError, match="was not ready after 1 s: it wrote nothing"),
+        running_server(sleeper, log=tmp_path / "server.log", ready_seconds=1),
+    ):
+        pass
+
+
+def test_the_serve_command_names_model_and_generator() -> None:
+    assert serve_command(None, None, []) == [sys.executable, "-m", "server"]
+    command = serve_command("policy", "judge", ["--max-model-len", "512"])
+    assert command[2:] == ["server", "policy", "--confidence-model", "judge", "--max-model-len", "512"]

@@ -1,0 +1,154 @@
+"""Ask a running rtap server and turn its replies into outcomes. Requests are neither retried nor dropped."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from server.rtap.errors import ConfigError
+from training.evaluation.questions import Question
+from training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+
+Checker = Callable[[str, str, str], bool]  # (question, answer, reference) -> right?
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How a run asks. seed: base of the per-question seeds; max_cycles, max_tokens: None leaves them to the server."""
+
+    concurrency: int
+    temperature: float
+    seed: int
+    max_cycles: int | None = None
+    max_tokens: int | None = None
+
+
+class RtapServer:
+    """A running server. Use as an async context manager; ``model`` and ``config`` are known inside it."""
+
+    def __init__(self, base_url: str, *, api_key: str | None, timeout_seconds: float, concurrency: int) -> None:
+        self._base_url = base_url.rstrip("/").removesuffix("/v1")
+        self._client = httpx.AsyncClient(
+            base_url=self._base_url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=timeout_seconds,
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+        )
+        self.model = ""
+        self.config: Mapping[str, Any] = {}
+
+    async def __aenter__(self) -> Self:
+        try:
+            self.config = await self._get("/v1/rtap/config")
+            self.model = (await self._get("/v1/models"))["data"][0]["id"]
+        except BaseException:
+            await self._client.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    async def _get(self, path: str) -> Mapping[str, Any]:
+        try:
+            response = await self._client.get(path)
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise ConfigError(
+                f"no server answers at {self._base_url} ({reason}); start one with `rtap serve`"
+            ) from error
+        if not response.is_success:
+            hint = "give --api-key" if response.status_code == 401 else "is this an rtap server?"
+            raise ConfigError(f"{self._base_url}{path} answers {response.status_code}; {hint}")
+        return response.json()
+
+    async def ask(self, index: int, question: Question, spec: RunSpec, load: Load, check: Checker) -> Outcome:
+        """One question under one rule. Every failure becomes an outcome with ``error``."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question.text}],
+            "temperature": load.temperature,
+            "seed": question.seed(load.seed),
+            "rtap": {**spec.request(max_cycles=load.max_cycles), "return_cycles": True},
+        }
+        if load.max_tokens is not None:
+            body["max_completion_tokens"] = load.max_tokens
+        start = time.perf_counter()
+        try:
+            response = await self._client.post("/v1/chat/completions", json=body)
+        except httpx.HTTPError as error:
+            return Outcome(index, error=f"{type(error).__name__}: {error}")
+        seconds = time.perf_counter() - start
+        if not response.is_success:
+            return Outcome(index, error=f"HTTP {response.status_code}: {response.text[:300]}")
+        try:
+            return outcome_of(index, question, response.json(), seconds, check)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            return Outcome(index, error=f"reply not understood ({type(error).__name__}: {error})")
+
+    async def run(
+        self,
+        task: str,
+        questions: Sequence[Question],
+        spec: RunSpec,
+        load: Load,
+        check: Checker,
+        *,
+        on_outcome: Callable[[Outcome], None],
+    ) -> Run:
+        """All questions under one rule, ``load.concurrency`` at a time; ``on_outcome`` hears of each as it ends."""
+        waiting = iter(enumerate(questions))
+        outcomes: list[Outcome] = []
+
+        async def work() -> None:
+            for index, question in waiting:
+                outcome = await self.ask(index, question, spec, load, check)
+                outcomes.append(outcome)
+                on_outcome(outcome)
+
+        start = time.perf_counter()
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(min(load.concurrency, len(questions))):
+                workers.create_task(work())
+        wall_seconds = time.perf_counter() - start
+        return Run(task, spec, tuple(sorted(outcomes, key=lambda outcome: outcome.index)), wall_seconds)
+
+
+def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds: float, check: Checker) -> Outcome:
+    """Read one chat completion with its ``rtap`` field. Raises KeyError, TypeError, … where it is not one."""
+    rtap: Mapping[str, Any] = reply["rtap"]
+
+    def is_right(answer: str | None) -> bool:
+        return answer is not None and check(question.text, answer, question.answer)
+
+    cycles = tuple(
+        CycleRecord(
+            answer=cycle["answer"],
+            is_correct=is_right(cycle["answer"]),
+            confidence=cycle["confidence"],
+            tokens=cycle["tokens"],
+            oops_tokens=cycle["oops_tokens"],
+            prompt_tokens=cycle["prompt_tokens"],
+            cached_tokens=cycle["cached_tokens"],
+        )
+        for cycle in rtap["cycles"]
+    )
+    answer = (reply["choices"][0]["message"]["content"] or "").strip() or None
+    return Outcome(
+        index=index,
+        answer=answer,
+        is_correct=is_right(answer),
+        stop_reason=rtap["stop_reason"],
+        policy_tokens=reply["usage"]["completion_tokens"],
+        generator_tokens=rtap["confidence_tokens"],
+        seconds=seconds,
+        first_answer_seconds=rtap["first_answer_seconds"],
+        degraded=rtap.get("degraded"),
+        cycles=cycles,
+    )

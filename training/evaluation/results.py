@@ -1,0 +1,96 @@
+"""Put the figures of all runs together, task by task, in one object that is written as JSON."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+from training.evaluation.comparison import (
+    EqualTokens,
+    VoteComparison,
+    VoteSeconds,
+    compare_with_logprob,
+    compare_with_vote,
+)
+from training.evaluation.measurement import ConfidenceQuality, Measurement, confidence_quality, measure
+from training.evaluation.questions import Question
+from training.evaluation.records import CONFIDENCE, LOGPROB, SINGLE, VOTE, Run
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResults:
+    """All figures of one task."""
+
+    task: str
+    measurements: tuple[Measurement, ...]
+    quality: tuple[ConfidenceQuality, ...]
+    versus_vote: tuple[VoteComparison, ...]
+    versus_logprob: tuple[EqualTokens, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All figures, and what produced them (``setting``: command, seed, concurrency, versions, dates, …)."""
+
+    setting: Mapping[str, Any]
+    tasks: tuple[TaskResults, ...]
+
+    @property
+    def errors(self) -> int:
+        """Requests that failed, over all runs."""
+        return sum(m.errors for task in self.tasks for m in task.measurements if m.wall_seconds is not None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is not a number becomes null."""
+        return cast(dict[str, Any], _jsonable(asdict(self)))
+
+
+def task_results(
+    task: str, runs: Sequence[Run], questions: Sequence[Question], samples: Sequence[int], *, budget: float
+) -> TaskResults:
+    """Figures of one task. runs: those of this task; budget: see ``compare_with_vote``."""
+    vote = next((run for run in runs if run.spec.rule == VOTE and not run.spec.on_logprob), None)
+    plain_vote = next((run for run in runs if run.spec.rule == VOTE and run.spec.on_logprob), None)
+    sampled = vote or plain_vote
+    majorities = [_own_majority(sampled, size) for size in sorted(samples)] if sampled else []
+    curve = _thresholds(runs, CONFIDENCE)
+
+    def selects(index: int) -> bool:
+        return questions[index].is_for_selection
+
+    opponents = [*majorities[-1:], *([vote] if vote else [])] if curve else []
+    seconds = VoteSeconds(vote.wall_seconds if vote else None, plain_vote.wall_seconds if plain_vote else None)
+    versus_vote = [compare_with_vote(curve, other, selects, budget=budget, seconds=seconds) for other in opponents]
+    full_curve = [*(run for run in runs if run.spec.rule == SINGLE), *curve]
+    quality = [confidence_quality(run, source) for run, source in ((vote, "generator"), (plain_vote, "logprob")) if run]
+    return TaskResults(
+        task=task,
+        measurements=tuple(measure(run) for run in [*runs, *majorities]),
+        quality=tuple(q for q in quality if q is not None),
+        versus_vote=tuple(c for c in versus_vote if c is not None),
+        versus_logprob=compare_with_logprob(
+            full_curve,
+            _thresholds(runs, LOGPROB),
+            majorities[-1] if majorities else None,
+            selects,
+            budget=budget,
+        ),
+    )
+
+
+def _own_majority(vote: Run, size: int) -> Run:
+    majority = vote.majority_of(size)
+    return replace(majority, spec=replace(majority.spec, on_logprob=False))  # samples do not depend on who scores them
+
+
+def _thresholds(runs: Sequence[Run], rule: str) -> list[Run]:
+    """Runs of a thresholded rule, lowest threshold first."""
+    return sorted((run for run in runs if run.spec.rule == rule), key=lambda run: run.spec.threshold or 0.0)
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in cast(dict[object, object], value).items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in cast(Sequence[object], value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

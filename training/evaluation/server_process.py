@@ -1,0 +1,90 @@
+"""Start an rtap server as a child process, wait until it is ready, and stop it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+
+import training
+from server.rtap.errors import ConfigError
+
+STOP_SECONDS = 30.0
+
+
+def serve_command(model: str | None, confidence_model: str | None, flags: Sequence[str]) -> list[str]:
+    """Command line of ``rtap serve``, without host and port. No model: the bundled one."""
+    command = [sys.executable, "-m", "server"]
+    if model is not None:
+        command.append(model)
+    if confidence_model is not None:
+        command += ["--confidence-model", confidence_model]
+    return [*command, *flags]
+
+
+@contextmanager
+def running_server(command: Sequence[str], *, log: Path, ready_seconds: float) -> Generator[str]:
+    """Base URL of ``command`` served on a free local port; it and its children end with the context.
+
+    Its output goes to ``log``. Raises ConfigError with the log's last line when it ends or takes too long.
+    """
+    port = _free_port()
+    base_url = f"http://127.0.0.1:{port}"
+    # the child must import the same checkout, wherever this command was started
+    checkout = str(Path(training.__path__[0]).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # so that the engines it starts can be stopped with it
+        )
+    try:
+        _wait_until_ready(process, base_url, log, ready_seconds)
+        yield base_url
+    finally:
+        _stop(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path, ready_seconds: float) -> None:
+    deadline = time.monotonic() + ready_seconds
+    with httpx.Client(base_url=base_url, timeout=5.0) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise ConfigError(f"the server ended before it was ready: {_last_line(log)} (whole log: {log})")
+            with suppress(httpx.TransportError):  # not listening yet
+                if client.get("/ready").is_success:
+                    return
+            time.sleep(0.25)
+    raise ConfigError(f"the server was not ready after {ready_seconds:.0f} s: {_last_line(log)} (whole log: {log})")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server's whole session: politely, then for certain."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what the server left behind
+    process.wait()
