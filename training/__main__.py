@@ -1,0 +1,63 @@
+"""``rtap train``: the training commands. Heavy imports wait until a command runs, so that ``--help`` is quick."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from server.rtap.errors import RtapError
+from training.config import BUNDLED, ConfidenceConfig, SftConfig, add_flags, build_config
+
+EVAL_COUNT = 600
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rtap train", description="Train what rtap serves.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sft = commands.add_parser("sft", help="cold start of a policy on Think–Answer traces")
+    add_flags(sft, SftConfig)
+    confidence = commands.add_parser("confidence", help="train a confidence generator on a policy's own answers")
+    add_flags(confidence, ConfidenceConfig)
+    questions = commands.add_parser("questions", help="write the held-out question files")
+    questions.add_argument("--output", type=Path, default=BUNDLED / "eval", help="folder (default: %(default)s)")
+    questions.add_argument("--count", type=int, default=EVAL_COUNT, help="questions a task (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    # A worker that spins between steps would take the cores from a server on the same machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    flags: dict[str, Any] = vars(_parser().parse_args(argv))
+    command = flags.pop("command")
+    try:
+        _run(command, flags)
+    except RtapError as error:
+        sys.stderr.write(f"rtap train: {error}\n")
+        return 2
+    return 0
+
+
+def _run(command: str, flags: dict[str, Any]) -> None:
+    if command == "questions":
+        from training.questions import write_held_out
+
+        for path in write_held_out(flags["output"], flags["count"]):
+            sys.stdout.write(f"{path}\n")
+        return
+    file: Path | None = flags.pop("config", None)
+    if command == "sft":
+        from training import sft
+
+        figures = sft.run(build_config(SftConfig, file, flags))
+    else:
+        from training import confidence
+
+        figures = confidence.run(build_config(ConfidenceConfig, file, flags))
+    sys.stdout.write(f"{figures}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""Checkpoints that are complete or absent: written beside their place, then swapped in; and their manifest."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from training.config import ConfidenceConfig, SftConfig
+
+MANIFEST = "manifest.json"
+KEPT = ("README.md",)  # written by people, carried over to the new checkpoint
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A fresh folder to write into; on success it takes the place of ``output``, on failure nothing changes.
+
+    A folder cannot be replaced in one system call, so the old one is first renamed to ``.NAME.old``: a kill in that
+    instant leaves it there, and the next save puts it back before it starts.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    old = output.parent / f".{output.name}.old"
+    if old.exists():
+        if output.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, output)
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for name in KEPT:
+            if (output / name).exists() and not (partial / name).exists():
+                shutil.copy2(output / name, partial / name)
+        if output.exists():
+            os.rename(output, old)
+        os.rename(partial, output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def manifest(
+    command: str, config: SftConfig | ConfidenceConfig, *, data: str, seconds: float, figures: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything needed to tell how a checkpoint came about. ``data``: text that identifies the training data."""
+    return {
+        "command": command,
+        "config": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()},
+        "data_sha256": hashlib.sha256(data.encode()).hexdigest(),
+        "training_seconds": round(seconds, 1),
+        "figures": dict(figures),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": f"{platform.machine()}, {os.cpu_count()} logical CPUs",
+        "git_commit": git_commit(),
+    }
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``manifest.json`` into a checkpoint."""
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
