@@ -12,9 +12,7 @@ from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.reasoning import ReasoningParser, ReasoningParserManager
 
 from server.rtap.format import RTAP, THINK
-from server.wire import ANSWER_MARK
-
-NAME = "rtap"
+from server.wire import ANSWER_MARK, REASONING_PARSER
 
 
 class RecursiveReasoningParser(ReasoningParser):
@@ -23,12 +21,22 @@ class RecursiveReasoningParser(ReasoningParser):
     engine_based_streaming = True
 
     def __init__(self, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(tokenizer, *args, **kwargs)
+        super().__init__(tokenizer, *args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
         self._ended = False
         vocab: dict[str, int] = self.vocab
         self._open_ids = {vocab[RTAP.think_open]} if RTAP.think_open in vocab else set[int]()
         closing = RTAP.answer_open if RTAP.answer_open in vocab else THINK.think_close
         self._close_id = vocab.get(closing or "")
+
+    @property
+    @override
+    def reasoning_start_str(self) -> str:
+        return RTAP.think_open
+
+    @property
+    @override
+    def reasoning_end_str(self) -> str:
+        return RTAP.think_close
 
     @override
     def has_engine_confirmed_reasoning_end(self) -> bool:
@@ -90,4 +98,4 @@ class RecursiveReasoningParser(ReasoningParser):
         return 0
 
 
-ReasoningParserManager.register_module(NAME, True, RecursiveReasoningParser)
+ReasoningParserManager.register_module(REASONING_PARSER, True, RecursiveReasoningParser)

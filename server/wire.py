@@ -20,6 +20,7 @@ XARGS_PREFIX = "rtap_"
 # Separates reasoning from content in the text that RecursiveEngine hands to vLLM's chat layers. The engine removes it
 # from model text, so only the engine can write it.
 ANSWER_MARK = "\x1e"
+REASONING_PARSER = "rtap"  # its name among vLLM's reasoning parsers
 
 
 class RtapOptions(BaseModel):

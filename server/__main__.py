@@ -1,0 +1,135 @@
+"""``rtap serve``: vLLM's own argument parser plus one R-TAP group, then the service until it is told to stop."""
+
+import os
+import socket
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, cast
+
+from server.rtap.errors import ConfigError
+from server.settings import Settings, add_flags, load_settings
+
+_BUNDLED = Path(__file__).resolve().parents[1] / "deploy" / "models"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code: 0 after a clean stop, 2 for settings that cannot work."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        args, settings, bundled = _parse(sys.argv[1:] if argv is None else argv)
+        return _run(args, settings, bundled=bundled)
+    except ConfigError as error:
+        print(f"rtap serve: {error}", file=sys.stderr)  # noqa: T201 - the command's own message
+        return 2
+
+
+def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
+    """(vLLM's arguments with ours resolved, settings, whether the bundled models are served)."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(
+        prog="rtap serve",
+        usage="rtap serve [MODEL] [--confidence-model PATH|URL] [R-TAP flags] [any vllm serve flag]",
+        description="Serve a model that thinks in recursive Think–Answer cycles. Without MODEL: the bundled ones.",
+    )
+    make_arg_parser(parser)
+    add_flags(parser)
+    args = cast(Namespace, parser.parse_args(argv))
+    values, environ = dict(vars(args)), dict(os.environ)
+    model = args.model_tag or (args.model if "--model" in argv else None)
+    bundled = model is None
+    if bundled:
+        model = _bundled("policy")
+        args.served_model_name = args.served_model_name or ["rtap"]
+        named = values.get("rtap_confidence_model") or environ.get("RTAP_CONFIDENCE_MODEL")
+        kind = values.get("rtap_confidence") or environ.get("RTAP_CONFIDENCE") or "auto"
+        if named is None and kind in ("auto", "pooling"):
+            values["rtap_confidence_model"] = _bundled("confidence")
+    args.model_tag = args.model = model
+    _use_reasoning_parser(args)
+    _refuse_unsupported(args)
+    validate_parsed_serve_args(args)
+    return args, load_settings(values, environ), bundled
+
+
+def _use_reasoning_parser(args: Namespace) -> None:
+    """Cycles become reasoning and content through vLLM's own seam for it, a reasoning parser plugin."""
+    from server.wire import REASONING_PARSER
+
+    chosen = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
+    if chosen and chosen != REASONING_PARSER:
+        raise ConfigError(
+            f"--reasoning-parser {chosen} cannot be used: the trajectory format decides what is reasoning"
+        )
+    args.reasoning_parser = args.structured_outputs_config.reasoning_parser = REASONING_PARSER
+    plugin = str(Path(__file__).with_name("reasoning_parser.py"))
+    args.reasoning_parser_plugin = args.structured_outputs_config.reasoning_parser_plugin = plugin
+
+
+def _refuse_unsupported(args: Namespace) -> None:
+    """Ways of vllm serve to start something other than one API process over its engines."""
+    if args.headless or args.grpc or (args.api_server_count or 1) > 1:
+        raise ConfigError(
+            "rtap runs one API process: leave out --headless, --grpc and --api-server-count; scale with replicas"
+        )
+
+
+def _bundled(name: str) -> str:
+    path = _BUNDLED / name
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"no MODEL given, and the bundled one is not at {path}: name a model or serve from a checkout"
+        )
+    return str(path)
+
+
+def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
+    import uvloop
+    from vllm.entrypoints.launchers.launcher import setup_server  # pyright: ignore[reportUnknownVariableType]
+
+    from server.engines import cpu_defaults
+
+    cpu_defaults(args, bundled=bundled)
+    _, sock = setup_server(args, reuse_port=False)
+    with sock:
+        uvloop.run(_serve(args, settings, sock))
+    return 0
+
+
+async def _serve(args: Namespace, settings: Settings, sock: socket.socket) -> None:
+    from vllm import envs
+    from vllm.entrypoints.launchers.launcher import serve_http
+    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config  # pyright: ignore[reportUnknownVariableType]
+
+    from server.app import create_app
+    from server.engines import start_engines
+
+    async with start_engines(args, settings) as engines:
+        app = await create_app(engines.policy, args, settings, engines.plan)
+        log_config = cast(dict[str, Any] | None, get_uvicorn_log_config(args))
+        uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}
+        stopped = await serve_http(
+            app,
+            sock=sock,
+            enable_ssl_refresh=args.enable_ssl_refresh,
+            host=args.host,
+            port=args.port,
+            log_level=args.uvicorn_log_level,
+            access_log=not args.disable_uvicorn_access_log,
+            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_certfile=args.ssl_certfile,
+            ssl_ca_certs=args.ssl_ca_certs,
+            ssl_cert_reqs=args.ssl_cert_reqs,
+            ssl_ciphers=args.ssl_ciphers,
+            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+            h11_max_header_count=args.h11_max_header_count,
+            **uvicorn_options,
+        )
+    await stopped
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Build the service: vLLM's own app on a RecursiveEngine, our routes beside its, one middleware inside its stack."""
+
+from argparse import Namespace
+from typing import cast
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+
+from server.errors import install_handlers
+from server.middleware import RecursionMiddleware
+from server.recursive_engine import Plan, RecursiveEngine
+from server.routes.ops import ops_router
+from server.routes.rtap import ChatRenderer, rtap_router
+from server.settings import Settings
+
+
+async def create_app(engine: EngineClient, args: Namespace, settings: Settings, plan: Plan) -> FastAPI:
+    """The complete app. ``engine`` is the policy's AsyncLLM; routes of vLLM see it only through the recursion."""
+    recursive = cast(EngineClient, RecursiveEngine(engine, plan))
+    tasks = await engine.get_supported_tasks()
+    app = build_app(args, tasks, engine.model_config)
+    await init_app_state(recursive, app.state, args, tasks)
+
+    names = [m.name for m in app.state.openai_serving_models.base_model_paths]
+    tokenizer = cast(ChatRenderer, engine.renderer.tokenizer)
+    app.include_router(ops_router(engine))
+    app.include_router(rtap_router(plan, settings, tokenizer, names))
+    install_handlers(app)
+    # Outermost first. vLLM's own (CORS, keys, request ids, metrics) are already there and stay outside ours, so a
+    # request without a key is refused before its body is read.
+    app.user_middleware += [Middleware(RecursionMiddleware, settings=settings, metrics=plan.metrics)]
+    app.middleware_stack = app.build_middleware_stack()  # build_app has built one already, without ours
+    return app

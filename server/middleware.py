@@ -1,0 +1,150 @@
+"""The HTTP edge of recursion: read the ``rtap`` request field, cap the body, put the ``rtap`` object into the reply.
+
+Plain ASGI, because anything that buffers would break streaming and disconnects. It sits inside vLLM's own middleware
+(keys, request ids) and outside its routes, and touches only the four endpoints that recurse.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import describe, error_body
+from server.metrics import Metrics
+from server.rtap.errors import InvalidRequest
+from server.settings import Settings
+from server.stream import EventStream, annotate_reply
+from server.wire import Exchange, begin_exchange, parse_options
+
+RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+
+
+class RecursionMiddleware:
+    """Around every POST: cap its body. Around a recursive one: open an Exchange and rewrite the reply."""
+
+    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics) -> None:
+        self._app, self._settings, self._metrics = app, settings, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        body = await self._read(scope, receive)
+        if body is None:
+            self._metrics.rejected("body_too_large")
+            limit = self._settings.max_body_bytes
+            message = f"the request body is larger than {limit} bytes; shorten it or raise --max-body-bytes"
+            await _reply(send, 413, error_body(message, status=413, type_="invalid_request_error"))
+            return
+        if scope["path"] not in RECURSIVE_PATHS:
+            await self._app(scope, _replay(body, receive), send)
+            return
+        try:
+            request, body = self._parse(body)
+            exchange = Exchange(request.pop("rtap_options"))
+        except InvalidRequest as error:
+            self._metrics.rejected("invalid")
+            await _reply(send, *describe(error))
+            return
+        begin_exchange(exchange)
+        await self._app(scope, _replay(body, receive), _Rewriter(send, scope["path"], request, exchange))
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body, or None as soon as it is known to be too large."""
+        limit, parts, size = self._settings.max_body_bytes, list[bytes](), 0
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > limit:
+            return None
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return b"".join(parts)  # the client left; the app will see that itself
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit:
+                return None
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    def _parse(self, body: bytes) -> tuple[dict[str, Any], bytes]:
+        """(request with ``rtap_options`` in it, body without our field, which vLLM does not know)."""
+        try:
+            request: Any = msgspec.json.decode(body)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise InvalidRequest(f"the request body is no JSON: {error}") from error
+        if not isinstance(request, dict):
+            raise InvalidRequest("the request body must be a JSON object")
+        fields = cast(dict[str, Any], request)
+        if fields.get("use_beam_search"):
+            raise InvalidRequest(
+                "beam search has no cycles to stop; leave out use_beam_search", param="use_beam_search"
+            )
+        if "rtap" not in fields:
+            return {**fields, "rtap_options": None}, body
+        options = parse_options(fields.pop("rtap"), self._settings)
+        return {**fields, "rtap_options": options}, msgspec.json.encode(fields)
+
+
+class _Rewriter:
+    """The ``send`` of a recursive exchange."""
+
+    def __init__(self, send: Send, path: str, request: Mapping[str, Any], exchange: Exchange) -> None:
+        self._send, self._path, self._request, self._exchange = send, path, request, exchange
+        self._start: Message | None = None
+        self._stream: EventStream | None = None
+        self._parts: list[bytes] = []
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif message["type"] != "http.response.body" or (self._stream is None and self._start is None):
+            await self._send(message)
+        elif self._stream is not None:
+            body = self._stream.feed(message.get("body", b""))
+            if body or not message.get("more_body", False):
+                await self._send({**message, "body": body})
+        else:
+            await self._gather(message)
+
+    async def _begin(self, message: Message) -> None:
+        kind = dict(message["headers"]).get(b"content-type", b"")
+        if message["status"] != 200:
+            await self._send(message)
+        elif kind.startswith(b"text/event-stream"):
+            self._stream = EventStream(self._path, self._request, self._exchange)
+            await self._send(message)
+        else:
+            self._start = message  # its content-length is known only with the whole body
+
+    async def _gather(self, message: Message) -> None:
+        assert self._start is not None
+        self._parts.append(message.get("body", b""))
+        if message.get("more_body", False):
+            return
+        body = annotate_reply(b"".join(self._parts), self._path, self._exchange)
+        headers = [(k, v) for k, v in self._start["headers"] if k != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self._send({**self._start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives the body once and then whatever the client does next (its leaving, above all)."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def _reply(send: Send, status: int, body: dict[str, Any]) -> None:
+    content = msgspec.json.encode(body)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content, "more_body": False})

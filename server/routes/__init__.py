@@ -1,0 +1,1 @@
+"""The routes that are ours: scoring and configuration under ``/v1/rtap``, liveness and readiness."""

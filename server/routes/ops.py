@@ -1,0 +1,22 @@
+"""``/live`` and ``/ready``: is the process worth keeping, and should it get traffic. No key needed, no detail given."""
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+from vllm.engine.protocol import EngineClient
+
+
+def ops_router(engine: EngineClient) -> APIRouter:
+    """Liveness fails only when the engine is dead; readiness also while it is stopping."""
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/live")
+    async def live() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        alive = not engine.errored
+        return JSONResponse({"status": "alive" if alive else "dead"}, status_code=200 if alive else 503)
+
+    @router.get("/ready")
+    async def ready() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        up = engine.is_running and not engine.errored
+        return JSONResponse({"status": "ready" if up else "not ready"}, status_code=200 if up else 503)
+
+    return router
