@@ -62,6 +62,8 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
     rules = args.policies
     if rules is None:  # all that can run: the logprob rule needs a server of its own
         rules = [r for r in RULES if r != "logprob" or args.server is None or args.logprob_server is not None]
+    if args.model is not None and args.model_flag is not None:
+        raise ConfigError("the model is given twice, as MODEL and as --model; give it once")
     plan = Plan(
         frozenset(rules),
         tuple(sorted(set(args.thresholds))),
@@ -71,11 +73,11 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
     return Settings(
         plan=plan,
         load=Load(args.concurrency, args.temperature, args.seed, args.max_cycles, args.max_tokens),
-        questions=tuple(args.questions),
+        questions=tuple(args.questions or _bundled_questions()),
         limit=args.limit,
         server=args.server,
         logprob_server=args.logprob_server,
-        model=args.model,
+        model=args.model or args.model_flag,
         confidence_model=args.confidence_model,
         serve_flags=serve_flags,
         api_key=args.api_key,
@@ -88,17 +90,28 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
     )
 
 
+def _bundled_questions() -> list[Path]:
+    """Held-out questions of the bundled tasks, which a checkout has and an installed package has not."""
+    folder = Path(__file__).resolve().parents[1] / "deploy" / "models" / "eval"
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ConfigError(f"no --questions given, and no bundled ones in {folder}; give a JSONL file")
+    return files
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rtap eval",
+        usage="rtap eval [MODEL] [--questions FILE ...] [flags] [-- flags of the server that is started]",
         description="Measure accuracy, tokens and time of each stopping rule on question files.",
-        epilog="Flags after -- go to the server that is started: rtap eval --questions F.jsonl -- --max-model-len 1024",
+        epilog="Example: rtap eval --policies single,confidence --limit 100 -- --max-model-len 1024",
         allow_abbrev=False,
     )
-    where = parser.add_argument_group("where to ask (neither --server nor --model: serve the bundled models)")
+    where = parser.add_argument_group("where to ask (neither --server nor MODEL: serve the bundled models)")
+    where.add_argument("model", nargs="?", metavar="MODEL", help="a model to serve for the time of the evaluation")
+    where.add_argument("--model", dest="model_flag", metavar="PATH", help="the same as MODEL")
     where.add_argument("--server", metavar="URL", help="a running rtap server")
     where.add_argument("--logprob-server", metavar="URL", help="one started with --confidence logprob, for that rule")
-    where.add_argument("--model", metavar="PATH", help="a model to serve for the time of the evaluation")
     where.add_argument("--confidence-model", metavar="PATH", help="its confidence generator")
     where.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="(default: OPENAI_API_KEY)")
     what = parser.add_argument_group("what to ask")

@@ -10,7 +10,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,14 @@ class FakeServer:
     url: str = ""
     fail: int | None = None
     degraded: str | None = None
+    kind: str = "pooling"
     api_key: str | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
 
     async def config(self, request: Request) -> Response:
         if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
             return JSONResponse({"error": {"message": "no key"}}, status_code=401)
-        return JSONResponse({"max_cycles_limit": 16, "samples_limit": 8})
+        return JSONResponse({"limits": {"max_cycles": 16, "samples": 8}, "confidence": {"kind": self.kind}})
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": "fake"}]})
@@ -78,7 +80,7 @@ class FakeServer:
                 "confidence": best["confidence"],
                 "first_answer_seconds": 0.01,
                 "confidence_tokens": tokens + 5,
-                "cycles": cycles,
+                "cycles": sorted(cycles, key=lambda cycle: cycle["answer"]) if policy == "vote" else cycles,
                 **({"degraded": self.degraded} if self.degraded else {}),
             },
         }
@@ -105,10 +107,10 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    """The fake server on a real socket, in a thread."""
-    behaviour = FakeServer()
+@contextmanager
+def serving(kind: str) -> Generator[FakeServer]:
+    """A fake server on a real socket, in a thread."""
+    behaviour = FakeServer(kind=kind)
     routes = [
         Route("/v1/rtap/config", behaviour.config),
         Route("/v1/models", behaviour.models),
@@ -124,6 +126,18 @@ def fake() -> Iterator[FakeServer]:
     server.should_exit = True
     thread.join(20)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with serving("pooling") as behaviour:
+        yield behaviour
+
+
+@pytest.fixture
+def logprob() -> Iterator[FakeServer]:
+    with serving("logprob") as behaviour:
+        yield behaviour
 
 
 @pytest.fixture
@@ -151,9 +165,9 @@ def by_label(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_all_rules_are_measured_and_written(
-    fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
+    fake: FakeServer, logprob: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("--logprob-server", fake.url, "--thresholds", "0.5,0.7", "--samples", "2,8", "--seed", "3")
+    more = ("--logprob-server", logprob.url, "--thresholds", "0.5,0.7", "--samples", "2,8", "--seed", "3")
     assert evaluate(fake, questions, *more) == 0
     results = results_of(questions)
     task = results["tasks"][0]
@@ -164,6 +178,8 @@ def test_all_rules_are_measured_and_written(
         assert (m["n"], m["errors"]) == (QUESTIONS, 0)
         assert m["accuracy"]["low"] < m["accuracy"]["value"] < m["accuracy"]["high"]
         assert m["policy_tokens"]["value"] == pytest.approx(20 * m["cycles"])
+    # samples come back sorted by answer; were they cut in that order, two would nearly always be right or both wrong
+    assert 0.35 < rows["majority2"]["accuracy"]["value"] < 0.65
     assert rows["vote8"]["policy_tokens"]["value"] == rows["majority8"]["policy_tokens"]["value"] == 160
     assert rows["majority2"]["wall_seconds"] is None
     assert rows["confidence0.7"]["cycles"] > rows["confidence0.5"]["cycles"] > rows["single"]["cycles"] == 1
@@ -278,11 +294,13 @@ def test_a_bad_flag_gets_one_sentence(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["x", "--model", "x"], "the model is given twice"),
+        (["--logprob-server", "URL"], "the logprob server's confidence is 'pooling'"),
         (["--model", "x"], "give only one of the two"),
         (["--", "--max-model-len", "9"], "leave them out with --server"),
         (["--policies", "logprob"], "policy logprob needs a second server"),
-        (["--max-cycles", "17"], "--max-cycles 17 is above the server's ceiling of 16"),
-        (["--samples", "9"], "--samples 9 is above the server's ceiling of 8"),
+        (["--max-cycles", "17"], "--max-cycles 17 is above the server's limit of 16"),
+        (["--samples", "9"], "--samples 9 is above the server's limit of 8"),
         (["--questions", "/nowhere.jsonl"], "cannot read the question file /nowhere.jsonl"),
         (["--server", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
     ],
@@ -290,10 +308,18 @@ def test_a_bad_flag_gets_one_sentence(
 def test_settings_that_cannot_work_get_one_sentence_and_status_2(
     flags: list[str], sentence: str, fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(fake, questions, *flags) == 2
+    assert evaluate(fake, questions, *(fake.url if flag == "URL" else flag for flag in flags)) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_a_server_without_a_generator_cannot_measure_the_confidence_rule(
+    logprob: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(logprob, questions) == 2
+    assert "the server has no confidence generator (its confidence is 'logprob')" in capsys.readouterr().err
+    assert evaluate(logprob, questions, "--policies", "single") == 0
 
 
 def test_a_key_is_sent_and_a_missing_one_is_named(

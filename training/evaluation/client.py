@@ -137,7 +137,8 @@ def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds
             prompt_tokens=cycle["prompt_tokens"],
             cached_tokens=cycle["cached_tokens"],
         )
-        for cycle in rtap["cycles"]
+        # samples of a vote are listed as they finish, short ones first: a prefix of that order would be no fair sample
+        for cycle in sorted(rtap["cycles"], key=lambda cycle: cycle["index"])
     )
     answer = (reply["choices"][0]["message"]["content"] or "").strip() or None
     return Outcome(

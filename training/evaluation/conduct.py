@@ -34,14 +34,14 @@ async def conduct(settings: Settings, console: Console) -> Results:
     if specs:
         async with _server(settings, console, "generator") as server:
             served["generator"] = server.config
-            settings.plan.check_limits(server.config, settings.load)
+            settings.plan.check_server(server.config, settings.load, wants="generator")
             await session.warm_up(server)
             for task in questions:
                 runs += await session.run_all(server, task, specs)
     if LOGPROB in settings.plan.rules:
         async with _server(settings, console, LOGPROB) as server:
             served[LOGPROB] = server.config
-            settings.plan.check_limits(server.config, settings.load)
+            settings.plan.check_server(server.config, settings.load, wants=LOGPROB)
             await session.warm_up(server)
             for task in questions:
                 runs += await _logprob_runs(settings, session, server, task)

@@ -49,13 +49,23 @@ class Plan:
             thresholds = sorted({float(value) for value in np.quantile(scores, LOGPROB_QUANTILES)})
         return [RunSpec(LOGPROB, threshold=threshold, on_logprob=True) for threshold in thresholds]
 
-    def check_limits(self, config: Mapping[str, Any], load: Load) -> None:
-        """Raise ConfigError where the server could only refuse these settings (``config``: GET /v1/rtap/config)."""
-        cycles_limit, samples_limit = config.get("max_cycles_limit"), config.get("samples_limit")
-        if load.max_cycles is not None and cycles_limit is not None and load.max_cycles > cycles_limit:
-            raise ConfigError(f"--max-cycles {load.max_cycles} is above the server's ceiling of {cycles_limit}")
-        if VOTE in self.rules and samples_limit is not None and max(self.samples) > samples_limit:
-            raise ConfigError(f"--samples {max(self.samples)} is above the server's ceiling of {samples_limit}")
+    def check_server(self, config: Mapping[str, Any], load: Load, *, wants: str) -> None:
+        """Raise ConfigError where the server could only refuse these settings, or would measure something else.
+
+        config: its GET /v1/rtap/config. wants: ``generator`` or ``logprob``, where its confidence should come from.
+        """
+        limits, kind = config["limits"], config["confidence"]["kind"]
+        if load.max_cycles is not None and load.max_cycles > limits["max_cycles"]:
+            raise ConfigError(f"--max-cycles {load.max_cycles} is above the server's limit of {limits['max_cycles']}")
+        if VOTE in self.rules and max(self.samples) > limits["samples"]:
+            raise ConfigError(f"--samples {max(self.samples)} is above the server's limit of {limits['samples']}")
+        if wants == LOGPROB and kind != LOGPROB:
+            raise ConfigError(f"the logprob server's confidence is {kind!r}; start it with --confidence logprob")
+        if wants != LOGPROB and CONFIDENCE in self.rules and kind in (LOGPROB, "none"):
+            raise ConfigError(
+                f"the server has no confidence generator (its confidence is {kind!r}); start it with "
+                "--confidence-model, or leave confidence out of --policies"
+            )
 
 
 @dataclass(frozen=True, slots=True)

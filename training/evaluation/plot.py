@@ -40,7 +40,9 @@ def plot_png(results: Results) -> bytes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(str(label), handle)
     if handles:
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", ncols=min(panels + 1, 3), frameon=False
+        )
     output = io.BytesIO()
     figure.savefig(output, format="png")
     return output.getvalue()
@@ -113,13 +115,12 @@ def _budget_line(axis: Axes, task: TaskResults) -> None:
     position = budget * largest.policy_tokens.value
     axis.axvline(position, color="#777777", linewidth=0.9, linestyle="--", zorder=1)
     axis.annotate(
-        f"{budget:.0%} of the tokens of vote ×{largest.spec.samples}",
+        f"{budget:.0%} of ×{largest.spec.samples}'s tokens",
         (position, 0.01),
         xycoords=("data", "axes fraction"),
-        xytext=(-4, 2),
+        xytext=(3, 2),
         textcoords="offset points",
         fontsize=7.5,
         color="#555555",
-        rotation=90,
-        ha="right",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
     )

@@ -29,10 +29,13 @@ def serve_command(model: str | None, confidence_model: str | None, flags: Sequen
 
 
 @contextmanager
-def running_server(command: Sequence[str], *, log: Path, ready_seconds: float) -> Generator[str]:
+def running_server(
+    command: Sequence[str], *, log: Path, ready_seconds: float, ready_path: str = "/ready"
+) -> Generator[str]:
     """Base URL of ``command`` served on a free local port; it and its children end with the context.
 
-    Its output goes to ``log``. Raises ConfigError with the log's last line when it ends or takes too long.
+    It is ready when ``ready_path`` answers 200. Its output goes to ``log``. Raises ConfigError with the log's last line
+    when it ends or takes too long.
     """
     port = _free_port()
     base_url = f"http://127.0.0.1:{port}"
@@ -49,7 +52,7 @@ def running_server(command: Sequence[str], *, log: Path, ready_seconds: float) -
             start_new_session=True,  # so that the engines it starts can be stopped with it
         )
     try:
-        _wait_until_ready(process, base_url, log, ready_seconds)
+        _wait_until_ready(process, base_url + ready_path, log, ready_seconds)
         yield base_url
     finally:
         _stop(process)
@@ -61,14 +64,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path, ready_seconds: float) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path, ready_seconds: float) -> None:
     deadline = time.monotonic() + ready_seconds
-    with httpx.Client(base_url=base_url, timeout=5.0) as client:
+    with httpx.Client(timeout=5.0) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise ConfigError(f"the server ended before it was ready: {_last_line(log)} (whole log: {log})")
             with suppress(httpx.TransportError):  # not listening yet
-                if client.get("/ready").is_success:
+                if client.get(address).is_success:
                     return
             time.sleep(0.25)
     raise ConfigError(f"the server was not ready after {ready_seconds:.0f} s: {_last_line(log)} (whole log: {log})")

