@@ -35,6 +35,9 @@ COPY clients/python /app/clients/python
 COPY deploy/models /app/deploy/models
 
 FROM base AS runtime
+# g++: torch compiles the model's graph on CPU (not for the bundled models, which start eager), Triton its launchers.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 rtap && useradd --no-log-init --uid 10001 --gid 10001 --home-dir /cache --create-home rtap
 # Everything that torch, vLLM and Hugging Face write goes to /cache; as a volume it stays writable on a read-only root.
 ENV HOME=/cache \
@@ -52,9 +55,6 @@ ENTRYPOINT ["rtap", "serve", "--host", "0.0.0.0", "--port", "8000"]
 
 # The wheels bring CUDA's libraries; the host's driver comes from the NVIDIA container toolkit.
 FROM runtime AS cuda
-# g++: Triton compiles launchers while it runs.
-# hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/rtap /opt/rtap
 COPY --from=code /app /app

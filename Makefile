@@ -35,9 +35,11 @@ check: ## formatting, lint, strict types, import directions
 	$(VENV)/bin/basedpyright
 	$(VENV)/bin/lint-imports
 
-bench: ## measure policies on the bundled held-out questions: `rtap eval` (ARGS="--help" lists its flags)
+bench: ## on the bundled models: parity and overhead against plain vllm serve, then `rtap eval ARGS`
 	@$(SETUP) $(EXTRA) train
-	@exec $(VENV)/bin/rtap eval $(MODEL) $(ARGS)
+	$(VENV)/bin/python scripts/bench_parity.py
+	$(VENV)/bin/python scripts/bench_overhead.py
+	$(VENV)/bin/rtap eval $(ARGS)
 
 train: ## train: `rtap train` (ARGS="--help" lists its stages)
 	@$(SETUP) $(EXTRA) train

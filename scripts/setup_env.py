@@ -169,10 +169,9 @@ def run_pip_install(python: Path, arguments: Sequence[str], env: Mapping[str, st
             tail = [*tail[-39:], line]
             collected += line.startswith("Collecting ")
             now = time.monotonic()
-            unpacking = line.startswith("Installing collected packages")
-            if unpacking:
+            if line.startswith("Installing collected packages"):
                 say(f"{now - started:4.0f} s  unpacking {line.count(',') + 1} packages, the longest step")
-            elif now - told >= PROGRESS_SECONDS:
+            elif now - told >= PROGRESS_SECONDS and line.lstrip().startswith(("Collecting", "Downloading")):
                 say(f"{now - started:4.0f} s  {collected} packages found; {line.strip()[:80]}")
             else:
                 continue
