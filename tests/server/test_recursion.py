@@ -1,0 +1,203 @@
+"""The Think–Answer loop over a scripted engine: what it asks for, what it tells, how it ends."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from server.rtap.format import RTAP, THINK
+from server.rtap.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
+from server.rtap.types import Limits, Policy, Select, StopReason
+from tests.server.scripted import EOS, ScriptedConfidence, ScriptedEngine, decode, encode
+
+QUESTION = encode("make 82?")
+WRONG = "<think>25*7=175</think><answer>25*7</answer>"
+DOUBT = "Oops, no. 3*25+7=82</think><answer>3*25+7</answer>"
+
+
+async def _run(engine, limits, confidence=None, fmt=RTAP):
+    loop = Recursion(engine, fmt, confidence, lambda text: text.count("Oops"))
+    events = [event async for event in loop.run(QUESTION, limits)]
+    assert isinstance(events[-1], FinalEvent)
+    assert sum(isinstance(e, FinalEvent) for e in events) == 1
+    return events, events[-1].trajectory
+
+
+def _right_is_confident(text: str) -> float:
+    return 0.9 if "3*25+7</answer>" in text else 0.2
+
+
+async def test_a_rejected_cycle_is_followed_by_one_that_sees_it():
+    engine, scorer = ScriptedEngine([WRONG, DOUBT]), ScriptedConfidence(_right_is_confident)
+    events, done = await _run(engine, Limits(threshold=0.5), scorer)
+    assert (done.stop_reason, done.answer, done.confidence) == (StopReason.THRESHOLD, "3*25+7", 0.9)
+    assert engine.prompts[1] == QUESTION + encode(WRONG) + encode("<think>")
+    assert [c.accepted for c in done.cycles] == [False, True]
+    assert [c.oops_tokens for c in done.cycles] == [0, 1]
+    assert [c.confidence for c in done.cycles] == [0.2, 0.9]
+    cycle_events = [e for e in events if isinstance(e, CycleEvent)]
+    assert [e.stop for e in cycle_events] == [None, StopReason.THRESHOLD]
+
+
+async def test_each_cycle_is_scored_alone_with_the_question():
+    engine, scorer = ScriptedEngine([WRONG, DOUBT]), ScriptedConfidence(_right_is_confident)
+    await _run(engine, Limits(threshold=0.5), scorer)
+    assert [list(j.question_token_ids) for j in scorer.judged] == [QUESTION, QUESTION]
+    assert decode(scorer.judged[1].cycle_token_ids) == "<think>" + DOUBT
+
+
+async def test_every_token_is_told_exactly_once_and_counted():
+    engine = ScriptedEngine([WRONG, DOUBT])
+    events, done = await _run(engine, Limits(threshold=0.5), ScriptedConfidence(_right_is_confident))
+    told = [i for e in events if isinstance(e, StepEvent) for i in e.step.token_ids]
+    assert told == encode(WRONG) + encode("<think>") + encode(DOUBT)
+    assert sum(c.tokens for c in done.cycles) == len(told)
+    assert done.cycles[1].answer_tokens == len(encode("<answer>3*25+7</answer>"))
+
+
+async def test_best_so_far_is_returned_at_max_cycles():
+    scores = iter([0.1, 0.4, 0.3])
+    engine = ScriptedEngine(
+        ["<think>a</think><answer>1</answer>", "b</think><answer>2</answer>", "c</think><answer>3</answer>"]
+    )
+    _, done = await _run(engine, Limits(threshold=0.5, max_cycles=3), ScriptedConfidence(lambda _: next(scores)))
+    assert (done.stop_reason, done.answer, done.selected) == (StopReason.MAX_CYCLES, "2", 1)
+    assert [c.accepted for c in done.cycles] == [False, True, False]
+
+
+async def test_single_writes_one_cycle_and_scores_nothing():
+    scorer = ScriptedConfidence(_right_is_confident)
+    _, done = await _run(ScriptedEngine([WRONG]), Limits(policy=Policy.SINGLE), scorer)
+    assert (done.stop_reason, done.answer, len(done.cycles)) == (StopReason.MAX_CYCLES, "25*7", 1)
+    assert scorer.judged == []
+
+
+async def test_model_policy_lets_the_model_continue_and_end():
+    engine = ScriptedEngine([WRONG, "<think>" + DOUBT, "$"])
+    limits = Limits(policy=Policy.MODEL, select=Select.LAST)
+    events, done = await _run(engine, limits)
+    assert (done.stop_reason, done.answer, len(done.cycles)) == (StopReason.MODEL, "3*25+7", 2)
+    assert engine.prompts[1] == QUESTION + encode(WRONG)  # nothing injected
+    assert done.cycles[-1].tokens == len(encode("<think>" + DOUBT)) + 1  # the end of turn counts, as in plain vLLM
+    order = [e.cycle.index if isinstance(e, CycleEvent) else "s" for e in events[:-1]]
+    assert [o for o in order if o != "s"] == [0, 1]
+    assert order.index(0) == len(encode(WRONG))  # told when the model went on, not before
+
+
+async def test_model_policy_that_ends_within_the_cycle_stops():
+    _, done = await _run(ScriptedEngine(["<think>a</think>$"]), Limits(policy=Policy.MODEL, select=Select.LAST))
+    assert (done.stop_reason, done.answer) == (StopReason.MODEL, None)
+
+
+async def test_the_end_of_turn_is_dropped_before_the_loop_goes_on():
+    engine = ScriptedEngine(["<think>a</think>75$", "b</think>82$"])
+    scorer = ScriptedConfidence(lambda text: 0.9 if text.endswith("82") else 0.1)
+    _, done = await _run(engine, Limits(threshold=0.5), scorer, fmt=THINK)
+    assert (done.stop_reason, done.answer) == (StopReason.THRESHOLD, "82")
+    assert EOS not in engine.prompts[1]
+    assert decode(engine.prompts[1]) == "make 82?<think>a</think>75<think>"
+
+
+async def test_max_tokens_is_one_budget_over_all_cycles():
+    engine = ScriptedEngine([WRONG, DOUBT])
+    spent = len(encode(WRONG))
+    events, done = await _run(
+        engine, Limits(threshold=0.5, max_tokens=spent + 6), ScriptedConfidence(_right_is_confident)
+    )
+    assert engine.max_tokens == [spent + 6, 5]  # the injected tag is part of the budget
+    assert (done.stop_reason, done.answer) == (StopReason.MAX_TOKENS, "25*7")
+    assert sum(c.tokens for c in done.cycles) == spent + 6
+    assert done.cycles[1].answer is None
+    del events
+
+
+async def test_no_cycle_is_opened_without_budget_for_it():
+    engine = ScriptedEngine([WRONG])
+    _, done = await _run(engine, Limits(max_tokens=len(encode(WRONG)) + 1), ScriptedConfidence(_right_is_confident))
+    assert (done.stop_reason, len(done.cycles)) == (StopReason.MAX_TOKENS, 1)
+
+
+async def test_a_cut_answer_is_kept_as_partial_only():
+    _, done = await _run(ScriptedEngine([WRONG]), Limits(policy=Policy.SINGLE, max_tokens=len(encode(WRONG)) - 1))
+    assert (done.answer, done.partial_answer, done.stop_reason) == (None, "25*7", StopReason.MAX_TOKENS)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+async def test_a_failing_generator_degrades_to_model(fails_at):
+    calls = iter(range(9))
+    scorer = ScriptedConfidence(lambda _: -1.0 if next(calls) == fails_at else 0.1)
+    second = "<think>" + DOUBT if fails_at == 0 else DOUBT
+    engine = ScriptedEngine([WRONG, second, "$"])
+    _, done = await _run(engine, Limits(threshold=0.5), scorer)
+    assert (done.degraded, done.stop_reason, done.answer) == ("error", StopReason.MODEL, "3*25+7")
+    assert done.policy is Policy.CONFIDENCE  # what was asked for
+    assert len(scorer.judged) == fails_at + 1
+
+
+async def test_the_deadline_returns_the_best_so_far():
+    engine = ScriptedEngine([WRONG, "x" * 10_000], seconds_per_token=0.001)
+    limits = Limits(threshold=0.5, deadline_seconds=0.3)
+    _, done = await _run(engine, limits, ScriptedConfidence(_right_is_confident))
+    assert (done.stop_reason, done.answer) == (StopReason.DEADLINE, "25*7")
+    assert 0.3 <= done.seconds < 0.5
+    assert done.cycles[1].answer is None
+
+
+async def test_a_slow_score_does_not_outlive_the_deadline():
+    class Slow:
+        async def score(self, judged):
+            await asyncio.sleep(5)
+
+    _, done = await _run(ScriptedEngine([WRONG]), Limits(deadline_seconds=0.1), Slow())
+    assert (done.stop_reason, done.answer, done.degraded) == (StopReason.DEADLINE, "25*7", None)
+    assert done.seconds < 1.0
+
+
+async def test_closing_the_loop_aborts_the_cycle_being_written():
+    engine = ScriptedEngine([WRONG])
+    loop = Recursion(engine, RTAP, None, lambda _: 0)
+    async with aclosing(loop.run(QUESTION, Limits(policy=Policy.SINGLE))) as events:
+        async for _ in events:
+            break
+    assert engine.closed == 1
+
+
+async def test_vote_returns_the_majority_of_independent_samples():
+    texts = [f"<think>t</think><answer>{a}</answer>" for a in ("7", "8", "8")]
+    engine = ScriptedEngine(texts)
+    events, done = await _run(engine, Limits(policy=Policy.VOTE, samples=3))
+    assert (done.stop_reason, done.answer) == (StopReason.VOTE, "8")
+    assert engine.prompts == [QUESTION] * 3
+    assert sum(c.accepted for c in done.cycles) == 1
+    told = sum(len(e.step.token_ids) for e in events if isinstance(e, StepEvent))
+    assert told == sum(c.tokens for c in done.cycles)
+
+
+async def test_vote_is_weighted_and_falls_back_to_counting():
+    texts = [f"<think>t</think><answer>{a}</answer>" for a in ("7", "8", "8")]
+    sure = ScriptedConfidence(lambda text: 0.9 if ">7<" in text else 0.1)
+    _, done = await _run(ScriptedEngine(texts), Limits(policy=Policy.VOTE, samples=3), sure)
+    assert done.answer == "7"
+    broken = ScriptedConfidence(lambda text: 0.9 if ">7<" in text else -1.0)
+    _, done = await _run(ScriptedEngine(texts), Limits(policy=Policy.VOTE, samples=3), broken)
+    assert (done.answer, done.degraded) == ("8", "error")
+
+
+async def test_closing_a_vote_aborts_all_samples():
+    engine = ScriptedEngine(
+        ["<think>" + "x" * 1000] * 2 + ["<think>t</think><answer>1</answer>"], seconds_per_token=0.001
+    )
+    loop = Recursion(engine, RTAP, None, lambda _: 0)
+    async with aclosing(loop.run(QUESTION, Limits(policy=Policy.VOTE, samples=3))) as events:
+        async for _ in events:
+            break
+    assert engine.closed == 2
+
+
+async def test_a_prompt_that_opens_the_thought_is_noticed():
+    question = encode("hi<think>\n")
+    engine = ScriptedEngine(["a</think>5$"])
+    loop = Recursion(engine, THINK, None, lambda _: 0)
+    events = [e async for e in loop.run(question, Limits(policy=Policy.SINGLE))]
+    assert events[-1].trajectory.cycles[0].think == "a"
+    assert events[-1].trajectory.answer == "5"

@@ -1,0 +1,124 @@
+"""Replies that vLLM framed, rewritten: whatever the byte chunks, streams stay ordinary and the last chunk has rtap."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.stream import EventStream, annotate_reply
+from server.wire import Exchange, RtapOptions
+from tests.server.test_wire import CYCLE, _trajectory
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+
+
+def _chunk(delta, finish=None, index=0, **extra):
+    return HEAD | {"choices": [{"index": index, "delta": delta, "finish_reason": finish}]} | extra
+
+
+def _sse(*chunks) -> bytes:
+    events = [json.dumps(c, separators=(",", ":"), ensure_ascii=False) for c in chunks] + ["[DONE]"]
+    return "".join(f"data: {e}\n\n" for e in events).encode()
+
+
+def _read(data: bytes) -> list:
+    events = data.decode().removesuffix("\n\n").split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    return [json.loads(e.removeprefix("data: ")) for e in events[:-1]]
+
+
+def _exchange(**trajectory) -> Exchange:
+    exchange = Exchange(None, num_choices=1)
+    exchange.trajectories[0] = _trajectory(**trajectory)
+    return exchange
+
+
+STREAM = _sse(
+    _chunk({"role": "assistant", "content": ""}),
+    _chunk({"reasoning": "12*9=108 é"}),
+    _chunk({"content": "108"}, "stop"),
+)
+
+
+@given(st.sets(st.integers(1, len(STREAM) - 1), max_size=12))
+def test_rewriting_does_not_depend_on_byte_chunks(cuts):
+    stream = EventStream(CHAT, {}, _exchange())
+    ordered = sorted(cuts)
+    parts = [STREAM[a:b] for a, b in zip([0, *ordered], [*ordered, len(STREAM)], strict=True)]
+    got = _read(b"".join(stream.feed(part) for part in parts))
+    assert got == _read(EventStream(CHAT, {}, _exchange()).feed(STREAM))
+
+
+def test_reasoning_has_both_names_and_the_finish_chunk_the_whole_object():
+    got = _read(EventStream(CHAT, {}, _exchange()).feed(STREAM))
+    assert got[1]["choices"][0]["delta"] == {"reasoning": "12*9=108 é", "reasoning_content": "12*9=108 é"}
+    assert [("rtap" in c) for c in got] == [False, False, True]
+    assert got[2]["rtap"]["stop_reason"] == "threshold"
+
+
+def test_the_usage_chunk_is_the_last_when_it_was_asked_for():
+    data = _sse(
+        _chunk({"content": "108"}, "stop"), HEAD | {"choices": [], "usage": {"completion_tokens": 30, "x": None}}
+    )
+    got = _read(EventStream(CHAT, {"stream_options": {"include_usage": True}}, _exchange()).feed(data))
+    assert "rtap" not in got[0]
+    assert got[1]["rtap"]["confidence"] == 0.75
+    assert got[1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": 25}
+
+
+def test_a_cycle_is_told_before_the_next_event_with_an_empty_delta():
+    exchange = _exchange()
+    exchange.options = RtapOptions(return_cycles=True)
+    stream = EventStream(CHAT, {}, exchange)
+    first = stream.feed(_sse(_chunk({"role": "assistant"})).removesuffix(b"data: [DONE]\n\n"))
+    exchange.pending.append((0, CYCLE))
+    got = _read(first + stream.feed(_sse(_chunk({"reasoning": "Oops"}))))
+    assert got[1] == HEAD | {
+        "choices": [{"index": 0, "delta": {}, "finish_reason": None}],
+        "rtap": {"event": "cycle", "cycle": got[1]["rtap"]["cycle"]},
+    }
+    assert got[1]["rtap"]["cycle"]["think"] == "12*9=108"
+    assert not exchange.pending
+
+
+def test_several_choices_end_with_all_their_objects():
+    exchange = Exchange(None, num_choices=2)
+    exchange.trajectories |= {0: _trajectory(), 1: _trajectory(degraded="timeout")}
+    got = _read(EventStream(CHAT, {}, exchange).feed(_sse(_chunk({}, "stop", 1), _chunk({}, "stop", 0))))
+    assert "rtap" not in got[0]
+    assert [t.get("degraded") for t in got[1]["rtap_choices"]] == [None, "timeout"]
+
+
+def test_events_without_a_marker_pass_as_bytes():
+    data = b': keep-alive\n\ndata: {"choices": [ ] , "odd":1}\n\ndata: [DONE]\n\n'
+    assert EventStream(CHAT, {}, _exchange()).feed(data) == data
+
+
+def test_responses_and_messages_get_the_object_in_their_last_event():
+    done = (
+        b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"output_tokens":30}}}\n\n'
+    )
+    out = EventStream("/v1/responses", {}, _exchange()).feed(done)
+    reply = json.loads(out.split(b"data: ")[1])["response"]
+    assert out.startswith(b"event: response.completed\n")
+    assert reply["rtap"]["confidence"] == 0.75
+    assert reply["usage"]["output_tokens_details"]["reasoning_tokens"] == 25
+
+
+def test_a_whole_reply_is_annotated():
+    body = {
+        "choices": [{"index": 0, "message": {"reasoning": "r", "content": "108"}}],
+        "usage": {"completion_tokens": 30, "completion_tokens_details": {"reasoning_tokens": 0}},
+    }
+    got = json.loads(annotate_reply(json.dumps(body).encode(), CHAT, _exchange()))
+    assert got["choices"][0]["message"]["reasoning_content"] == "r"
+    assert got["usage"]["completion_tokens_details"]["reasoning_tokens"] == 25
+    assert got["rtap"]["policy"] == "confidence"
+
+
+@pytest.mark.parametrize("body", [b"", b"no json", b"[1]"])
+def test_other_bodies_come_back_as_they_were(body):
+    assert annotate_reply(body, CHAT, _exchange()) == body
+    assert annotate_reply(b'{"a":1}', CHAT, Exchange(None)) == b'{"a":1}'

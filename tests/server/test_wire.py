@@ -1,0 +1,108 @@
+"""Request options in, limits out, trajectory objects back."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from server.rtap.artifact import Artifact
+from server.rtap.errors import InvalidRequest
+from server.rtap.types import Cycle, Limits, Policy, Select, StopReason, Trajectory
+from server.settings import Settings
+from server.wire import (
+    RtapOptions,
+    options_from_xargs,
+    parse_options,
+    reasoning_tokens,
+    resolve_limits,
+    trajectory_object,
+)
+
+SETTINGS = Settings()
+CYCLE = Cycle(0, "12*9=108", "108", 0.25, False, 20, 5, 1, 30, 16, 0.12345678, 0.002, 40)
+
+
+def _trajectory(**changes) -> Trajectory:
+    cycles = (CYCLE, replace(CYCLE, index=1, confidence=0.75, accepted=True, tokens=10))
+    base = Trajectory(Policy.CONFIDENCE, StopReason.THRESHOLD, cycles, 1, None, 0.5, 0.5, None, None)
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("raw", "param", "sentence"),
+    [
+        ({"treshold": 1}, "rtap.treshold", "unknown field rtap.treshold; known: policy, threshold"),
+        ({"threshold": 1.01}, "rtap.threshold", "rtap.threshold=1.01: Input should be less than or equal to 1"),
+        ({"threshold": "0.5"}, "rtap.threshold", "rtap.threshold='0.5': Input should be a valid number"),
+        ({"threshold": float("nan")}, "rtap.threshold", "rtap.threshold=nan"),
+        ({"max_cycles": 0}, "rtap.max_cycles", "rtap.max_cycles=0: Input should be greater than or equal to 1"),
+        ({"max_cycles": True}, "rtap.max_cycles", "rtap.max_cycles=True: Input should be a valid integer"),
+        ({"max_cycles": 17}, "rtap.max_cycles", "rtap.max_cycles=17 is above this server's limit of 16"),
+        ({"samples": 10**9}, "rtap.samples", "above this server's limit of 32"),
+        ({"deadline_seconds": 1e9}, "rtap.deadline_seconds", "above this server's limit of 600.0"),
+        ({"policy": "best"}, "rtap.policy", "rtap.policy='best'"),
+        ([], "rtap", "rtap must be an object"),
+        (None, "rtap", "rtap must be an object"),
+    ],
+)
+def test_bad_options_name_the_field(raw, param, sentence):
+    with pytest.raises(InvalidRequest, match=re.escape(sentence)) as caught:
+        parse_options(raw, SETTINGS)
+    assert caught.value.param == param
+
+
+def test_options_may_come_as_xargs():
+    got = options_from_xargs({"rtap_threshold": 0.9, "rtap_policy": "vote", "other": 1}, SETTINGS)
+    assert got == RtapOptions(threshold=0.9, policy=Policy.VOTE)
+    assert options_from_xargs({"other": 1}, SETTINGS) is None
+    assert options_from_xargs(None, SETTINGS) is None
+    with pytest.raises(InvalidRequest, match="unknown field"):
+        options_from_xargs({"rtap_x": 1}, SETTINGS)
+
+
+def _limits(options: RtapOptions, settings: Settings = SETTINGS, *, has_confidence: bool = True, **artifact) -> Limits:
+    return resolve_limits(options, settings, Artifact(**artifact), has_confidence=has_confidence, max_tokens=99)
+
+
+def test_defaults_follow_the_generator():
+    loaded, bare = _limits(RtapOptions()), _limits(RtapOptions(), has_confidence=False)
+    assert (loaded.policy, loaded.select, loaded.threshold) == (Policy.CONFIDENCE, Select.BEST, 0.5)
+    assert (bare.policy, bare.select) == (Policy.MODEL, Select.LAST)
+    assert loaded.max_tokens == 99
+
+
+def test_threshold_is_the_requests_then_the_servers_then_the_checkpoints():
+    server = Settings(threshold=0.8)
+    assert _limits(RtapOptions(threshold=0.0), server, threshold=0.6).threshold == 0.0
+    assert _limits(RtapOptions(), server, threshold=0.6).threshold == 0.8
+    assert _limits(RtapOptions(), threshold=0.6).threshold == 0.6
+
+
+def test_confidence_without_generator_is_refused():
+    with pytest.raises(InvalidRequest, match="needs a confidence generator, and this server has none"):
+        _limits(RtapOptions(policy=Policy.CONFIDENCE), has_confidence=False)
+
+
+def test_the_response_object_holds_what_the_design_names():
+    shown = trajectory_object(_trajectory(), with_think=False)
+    assert set(shown) == {"policy", "stop_reason", "cycles", "confidence", "first_answer_seconds", "confidence_tokens"}
+    assert (shown["confidence"], shown["confidence_tokens"]) == (0.75, 80)
+    assert shown["cycles"][0] == {
+        "index": 0,
+        "answer": "108",
+        "confidence": 0.25,
+        "accepted": False,
+        "tokens": 20,
+        "oops_tokens": 1,
+        "prompt_tokens": 30,
+        "cached_tokens": 16,
+        "seconds": 0.123457,
+        "confidence_seconds": 0.002,
+    }
+    assert trajectory_object(_trajectory(degraded="timeout"), with_think=True)["degraded"] == "timeout"
+    assert trajectory_object(_trajectory(), with_think=True)["cycles"][1]["think"] == "12*9=108"
+
+
+def test_reasoning_tokens_are_all_but_the_returned_answers():
+    assert reasoning_tokens(_trajectory()) == 20 + 10 - 5
+    assert reasoning_tokens(_trajectory(selected=None)) == 30
