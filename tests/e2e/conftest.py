@@ -1,0 +1,110 @@
+"""Real server processes over the bundled models. Streaming, disconnects and time-to-first-token need them: Starlette's
+TestClient and httpx's ASGITransport read a whole response before they return."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "deploy" / "models"
+# What `rtap serve` sets for the bundled models on a CPU, spelt out for a plain `vllm serve` beside it.
+VLLM_FLAGS = ["--no-enable-chunked-prefill", "--block-size", "32", "--enforce-eager"]
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+START_SECONDS = 240  # generous: two test servers may be starting on two busy cores
+
+
+@dataclass
+class Running:
+    """A server process. ``client`` is the official SDK pointed at it."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    start_seconds: float
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def metrics(self) -> dict[str, float]:
+        """Samples of /metrics summed over labels, and one entry per ``name{labels}``."""
+        total: dict[str, float] = {}
+        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
+            for sample in family.samples:
+                labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
+                for key in {sample.name, f"{sample.name}{{{labels}}}"}:
+                    total[key] = total.get(key, 0.0) + sample.value
+        return total
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int, ready: str, folder: Path) -> Generator[Running]:
+    """Start a server, wait until it is ready, stop it at the end with all its children."""
+    log = folder / f"server-{port}.log"
+    began = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}, cwd=ROOT,
+            start_new_session=True,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(url + ready, timeout=2).status_code == 200:
+                    break
+            if process.poll() is not None or time.monotonic() - began > START_SECONDS:
+                pytest.fail(f"{command} did not become ready:\n{log.read_text()[-4000:]}")
+            time.sleep(0.2)
+        yield Running(url, process, log, time.monotonic() - began)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def rtap_command(port: int, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", str(port), *flags]
+
+
+def vllm_command(model: str, port: int, *flags: str) -> list[str]:
+    vllm = Path(sys.executable).with_name("vllm")
+    return [str(vllm), "serve", str(MODELS / model), "--host", "127.0.0.1", "--port", str(port), *VLLM_FLAGS, *flags]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """`rtap serve` as a newcomer starts it: bundled policy and generator, no flags."""
+    port = free_port()
+    with running(rtap_command(port), port, "/ready", tmp_path_factory.mktemp("rtap")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Plain `vllm serve` of the same policy: the reference for everything that recursion must not change."""
+    port = free_port()
+    command = vllm_command("policy", port, "--served-model-name", "rtap", "--kv-cache-memory-bytes", str(2**30))
+    with running(command, port, "/health", tmp_path_factory.mktemp("vllm")) as started:
+        yield started

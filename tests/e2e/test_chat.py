@@ -1,0 +1,186 @@
+"""Chat completions through the official SDK: cycles, answers, usage, streams, choices, seeds, budgets."""
+
+import pytest
+
+from tests.e2e.conftest import Running
+from tests.e2e.questions import questions
+
+EAGER = {"threshold": 1.0, "max_cycles": 3}  # no confidence reaches 1.0, so three cycles are written
+
+
+def _ask(server: Running, question: str = "make 82 from 3, 7, 25", *, rtap=None, **options):
+    return server.client.chat.completions.create(
+        model="rtap",
+        messages=[{"role": "user", "content": question}],
+        extra_body=None if rtap is None else {"rtap": rtap},
+        **options,
+    )
+
+
+def _stream(server: Running, **options):
+    return list(_ask(server, stream=True, stream_options={"include_usage": True}, **options))
+
+
+def test_an_answer_with_its_trajectory(server):
+    reply = _ask(server, "What is 12 * 9?", temperature=0)
+    rtap, message = reply.rtap, reply.choices[0].message
+    assert rtap["policy"] == "confidence"
+    assert message.content == next(c["answer"] for c in rtap["cycles"] if c["accepted"])
+    assert message.reasoning == message.reasoning_content
+    assert reply.choices[0].finish_reason == "stop"
+    assert rtap["confidence"] == next(c["confidence"] for c in rtap["cycles"] if c["accepted"])
+    assert reply.usage.completion_tokens == sum(c["tokens"] for c in rtap["cycles"])
+    assert 0 < reply.usage.completion_tokens_details.reasoning_tokens < reply.usage.completion_tokens
+    assert rtap["confidence_tokens"] > 0
+    assert rtap["first_answer_seconds"] > 0
+
+
+def test_rejected_cycles_are_reasoning_and_the_best_is_content(server):
+    reply = _ask(server, rtap=EAGER | {"return_cycles": True}, seed=7)
+    rtap, message = reply.rtap, reply.choices[0].message
+    assert (rtap["stop_reason"], len(rtap["cycles"])) == ("max_cycles", 3)
+    complete = [c for c in rtap["cycles"] if c["answer"] is not None]
+    best = max(complete, key=lambda c: (c["confidence"], c["index"]))
+    assert message.content == best["answer"]
+    assert [c["index"] for c in rtap["cycles"] if c["accepted"]] == [best["index"]]
+    for cycle in rtap["cycles"]:
+        assert cycle["think"] in message.reasoning
+        if not cycle["accepted"] and cycle["answer"] is not None:
+            assert f"<answer>{cycle['answer']}</answer>" in message.reasoning
+
+
+def test_a_stream_tells_the_same_as_the_whole_reply(server):
+    for seed in range(5):
+        whole, chunks = _ask(server, rtap=EAGER, seed=seed), _stream(server, rtap=EAGER, seed=seed)
+        deltas = [c.choices[0].delta for c in chunks if c.choices]
+        content = "".join(d.content or "" for d in deltas)
+        reasoning = "".join(getattr(d, "reasoning", None) or "" for d in deltas)
+        assert content == whole.choices[0].message.content
+        assert reasoning == whole.choices[0].message.reasoning
+        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+        stable = [
+            [(c["answer"], round(c["confidence"], 4), c["tokens"], c["accepted"]) for c in r["cycles"]]
+            for r in (whole.rtap, chunks[-1].rtap)
+        ]
+        assert stable[0] == stable[1]
+
+
+def test_cycles_are_told_as_they_end_and_before_any_content(server):
+    chunks = _stream(server, rtap=EAGER, seed=3)
+    kinds = []
+    for chunk in chunks:
+        event = getattr(chunk, "rtap", None)
+        if event and event.get("event") == "cycle":
+            assert chunk.choices[0].delta.content is None
+            kinds.append(event["cycle"]["index"])
+        elif chunk.choices and chunk.choices[0].delta.content:
+            kinds.append("content")
+    assert kinds == [0, 1, 2, "content"]
+    assert "event" not in chunks[-1].rtap
+
+
+def test_thinking_streams_token_by_token(server):
+    chunks = _stream(server, rtap={"policy": "single"}, temperature=0)
+    thoughts = [c for c in chunks if c.choices and getattr(c.choices[0].delta, "reasoning", None)]
+    assert len(thoughts) > 5
+
+
+def test_the_same_seed_gives_the_same_trajectory_and_another_seed_another(server):
+    def answers(seed):
+        return [c["answer"] for c in _ask(server, rtap=EAGER, seed=seed).rtap["cycles"]]
+
+    assert answers(11) == answers(11)
+    assert len({tuple(answers(seed)) for seed in range(20, 26)}) > 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_n_choices_are_independent_trajectories(server, stream):
+    if stream:
+        chunks = _stream(server, rtap=EAGER, n=2, seed=5)
+        content = {0: "", 1: ""}
+        for chunk in chunks:
+            for choice in chunk.choices:
+                content[choice.index] += choice.delta.content or ""
+        objects, usage = chunks[-1].rtap_choices, chunks[-1].usage
+    else:
+        reply = _ask(server, rtap=EAGER, n=2, seed=5)
+        content = {c.index: c.message.content for c in reply.choices}
+        objects, usage = [c.rtap for c in reply.choices], reply.usage
+    for index, rtap in enumerate(objects):
+        assert content[index] == next(c["answer"] for c in rtap["cycles"] if c["accepted"])
+    assert usage.completion_tokens == sum(c["tokens"] for rtap in objects for c in rtap["cycles"])
+
+
+def test_max_tokens_is_one_budget_and_finish_reason_says_so(server):
+    reply = _ask(server, rtap=EAGER, seed=1, max_tokens=60)
+    assert reply.usage.completion_tokens <= 60
+    if reply.rtap["stop_reason"] == "max_tokens":
+        assert reply.choices[0].finish_reason == "length"
+    tiny = _ask(server, rtap=EAGER, seed=1, max_tokens=5)
+    assert (tiny.rtap["stop_reason"], tiny.choices[0].finish_reason) == ("max_tokens", "length")
+    assert tiny.choices[0].message.content is None
+    assert tiny.usage.completion_tokens == 5
+
+
+def test_policies(server):
+    single = _ask(server, rtap={"policy": "single"}, seed=1)
+    assert (len(single.rtap["cycles"]), single.rtap["stop_reason"]) == (1, "max_cycles")
+    assert single.rtap["confidence"] is None
+    model = _ask(server, rtap={"policy": "model"}, seed=1)
+    assert model.rtap["stop_reason"] in ("model", "max_cycles")
+    assert model.choices[0].message.content == model.rtap["cycles"][-1]["answer"]
+    vote = _ask(server, rtap={"policy": "vote", "samples": 5}, seed=1)
+    assert (len(vote.rtap["cycles"]), vote.rtap["stop_reason"]) == (5, "vote")
+    assert vote.choices[0].message.content in [c["answer"] for c in vote.rtap["cycles"]]
+
+
+def test_a_deadline_returns_the_best_so_far(server):
+    reply = _ask(server, rtap={"threshold": 1.0, "max_cycles": 16, "deadline_seconds": 0.25}, seed=2)
+    assert reply.rtap["stop_reason"] in ("deadline", "max_cycles")
+    assert reply.choices[0].message.content is not None
+    assert reply.rtap["first_answer_seconds"] < 1.0
+
+
+def test_options_may_come_as_xargs_but_only_once(server):
+    by_xargs = server.client.chat.completions.create(
+        model="rtap",
+        messages=[{"role": "user", "content": "12*9"}],
+        extra_body={"vllm_xargs": {"rtap_policy": "vote", "rtap_samples": 2}},
+    )
+    assert (by_xargs.rtap["policy"], len(by_xargs.rtap["cycles"])) == ("vote", 2)
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match="give the rtap options once"):
+        server.client.chat.completions.create(
+            model="rtap",
+            messages=[{"role": "user", "content": "12*9"}],
+            extra_body={"vllm_xargs": {"rtap_policy": "vote"}, "rtap": {}},
+        )
+
+
+def test_the_cache_makes_later_cycles_cheap(server):
+    recomputed = []
+    for question in questions(20):
+        reply = _ask(server, question, rtap={"threshold": 1.0, "max_cycles": 5})
+        recomputed += [c["prompt_tokens"] - c["cached_tokens"] for c in reply.rtap["cycles"][1:]]
+    # A block is 32 tokens and `<think>` opens a cycle. Only whole blocks are cached, so one block may be recomputed.
+    assert max(recomputed) <= 32 + 1
+    assert len(recomputed) >= 60
+
+
+def test_logprobs_align_with_token_counts(server):
+    reply = _ask(server, rtap=EAGER, seed=4, logprobs=True, top_logprobs=2)
+    assert len(reply.choices[0].logprobs.content) == reply.usage.completion_tokens
+
+
+def test_both_reasoning_names_are_accepted_in_history(server):
+    for name in ("reasoning", "reasoning_content"):
+        reply = server.client.chat.completions.create(
+            model="rtap",
+            messages=[
+                {"role": "user", "content": "12*9"},
+                {"role": "assistant", "content": "108", name: "12*9=108"},
+                {"role": "user", "content": "What is 3 + 4?"},
+            ],
+        )
+        assert reply.rtap["cycles"]

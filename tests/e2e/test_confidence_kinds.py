@@ -1,0 +1,47 @@
+"""Confidence from a remote vLLM and from log-probabilities; a generator that dies degrades requests."""
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import free_port, rtap_command, running, vllm_command
+
+QUESTION = "make 82 from 3, 7, 25"
+
+
+def _ask(started, **rtap):
+    body = {"model": "rtap", "messages": [{"role": "user", "content": QUESTION}], "seed": 3, "rtap": rtap}
+    reply = httpx.post(f"{started.url}/v1/chat/completions", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def test_remote_scores_like_the_local_engine_and_its_death_degrades(server, tmp_path):
+    generator_port, port = free_port(), free_port()
+    command = vllm_command("confidence", generator_port, "--runner", "pooling", "--kv-cache-memory-bytes", str(2**28))
+    with running(command, generator_port, "/health", tmp_path) as generator:
+        flags = ["--confidence-model", generator.url, "--confidence-timeout-seconds", "2"]
+        with running(rtap_command(port, *flags), port, "/ready", tmp_path) as started:
+            local, remote = (_ask(s, max_cycles=1)["rtap"]["cycles"][0] for s in (server, started))
+            assert remote["answer"] == local["answer"]
+            assert remote["confidence"] == pytest.approx(local["confidence"], abs=0.02)
+
+            generator.process.kill()
+            generator.process.wait()
+            degraded = _ask(started, threshold=1.0)
+            assert degraded["rtap"]["degraded"] == "error"
+            assert degraded["choices"][0]["message"]["content"] is not None
+            assert degraded["rtap"]["stop_reason"] in ("model", "max_cycles")
+            assert started.metrics()["rtap_degraded_total{reason=error}"] == 1
+
+
+def test_the_logprob_rule_needs_no_generator(tmp_path):
+    port = free_port()
+    with running(rtap_command(port, "--confidence", "logprob"), port, "/ready", tmp_path) as started:
+        reply = _ask(started, threshold=1.0, max_cycles=2)
+        scores = [c["confidence"] for c in reply["rtap"]["cycles"]]
+        assert all(0.0 < s < 1.0 for s in scores)
+        assert reply["rtap"]["confidence_tokens"] == 0
+        assert reply["choices"][0]["logprobs"] is None  # asked of the engine, not by the client
+        refused = httpx.post(f"{started.url}/v1/rtap/score", json={"question": "1+1", "answer": "2"})
+        assert refused.status_code == 400
+        assert "cannot score given pairs" in refused.json()["error"]["message"]

@@ -1,0 +1,151 @@
+"""Every internal of vLLM that the server leans on, by name. A failure here says what to look at after an upgrade."""
+
+import inspect
+
+import pytest
+from starlette.applications import Starlette
+from vllm import SamplingParams
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.parser.abstract_parser import DelegatingParser
+from vllm.pooling_params import PoolingParams
+from vllm.reasoning import ReasoningParser, ReasoningParserManager
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.core.sched.utils import check_stop
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from server import reasoning_parser
+from server.recursive_engine import RecursiveEngine
+from server.wire import ANSWER_MARK, REASONING_PARSER
+
+
+def _parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_signatures_that_we_call():
+    assert _parameters(build_app) == ["args", "supported_tasks", "model_config"]
+    assert _parameters(init_app_state) == ["engine_client", "state", "args", "supported_tasks"]
+    assert {"app", "sock", "enable_ssl_refresh"} <= set(_parameters(serve_http))
+    assert _parameters(setup_server) == ["args", "reuse_port"]
+    assert _parameters(EngineClient.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
+    assert _parameters(AsyncLLM.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
+    assert {"vllm_config", "usage_context", "disable_log_stats"} <= set(_parameters(AsyncLLM.from_vllm_config))
+    assert _parameters(AsyncLLM.encode)[1:4] == ["prompt", "pooling_params", "request_id"]
+    assert issubclass(VLLMValidationError, Exception)
+    assert {"message", "parameter"} <= set(_parameters(VLLMValidationError.__init__))
+
+
+def test_the_parser_has_what_serve_reads():
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["m"])
+    validate_parsed_serve_args(args)
+    for name in (
+        "model_tag", "model", "served_model_name", "reasoning_parser", "reasoning_parser_plugin", "headless", "grpc",
+        "api_server_count", "structured_outputs_config", "enable_chunked_prefill", "block_size", "enforce_eager",
+        "kv_cache_memory_bytes", "enable_ssl_refresh", "uvicorn_log_level", "disable_uvicorn_access_log",
+        "h11_max_incomplete_event_size", "h11_max_header_count", "trust_remote_code",
+    ):  # fmt: skip
+        assert hasattr(args, name), name
+    assert (args.enable_chunked_prefill, args.block_size, args.kv_cache_memory_bytes) == (None, None, None)
+
+
+def test_recursive_engine_passes_for_an_engine_client():
+    class Inner:
+        is_running = True
+
+        def check_admission(self, n: int = 1) -> str:
+            return f"inner {n}"
+
+    engine = RecursiveEngine(Inner(), None)  # pyright: ignore[reportArgumentType]
+    assert isinstance(engine, EngineClient)
+    assert engine.is_running
+    assert engine.check_admission(2) == "inner 2"  # not EngineClient's own no-op
+
+
+def test_outputs_have_the_fields_that_are_written():
+    part = CompletionOutput(0, "", [], None, None)
+    assert {"index", "text", "token_ids", "logprobs", "finish_reason", "stop_reason", "lora_request"} <= set(vars(part))
+    names = ("prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "metrics", "num_cached_tokens")
+    assert set(names) <= set(_parameters(RequestOutput.__init__))
+    assert {k.name for k in RequestOutputKind} == {"CUMULATIVE", "DELTA", "FINAL_ONLY"}
+
+
+def test_sampling_params_have_the_fields_that_are_set_per_cycle():
+    params = SamplingParams(stop="x", stop_token_ids=[5], seed=1)
+    for name in ("n", "max_tokens", "min_tokens", "skip_clone", "prompt_logprobs", "logprobs", "extra_args"):
+        assert hasattr(params, name), name
+    assert params._all_stop_token_ids == {5}
+    assert params.output_text_buffer_length == 0
+    assert "sampling_params.stop_token_ids" in inspect.getsource(check_stop)
+    assert PoolingParams(task="classify", use_activation=True).task == "classify"
+
+
+def test_only_callers_that_parse_reasoning_ask_for_split_text():
+    assert "reasoning_parser_kwargs" in inspect.getsource(OpenAIServingChat)
+    assert "reasoning_parser_kwargs" not in inspect.getsource(OpenAIServingCompletion)
+
+
+def test_the_reasoning_parser_is_registered_and_splits_at_the_mark():
+    assert ReasoningParserManager.get_reasoning_parser(REASONING_PARSER).__name__ == "RecursiveReasoningParser"
+
+    class Tokenizer:
+        def get_vocab(self):
+            return {"<think>": 1, "</think>": 2, "<answer>": 3}
+
+    parser = reasoning_parser.RecursiveReasoningParser(Tokenizer())
+    assert isinstance(parser, ReasoningParser)
+    assert parser.extract_reasoning(f"12{ANSWER_MARK}108", None) == ("12", "108")
+    assert parser.extract_reasoning("12", None) == ("12", None)
+    deltas = [parser.extract_reasoning_streaming("", "", t, [], [], []) for t in ("12", "", f"*9{ANSWER_MARK}108")]
+    assert [(d.reasoning, d.content) if d else None for d in deltas] == [("12", None), None, ("*9", "108")]
+    assert parser.has_engine_confirmed_reasoning_end()
+    assert parser.is_reasoning_end([1, 9, 3, 7])
+    assert not parser.is_reasoning_end([3, 7, 1, 9])
+    assert parser.extract_content_ids([1, 9, 3, 7, 8]) == [7, 8]
+
+
+def test_delegating_parser_hands_over_deltas_without_growing_text():
+    class Composed(DelegatingParser):
+        reasoning_parser_cls = reasoning_parser.RecursiveReasoningParser
+
+    class Tokenizer:
+        def get_vocab(self):
+            return {}
+
+    class Request:
+        include_reasoning = True
+        tool_choice = None
+        tools = None
+
+    parser = Composed(Tokenizer(), None)
+    got = [
+        parser.parse_delta(t, [1], Request(), None, finished=t == "!")
+        for t in ("12", "*9", f"{ANSWER_MARK}108", " more", "!")
+    ]
+    assert [(d.reasoning, d.content) for d in got if d] == [
+        ("12", None), ("*9", None), (None, "108"), (None, " more"), (None, "!")
+    ]  # fmt: skip
+    assert parser._stream_state.previous_text == ""
+    assert DeltaMessage(reasoning="x").reasoning == "x"
+
+
+def test_starlette_builds_its_middleware_from_a_list():
+    app = Starlette()
+    assert app.user_middleware == []
+    assert callable(app.build_middleware_stack)
+
+
+@pytest.mark.parametrize(
+    "name", ["abort", "check_admission", "get_supported_tasks", "is_running", "errored", "dead_error"]
+)
+def test_names_that_routes_of_vllm_ask_of_the_engine(name):
+    assert hasattr(AsyncLLM, name)
