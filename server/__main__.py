@@ -16,6 +16,7 @@ _BUNDLED = Path(__file__).resolve().parents[1] / "deploy" / "models"
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code: 0 after a clean stop, 2 for settings that cannot work."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         args, settings, bundled = _parse(sys.argv[1:] if argv is None else argv)
         return _run(args, settings, bundled=bundled)
@@ -92,13 +93,20 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     from server.engines import cpu_defaults
 
     cpu_defaults(args, bundled=bundled)
-    _, sock = setup_server(args, reuse_port=False)
+    args.host = args.host or "127.0.0.1"  # vLLM's default is every interface; here that is asked for, not given
+    try:
+        address, sock = setup_server(args, reuse_port=False)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port"
+        ) from error
     with sock:
-        uvloop.run(_serve(args, settings, sock))
+        print(f"rtap serve: loading {args.model}", file=sys.stderr)  # noqa: T201
+        uvloop.run(_serve(args, settings, sock, address))
     return 0
 
 
-async def _serve(args: Namespace, settings: Settings, sock: socket.socket) -> None:
+async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str) -> None:
     from vllm import envs
     from vllm.entrypoints.launchers.launcher import serve_http
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config  # pyright: ignore[reportUnknownVariableType]
@@ -108,6 +116,7 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket) -> No
 
     async with start_engines(args, settings) as engines:
         app = await create_app(engines.policy, args, settings, engines.plan)
+        print(f"rtap serve: ready at {address}", file=sys.stderr)  # noqa: T201
         log_config = cast(dict[str, Any] | None, get_uvicorn_log_config(args))
         uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}
         stopped = await serve_http(
