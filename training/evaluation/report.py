@@ -28,10 +28,10 @@ COST_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
     ("n", lambda m: str(m.n)),
     ("accuracy [95 %]", lambda m: interval(m.accuracy)),
     ("policy tokens", lambda m: number(m.policy_tokens.value)),
-    ("generator tokens", lambda m: number(m.generator_tokens)),
+    ("judged tokens", lambda m: number(m.generator_tokens)),
     ("wall s", lambda m: number(m.wall_seconds)),
-    ("questions/s", lambda m: number(m.questions_per_second)),
-    ("errors", lambda m: str(m.errors)),
+    ("per s", lambda m: number(m.questions_per_second)),
+    ("failed", lambda m: str(m.errors)),
 )
 RECURSION_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
     ("rule", lambda m: m.spec.label),
@@ -103,7 +103,7 @@ def show(results: Results, console: Console) -> None:
     """Both tables of each task, then the comparisons in words."""
     for task in results.tasks:
         for title, columns in ((f"{task.task}: accuracy and cost", COST_COLUMNS), ("recursion", RECURSION_COLUMNS)):
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
             for heading, _ in columns:
                 is_rule = heading == "rule"
                 table.add_column(heading, justify="left" if is_rule else "right", no_wrap=is_rule)
@@ -148,8 +148,10 @@ def to_markdown(results: Results) -> str:
         "# What the stopping rules are worth",
         "![accuracy against tokens](accuracy_vs_tokens.png)",
         "Intervals are 95 %: Wilson for accuracies, paired bootstrap over questions for differences. Tokens, cycles, "
-        "Oops tokens and prompt tokens are means per question. `majority xN` is recomputed from the first N samples "
-        "of `vote`, whose own answer may be weighted by confidence. Times are for the stated concurrency.",
+        "Oops tokens and prompt tokens are means per question; *judged tokens* are what the confidence generator read. "
+        "`majority xN` is recomputed from the first N samples of `vote`, whose own answer may be weighted by "
+        "confidence; `vote xN plain` ran on the server without a generator. *per s*: questions per second at the "
+        "stated concurrency.",
         setting,
         *(_task_markdown(task) for task in results.tasks),
     ]

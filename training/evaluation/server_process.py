@@ -1,6 +1,7 @@
 """Start an rtap server as a child process, wait until it is ready, and stop it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -34,8 +35,8 @@ def running_server(
 ) -> Generator[str]:
     """Base URL of ``command`` served on a free local port; it and its children end with the context.
 
-    It is ready when ``ready_path`` answers 200. Its output goes to ``log``. Raises ConfigError with the log's last line
-    when it ends or takes too long.
+    It is ready when ``ready_path`` answers 200. Its output goes to ``log``. Raises ConfigError with the cause
+    from the log when it ends or takes too long.
     """
     port = _free_port()
     base_url = f"http://127.0.0.1:{port}"
@@ -69,17 +70,21 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path,
     with httpx.Client(timeout=5.0) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise ConfigError(f"the server ended before it was ready: {_last_line(log)} (whole log: {log})")
+                raise ConfigError(f"the server ended before it was ready: {_cause(log)} (whole log: {log})")
             with suppress(httpx.TransportError):  # not listening yet
                 if client.get(address).is_success:
                     return
             time.sleep(0.25)
-    raise ConfigError(f"the server was not ready after {ready_seconds:.0f} s: {_last_line(log)} (whole log: {log})")
+    raise ConfigError(f"the server was not ready after {ready_seconds:.0f} s: {_cause(log)} (whole log: {log})")
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
+def _cause(log: Path) -> str:
+    """The sentence of the log that says why: the server's own, else the first error raised, else the last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    own = [line for line in lines if line.startswith("rtap serve: ")]
+    # at the start of a line, or behind vLLM's log prefix
+    raised = [found[1] for line in lines if (found := re.search(r"(?:^|\] )([A-Z]\w*(?:Error|Exception): .*)", line))]
+    return next(iter([*own, *raised, *reversed(lines)]), "it wrote nothing")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
