@@ -213,4 +213,7 @@ def test_the_logprob_rule_meets_the_curve_at_its_own_tokens() -> None:
     assert first.curve_accuracy == pytest.approx(0.5)  # half way between 0.25 and 0.75
     assert first.difference is not None
     assert first.difference.value == pytest.approx(0.25)
-    assert (second.curve_accuracy, second.difference) == (None, None)  # the curve never spends 90 tokens
+    assert first.total_difference is None  # with 20 judged tokens beside its 10, the curve starts at 30
+    assert (second.curve_accuracy, second.difference) == (None, None)  # the curve never spends 90 policy tokens
+    assert second.total_difference is not None
+    assert second.total_difference.value == pytest.approx(-0.25)  # at 30 + 60 judged tokens it reaches 0.75

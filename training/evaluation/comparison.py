@@ -59,7 +59,10 @@ class VoteComparison:
 @dataclass(frozen=True, slots=True)
 class EqualTokens:
     """The logprob rule at one of its thresholds, and the confidence curve (straight lines between its thresholds,
-    from ``single`` on) at the same tokens per question; None where that is beyond the curve's ends."""
+    from ``single`` on) at the same tokens per question; None where that is beyond the curve's ends.
+
+    difference: at equal policy tokens. total_difference: the same with all that the generator read counted as the
+    curve's own tokens."""
 
     threshold: float
     is_chosen: bool
@@ -68,6 +71,7 @@ class EqualTokens:
     accuracy: float
     curve_accuracy: float | None
     difference: Interval | None
+    total_difference: Interval | None
 
 
 Questions = frozenset[int]  # positions of questions in their task
@@ -153,6 +157,7 @@ def _versus(run: Run, vote: Run, questions: Questions) -> Versus:
 
 def _equal_tokens(curve: Sequence[Run], rule: Run, questions: Questions, *, is_chosen: bool) -> EqualTokens:
     costs = np.asarray([_tokens(run, questions) for run in curve], dtype=np.float64)
+    judged = np.asarray([[o.generator_tokens for o in _chosen(run, questions)] for run in curve], dtype=np.float64)
     gains = np.asarray([_correct(run, questions) for run in curve], dtype=np.float64)
     tokens, correct = _tokens(rule, questions), _correct(rule, questions)
     mean_tokens = float(np.mean(tokens))
@@ -164,6 +169,7 @@ def _equal_tokens(curve: Sequence[Run], rule: Run, questions: Questions, *, is_c
         accuracy=float(np.mean(correct)),
         curve_accuracy=interpolate(mean_tokens, list(costs.mean(axis=1)), list(gains.mean(axis=1))),
         difference=equal_cost_difference(costs, gains, tokens, correct),
+        total_difference=equal_cost_difference(costs + judged, gains, tokens, correct),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from training.evaluation.measurement import Measurement
 from training.evaluation.records import CONFIDENCE, LOGPROB, MAJORITY, MODEL, SINGLE, VOTE
@@ -60,6 +60,7 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_xlabel("policy tokens per question (log scale)")
     n = max((m.n for m in shown), default=0)
@@ -90,14 +91,13 @@ def _points(axis: Axes, rule: str, points: Sequence[Measurement]) -> None:
         label=label,
         zorder=4 if rule in (SINGLE, MODEL) else 3,
     )
-    for m in points:
+    for m in points if rule != LOGPROB else ():  # its thresholds are quantiles and say nothing to a reader
         spec = m.spec
         text = f"{spec.threshold:.2g}" if spec.threshold is not None else f"×{spec.samples}" if spec.samples else ""
-        below = rule in (LOGPROB, VOTE)
         axis.annotate(
             text,
             (m.policy_tokens.value, m.accuracy.value),
-            xytext=(5, -11 if below else 6),
+            xytext=(5, -11 if rule == VOTE else 6),
             textcoords="offset points",
             fontsize=8,
             color=colour,

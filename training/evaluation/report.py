@@ -71,7 +71,8 @@ EQUAL_COLUMNS: tuple[tuple[str, Callable[[EqualTokens], str]], ...] = (
     ("tokens", lambda e: number(e.tokens)),
     ("logprob accuracy", lambda e: number(e.accuracy, 3)),
     ("confidence at equal tokens", lambda e: number(e.curve_accuracy, 3)),
-    ("difference [95 %]", lambda e: interval(e.difference, sign=True) if e.difference else "beyond the curve"),
+    ("difference [95 %]", lambda e: _difference(e.difference)),
+    ("difference with judged tokens counted [95 %]", lambda e: _difference(e.total_difference)),
 )
 
 
@@ -110,7 +111,9 @@ def show(results: Results, console: Console) -> None:
             for row in task.measurements:
                 table.add_row(*(cell(row) for _, cell in columns))
             console.print(table)
-        for sentence in [*map(_quality_sentence, task.quality), *map(_vote_sentence, task.versus_vote)]:
+        sentences = [*map(_quality_sentence, task.quality), *map(_vote_sentence, task.versus_vote)]
+        sentences += [_equal_sentence(task.versus_logprob)] if task.versus_logprob else []
+        for sentence in sentences:
             console.print(sentence, highlight=False, markup=False)
 
 
@@ -167,7 +170,11 @@ def _task_markdown(task: TaskResults) -> str:
         rows = [("reporting half", comparison.reported), ("all", comparison.all_questions)]
         parts += [f"### Against `{comparison.vote}`", _vote_sentence(comparison), _grid(VERSUS_COLUMNS, rows)]
     if task.versus_logprob:
-        parts += ["### Against the logprob rule at equal tokens", _grid(EQUAL_COLUMNS, task.versus_logprob)]
+        parts += [
+            "### Against the logprob rule at equal tokens",
+            _equal_sentence(task.versus_logprob),
+            _grid(EQUAL_COLUMNS, task.versus_logprob),
+        ]
     return "\n\n".join(parts)
 
 
@@ -178,6 +185,19 @@ def _grid(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Ro
 
 def _later(m: Measurement) -> str:
     return "–" if m.later_recomputed_mean is None else f"{m.later_recomputed_mean:.1f} ({m.later_recomputed_max})"
+
+
+def _difference(value: Interval | None) -> str:
+    return "beyond the curve" if value is None else interval(value, sign=True)
+
+
+def _equal_sentence(rows: Sequence[EqualTokens]) -> str:
+    chosen = rows[0]
+    return (
+        f"Against the logprob rule (threshold {chosen.threshold:.4g}, chosen the same way) at its {chosen.tokens:.1f} "
+        f"tokens on {chosen.n} questions: accuracy {_difference(chosen.difference)}; "
+        f"{_difference(chosen.total_difference)} with judged tokens counted."
+    )
 
 
 def _quality_sentence(quality: ConfidenceQuality) -> str:
