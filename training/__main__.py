@@ -51,12 +51,11 @@ def _run(command: str, flags: dict[str, Any]) -> None:
     if command == "sft":
         from training import sft
 
-        figures = sft.run(build_config(SftConfig, file, flags))
+        sft.run(build_config(SftConfig, file, flags))
     else:
         from training import confidence
 
-        figures = confidence.run(build_config(ConfidenceConfig, file, flags))
-    sys.stdout.write(f"{figures}\n")
+        confidence.run(build_config(ConfidenceConfig, file, flags))
 
 
 if __name__ == "__main__":

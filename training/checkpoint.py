@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ KEPT = ("README.md",)  # written by people, carried over to the new checkpoint
 
 
 @contextmanager
-def replacing(output: Path) -> Iterator[Path]:
+def replacing(output: Path) -> Generator[Path]:
     """A fresh folder to write into; on success it takes the place of ``output``, on failure nothing changes.
 
     A folder cannot be replaced in one system call, so the old one is first renamed to ``.NAME.old``: a kill in that

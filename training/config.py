@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 
@@ -12,39 +12,44 @@ from server.rtap.errors import ConfigError
 BUNDLED = Path("deploy/models")
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
 
 
 @dataclass(frozen=True, slots=True)
 class SftConfig:
     """Cold start of a policy from nothing on Think–Answer traces."""
 
-    output: Path = _setting(BUNDLED / "policy", "where the checkpoint is written (replaced at once, when complete)")
-    seed: int = _setting(1, "seed of data, weights and evaluation sampling")
-    minutes: float = _setting(30.0, "wall-clock budget of the training loop; the learning rate follows it")
-    max_steps: int = _setting(0, "stop after this many steps even before the budget (0: no limit)")
-    threads: int = _setting(2, "torch threads")
-    batch_tokens: int = _setting(4096, "padded tokens a step")
-    learning_rate: float = _setting(2e-3, "peak learning rate (AdamW, warm-up, cosine to a tenth)")
-    weight_decay: float = _setting(0.05, "AdamW weight decay of matrices")
-    warmup_share: float = _setting(0.03, "share of the budget spent warming up")
-    countdown_share: float = _setting(0.6, "share of Countdown; the rest is arithmetic")
-    vocab_size: int = _setting(448, "tokens in all, added ones included")
-    hidden_size: int = _setting(192, "width")
-    num_layers: int = _setting(6, "depth")
-    num_heads: int = _setting(6, "query heads")
-    num_kv_heads: int = _setting(2, "key/value heads")
-    head_dim: int = _setting(32, "one of 32, 64, 96, 128 (what vLLM's CPU attention supports)")
-    ffn_size: int = _setting(576, "width of the feed-forward layers")
-    eval_questions: int = _setting(300, "held-out questions a task, sampled once each at temperature 1")
-    save_minutes: float = _setting(5.0, "minutes between snapshots beside the output")
+    output: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to write; replaced when complete"))
+    initial: Path | None = field(default=None, metadata=_help("checkpoint to go on from, with its tokenizer and shape"))
+    seed: int = field(default=1, metadata=_help("seed of data, weights and evaluation sampling"))
+    minutes: float = field(default=30.0, metadata=_help("training budget; the learning rate follows it"))
+    max_steps: int = field(default=0, metadata=_help("stop after this many steps even before the budget (0: no limit)"))
+    processes: int = field(default=2, metadata=_help("data-parallel processes"))
+    threads: int = field(default=1, metadata=_help("torch threads a process"))
+    batch_tokens: int = field(default=2048, metadata=_help("padded tokens a step and process"))
+    matrix_rate: float = field(default=0.02, metadata=_help("peak rate of Muon (warm-up, cosine to a tenth)"))
+    learning_rate: float = field(default=2e-3, metadata=_help("peak rate of AdamW (embeddings, norms)"))
+    weight_decay: float = field(default=0.02, metadata=_help("weight decay of matrices"))
+    warmup_share: float = field(default=0.03, metadata=_help("share of the budget spent warming up"))
+    countdown_share: float = field(default=0.6, metadata=_help("share of Countdown; the rest is arithmetic"))
+    vocab_size: int = field(default=448, metadata=_help("tokens in all, added ones included"))
+    hidden_size: int = field(default=192, metadata=_help("width"))
+    num_layers: int = field(default=6, metadata=_help("depth"))
+    num_heads: int = field(default=6, metadata=_help("query heads"))
+    num_kv_heads: int = field(default=2, metadata=_help("key/value heads"))
+    head_dim: int = field(default=32, metadata=_help("one of 32, 64, 96, 128 (what vLLM's CPU attention supports)"))
+    ffn_size: int = field(default=576, metadata=_help("width of the feed-forward layers"))
+    eval_questions: int = field(default=300, metadata=_help("held-out questions a task, one sample each"))
+    save_minutes: float = field(default=5.0, metadata=_help("minutes between snapshots beside the output"))
 
     def __post_init__(self) -> None:
         if self.head_dim not in (32, 64, 96, 128):
             raise ConfigError(f"head_dim={self.head_dim} is not served by vLLM on CPU; use 32, 64, 96 or 128")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.processes < 1 or self.threads < 1:
+            raise ConfigError(f"processes={self.processes} and threads={self.threads} must be at least 1")
         if not 0 <= self.countdown_share <= 1:
             raise ConfigError(f"countdown_share={self.countdown_share} must be in [0, 1]")
         if self.minutes <= 0 or self.batch_tokens < 256:
@@ -55,28 +60,31 @@ class SftConfig:
 class ConfidenceConfig:
     """Training of a confidence generator from the policy's own trajectories."""
 
-    policy: Path = _setting(BUNDLED / "policy", "checkpoint that is sampled and that the generator starts from")
-    output: Path = _setting(BUNDLED / "confidence", "where the checkpoint is written")
-    seed: int = _setting(2, "seed of questions, sampling and training order")
-    questions: int = _setting(4000, "training questions over both tasks")
-    samples: int = _setting(8, "trajectories a question")
-    max_cycles: int = _setting(3, "cycles a trajectory; a cycle is forced open after every wrong one")
-    countdown_share: float = _setting(0.6, "share of Countdown; the rest is arithmetic")
-    negative_share: float = _setting(0.15, "synthetic hard negatives, as a share of the sampled Countdown cycles")
-    threads: int = _setting(2, "torch threads")
-    minutes: float = _setting(12.0, "wall-clock budget of the training loop")
-    max_steps: int = _setting(0, "stop after this many steps even before the budget (0: no limit)")
-    batch_tokens: int = _setting(4096, "padded tokens a step")
-    learning_rate: float = _setting(5e-4, "peak learning rate (AdamW, warm-up, cosine to a tenth)")
-    weight_decay: float = _setting(0.05, "AdamW weight decay of matrices")
-    global_weight: float = _setting(0.25, "weight of questions without contrast (all right or all wrong)")
-    eval_questions: int = _setting(500, "held-out questions a task")
+    policy: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to sample and to start from"))
+    output: Path = field(default=BUNDLED / "confidence", metadata=_help("where the checkpoint is written"))
+    seed: int = field(default=2, metadata=_help("seed of questions, sampling and training order"))
+    questions: int = field(default=4000, metadata=_help("training questions over both tasks"))
+    samples: int = field(default=8, metadata=_help("trajectories a question"))
+    max_cycles: int = field(default=3, metadata=_help("cycles a trajectory; forced open after wrong ones"))
+    countdown_share: float = field(default=0.6, metadata=_help("share of Countdown; the rest is arithmetic"))
+    synthetic_pairs: int = field(default=2, metadata=_help("made-up right and hard wrong cycles a question"))
+    validation_share: float = field(default=0.1, metadata=_help("questions kept for calibration and threshold"))
+    threads: int = field(default=2, metadata=_help("torch threads"))
+    minutes: float = field(default=12.0, metadata=_help("wall-clock budget of the training loop"))
+    max_steps: int = field(default=0, metadata=_help("stop after this many steps even before the budget (0: no limit)"))
+    batch_tokens: int = field(default=4096, metadata=_help("padded tokens a step"))
+    learning_rate: float = field(default=5e-4, metadata=_help("peak rate (AdamW, warm-up, cosine to a tenth)"))
+    weight_decay: float = field(default=0.05, metadata=_help("AdamW weight decay of matrices"))
+    global_weight: float = field(default=0.25, metadata=_help("weight of questions all right or all wrong"))
+    eval_questions: int = field(default=500, metadata=_help("held-out questions a task"))
 
     def __post_init__(self) -> None:
         if self.samples < 2:
             raise ConfigError(f"samples={self.samples} must be at least 2: one answer has no contrast")
         if self.max_cycles < 1:
             raise ConfigError(f"max_cycles={self.max_cycles} must be at least 1")
+        if not 0 < self.validation_share < 1:
+            raise ConfigError(f"validation_share={self.validation_share} must be between 0 and 1")
         if not 0 <= self.global_weight <= 1:
             raise ConfigError(f"global_weight={self.global_weight} must be in [0, 1]")
         if self.minutes <= 0 or self.batch_tokens < 256:
@@ -93,10 +101,15 @@ def add_flags(parser: argparse.ArgumentParser, config: type[SftConfig] | type[Co
     for item in fields(config):
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",
-            type=types[item.name],
+            type=_plain(types[item.name]),
             default=argparse.SUPPRESS,
             help=f"{item.metadata['help']} (default: {item.default})",
         )
+
+
+def _plain(kind: Any) -> type:
+    """The type without ``None``."""
+    return next(k for k in get_args(kind) if k is not type(None)) if get_args(kind) else kind
 
 
 def build_config(config: type[Config], file: Path | None, flags: dict[str, Any]) -> Config:
@@ -107,7 +120,7 @@ def build_config(config: type[Config], file: Path | None, flags: dict[str, Any])
     unknown = sorted(set(values) - set(types))
     if unknown:
         raise ConfigError(f"unknown settings {unknown}; known are {sorted(types)}")
-    return config(**{name: _coerce(name, value, types[name]) for name, value in values.items()})
+    return config(**{name: _coerce(name, value, _plain(types[name])) for name, value in values.items()})
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from training.tasks import TASKS
 from training.tasks.trajectory import Conversation, sample_conversation
-from training.tokenizer import render_prompt
+from training.tokenizer import pad_id, render_prompt
 
 POOL_BATCHES = 16
 
@@ -56,10 +56,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversat
     return result
 
 
-def pad(rows: Sequence[Encoded], pad_id: int) -> Batch:
+def pad(rows: Sequence[Encoded], padding: int) -> Batch:
     """Right-pad to the longest row."""
     width = max(len(r.ids) for r in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    ids = torch.full((len(rows), width), padding, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
@@ -72,8 +72,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Endless batches of at most ``batch_tokens`` padded tokens, each of rows of similar length."""
     rng = Random(seed)
-    pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)
+    padding = pad_id(tokenizer)
     while True:
         pool: list[Encoded] = []
         num_tokens = 0
@@ -84,7 +83,7 @@ def batches(
         groups = bucket(pool, batch_tokens)
         rng.shuffle(groups)
         for group in groups:
-            yield pad(group, pad_id)
+            yield pad(group, padding)
 
 
 def bucket(rows: Sequence[Encoded], batch_tokens: int) -> list[list[Encoded]]:

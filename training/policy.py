@@ -1,20 +1,19 @@
 """The bundled policy's architecture: a Qwen3 of about three million parameters, and its Hugging Face config."""
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from training.config import SftConfig
 from training.tasks.trajectory import TURN_END
-from training.tokenizer import token_id
+from training.tokenizer import pad_id, token_id
 
 MAX_POSITIONS = 1024
 
 
 def policy_config(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     """Qwen3 with tied embeddings, full attention, and the ``rtap`` block the server reads."""
-    rtap: dict[str, Any] = {"format": "rtap"}
-    return Qwen3Config(
+    settings = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=config.ffn_size,
@@ -26,9 +25,10 @@ def policy_config(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=token_id(tokenizer, TURN_END),
-        pad_token_id=tokenizer.pad_token_id,
-        rtap=rtap,
+        pad_token_id=pad_id(tokenizer),
     )
+    cast(Any, settings).rtap = {"format": "rtap"}
+    return settings
 
 
 def build_policy(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -47,5 +47,5 @@ def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
         top_k=0,
         bos_token_id=None,
         eos_token_id=token_id(tokenizer, TURN_END),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_id(tokenizer),
     )

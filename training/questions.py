@@ -1,4 +1,4 @@
-"""Question files: deterministic held-out sets as JSONL rows {"question", "answer", "task"} (``rtap train questions``)."""
+"""Question files: fixed held-out sets as JSONL rows {"question", "answer", "task"} (``rtap train questions``)."""
 
 import json
 from dataclasses import asdict, dataclass

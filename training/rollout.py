@@ -7,7 +7,7 @@ models the batched loop is as fast and starts at once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from server.rtap.format import RTAP, parse_cycle
+from training.huggingface import decode_ids, encode_text
 from training.tasks.trajectory import TURN_END, Message
 from training.tokenizer import render_prompt, token_id
 
@@ -54,8 +55,7 @@ Check = Callable[[int, str], bool]
 
 def encode_question(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
     """Prompt ids of a question alone."""
-    text = render_prompt([Message("user", question)])
-    return cast(list[int], tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    return encode_text(tokenizer, render_prompt([Message("user", question)]))
 
 
 def sample_trajectories(
@@ -83,7 +83,7 @@ def sample_trajectories(
             sampled = sample_until(model, [t.context(cycle_open) for t in rows], stops, generator=generator)
             for trajectory, ids in zip(rows, sampled, strict=True):
                 full = (cycle_open, *ids) if depth else tuple(ids)
-                _, answer = parse_cycle(tokenizer.decode(full), RTAP)
+                _, answer = parse_cycle(decode_ids(tokenizer, full), RTAP)
                 is_right = answer is not None and check(trajectory.question, answer)
                 trajectory.cycles.append(SampledCycle(full, answer, is_right))
                 trajectory.is_open = not is_right and answer is not None
@@ -105,13 +105,13 @@ def sample_until(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     outputs: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))
+    rows: list[int] = list(range(len(prompts)))
     for _ in range(MAX_CYCLE_TOKENS):
         logits = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
         ).logits[:, -1]
         chosen = _choose(logits, generator)
-        for row, token in zip(rows, cast(list[int], chosen.tolist()), strict=True):
+        for row, token in zip(rows, cast(Any, chosen).tolist(), strict=True):
             outputs[row].append(token)
         keep = [i for i, row in enumerate(rows) if outputs[row][-1] not in stops]
         if not keep:

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from random import seed as seed_python
+from typing import Any, cast
 
 import torch
 
@@ -22,4 +23,4 @@ def configure_torch(threads: int, seed: int) -> None:
             mallopt(_M_TOP_PAD, 1 << 26)
     torch.set_num_threads(threads)
     seed_python(seed)
-    torch.manual_seed(seed)
+    cast(Any, torch).manual_seed(seed)

@@ -1,23 +1,27 @@
 """Cold start: train a policy from nothing on Think–Answer traces with honest arithmetic (``rtap train sft``)."""
 
 import json
+import sys
 from collections import defaultdict
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from time import monotonic
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from training.checkpoint import manifest, replacing, write_manifest
+from training.checkpoint import manifest
 from training.config import SftConfig
 from training.data import Batch, batches, conversation_text
-from training.optim import Budget, build_adamw, schedule
+from training.huggingface import cast_to, load_policy, save_checkpoint
+from training.optim import Budget, build_muon, descend, schedule
+from training.parallel import rank, run_processes
 from training.policy import MAX_POSITIONS, build_policy
+from training.progress import Progress
 from training.questions import held_out_questions
 from training.rollout import sample_trajectories
 from training.runtime import configure_torch
@@ -42,66 +46,59 @@ def policy_loss(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch.ids[:, 1:][trained])
 
 
-def run(config: SftConfig) -> dict[str, Any]:
-    """Train, evaluate on held-out questions, save. Returns the figures of the manifest."""
+def run(config: SftConfig) -> None:
+    """Train in all processes; the first evaluates on held-out questions, saves and prints the figures."""
+    run_processes(_work, config.processes, config)
+
+
+def _work(config: SftConfig) -> None:
     configure_torch(config.threads, config.seed)
     weights = task_weights(config.countdown_share)
     rng = Random(config.seed)
     corpus = [conversation_text(sample_conversation(TASKS, weights, rng))[0] for _ in range(CORPUS_SIZE)]
-    tokenizer = build_tokenizer(corpus, vocab_size=config.vocab_size, max_length=MAX_POSITIONS)
-    model = build_policy(config, tokenizer)
-    log_path = config.output.parent / f"{config.output.name}.train.jsonl"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("w", encoding="utf-8", buffering=1) as log:
-        training = train(model, tokenizer, config, log)
+    if config.initial is not None:
+        model, tokenizer = load_policy(config.initial)
+    else:
+        tokenizer = build_tokenizer(corpus, vocab_size=config.vocab_size, max_length=MAX_POSITIONS)
+        model = build_policy(config, tokenizer)
+    training = train(model, tokenizer, config)
+    if rank() != 0:
+        return
     figures = training | {"held_out": evaluate(model, tokenizer, config)}
-    record = manifest(
-        "rtap train sft", config, data="".join(corpus), seconds=training["seconds"], figures=figures
-    ) | {"parameters": sum(p.numel() for p in model.parameters())}
+    record = manifest("rtap train sft", config, data="".join(corpus), seconds=training["seconds"], figures=figures) | {
+        "parameters": sum(p.numel() for p in model.parameters())
+    }
     save(config.output, model, tokenizer, record)
-    return figures
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 
-def train(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig, log: TextIO
-) -> dict[str, Any]:
-    """The loop. Snapshots go to ``OUTPUT.snapshot`` so that a kill costs minutes, never the published model."""
-    optimiser = build_adamw(
-        model.parameters(), learning_rate=config.learning_rate, weight_decay=config.weight_decay
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig) -> dict[str, Any]:
+    """The loop. Snapshots go to ``.NAME.snapshot`` beside the output: a kill costs minutes, never the published model.
+
+    Counts in the result are of the first process; the others do as many.
+    """
+    optimisers = build_muon(
+        model.named_parameters(),
+        matrix_rate=config.matrix_rate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
     )
-    stream = batches(
-        tokenizer, task_weights(config.countdown_share), seed=config.seed + 1, batch_tokens=config.batch_tokens
-    )
+    seed = (config.seed + 1) * 1000 + rank()
+    stream = batches(tokenizer, task_weights(config.countdown_share), seed=seed, batch_tokens=config.batch_tokens)
     budget = Budget(config.minutes, config.max_steps)
-    saved, num_tokens, num_rows, smooth = monotonic(), 0, 0, 0.0
+    saved = monotonic()
     model.train()
-    with tqdm(total=100, desc="sft", unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
-        while budget.progress < 1:
+    with Progress("sft", config.output, budget, is_shown=rank() == 0) as progress:
+        while (done := budget.shared_progress()) < 1:
             batch = next(stream)
-            factor = schedule(budget.progress, warmup_share=config.warmup_share)
-            for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * factor
             loss = policy_loss(model, batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            descend(loss, optimisers, factor=schedule(done, warmup_share=config.warmup_share))
             budget.steps += 1
-            num_tokens += batch.ids.numel()
-            num_rows += len(batch.ids)
-            smooth = loss.item() if budget.steps == 1 else 0.97 * smooth + 0.03 * loss.item()
-            bar.set_postfix_str(f"loss {smooth:.4f}, step {budget.steps}, {num_tokens / budget.seconds:.0f} tok/s")
-            bar.update(min(100.0, budget.progress * 100) - bar.n)
-            if budget.steps % 20 == 0:
-                row = {"step": budget.steps, "loss": smooth, "tokens": num_tokens, "seconds": round(budget.seconds, 1)}
-                log.write(json.dumps(row) + "\n")
-            if monotonic() - saved > config.save_minutes * 60:
+            progress.record(loss.item(), rows=len(batch.ids), tokens=batch.ids.numel())
+            if rank() == 0 and monotonic() - saved > config.save_minutes * 60:
                 save(config.output.with_name(f".{config.output.name}.snapshot"), model, tokenizer, {"partial": True})
                 saved = monotonic()
-    return {
-        "seconds": round(budget.seconds, 1), "steps": budget.steps, "tokens": num_tokens,
-        "traces": num_rows, "loss": round(smooth, 4),
-    }  # fmt: skip
+    return progress.summary()
 
 
 def evaluate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig) -> dict[str, Any]:
@@ -126,11 +123,6 @@ def evaluate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config
 
 def save(output: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:
     """Write a bf16 checkpoint; the live model stays fp32."""
-    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    copy = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
-    copy.load_state_dict(state)
-    copy.generation_config = model.generation_config
-    with replacing(output) as folder:
-        copy.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_manifest(folder, record)
+    copy = deepcopy(model)
+    cast_to(copy, torch.bfloat16)
+    save_checkpoint(output, copy, tokenizer, record)

@@ -5,7 +5,7 @@ in decoded text; the ChatML markers are special.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -47,7 +47,7 @@ def build_tokenizer(corpus: Iterable[str], *, vocab_size: int, max_length: int) 
         show_progress=False,
     )
     core.train_from_iterator(corpus, trainer)
-    core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    cast(Any, core).add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=TURN_END,
@@ -63,3 +63,8 @@ def build_tokenizer(corpus: Iterable[str], *, vocab_size: int, max_length: int) 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     """The id of a token that must exist."""
     return cast(int, tokenizer.convert_tokens_to_ids(token))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of padding."""
+    return token_id(tokenizer, PAD)

@@ -149,7 +149,7 @@ class ArithmeticProblem:
             text = text.replace("*", rng.choice((" x ", "x", "×", " × ")))
         return rng.choice(_PHRASINGS).format(e=text)
 
-    def right_attempt(self, rng: Random) -> Attempt:
+    def right_attempt(self, _rng: Random, /) -> Attempt:
         """The written-out working; there is one."""
         return self._attempt(None, 0)
 
@@ -158,13 +158,15 @@ class ArithmeticProblem:
         tried = {a.answer.text for a in earlier}
         for _ in range(20):
             slip = rng.choice((-1, 1)) * rng.choice((1, 1, 2, 10, 10, 20, 100))
-            attempt = self._attempt(rng.randrange(len(self.steps)), slip)
+            slipped = rng.randrange(len(self.steps))
+            results = self._run(slipped, slip)
             # A slip in a helper step (sign, division) need not change the answer: then it is no wrong attempt.
-            if attempt.answer.text != self.reference and attempt.answer.text not in tried and attempt.value >= -999:
-                return attempt
+            is_new = str(results[-1]) not in tried and str(results[-1]) != self.reference
+            if is_new and results[-1] >= -999 and all(r >= 0 for r in results[:-1]):
+                return self._attempt(slipped, slip)
         return None
 
-    def doubt(self, rng: Random, last: Attempt) -> str:
+    def doubt(self, rng: Random, _last: Attempt, /) -> str:
         """An Oops before the sum is done again."""
         return rng.choice(_DOUBTS)
 
@@ -183,8 +185,8 @@ def _then(steps: list[Step], op: str, c: int, *, reverse: bool = False) -> list[
 
 
 def _number(rng: Random) -> int:
-    """One digit a quarter of the time, else two."""
-    return rng.randint(1, 9) if rng.random() < 0.25 else rng.randint(10, 99)
+    """One digit two times in five, else two."""
+    return rng.randint(1, 9) if rng.random() < 0.4 else rng.randint(10, 99)
 
 
 _BINARY: dict[str, Callable[[int, int], list[Step]]] = {"+": _add, "-": _subtract, "*": _multiply}

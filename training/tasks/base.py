@@ -58,7 +58,7 @@ class Problem(Protocol):
         """The question as a person may type it."""
         ...
 
-    def right_attempt(self, rng: Random) -> Attempt:
+    def right_attempt(self, rng: Random, /) -> Attempt:
         """A right working."""
         ...
 
@@ -66,7 +66,7 @@ class Problem(Protocol):
         """A wrong working that differs from ``earlier``; None when there is none left."""
         ...
 
-    def doubt(self, rng: Random, last: Attempt) -> str:
+    def doubt(self, rng: Random, last: Attempt, /) -> str:
         """How the cycle after the wrong attempt ``last`` begins."""
         ...
 

@@ -19,10 +19,12 @@ from random import Random
 from training.tasks.base import Attempt, Segment
 from training.tasks.expression import evaluate
 
+SMALL_NUMBER = 10
 MAX_NUMBER = 25
+SMALL_SHARE = 0.6
 MAX_VALUE = 999
 
-_TARGET = re.compile(r"\b(?:make|get|reach|target|makes|equals|equal)\b(?:\s+(?:is|to|of|the number))*[\s:=]*(\d{1,6})\b")
+_TARGET = re.compile(r"\b(?:makes?|get|reach|target|equals?)\b(?:\s+(?:is|to|of|the number))*[\s:=]*(\d{1,6})\b")
 _INTEGER = re.compile(r"\d+")
 
 _PHRASINGS = (
@@ -111,6 +113,12 @@ def candidates(numbers: tuple[int, int, int]) -> tuple[Candidate, ...]:
     return tuple(found.values())
 
 
+def attempt_text(candidate: Candidate, *, last: int | None = None) -> str:
+    """The working as text; ``last`` replaces the final result (a lie, for hard negatives)."""
+    (first, first_result), (second, second_result) = candidate.steps
+    return f"{first}{first_result} {second}{second_result if last is None else last}"
+
+
 def _attempt(candidate: Candidate, solutions: Sequence[Candidate]) -> Attempt:
     is_right = candidate in solutions
     is_dead_end = all(candidate.steps[0] != s.steps[0] for s in solutions)
@@ -151,7 +159,7 @@ class CountdownProblem:
         listed = f"{a}, {b} and {c}" if style == "and" else style.join(map(str, self.numbers))
         return rng.choice(_PHRASINGS).format(t=self.target, n=listed)
 
-    def right_attempt(self, rng: Random) -> Attempt:
+    def right_attempt(self, rng: Random, /) -> Attempt:
         """Any of the solutions, with equal chance."""
         solutions = self._solutions()
         return _attempt(rng.choice(solutions), solutions)
@@ -165,9 +173,13 @@ class CountdownProblem:
         weights = [1 / (5 + abs(c.value - self.target)) for c in misses]
         return _attempt(rng.choices(misses, weights)[0], self._solutions())
 
-    def doubt(self, rng: Random, last: Attempt) -> str:
+    def doubt(self, rng: Random, last: Attempt, /) -> str:
         """An Oops that usually names the value reached, which is a true statement."""
         return rng.choice(_DOUBTS).format(v=last.value, t=self.target)
+
+
+def _number(rng: Random) -> int:
+    return rng.randint(1, SMALL_NUMBER if rng.random() < SMALL_SHARE else MAX_NUMBER)
 
 
 def parse_question(question: str) -> CountdownProblem | None:
@@ -193,9 +205,9 @@ class Countdown:
     wrong_count_weights = (0.54, 0.24, 0.11, 0.05, 0.03, 0.02, 0.01)
 
     def sample(self, rng: Random) -> CountdownProblem:
-        """Uniform numbers, then a uniform reachable expression: products come up as often as sums."""
+        """Mostly small numbers, as people type them; then a uniform reachable expression, so that products come up."""
         while True:
-            a, b, c = (rng.randint(1, MAX_NUMBER) for _ in range(3))
+            a, b, c = (_number(rng) for _ in range(3))
             target = rng.choice(candidates((a, b, c))).value
             if target > 0:
                 return CountdownProblem((a, b, c), target)

@@ -1,0 +1,83 @@
+"""Figures against scikit-learn and by hand; calibration recovers what was distorted."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from training.calibration import (
+    auroc,
+    best_threshold,
+    constant_direction,
+    expected_calibration_error,
+    figures,
+    fit_platt,
+    histogram,
+    sigmoid,
+    within_question_auroc,
+)
+
+ROWS = st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=2, max_size=60)
+
+
+@given(ROWS)
+def test_auroc_equals_scikit_learn(rows: list[tuple[int, bool]]) -> None:
+    scores = np.array([s / 20 for s, _ in rows])
+    labels = np.array([label for _, label in rows])
+    if 0 < labels.sum() < len(labels):
+        assert auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
+    else:
+        assert np.isnan(auroc(scores, labels))
+
+
+def test_knowing_only_which_questions_are_hard_is_worth_nothing_within_them() -> None:
+    questions = [0] * 4 + [1] * 4 + [2] * 2
+    scores = np.array([0.9] * 4 + [0.1] * 4 + [0.5] * 2)
+    labels = np.array([1, 1, 1, 0, 1, 0, 0, 0, 1, 1], dtype=bool)
+    assert within_question_auroc(scores, labels, questions) == (0.5, 2)
+    assert auroc(scores, labels) > 0.6
+
+
+def test_perfect_ranking_within_questions_is_one() -> None:
+    labels = np.array([1, 0, 1, 0], dtype=bool)
+    assert within_question_auroc(np.array([0.4, 0.3, 0.9, 0.8]), labels, [0, 0, 1, 1]) == (1.0, 2)
+
+
+def test_ece_and_brier_by_hand() -> None:
+    scores, labels = np.array([0.91, 0.91, 0.11, 0.11]), np.array([1, 1, 0, 1], dtype=bool)
+    assert expected_calibration_error(scores, labels) == pytest.approx(0.5 * 0.09 + 0.5 * 0.39)
+    assert figures(scores, labels, [0, 1, 2, 3]).brier == pytest.approx(brier_score_loss(labels, scores), abs=1e-4)
+
+
+def test_platt_recovers_the_distortion() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 2, 20_000)
+    labels = generator.random(20_000) < sigmoid(logits)
+    slope, offset = fit_platt(2 * logits + 3, labels)
+    assert slope == pytest.approx(0.5, abs=0.03)
+    assert offset == pytest.approx(-1.5, abs=0.1)
+
+
+def test_platt_stays_finite_on_separable_data() -> None:
+    slope, offset = fit_platt(np.array([-4.0, -3.0, 3.0, 4.0]), np.array([0, 0, 1, 1], dtype=bool))
+    assert np.isfinite([slope, offset]).all()
+    assert slope > 0
+
+
+def test_an_offset_folds_into_a_head_without_bias() -> None:
+    generator = np.random.default_rng(1)
+    hidden = generator.normal(0, 1, (500, 8))
+    hidden[:, 3] = 2.0 + 0.01 * generator.normal(size=500)  # features that hardly vary carry the constant
+    assert np.abs(hidden @ constant_direction(hidden) - 1).mean() < 0.02
+
+
+def test_best_threshold_separates() -> None:
+    scores, labels = np.array([0.1, 0.2, 0.3, 0.8, 0.9]), np.array([0, 0, 0, 1, 1], dtype=bool)
+    threshold = best_threshold(scores, labels)
+    assert 0.3 < threshold < 0.8
+    assert sum(histogram(scores)) == pytest.approx(1, abs=1e-3)
+
+
+def test_sigmoid_does_not_overflow() -> None:
+    assert sigmoid(np.array([-1e4, 0.0, 1e4])).tolist() == [0.0, 0.5, 1.0]

@@ -1,0 +1,65 @@
+"""``sft`` then ``confidence``, tiny but whole: real data, two processes, sampling, calibration, loadable results."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from training.__main__ import main
+
+TINY = ["--hidden-size", "32", "--num-layers", "2", "--num-heads", "2", "--num-kv-heads", "1", "--ffn-size", "64"]
+SPEED = ["--batch-tokens", "512", "--threads", "1"]
+
+
+def sft(output: Path, steps: int, *more: str) -> None:
+    flags = ["--output", str(output), "--max-steps", str(steps), "--eval-questions", "4", *TINY, *SPEED, *more]
+    assert main(["sft", *flags]) == 0
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("models") / "policy"
+    sft(output, 150, "--processes", "1", "--matrix-rate", "0.05", "--learning-rate", "0.01")
+    return output
+
+
+def test_sft_writes_a_loadable_bf16_checkpoint_and_its_story(policy: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    assert model.dtype == torch.bfloat16
+    assert model.config.rtap == {"format": "rtap"}
+    record = json.loads((policy / "manifest.json").read_text())
+    assert record["command"] == "rtap train sft"
+    assert record["figures"]["steps"] == 150
+    assert set(record["figures"]["held_out"]) == {"countdown", "arithmetic"}
+    losses = [json.loads(line)["loss"] for line in (policy.parent / "policy.train.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_two_processes_give_one_model(tmp_path: Path) -> None:
+    sft(tmp_path / "policy", 2, "--processes", "2")
+    assert json.loads((tmp_path / "policy" / "manifest.json").read_text())["figures"]["steps"] == 2
+    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+def test_training_can_go_on_from_a_checkpoint(policy: Path, tmp_path: Path) -> None:
+    sft(tmp_path / "next", 2, "--processes", "1", "--initial", str(policy))
+    losses = json.loads((tmp_path / "next" / "manifest.json").read_text())["figures"]
+    assert losses["loss"] < 5  # a fresh model starts at log(448) = 6.1
+    assert (tmp_path / "next" / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
+
+
+def test_confidence_trains_on_the_policys_own_cycles(policy: Path, tmp_path: Path) -> None:
+    output = tmp_path / "confidence"
+    flags = ["--policy", str(policy), "--output", str(output), "--questions", "12", "--samples", "3"]
+    assert main(["confidence", *flags, "--max-steps", "5", "--eval-questions", "6", *SPEED]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert (model.config.num_labels, model.dtype) == (1, torch.bfloat16)
+    assert model.config.pad_token_id == AutoTokenizer.from_pretrained(output).pad_token_id
+    block = model.config.rtap
+    assert (block["format"], block["kind"]) == ("rtap", "confidence")
+    assert 0 < block["threshold"] < 1
+    assert len(block["calibration"]["reference"]) == block["calibration"]["bins"] == 20
+    record = json.loads((output / "manifest.json").read_text())
+    assert set(record["figures"]["held_out"]) == {"countdown", "arithmetic", "all"}

@@ -1,0 +1,77 @@
+"""Configs: defaults, then the file, then flags; anything unknown or of the wrong type is refused with a reason."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+
+from server.rtap.errors import ConfigError
+from training.__main__ import main
+from training.config import ConfidenceConfig, SftConfig, add_flags, build_config
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 7\nminutes: 3\n")
+    config = build_config(SftConfig, file, {"seed": 8})
+    assert (config.seed, config.minutes, config.threads) == (8, 3.0, SftConfig().threads)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("sed: 7", r"unknown settings \['sed'\]"),
+        ("seed: seven", "seed='seven' must be of type int"),
+        ("seed: true", "must be of type int"),
+        ("head_dim: 48", "head_dim=48"),
+        ("num_kv_heads: 4", "multiple of num_kv_heads"),
+        ("countdown_share: 2", "must be in"),
+        ("minutes: 0", "must be positive"),
+        ("- seed", "name: value"),
+        ("seed: [", "cannot read"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=reason):
+        build_config(SftConfig, file, {})
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        build_config(SftConfig, tmp_path / "none.yaml", {})
+
+
+def test_one_sample_has_no_contrast() -> None:
+    with pytest.raises(ConfigError, match="at least 2"):
+        ConfidenceConfig(samples=1)
+
+
+def test_every_field_is_a_flag() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, ConfidenceConfig)
+    flags = vars(parser.parse_args(["--policy", "a/b", "--learning-rate", "0.1", "--seed", "3"]))
+    assert flags == {"config": None, "policy": Path("a/b"), "learning_rate": 0.1, "seed": 3}
+
+
+def test_errors_are_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["confidence", "--policy", str(tmp_path)]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_help_is_quick() -> None:
+    started = perf_counter()
+    done = subprocess.run([sys.executable, "-m", "training", "sft", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--countdown-share" in done.stdout
+    assert perf_counter() - started < 5  # about 0.1 s; importing torch would take longer on a busy machine
+
+
+def test_question_files_are_the_same_every_time(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert main(["questions", "--output", str(tmp_path / name), "--count", "20"]) == 0
+    assert (tmp_path / "a" / "countdown.jsonl").read_bytes() == (tmp_path / "b" / "countdown.jsonl").read_bytes()

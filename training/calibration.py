@@ -1,0 +1,125 @@
+"""Figures of a confidence generator, and its calibration. Pure numpy; scores are arrays over cycles.
+
+The first figure is the within-question AUROC: does a right cycle score above a wrong one *of the same question*?
+A generator that only knows which questions are hard has a fair global AUROC and is useless for stopping.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+NUM_BINS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """within_auroc: mean over the questions that have right and wrong cycles (``contrast_questions`` of them)."""
+
+    within_auroc: float
+    contrast_questions: int
+    global_auroc: float
+    ece: float
+    brier: float
+    cycles: int
+    right_share: float
+
+
+def auroc(scores: Floats, labels: Bools) -> float:
+    """P(right scores above wrong), ties count half; NaN without contrast."""
+    num_right, num_wrong = int(labels.sum()), int((~labels).sum())
+    if not num_right or not num_wrong:
+        return float("nan")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    last_rank = np.cumsum(counts)
+    ranks = (last_rank - (counts - 1) / 2)[inverse]  # ties share their mean rank
+    return float((ranks[labels].sum() - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
+
+
+def within_question_auroc(scores: Floats, labels: Bools, questions: Sequence[int]) -> tuple[float, int]:
+    """Mean AUROC over questions with contrast, and their number."""
+    rows: defaultdict[int, list[int]] = defaultdict(list)
+    for index, question in enumerate(questions):
+        rows[question].append(index)
+    values = [auroc(scores[i], labels[i]) for i in rows.values() if 0 < labels[i].sum() < len(i)]
+    return (float(np.mean(values)) if values else float("nan"), len(values))
+
+
+def expected_calibration_error(scores: Floats, labels: Bools) -> float:
+    """Mean over equal-width bins of |accuracy - confidence|, weighted by how full each is."""
+    bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
+    gaps = [abs(scores[bins == b].sum() - labels[bins == b].sum()) for b in range(NUM_BINS)]
+    return float(sum(gaps) / len(scores))
+
+
+def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
+    """All figures, rounded for a report."""
+    within, contrast = within_question_auroc(scores, labels, questions)
+    return Figures(
+        within_auroc=round(within, 4),
+        contrast_questions=contrast,
+        global_auroc=round(auroc(scores, labels), 4),
+        ece=round(expected_calibration_error(scores, labels), 4),
+        brier=round(float(np.mean((scores - labels) ** 2)), 4),
+        cycles=len(scores),
+        right_share=round(float(labels.mean()), 4),
+    )
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Without overflow."""
+    return np.exp(-np.logaddexp(0, -logits))
+
+
+def fit_platt(logits: Floats, labels: Bools, *, steps: int = 100) -> tuple[float, float]:
+    """(slope, offset) that minimise the cross-entropy of sigmoid(slope·logit + offset); damped Newton steps.
+
+    Targets are smoothed as Platt does, so separable data keeps the slope finite.
+    """
+    num_right, num_wrong = int(labels.sum()), int((~labels).sum())
+    targets = np.where(labels, (num_right + 1) / (num_right + 2), 1 / (num_wrong + 2))
+    features = np.stack([logits, np.ones_like(logits)], axis=1)  # (N, 2)
+
+    def cross_entropy(weights: Floats) -> float:
+        margins = features @ weights
+        return float(np.mean(np.logaddexp(0, margins) - targets * margins))
+
+    weights: Floats = np.array([1.0, 0.0])
+    for _ in range(steps):
+        probabilities = sigmoid(features @ weights)
+        gradient = features.T @ (probabilities - targets)
+        spread = probabilities * (1 - probabilities)
+        hessian = features.T @ (features * spread[:, None]) + 1e-6 * np.eye(2)
+        move: Floats = np.asarray(np.linalg.solve(hessian, gradient), dtype=np.float64)
+        size = 1.0
+        while cross_entropy(weights - size * move) > cross_entropy(weights) and size > 1e-9:
+            size /= 2  # a full Newton step overshoots where the sigmoid is flat
+        weights = weights - size * move
+    return float(weights[0]), float(weights[1])
+
+
+def constant_direction(hidden: Floats, *, ridge: float = 1e-3) -> Floats:
+    """The direction u with hidden @ u as close to 1 as possible on every row; hidden (N, D), result (D,).
+
+    ``…ForSequenceClassification`` heads have no bias, so an offset can only be folded in along such a direction.
+    """
+    gram = hidden.T @ hidden / len(hidden) + ridge * np.eye(hidden.shape[1])
+    return np.asarray(np.linalg.solve(gram, hidden.mean(axis=0)), dtype=np.float64)
+
+
+def best_threshold(scores: Floats, labels: Bools) -> float:
+    """The threshold, to a hundredth, that best separates right from wrong (largest balanced accuracy)."""
+    grid = np.arange(5, 96) / 100
+    balanced = [float((scores[labels] >= t).mean() + (scores[~labels] < t).mean()) for t in grid]
+    best = np.flatnonzero(np.array(balanced) >= max(balanced) - 1e-9)
+    return round(float(grid[best[len(best) // 2]]), 2)
+
+
+def histogram(scores: Floats) -> list[float]:
+    """Share of the scores in each of the equal-width bins of [0, 1]."""
+    counts, _ = np.histogram(scores, bins=NUM_BINS, range=(0.0, 1.0))
+    return [round(float(c) / len(scores), 5) for c in counts]
