@@ -1,10 +1,13 @@
 """``rtap serve``: vLLM's own argument parser plus one R-TAP group, then the service until it is told to stop."""
 
+import multiprocessing
 import os
+import signal
 import socket
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from server.rtap.errors import ConfigError
@@ -100,10 +103,19 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
         raise ConfigError(
             f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port"
         ) from error
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_start)
     with sock:
         print(f"rtap serve: loading {args.model}", file=sys.stderr)  # noqa: T201
         uvloop.run(_serve(args, settings, sock, address))
     return 0
+
+
+def _leave_start(number: int, _: FrameType | None) -> None:
+    """A signal while engines are loading, before serve_http has taken over: take their processes along."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(128 + number)
 
 
 async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str) -> None:

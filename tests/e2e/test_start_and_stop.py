@@ -76,3 +76,19 @@ def test_a_signal_ends_all_processes_with_exit_code_0(tmp_path):
         while any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children):
             assert time.monotonic() < deadline, children
             time.sleep(0.1)
+
+
+def test_a_signal_while_loading_takes_the_engines_along():
+    process = subprocess.Popen(
+        rtap_command(free_port()), cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.DEVNULL
+    )
+    parent, began = psutil.Process(process.pid), time.monotonic()
+    while len(children := parent.children(recursive=True)) < 3:  # both engines and multiprocessing's own helper
+        assert time.monotonic() - began < 120
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 30
+    while any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children):
+        assert time.monotonic() < deadline, children
+        time.sleep(0.1)
