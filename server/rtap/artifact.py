@@ -15,12 +15,12 @@ from server.rtap.errors import ConfigError
 class Calibration(BaseModel):
     """How confidences were distributed on held-out questions when the generator was trained.
 
-    histogram: counts over equal-width bins of [0, 1].
+    reference: shares (or counts) over equal-width bins of [0, 1].
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    histogram: tuple[float, ...] = ()
+    reference: tuple[float, ...] = ()
 
 
 class Artifact(BaseModel):

@@ -83,7 +83,7 @@ def test_models_live_ready_and_config(server):
     config = httpx.get(f"{server.url}/v1/rtap/config").json()
     assert (config["format"], config["confidence"]["kind"]) == ("rtap", "pooling")
     assert config["defaults"]["policy"] == "confidence"
-    assert sum(config["confidence"]["calibration"]["histogram"]) > 0
+    assert sum(config["confidence"]["calibration"]["reference"]) > 0
 
 
 def test_score_agrees_with_the_loop(server):

@@ -9,9 +9,9 @@ from server.rtap.errors import ConfigError
 def test_a_checkpoint_without_block_is_empty_and_unknown_keys_pass():
     assert read_artifact({}) == Artifact()
     got = read_artifact(
-        {"rtap": {"format": "rtap", "threshold": 0.6, "future": 1, "calibration": {"histogram": [1, 2]}}}
+        {"rtap": {"format": "rtap", "threshold": 0.6, "future": 1, "calibration": {"reference": [1, 2]}}}
     )
-    assert (got.format, got.threshold, got.calibration.histogram) == ("rtap", 0.6, (1.0, 2.0))
+    assert (got.format, got.threshold, got.calibration.reference) == ("rtap", 0.6, (1.0, 2.0))
 
 
 @pytest.mark.parametrize("block", [{"threshold": 2}, {"threshold": "x"}, [1]])
