@@ -64,9 +64,7 @@ def _use_reasoning_parser(args: Namespace) -> None:
 
     chosen = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
     if chosen and chosen != REASONING_PARSER:
-        raise ConfigError(
-            f"--reasoning-parser {chosen} cannot be used: the trajectory format decides what is reasoning"
-        )
+        raise ConfigError(f"leave out --reasoning-parser {chosen}: the trajectory format decides what is reasoning")
     args.reasoning_parser = args.structured_outputs_config.reasoning_parser = REASONING_PARSER
     plugin = str(Path(__file__).with_name("reasoning_parser.py"))
     args.reasoning_parser_plugin = args.structured_outputs_config.reasoning_parser_plugin = plugin

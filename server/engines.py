@@ -74,6 +74,7 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     scorer_args = _scorer_args(args, settings) if settings.confidence_kind == "pooling" else None
     scorer_config = None if scorer_args is None else _engine_config(scorer_args, scorer_args.model)
     generator = _check_classifier(scorer_config) if scorer_config is not None else Artifact()
+    fmt = format_from_config(_rtap_block(policy_config), override=settings.trajectory_format)
     # Configs are made one after the other (vLLM keeps the current one in a global); only the loading is parallel.
     scorer_task = (
         None if scorer_config is None else asyncio.create_task(asyncio.to_thread(_load, scorer_config, log_stats=False))
@@ -85,7 +86,7 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
         await policy.reset_mm_cache()  # the dummy inputs of start-up
         scorer = None if scorer_task is None else await scorer_task
         confidence = await _confidence(settings, policy, scorer, client)
-        yield Engines(policy, _plan(settings, policy, confidence, generator))
+        yield Engines(policy, _plan(settings, policy, fmt, confidence, generator))
     finally:
         for engine in (policy, await _loaded(scorer_task)):
             if engine is not None:
@@ -173,9 +174,13 @@ def _check_same_tokenizer(policy: AsyncLLM, scorer: AsyncLLM) -> None:
         )
 
 
-def _plan(settings: Settings, policy: AsyncLLM, confidence: Confidence | None, generator: Artifact) -> Plan:
-    block = getattr(policy.model_config.hf_config, "rtap", None)
-    fmt = format_from_config(block, override=settings.trajectory_format)
+def _rtap_block(config: VllmConfig) -> dict[str, Any] | None:
+    return getattr(config.model_config.hf_config, "rtap", None)
+
+
+def _plan(
+    settings: Settings, policy: AsyncLLM, fmt: TrajectoryFormat, confidence: Confidence | None, generator: Artifact
+) -> Plan:
     _check_tags(fmt, policy)
     metrics = Metrics(REGISTRY)
     metrics.build(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
@@ -200,7 +205,7 @@ def _plan(settings: Settings, policy: AsyncLLM, confidence: Confidence | None, g
 def _check_tags(fmt: TrajectoryFormat, policy: AsyncLLM) -> None:
     """A wrong preset shows at once: the thought's tags are tokens of every model that was trained to use them."""
     missing = [tag for tag in (fmt.think_open, fmt.think_close) if tag not in _vocabulary(policy)]
-    if missing and policy.model_config.hf_config.to_dict().get("rtap") is None and fmt.has_answer_tags:
+    if missing and _rtap_block(policy.vllm_config) is None and fmt.has_answer_tags:
         raise ConfigError(
             f"{policy.model_config.model} has no tokens {' '.join(missing)}, so it does not write the '{fmt.name}' "
             "format; leave out --trajectory-format"

@@ -1,5 +1,8 @@
 """Confidence from a remote vLLM and from log-probabilities; a generator that dies degrades requests."""
 
+import os
+import signal
+
 import httpx
 import pytest
 
@@ -25,7 +28,7 @@ def test_remote_scores_like_the_local_engine_and_its_death_degrades(server, tmp_
             assert remote["answer"] == local["answer"]
             assert remote["confidence"] == pytest.approx(local["confidence"], abs=0.02)
 
-            generator.process.kill()
+            os.killpg(generator.process.pid, signal.SIGKILL)  # its engine processes as well
             generator.process.wait()
             degraded = _ask(started, threshold=1.0)
             assert degraded["rtap"]["degraded"] == "error"

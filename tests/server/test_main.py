@@ -1,0 +1,26 @@
+"""Command-line mistakes of `rtap serve` that are found before anything is loaded: exit code 2 and one sentence."""
+
+import pytest
+
+from server.__main__ import main
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "sentence"),
+    [
+        (["--threshold", "2"], {}, "--threshold (or RTAP_THRESHOLD)='2'"),
+        (["--policy", "sure"], {}, "--policy (or RTAP_POLICY)='sure'"),
+        ([], {"RTAP_TRESHOLD": "1"}, "unknown settings in the environment: RTAP_TRESHOLD"),
+        (["--confidence", "remote", "--confidence-model", "/m"], {}, "confidence=remote needs a http(s) address"),
+        (["--api-server-count", "2"], {}, "rtap runs one API process"),
+        (["--headless"], {}, "rtap runs one API process"),
+        (["--reasoning-parser", "qwen3"], {}, "leave out --reasoning-parser qwen3"),
+    ],
+)
+def test_mistakes_are_one_sentence(flags, environ, sentence, monkeypatch, capsys):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert main(["some/model", *flags]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rtap serve: ")]
+    assert len(lines) == 1
+    assert sentence in lines[0]

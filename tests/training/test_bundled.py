@@ -1,0 +1,76 @@
+"""The models in deploy/models do what their cards say, within the noise of a small sample."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from server.rtap.format import RTAP, parse_cycle
+from training.confidence import load_generator, pooled
+from training.examples import Example
+from training.huggingface import decode_ids, encode_text, load_policy
+from training.questions import held_out_questions
+from training.rollout import encode_question, sample_until
+from training.tasks import TASKS, check
+from training.tokenizer import token_id
+
+MODELS = Path(__file__).parents[2] / "deploy" / "models"
+PAIRS = [
+    ("make 82 from 3, 7, 25", "25*3=75 75+7=82", "25*3+7", "25*3=75 75-7=68", "25*3-7"),
+    ("Use 4, 9 and 6 to make 30.", "9-4=5 5*6=30", "(9-4)*6", "9+4=13 13*6=78", "(9+4)*6"),
+    ("What is 12 * 9?", "10*9=90 2*9=18 90+18=108", "108", "10*9=90 2*9=18 90+18=118", "118"),
+]
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return json.loads((MODELS / name / "config.json").read_text())
+
+
+def test_they_are_small_and_bf16() -> None:
+    assert sum(p.stat().st_size for p in MODELS.rglob("*") if p.is_file()) < 16 * 2**20
+    assert {config_of(n)["dtype"] for n in ("policy", "confidence")} == {"bfloat16"}
+
+
+def test_both_share_one_tokenizer() -> None:
+    first, second = ((MODELS / name / "tokenizer.json").read_bytes() for name in ("policy", "confidence"))
+    assert first == second
+
+
+def test_question_files_are_what_the_command_writes() -> None:
+    for name, task in TASKS.items():
+        rows = [json.loads(line) for line in (MODELS / "eval" / f"{name}.jsonl").read_text().splitlines()]
+        fixed = held_out_questions(task, 600)
+        assert [r["question"] for r in rows] == [q.question for q in fixed]
+        assert all(check(r["question"], r["answer"], r["answer"]) and r["task"] == name for r in rows)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_greedy_answers_are_well_formed_and_often_right(name: str) -> None:
+    model, tokenizer = load_policy(MODELS / "policy")
+    questions = [q.question for q in held_out_questions(TASKS[name], 60)]
+    stops = (token_id(tokenizer, RTAP.answer_close or ""),)
+    sampled = sample_until(model, [encode_question(tokenizer, q) for q in questions], stops, generator=None)
+    answers = [parse_cycle(decode_ids(tokenizer, ids), RTAP)[1] for ids in sampled]
+    assert sum(a is not None for a in answers) >= 58
+    right = sum(a is not None and TASKS[name].check(q, a) for q, a in zip(questions, answers, strict=True))
+    assert right >= MIN_GREEDY_RIGHT[name]
+
+
+def test_the_generator_prefers_the_right_cycle_of_the_same_question() -> None:
+    model, tokenizer = load_generator(MODELS / "confidence")
+    for question, right_think, right, wrong_think, wrong in PAIRS:
+        prompt = encode_question(tokenizer, question)
+        texts = (RTAP.render_cycle(right_think, right), RTAP.render_cycle(wrong_think, wrong))
+        examples = [Example(0, (*prompt, *encode_text(tokenizer, t)), True, 1) for t in texts]
+        with torch.inference_mode():
+            good, bad = model.score(pooled(model, examples))[:, 0].sigmoid().tolist()
+        assert good > bad, question
+
+
+def test_the_generator_block_is_complete() -> None:
+    block = config_of("confidence")["rtap"]
+    assert (block["format"], block["kind"]) == ("rtap", "confidence")
+    assert 0 < block["threshold"] < 1
+    assert sum(block["calibration"]["reference"]) == pytest.approx(1, abs=1e-3)
