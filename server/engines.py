@@ -5,6 +5,7 @@ Every mistake a user can make here is a ConfigError with one sentence; vLLM's ow
 
 import asyncio
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -51,6 +52,8 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
     - Threads: both engines would bind themselves to the same cores.
     - A small block: the prefix cache works in whole blocks, and vLLM's 128 would hide most of a short cycle.
     - For the bundled models, a KV cache and a compilation (none) that fit 3 M parameters.
+    - Eager where there is no C++ compiler; and eager also for the piece that vLLM compiles even then, the gathering of
+      log-probabilities, whose compilation would otherwise kill the engine at the first request that asks for them.
     """
     if not current_platform.is_cpu():
         return
@@ -64,6 +67,10 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
         if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             args.kv_cache_memory_bytes = _GIB
         args.enforce_eager = True
+    if shutil.which("g++") is None:
+        args.enforce_eager = True
+    if args.enforce_eager:
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 @asynccontextmanager

@@ -1,11 +1,22 @@
 """``/live`` and ``/ready``: is the process worth keeping, and should it get traffic. No key needed, no detail given."""
 
+from typing import Protocol
+
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
-from vllm.engine.protocol import EngineClient
 
 
-def ops_router(engine: EngineClient) -> APIRouter:
+class Engine(Protocol):
+    """What of an engine says whether it lives."""
+
+    @property
+    def is_running(self) -> bool: ...
+
+    @property
+    def errored(self) -> bool: ...
+
+
+def ops_router(engine: Engine) -> APIRouter:
     """Liveness fails only when the engine is dead; readiness also while it is stopping."""
     router = APIRouter(tags=["operations"])
 

@@ -10,9 +10,11 @@ ROOT = Path(__file__).resolve().parents[2]
 MAY_IMPORT_VLLM = {
     "server.__main__",
     "server.app",
-    "server.recursive_engine",
     "server.confidence",
-    "server.vllm_compat",
+    "server.engines",
+    "server.outputs",
+    "server.reasoning_parser",
+    "server.recursive_engine",
     "training.rollout",
 }
 

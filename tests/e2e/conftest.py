@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "deploy" / "models"
 # What `rtap serve` sets for the bundled models on a CPU, spelt out for a plain `vllm serve` beside it.
 VLLM_FLAGS = ["--no-enable-chunked-prefill", "--block-size", "32", "--enforce-eager"]
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
 START_SECONDS = 240  # generous: two test servers may be starting on two busy cores
 
 
