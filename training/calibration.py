@@ -18,11 +18,14 @@ NUM_BINS = 20
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """within_auroc: mean over the questions that have right and wrong cycles (``contrast_questions`` of them)."""
+    """within_auroc: mean over the questions that have right and wrong cycles (``contrast_questions`` of them).
 
-    within_auroc: float
+    An AUROC without contrast is None.
+    """
+
+    within_auroc: float | None
     contrast_questions: int
-    global_auroc: float
+    global_auroc: float | None
     ece: float
     brier: float
     cycles: int
@@ -60,14 +63,18 @@ def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
     """All figures, rounded for a report."""
     within, contrast = within_question_auroc(scores, labels, questions)
     return Figures(
-        within_auroc=round(within, 4),
+        within_auroc=_known(within),
         contrast_questions=contrast,
-        global_auroc=round(auroc(scores, labels), 4),
+        global_auroc=_known(auroc(scores, labels)),
         ece=round(expected_calibration_error(scores, labels), 4),
         brier=round(float(np.mean((scores - labels) ** 2)), 4),
         cycles=len(scores),
         right_share=round(float(labels.mean()), 4),
     )
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else round(value, 4)
 
 
 def sigmoid(logits: Floats) -> Floats:

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
 
+from server.rtap.errors import ConfigError
+from server.rtap.format import RTAP
 from training.calibration import (
     NUM_BINS,
     Bools,
@@ -34,13 +36,16 @@ from training.checkpoint import manifest
 from training.config import ConfidenceConfig
 from training.examples import Example, Row, balance, collect, synthetic_texts
 from training.huggingface import cast_to, encode_text, load_policy, load_tokenizer, save_checkpoint
-from training.optim import Budget, build_adamw, descend, schedule
+from training.optim import Budget, build_muon, descend, schedule
 from training.progress import Progress
 from training.questions import held_out_questions
 from training.rollout import encode_question, sample_trajectories
 from training.runtime import configure_torch
+from training.samples import read_or_sample
 from training.tasks import TASKS
 from training.tasks.base import Problem, Split, sample_split
+from training.tasks.trajectory import TURN_END
+from training.tokenizer import token_id
 
 WARMUP_SHARE = 0.03
 
@@ -61,12 +66,18 @@ def run(config: ConfidenceConfig) -> None:
     policy, tokenizer = load_policy(config.policy)
     generator = torch.Generator().manual_seed(config.seed)
     fitting, validation = training_examples(policy, tokenizer, config, generator)
-    model = build_generator(policy, config)
+    num_right = sum(e.is_right for e in validation)
+    if num_right in (0, len(validation)):
+        raise ConfigError(
+            f"{num_right} of {len(validation)} distinct answers to the validation questions are right, so there is "
+            "nothing to calibrate on; take a better policy or more questions"
+        )
+    model = build_generator(policy, tokenizer)
     training = train(model, balance(fitting, global_weight=config.global_weight), config)
     calibration = calibrate(model, score(model, validation, config.batch_tokens))
     judged = score(model, validation, config.batch_tokens)
     threshold = best_threshold(sigmoid(judged.logits), judged.labels)
-    held_out, reference = judge(model, policy, tokenizer, config, generator)
+    held_out, reference = judge(model, policy, tokenizer, config)
     figures_all = training | {
         "threshold": threshold, "calibration": calibration, "examples": len(fitting), "held_out": held_out,
     }  # fmt: skip
@@ -83,13 +94,19 @@ def run(config: ConfidenceConfig) -> None:
     sys.stdout.write(json.dumps(figures_all, indent=2) + "\n")
 
 
-def build_generator(policy: Qwen3ForCausalLM, config: ConfidenceConfig) -> Qwen3ForSequenceClassification:
-    """The policy's body with a fresh one-label head."""
+def build_generator(policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForSequenceClassification:
+    """The policy's body; the head starts as the policy's own choice after a cycle: end the turn against go on.
+
+    Training then starts from what the policy knows of its answers (a within-question AUROC of 0.97 on Countdown)
+    instead of spending its first steps, and its features, on a random head.
+    """
     settings = deepcopy(policy.config)
     settings.num_labels = 1
-    cast(Any, torch).manual_seed(config.seed)
     model = Qwen3ForSequenceClassification(settings)
     body_of(model).load_state_dict(policy.model.state_dict())
+    outputs = policy.lm_head.weight.detach()
+    with torch.no_grad():
+        model.score.weight[0] = outputs[token_id(tokenizer, TURN_END)] - outputs[token_id(tokenizer, RTAP.cycle_open)]
     return model
 
 
@@ -110,7 +127,7 @@ def training_examples(
     """Labelled cycles of training questions: to fit on, and (sampled ones only) to calibrate on."""
     rng = Random(config.seed)
     problems, questions = _training_problems(config, rng)
-    sampled = sample_rows(policy, tokenizer, questions, config, generator)
+    sampled = read_or_sample(config, lambda: sample_rows(policy, tokenizer, questions, config, generator))
     num_validation = max(1, round(config.validation_share * len(questions)))
     synthetic: list[Row] = []
     for index in range(num_validation, len(questions)):
@@ -183,7 +200,12 @@ def train(
     model: Qwen3ForSequenceClassification, examples: Sequence[Example], config: ConfidenceConfig
 ) -> dict[str, Any]:
     """Weighted cross-entropy over shuffled epochs until the budget ends."""
-    optimiser = build_adamw(model.parameters(), learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    optimisers = build_muon(
+        model.named_parameters(),
+        matrix_rate=config.matrix_rate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
     rng = Random(config.seed)
     mean_weight = sum(e.weight for e in examples) / len(examples)
     budget, num_seen = Budget(config.minutes, config.max_steps), 0
@@ -199,7 +221,7 @@ def train(
             labels = torch.tensor([float(e.is_right) for e in batch])
             weights = torch.tensor([e.weight / mean_weight for e in batch])
             loss = (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weights).mean()
-            descend(loss, [optimiser], factor=schedule(budget.progress, warmup_share=WARMUP_SHARE))
+            descend(loss, optimisers, factor=schedule(budget.progress, warmup_share=WARMUP_SHARE))
             budget.steps += 1
             num_seen += len(batch)
             progress.record(loss.item(), rows=len(batch), tokens=sum(len(e.ids) for e in batch))
@@ -238,11 +260,11 @@ def judge(
     policy: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     config: ConfidenceConfig,
-    generator: torch.Generator,
 ) -> tuple[dict[str, Any], list[float]]:
     """Held-out figures, on the bf16-rounded weights that are saved, and the histogram of all scores."""
     cast_to(model, torch.bfloat16)
     cast_to(model, torch.float32)
+    generator = torch.Generator().manual_seed(config.seed + 1)  # the same samples whether or not others were reused
     report: dict[str, Any] = {}
     parts: list[Scored] = []
     for name, task in TASKS.items():

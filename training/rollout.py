@@ -99,17 +99,22 @@ def sample_until(
     generator: torch.Generator | None,
 ) -> list[list[int]]:
     """Continue each prompt until a stop id (kept) or the limit. Without a generator: greedy."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[stops[-1]] * (width - len(p)) + p for p in prompts])  # (B, T), left-padded
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    # Samples of one question share their prompt: read it once, then repeat its cache.
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    width = max(map(len, places))
+    ids = torch.tensor([[stops[-1]] * (width - len(p)) + list(p) for p in places])  # (B, T), left-padded
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in places])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     outputs: list[list[int]] = [[] for _ in prompts]
     rows: list[int] = list(range(len(prompts)))
-    for _ in range(MAX_CYCLE_TOKENS):
+    keep = [places[tuple(p)] for p in prompts]
+    for step in range(MAX_CYCLE_TOKENS):
         logits = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
         ).logits[:, -1]
+        if step == 0:
+            logits, mask, positions = _select(keep, cache, logits, mask, positions)
         chosen = _choose(logits, generator)
         for row, token in zip(rows, cast(Any, chosen).tolist(), strict=True):
             outputs[row].append(token)
@@ -117,14 +122,19 @@ def sample_until(
         if not keep:
             break
         if len(keep) < len(rows):
-            index = torch.tensor(keep)
-            cache.batch_select_indices(index)
             rows = [rows[i] for i in keep]
-            chosen, mask, positions = chosen[index], mask[index], positions[index]
+            chosen, mask, positions = _select(keep, cache, chosen, mask, positions)
         ids = chosen[:, None]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         positions = positions[:, -1:] + 1
     return outputs
+
+
+def _select(keep: list[int], cache: DynamicCache, *tensors: Tensor) -> list[Tensor]:
+    """The rows ``keep`` (in that order, repeats allowed) of the cache, in place, and of the tensors."""
+    index = torch.tensor(keep)
+    cache.batch_select_indices(index)
+    return [t[index] for t in tensors]
 
 
 def _choose(logits: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -55,7 +55,7 @@ def test_greedy_answers_are_well_formed_and_often_right(name: str) -> None:
     answers = [parse_cycle(decode_ids(tokenizer, ids), RTAP)[1] for ids in sampled]
     assert sum(a is not None for a in answers) >= 58
     right = sum(a is not None and TASKS[name].check(q, a) for q, a in zip(questions, answers, strict=True))
-    assert right >= MIN_GREEDY_RIGHT[name]
+    assert right >= {"countdown": 15, "arithmetic": 45}[name]  # 28 and 56 when they were bundled
 
 
 def test_the_generator_prefers_the_right_cycle_of_the_same_question() -> None:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from training.__main__ import main
 
+BUNDLED_POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
 TINY = ["--hidden-size", "32", "--num-layers", "2", "--num-heads", "2", "--num-kv-heads", "1", "--ffn-size", "64"]
 SPEED = ["--batch-tokens", "512", "--threads", "1"]
 
@@ -50,10 +51,20 @@ def test_training_can_go_on_from_a_checkpoint(policy: Path, tmp_path: Path) -> N
     assert (tmp_path / "next" / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
 
 
-def test_confidence_trains_on_the_policys_own_cycles(policy: Path, tmp_path: Path) -> None:
-    output = tmp_path / "confidence"
-    flags = ["--policy", str(policy), "--output", str(output), "--questions", "12", "--samples", "3"]
-    assert main(["confidence", *flags, "--max-steps", "5", "--eval-questions", "6", *SPEED]) == 0
+def test_a_policy_that_is_never_right_is_refused(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--policy", str(policy), "--output", str(tmp_path / "confidence"), "--questions", "12", "--samples", "2"]
+    assert main(["confidence", *flags, *SPEED]) == 2
+    assert "nothing to calibrate on" in capsys.readouterr().err
+    assert not (tmp_path / "confidence").exists()
+
+
+def test_confidence_trains_on_the_policys_own_cycles(tmp_path: Path) -> None:
+    output, samples = tmp_path / "confidence", tmp_path / "samples.jsonl"
+    flags = ["--policy", str(BUNDLED_POLICY), "--output", str(output), "--samples-file", str(samples)]
+    sizes = ["--questions", "60", "--samples", "3", "--eval-questions", "8"]
+    assert main(["confidence", *flags, *sizes, "--max-steps", "5", *SPEED]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert (model.config.num_labels, model.dtype) == (1, torch.bfloat16)
     assert model.config.pad_token_id == AutoTokenizer.from_pretrained(output).pad_token_id
@@ -63,3 +74,9 @@ def test_confidence_trains_on_the_policys_own_cycles(policy: Path, tmp_path: Pat
     assert len(block["calibration"]["reference"]) == block["calibration"]["bins"] == 20
     record = json.loads((output / "manifest.json").read_text())
     assert set(record["figures"]["held_out"]) == {"countdown", "arithmetic", "all"}
+    # Reusing the samples gives the same generator; samples of another setting are refused.
+    again = ["--output", str(tmp_path / "again"), "--max-steps", "5", *SPEED]
+    assert main(["confidence", *flags[:2], *flags[4:], *sizes, *again]) == 0
+    first, second = (tmp_path / n / "model.safetensors" for n in ("confidence", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert main(["confidence", *flags, *sizes, "--seed", "9", *SPEED]) == 2
