@@ -39,10 +39,11 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
         description="Serve a model that thinks in recursive Think–Answer cycles. Without MODEL: the bundled ones.",
     )
     make_arg_parser(parser)
+    parser.set_defaults(model=None)
     add_flags(parser)
     args = cast(Namespace, parser.parse_args(argv))
     values, environ = dict(vars(args)), dict(os.environ)
-    model = args.model_tag or (args.model if "--model" in argv else None)
+    model = args.model_tag or args.model
     bundled = model is None
     if bundled:
         model = _bundled("policy")

@@ -24,7 +24,7 @@ _LOGPROB_FLOOR = -30.0  # the engine reports -inf for tokens that sampling maske
 
 
 class PoolingConfidence:
-    """A second vLLM engine with the pooling runner over a one-label sequence classifier; score = sigmoid.
+    """A second vLLM engine with the pooling runner over a sequence classifier: one label (sigmoid), or wrong/right.
 
     Reads the question's and the cycle's own token ids, so it must share the policy's tokenizer.
     vLLM batches concurrent scores and caches the question's prefix by itself.
@@ -60,7 +60,7 @@ class PoolingConfidence:
         async with aclosing(cast(Any, outputs)) as results:
             async for result in results:
                 if result.finished:
-                    return float(result.outputs.data[0])
+                    return float(result.outputs.data[-1])  # one label: P(right); two: P(wrong), P(right)
         raise ConfidenceError("the generator ended without a score")
 
 
@@ -74,18 +74,17 @@ class RemoteConfidence:
         """One request to the remote server."""
         token_ids = [*judged.question_token_ids, *judged.cycle_token_ids]
         try:
-            reply = await self._client.post(
-                f"{self._address}/classify", json={"input": [token_ids]}, timeout=self._timeout_seconds
-            )
+            async with asyncio.timeout(self._timeout_seconds):  # httpx's own timeout is a read, not the whole
+                reply = await self._client.post(f"{self._address}/classify", json={"input": [token_ids]})
             reply.raise_for_status()
-            probabilities = cast(list[float], reply.json()["data"][0]["probs"])
-        except httpx.TimeoutException as error:
+            probability = float(reply.json()["data"][0]["probs"][-1])
+        except (TimeoutError, httpx.TimeoutException) as error:
             raise ConfidenceError("the remote generator did not answer in time", reason="timeout") from error
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ConfidenceError(f"the remote generator failed: {type(error).__name__}") from error
-        if not 0.0 <= probabilities[-1] <= 1.0:
+        if not 0.0 <= probability <= 1.0:
             raise ConfidenceError("the remote generator sent no probability")
-        return Score(float(probabilities[-1]), len(token_ids))
+        return Score(probability, len(token_ids))
 
     async def check(self, encode_ids: Sequence[int]) -> None:
         """Raise ConfigError unless the server answers and tokenises like the policy. encode_ids: ids of the probe."""
@@ -95,7 +94,7 @@ class RemoteConfidence:
             )
             reply.raise_for_status()
             tokens = cast(list[int], reply.json()["tokens"])
-        except (httpx.HTTPError, ValueError, KeyError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"no vLLM classify server answers at {self._address} ({type(error).__name__}); "
                 "start it with `vllm serve CHECKPOINT --runner pooling`"

@@ -34,6 +34,7 @@ from server.rtap.types import Confidence
 from server.settings import Settings
 
 _GIB = 2**30
+_GENERATOR_GPU_SHARE = 0.15  # vLLM's default for the policy is 0.92: lower it with --gpu-memory-utilization
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def _engine_config(engine_args: AsyncEngineArgs, model: str) -> VllmConfig:
 
 
 def _scorer_args(args: Namespace, settings: Settings) -> AsyncEngineArgs:
-    """Engine arguments of the generator: its own model, the policy's limits, then ``--confidence-engine-args``."""
+    """Engine arguments of the generator: a small share of the memory, then ``--confidence-engine-args``."""
     own: dict[str, Any] = {
         "model": settings.confidence_model,
         "tokenizer": settings.confidence_model,
@@ -137,6 +138,8 @@ def _scorer_args(args: Namespace, settings: Settings) -> AsyncEngineArgs:
     }
     if current_platform.is_cpu():
         own |= {"kv_cache_memory_bytes": _GIB // 4, "block_size": args.block_size, "enable_chunked_prefill": False}
+    else:
+        own |= {"gpu_memory_utilization": _GENERATOR_GPU_SHARE}
     try:
         return AsyncEngineArgs(**(own | settings.confidence_engine_args))
     except TypeError as error:

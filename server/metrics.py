@@ -85,7 +85,8 @@ class Metrics:
         self._request_seconds.observe(trajectory.seconds)
         if trajectory.first_answer_seconds is not None:
             self._first_answer.observe(trajectory.first_answer_seconds)
-        if trajectory.selected == 0:
+        in_sequence = trajectory.policy is not Policy.VOTE  # samples of a vote have no order to speak of
+        if trajectory.selected == 0 and in_sequence:
             self._first_accepted.inc()
         if trajectory.degraded is not None:
             self._degraded.labels(trajectory.degraded).inc()
@@ -93,7 +94,7 @@ class Metrics:
         for cycle in trajectory.cycles:
             self._observe_cycle(cycle)
             if cycle.confidence is not None:
-                if before is not None:
+                if before is not None and in_sequence:
                     self._gain.observe(cycle.confidence - before)
                 before = cycle.confidence
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import msgspec
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import describe, error_body
@@ -18,6 +19,12 @@ from server.stream import EventStream, annotate_reply
 from server.wire import Exchange, begin_exchange, parse_options
 
 RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+# Other ways into generation that vLLM mounts: their replies would show everything as reasoning.
+REFUSED_PATHS = frozenset({"/v1/chat/completions/batch", "/invocations"})
+
+
+class _ClientLeft(Exception):
+    """The client went away before its body was complete."""
 
 
 class RecursionMiddleware:
@@ -30,17 +37,23 @@ class RecursionMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        body = await self._read(scope, receive)
+        path = get_route_path(scope)
+        try:
+            body = await self._read(scope, receive)
+        except _ClientLeft:
+            return
         if body is None:
             self._metrics.rejected("body_too_large")
             limit = self._settings.max_body_bytes
             message = f"the request body is larger than {limit} bytes; shorten it or raise --max-body-bytes"
             await _reply(send, 413, error_body(message, status=413, type_="invalid_request_error"))
             return
-        if scope["path"] not in RECURSIVE_PATHS:
+        if path not in RECURSIVE_PATHS and path not in REFUSED_PATHS:
             await self._app(scope, _replay(body, receive), send)
             return
         try:
+            if path in REFUSED_PATHS:
+                raise InvalidRequest(f"{path} does not recurse; send single requests to /v1/chat/completions")
             request, body = self._parse(body)
             exchange = Exchange(request.pop("rtap_options"))
         except InvalidRequest as error:
@@ -48,10 +61,10 @@ class RecursionMiddleware:
             await _reply(send, *describe(error))
             return
         begin_exchange(exchange)
-        await self._app(scope, _replay(body, receive), _Rewriter(send, scope["path"], request, exchange))
+        await self._app(scope, _replay(body, receive), _Rewriter(send, path, request, exchange))
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None as soon as it is known to be too large."""
+        """The whole body, or None as soon as it is known to be too large. Raises _ClientLeft."""
         limit, parts, size = self._settings.max_body_bytes, list[bytes](), 0
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
@@ -59,7 +72,7 @@ class RecursionMiddleware:
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                return b"".join(parts)  # the client left; the app will see that itself
+                raise _ClientLeft
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > limit:

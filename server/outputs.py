@@ -96,7 +96,13 @@ class Writer:
         finish = trajectory.finish
         truncated = finish is not None and finish.truncated
         self._part.finish_reason = "length" if truncated or trajectory.stop_reason is StopReason.MAX_TOKENS else "stop"
-        self._part.stop_reason = finish.native.outputs[0].stop_reason if finish is not None else None
+        if finish is not None and finish.ended_turn:  # the loop's own stop is nobody's business
+            self._part.stop_reason = finish.native.outputs[0].stop_reason
+        return self._emit()
+
+    def abort(self, finish_reason: str) -> Iterable[RequestOutput]:
+        """The engine gave up: what there is, with its reason."""
+        self._part.finish_reason = finish_reason
         return self._emit()
 
     def _emit_text(self, text: str) -> Iterable[RequestOutput]:

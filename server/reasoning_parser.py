@@ -24,7 +24,6 @@ class RecursiveReasoningParser(ReasoningParser):
         super().__init__(tokenizer, *args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
         self._ended = False
         vocab: dict[str, int] = self.vocab
-        self._open_ids = {vocab[RTAP.think_open]} if RTAP.think_open in vocab else set[int]()
         closing = RTAP.answer_open if RTAP.answer_open in vocab else THINK.think_close
         self._close_id = vocab.get(closing or "")
 
@@ -72,16 +71,12 @@ class RecursiveReasoningParser(ReasoningParser):
         """Nothing is ever held back."""
         return None
 
-    # The three below are read in the engine process, for structured outputs: on raw token ids, per cycle.
-
     @override
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
-        for token_id in reversed(input_ids):
-            if token_id == self._close_id:
-                return True
-            if token_id in self._open_ids:
-                return False
+        # Asked of prompts, whose tags (an earlier turn's, or a user's own) say nothing about what will be written.
         return False
+
+    # The two below are read in the engine process, for structured outputs: on the ids that a cycle writes.
 
     @override
     def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Iterable[int]) -> bool:

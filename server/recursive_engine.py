@@ -59,7 +59,7 @@ class RecursiveEngine:
     def __init__(self, inner: EngineClient, plan: Plan) -> None:
         self._inner = inner
         self._plan = plan
-        self._live: dict[str, set[str]] = {}
+        self._live: dict[str, list[set[str]]] = {}  # by outer id, which clients may use twice at once
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -82,7 +82,7 @@ class RecursiveEngine:
     async def abort(self, request_id: str | Iterable[str], **options: Any) -> None:
         """Abort requests by their outer ids: the cycles being written for them, and pass-through ones."""
         outer = (request_id,) if isinstance(request_id, str) else tuple(request_id)
-        live = [inner for name in outer for inner in self._live.get(name, ())]
+        live = [inner for name in outer for cycles in self._live.get(name, ()) for inner in cycles]
         await self._inner.abort([*outer, *live], **options)
 
     def _call(
@@ -112,7 +112,8 @@ class RecursiveEngine:
         )
 
     async def _outputs(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
-        live = self._live.setdefault(call.request_id, set())
+        live = set[str]()
+        self._live.setdefault(call.request_id, []).append(live)
         try:
             with self._plan.metrics.in_flight():
                 if call.params.n == 1:
@@ -124,7 +125,11 @@ class RecursiveEngine:
                         async for output in outputs:
                             yield output
         finally:
-            del self._live[call.request_id]
+            calls = [other for other in self._live[call.request_id] if other is not live]
+            if calls:
+                self._live[call.request_id] = calls
+            else:
+                del self._live[call.request_id]
 
     async def _choices(self, call: Call, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
         """``n`` trajectories side by side, merged as AsyncLLM merges samples: one output for FINAL_ONLY."""
@@ -179,6 +184,9 @@ class RecursiveEngine:
                         self._plan.metrics.observe(event.trajectory)
                     for output in writer.write(event):
                         yield output
+        except CycleAborted as aborted:
+            for output in writer.abort(aborted.finish_reason):
+                yield output
         finally:
             if not finished:
                 self._plan.metrics.abandoned(call.limits.policy)
@@ -187,6 +195,14 @@ class RecursiveEngine:
 # vLLM asks isinstance(client, EngineClient); delegation by __getattr__ serves the methods, which inheriting the
 # abstract class would hide behind its NotImplementedError defaults.
 EngineClient.register(RecursiveEngine)
+
+
+class CycleAborted(Exception):
+    """The engine gave up a cycle: ``abort`` by a route of vLLM's, ``error``, or ``repetition``. Ends the request."""
+
+    def __init__(self, finish_reason: str) -> None:
+        super().__init__(finish_reason)
+        self.finish_reason = finish_reason
 
 
 class _Cycles:
@@ -210,12 +226,16 @@ class _Cycles:
         self._live.add(name)
         closing = self._plan.format.answer_close
         try:
-            outputs = self._inner.generate(cast(Any, prompt), self._params(index, max_tokens), name, **call.options)
+            options: dict[str, Any] = {**call.options, "reasoning_ended": False} if call.split else call.options
+            outputs = self._inner.generate(cast(Any, prompt), self._params(index, max_tokens), name, **options)
             async with aclosing(outputs):
                 async for output in outputs:
                     part = output.outputs[0]
+                    if part.finish_reason not in (None, "stop", "length"):
+                        raise CycleAborted(part.finish_reason)
                     cycle_ended = part.stop_reason in ends or (not ends and part.stop_reason == closing is not None)
-                    text = part.text + closing if cycle_ended and closing else part.text
+                    cut = cycle_ended and not call.params.include_stop_str_in_output
+                    text = part.text + (closing or "") if cut else part.text
                     yield Step(
                         text=text,
                         token_ids=part.token_ids,
@@ -238,7 +258,7 @@ class _Cycles:
         if params.seed is not None:
             params.seed = (params.seed + self._choice + index * _SEED_STRIDE) % _SEED_RANGE
         if index and call.limits.policy != "vote":
-            params.min_tokens, params.prompt_logprobs = 0, None
+            params.min_tokens, params.prompt_logprobs, params.skip_reading_prefix_cache = 0, None, False
         elif params.max_tokens is not None:
             params.min_tokens = min(params.min_tokens, params.max_tokens)
         if ends:
@@ -249,7 +269,7 @@ class _Cycles:
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
         whole = params.output_kind is RequestOutputKind.FINAL_ONLY and call.limits.deadline_seconds is None
         params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
-        if self._plan.logprobs is not None:
+        if self._plan.logprobs is not None and params.logprobs != -1:  # -1 is all of them
             params.logprobs = max(self._plan.logprobs, params.logprobs or 0)
         return params
 

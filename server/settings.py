@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from server.rtap.errors import ConfigError
 from server.rtap.types import Policy, Select
@@ -71,6 +71,8 @@ class Settings(BaseSettings):
             if value is not None and value > limit:
                 raise ValueError(f"{name}={value} is above {name}_limit={limit}; raise the limit or lower {name}")
         kind, model = self.confidence_kind, self.confidence_model
+        if self.policy is Policy.CONFIDENCE and kind == "none":
+            raise ValueError("policy=confidence needs a generator; name one with --confidence-model")
         is_url = bool(model) and str(model).startswith(("http://", "https://"))
         if kind in ("pooling", "remote") and not model:
             raise ValueError(f"confidence={kind} needs confidence_model")
@@ -129,6 +131,8 @@ def load_settings(args: Mapping[str, Any], environ: Mapping[str, str]) -> Settin
         given["confidence_engine_args"] = _json_object(given["confidence_engine_args"])
     try:
         return Settings(**given)
+    except SettingsError as error:
+        raise ConfigError(f"{error} (is it valid JSON?)") from error
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

@@ -113,7 +113,9 @@ class EventStream:
             if not event.startswith(_DATA + b"{"):
                 return b""
             first: dict[str, Any] = msgspec.json.decode(event[len(_DATA) :])
-            self._head = {k: first[k] for k in ("id", "object", "created", "model") if k in first}
+            if "id" not in first:
+                return b""  # an error, not a chunk
+            self._head = {k: first[k] for k in ("id", "object", "created", "model")}
         chunks: list[bytes] = []
         while pending:
             index, cycle = pending.popleft()

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server import __version__
 from server.recursive_engine import Plan
-from server.rtap.errors import InvalidRequest
+from server.rtap.errors import ConfidenceError, InvalidRequest
 from server.rtap.types import Judged
 from server.settings import Settings
 from server.wire import RtapOptions, resolve_limits
@@ -55,7 +55,12 @@ def rtap_router(plan: Plan, settings: Settings, tokenizer: ChatRenderer, model_n
             ),
         )
         cycle = plan.format.render_cycle(request.think, request.answer)
-        result = await plan.confidence.score(Judged(plan.encode(prompt), plan.encode(cycle), ()))
+        try:
+            result = await plan.confidence.score(Judged(plan.encode(prompt), plan.encode(cycle), ()))
+        except ConfidenceError as error:
+            if error.reason == "too_long":
+                raise InvalidRequest(str(error)) from error
+            raise
         return ScoreResponse(confidence=result.confidence, confidence_tokens=result.tokens)
 
     @router.get("/config")

@@ -88,9 +88,14 @@ class _Draft:
         return bool(self.steps) and self.steps[-1].ended_turn
 
     @property
+    def has_content(self) -> bool:
+        """Something other than white space and tags has been written."""
+        return bool(self.parser.think.strip() or self.parser.partial_answer)
+
+    @property
     def is_blank(self) -> bool:
         """The model ended its turn instead of writing anything."""
-        return self.ended_turn and self.parser.answer is None and not self.parser.think.strip()
+        return self.ended_turn and not self.has_content
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,7 @@ class Recursion:
                 yield _opening_event(draft, self.format.cycle_open)
             async with aclosing(self._write(draft, prompt + opening, limits, spent, deadline)) as events:
                 async for event in events:
-                    if held is not None and not draft.is_blank:
+                    if held is not None and draft.has_content:
                         yield held  # the model goes on, so the answer before was not its last
                         held = None
                     yield event
@@ -143,7 +148,8 @@ class Recursion:
                     cycles,
                     limits,
                     ended_turn=draft.ended_turn,
-                    out_of_tokens=draft.truncated or _left(limits, spent + len(next_opening)) == 0,
+                    truncated=draft.truncated,
+                    no_room=_left(limits, spent + len(next_opening)) == 0,
                     out_of_time=draft.timed_out or (deadline is not None and self.clock() >= deadline),
                 )
                 prompt += _without_end(draft.token_ids, self.engine.end_of_turn_ids)
@@ -187,7 +193,7 @@ class Recursion:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if failures:  # a vote where some samples have no confidence counts each as one
+        if any(c.answer is not None and c.confidence is None for c in cycles):  # then each counts as one
             cycles = [replace(c, confidence=None) for c in cycles]
         selected = stopping.majority(cycles)
         late = any(d.timed_out for d in drafts)
@@ -199,10 +205,10 @@ class Recursion:
 
     def _parser(self, question: Sequence[int]) -> CycleParser:
         """A parser for one cycle; a cycle that the loop or the chat template opened starts inside its thought."""
-        open_ids = self.engine.encode(self.format.think_open)
+        open_ids, close_ids = self.engine.encode(self.format.think_open), self.engine.encode(self.format.think_close)
         tail = list(question[-len(open_ids) - 1 :])  # a template may write a newline after the tag
-        opened = not question or open_ids in (tail[1:], tail[:-1])
-        return CycleParser(self.format, thought_open=opened)
+        opened = open_ids in (tail[1:], tail[:-1]) and tail[-1:] != close_ids[-1:]
+        return CycleParser(self.format, thought_open=opened or not question)
 
     def _opening(self, limits: Limits) -> list[int]:
         """What makes the model write one more cycle; nothing where the model itself decides."""

@@ -6,11 +6,12 @@ from server.rtap.types import Cycle, Limits, Policy, Select, StopReason
 
 
 def decide(
-    cycles: Sequence[Cycle], limits: Limits, *, ended_turn: bool, out_of_tokens: bool, out_of_time: bool
+    cycles: Sequence[Cycle], limits: Limits, *, ended_turn: bool, truncated: bool, no_room: bool, out_of_time: bool
 ) -> StopReason | None:
     """Why the trajectory must end after ``cycles``, or None to write one more.
 
-    ended_turn: the model ended its turn itself. out_of_tokens, out_of_time: a budget is spent.
+    ended_turn: the model ended its turn itself. truncated: the token budget cut the last cycle. no_room: it has
+    nothing left for another one, which matters only where another one would follow. out_of_time: the deadline passed.
     A good answer wins over a spent budget: the reason names what was reached, not what also ran out.
     """
     last = cycles[-1]
@@ -20,13 +21,13 @@ def decide(
         return StopReason.MODEL
     if out_of_time:
         return StopReason.DEADLINE
-    if out_of_tokens:
+    if truncated:
         return StopReason.MAX_TOKENS
     if len(cycles) >= max_cycles(limits):
         return StopReason.MAX_CYCLES
     if limits.patience is not None and cycles_without_gain(cycles) >= limits.patience:
         return StopReason.NO_GAIN
-    return None
+    return StopReason.MAX_TOKENS if no_room else None
 
 
 def max_cycles(limits: Limits) -> int:

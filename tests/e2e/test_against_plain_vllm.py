@@ -51,7 +51,6 @@ def test_same_text_finish_reason_and_usage(server, plain, stop):
         message, choice = ours["choices"][0]["message"], reference["choices"][0]
         assert RTAP.render_cycle(message["reasoning"], message["content"]) == choice["message"]["content"]
         assert ours["choices"][0]["finish_reason"] == choice["finish_reason"]
-        assert ours["choices"][0]["stop_reason"] == choice["stop_reason"]
         for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
             assert ours["usage"][key] == reference["usage"][key]
 
@@ -67,7 +66,7 @@ def test_same_when_streamed(server, plain, stop):
 
 
 def test_same_when_cut_by_max_tokens(server, plain, stop):
-    for max_tokens in (1, 5, 9):
+    for max_tokens in (1, 5, 9, 200):
         ours = httpx.post(
             f"{server.url}/v1/completions",
             json={

@@ -9,6 +9,7 @@ from server.__main__ import main
     ("flags", "environ", "sentence"),
     [
         (["--threshold", "2"], {}, "--threshold (or RTAP_THRESHOLD)='2'"),
+        (["--policy", "confidence"], {}, "policy=confidence needs a generator"),
         (["--policy", "sure"], {}, "--policy (or RTAP_POLICY)='sure'"),
         ([], {"RTAP_TRESHOLD": "1"}, "unknown settings in the environment: RTAP_TRESHOLD"),
         (["--confidence", "remote", "--confidence-model", "/m"], {}, "confidence=remote needs a http(s) address"),

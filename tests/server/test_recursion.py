@@ -81,7 +81,7 @@ async def test_model_policy_lets_the_model_continue_and_end():
     assert done.cycles[-1].tokens == len(encode("<think>" + DOUBT)) + 1  # the end of turn counts, as in plain vLLM
     order = [e.cycle.index if isinstance(e, CycleEvent) else "s" for e in events[:-1]]
     assert [o for o in order if o != "s"] == [0, 1]
-    assert order.index(0) == len(encode(WRONG))  # told when the model went on, not before
+    assert order.index(0) == len(encode(WRONG)) + 1  # told once the model wrote more than a tag, not before
 
 
 async def test_model_policy_that_ends_within_the_cycle_stops():
@@ -200,4 +200,17 @@ async def test_a_prompt_that_opens_the_thought_is_noticed():
     loop = Recursion(engine, THINK, None, lambda _: 0)
     events = [e async for e in loop.run(question, Limits(policy=Policy.SINGLE))]
     assert events[-1].trajectory.cycles[0].think == "a"
+    assert events[-1].trajectory.answer == "5"
+
+
+async def test_white_space_before_the_end_of_turn_is_no_cycle():
+    engine = ScriptedEngine([WRONG, "\n$"])
+    _, done = await _run(engine, Limits(policy=Policy.MODEL, select=Select.LAST))
+    assert (done.stop_reason, done.answer, len(done.cycles)) == (StopReason.MODEL, "25*7", 1)
+    assert done.cycles[0].tokens == len(encode(WRONG)) + 2
+
+
+async def test_a_prompt_whose_thought_is_closed_starts_with_the_answer():
+    loop = Recursion(ScriptedEngine(["5$"]), THINK, None, lambda _: 0)
+    events = [e async for e in loop.run(encode("hi<think></think>"), Limits(policy=Policy.SINGLE))]
     assert events[-1].trajectory.answer == "5"

@@ -46,6 +46,7 @@ def test_an_unknown_variable_is_refused(monkeypatch):
         (["--max-cycles", "0"], "--max-cycles (or RTAP_MAX_CYCLES)='0': Input should be greater than or equal to 1"),
         (["--max-cycles", "20"], "max_cycles=20 is above max_cycles_limit=16; raise the limit or lower max_cycles"),
         (["--policy", "sure"], "--policy (or RTAP_POLICY)='sure': Input should be 'confidence', 'model', 'single' or"),
+        (["--policy", "confidence"], "policy=confidence needs a generator"),
         (["--confidence", "pooling"], "confidence=pooling needs confidence_model"),
         (["--confidence", "remote", "--confidence-model", "/x"], "confidence=remote needs a http(s) address"),
         (["--confidence-engine-args", "{"], "--confidence-engine-args is no JSON"),
@@ -62,3 +63,8 @@ def test_auto_confidence_is_decided_by_the_model(monkeypatch):
     url = _load(["--confidence-model", "http://127.0.0.1:9"], {}, monkeypatch)
     assert [*kinds, url.confidence_kind] == ["none", "pooling", "remote"]
     assert _load(["--confidence", "logprob", "--confidence-model", "/m"], {}, monkeypatch).confidence_kind == "logprob"
+
+
+def test_a_variable_that_is_no_json_is_one_sentence(monkeypatch):
+    with pytest.raises(ConfigError, match="is it valid JSON"):
+        _load([], {"RTAP_CONFIDENCE_ENGINE_ARGS": "{"}, monkeypatch)

@@ -9,7 +9,7 @@ from server.rtap import stopping
 from server.rtap.types import Cycle, Limits, Policy, Select, StopReason
 
 _BASE = Cycle(0, "t", "1", None, False, 10, 3, 0, 20, 0, 0.1, None, 0)
-_NEVER = {"ended_turn": False, "out_of_tokens": False, "out_of_time": False}
+_NEVER = {"ended_turn": False, "truncated": False, "no_room": False, "out_of_time": False}
 
 
 def _cycles(*scores: float | None, answers: str | None = None) -> list[Cycle]:
@@ -47,7 +47,7 @@ def test_max_cycles_bounds_every_recursive_policy(policy):
 def test_reasons_have_a_fixed_order_of_precedence():
     good, bad = _cycles(0.9), _cycles(0.1)
     for time_, tokens in itertools.product([False, True], repeat=2):
-        spent = {"ended_turn": False, "out_of_tokens": tokens, "out_of_time": time_}
+        spent = _NEVER | {"truncated": tokens, "out_of_time": time_}
         assert stopping.decide(good, Limits(max_cycles=1), **spent) is StopReason.THRESHOLD
         expected = StopReason.DEADLINE if time_ else StopReason.MAX_TOKENS if tokens else StopReason.MAX_CYCLES
         assert stopping.decide(bad, Limits(max_cycles=1), **spent) is expected
@@ -86,3 +86,13 @@ def test_majority_counts_answers_that_differ_only_in_form():
 def test_majority_weighs_by_confidence_where_known():
     assert stopping.majority(_cycles(0.9, 0.2, 0.3, answers="abb")) == 0
     assert stopping.majority(_cycles(0.4, 0.2, 0.3, answers="abb")) == 1
+
+
+def test_no_room_for_another_cycle_matters_only_where_another_would_follow():
+    full = _NEVER | {"no_room": True}
+    assert stopping.decide(_cycles(0.1), Limits(), **full) is StopReason.MAX_TOKENS
+    assert stopping.decide(_cycles(0.1), Limits(max_cycles=1), **full) is StopReason.MAX_CYCLES
+    assert stopping.decide(_cycles(None), Limits(policy=Policy.SINGLE), **full) is StopReason.MAX_CYCLES
+    assert (
+        stopping.decide(_cycles(None), Limits(policy=Policy.MODEL), **full | {"ended_turn": True}) is StopReason.MODEL
+    )

@@ -108,8 +108,8 @@ def test_the_reasoning_parser_is_registered_and_splits_at_the_mark():
     deltas = [parser.extract_reasoning_streaming("", "", t, [], [], []) for t in ("12", "", f"*9{ANSWER_MARK}108")]
     assert [(d.reasoning, d.content) if d else None for d in deltas] == [("12", None), None, ("*9", "108")]
     assert parser.has_engine_confirmed_reasoning_end()
-    assert parser.is_reasoning_end([1, 9, 3, 7])
-    assert not parser.is_reasoning_end([3, 7, 1, 9])
+    assert not parser.is_reasoning_end([1, 9, 3, 7])  # asked of prompts: a user may write any tag there
+    assert parser.is_reasoning_end_streaming([1, 9, 3], [3])
     assert parser.extract_content_ids([1, 9, 3, 7, 8]) == [7, 8]
 
 
