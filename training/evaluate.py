@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each task")
     what.add_argument("--policies", type=_list(_rule), metavar="LIST", help=f"some of {','.join(RULES)} (default: all)")
-    thresholds = "0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
+    thresholds = "0.2,0.4,0.6,0.8"
     _add(what, "--thresholds", _list(_share), thresholds, "of the confidence rule", "LIST")
     what.add_argument(
         "--logprob-thresholds",

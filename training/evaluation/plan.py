@@ -12,7 +12,7 @@ from training.evaluation.client import Load
 from training.evaluation.records import CONFIDENCE, LOGPROB, MODEL, SINGLE, VOTE, Run, RunSpec
 
 # Quantiles of the logprob confidence taken as thresholds when none are given: its scale is not known beforehand.
-LOGPROB_QUANTILES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+LOGPROB_QUANTILES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True, slots=True)
