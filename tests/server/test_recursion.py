@@ -139,7 +139,7 @@ async def test_the_deadline_returns_the_best_so_far():
     limits = Limits(threshold=0.5, deadline_seconds=0.3)
     _, done = await _run(engine, limits, ScriptedConfidence(_right_is_confident))
     assert (done.stop_reason, done.answer) == (StopReason.DEADLINE, "25*7")
-    assert 0.3 <= done.seconds < 0.5
+    assert 0.3 <= done.seconds < 1.0
     assert done.cycles[1].answer is None
 
 
