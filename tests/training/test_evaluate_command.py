@@ -4,8 +4,10 @@ import asyncio
 import csv
 import json
 import random
+import signal
 import socket
 import struct
+import subprocess
 import sys
 import textwrap
 import threading
@@ -29,6 +31,7 @@ from training.evaluate import main
 from training.evaluation.server_process import running_server, serve_command
 
 QUESTIONS = 60
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -394,6 +397,29 @@ def test_a_server_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     ):
         pass
     assert not Path(f"/proc/{(tmp_path / 'server.log').read_text().strip()}").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_server_does_not_outlive_an_evaluation_that_is_told_to_stop(tmp_path: Path, number: signal.Signals) -> None:
+    script = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from training.evaluation.server_process import running_server
+        sleeper = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+        with running_server(sleeper, log=Path(sys.argv[1]), ready_seconds=60):
+            pass
+    """)
+    log = tmp_path / "server.log"
+    # the test run itself may ignore SIGHUP, and a child would inherit that
+    evaluation = subprocess.Popen(
+        [sys.executable, "-c", script, str(log)], cwd=ROOT, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)
+    )
+    wait_for(lambda: log.exists() and log.read_text().strip())
+    server = Path(f"/proc/{log.read_text().strip()}")
+    assert server.exists()
+    evaluation.send_signal(number)
+    assert evaluation.wait(20) == 128 + number
+    assert not server.exists()
 
 
 def test_the_serve_command_names_model_and_generator() -> None:

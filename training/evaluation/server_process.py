@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import httpx
 
@@ -53,10 +55,31 @@ def running_server(
             start_new_session=True,  # so that the engines it starts can be stopped with it
         )
     try:
-        _wait_until_ready(process, base_url + ready_path, log, ready_seconds)
-        yield base_url
+        with _signals_unwind():
+            _wait_until_ready(process, base_url + ready_path, log, ready_seconds)
+            yield base_url
     finally:
         _stop(process)
+
+
+@contextmanager
+def _signals_unwind() -> Generator[None]:
+    """Let signals that would end this process at once raise SystemExit instead, so that the server does not outlive
+    it. Signals that somebody already handles or ignores (nohup) are left alone."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    taken: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        taken = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _free_port() -> int:
