@@ -135,7 +135,7 @@ async def _measure(
     servers: Servers, questions: Sequence[Question], args: argparse.Namespace, console: Console
 ) -> list[Level]:
     levels: list[Level] = []
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3600)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
     headers = {"Content-Type": "application/json"}
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:

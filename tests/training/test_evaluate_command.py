@@ -28,6 +28,7 @@ from starlette.routing import Route
 
 from server.rtap.errors import ConfigError
 from training.evaluate import main
+from training.evaluation.plan import LOGPROB_QUANTILES
 from training.evaluation.server_process import running_server, serve_command
 
 QUESTIONS = 60
@@ -176,7 +177,7 @@ def test_all_rules_are_measured_and_written(
     task = results["tasks"][0]
     rows = by_label(task)
     assert {"single", "model", "vote8", "confidence0.5", "confidence0.7", "majority2", "majority8"} <= rows.keys()
-    assert len([m for m in task["measurements"] if m["spec"]["rule"] == "logprob"]) == 6  # quantiles of its scores
+    assert len([m for m in task["measurements"] if m["spec"]["rule"] == "logprob"]) == len(LOGPROB_QUANTILES)
     for m in task["measurements"]:
         assert (m["n"], m["errors"]) == (QUESTIONS, 0)
         assert m["accuracy"]["low"] < m["accuracy"]["value"] < m["accuracy"]["high"]
@@ -238,6 +239,8 @@ def test_failed_and_degraded_requests_are_counted_and_shown(
     assert evaluate(fake, questions, "--policies", "single", "--concurrency", "2") == 1
     row = results_of(questions)["tasks"][0]["measurements"][0]
     assert (row["n"], row["errors"], row["degraded"]) == (54, 6, 54)
+    assert sum(row["error_messages"].values()) == 6
+    assert "6 failed: HTTP 500" in (questions.parent / "out" / "results.md").read_text(encoding="utf-8")
     shown = capsys.readouterr().out
     assert "6 requests failed; the first: HTTP 500" in shown
     assert "the engine is [gone]" in shown
@@ -411,15 +414,17 @@ def test_a_server_does_not_outlive_an_evaluation_that_is_told_to_stop(tmp_path: 
     """)
     log = tmp_path / "server.log"
     # the test run itself may ignore SIGHUP, and a child would inherit that
-    evaluation = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", script, str(log)], cwd=ROOT, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)
-    )
-    wait_for(lambda: log.exists() and log.read_text().strip())
-    server = Path(f"/proc/{log.read_text().strip()}")
-    assert server.exists()
-    evaluation.send_signal(number)
-    assert evaluation.wait(20) == 128 + number
-    assert not server.exists()
+    ) as evaluation:
+        try:
+            wait_for(lambda: log.exists() and log.read_text().strip())
+            server = Path(f"/proc/{log.read_text().strip()}")
+            assert server.exists()
+        finally:
+            evaluation.send_signal(number)
+        assert evaluation.wait(20) == 128 + number
+        assert not server.exists()
 
 
 def test_the_serve_command_names_model_and_generator() -> None:

@@ -36,7 +36,10 @@ class RtapServer:
             base_url=self._base_url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=timeout_seconds,
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            # vLLM closes connections that were idle for 5 s; one reused in that moment would be a failed request
+            limits=httpx.Limits(
+                max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=2.0
+            ),
         )
         self.model = ""
         self.config: Mapping[str, Any] = {}

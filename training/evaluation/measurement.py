@@ -25,7 +25,8 @@ class Measurement:
     Tokens, cycles and Oops tokens are means per question. wall_seconds, questions_per_second: at the stated
     concurrency, None for a vote recomputed from another run's samples. later_recomputed_*: prompt tokens that the
     engine computed again for a cycle that follows another; None where there is none or the server does not tell.
-    unanswered: questions that ended without any answer (they count as wrong).
+    unanswered: questions that ended without any answer (they count as wrong). stop_reasons, error_messages: how many
+    of each.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Measurement:
     unanswered: int
     degraded: int
     stop_reasons: Mapping[str, int] = field(default_factory=dict[str, int])
+    error_messages: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ def measure(run: Run) -> Measurement:
         unanswered=sum(outcome.answer is None for outcome in answered),
         degraded=sum(outcome.degraded is not None for outcome in answered),
         stop_reasons=dict(sorted(Counter(outcome.stop_reason for outcome in answered).items())),
+        error_messages=dict(Counter(outcome.error for outcome in run.outcomes if outcome.error is not None)),
     )
 
 

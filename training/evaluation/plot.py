@@ -56,6 +56,7 @@ def _panel(axis: Axes, task: TaskResults) -> None:
         points = [m for m in points if not (m.spec.rule == MAJORITY and m.spec.samples == 1)]
         if points:
             _points(axis, rule, points)
+    _from_single(axis, shown)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -71,6 +72,16 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     _budget_line(axis, task)
+
+
+def _from_single(axis: Axes, shown: Sequence[Measurement]) -> None:
+    """The curve of thresholds starts at a single cycle: that is what a threshold of 0 comes to."""
+    single = [m for m in shown if m.spec.rule == SINGLE]
+    curve = sorted((m for m in shown if m.spec.rule == CONFIDENCE), key=lambda m: m.policy_tokens.value)
+    ends = [*single[:1], *curve[:1]]
+    if len(ends) == 2:
+        xs, ys = [m.policy_tokens.value for m in ends], [m.accuracy.value for m in ends]
+        axis.plot(xs, ys, color=STYLES[CONFIDENCE][0], linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
 
 
 def _points(axis: Axes, rule: str, points: Sequence[Measurement]) -> None:
@@ -91,13 +102,15 @@ def _points(axis: Axes, rule: str, points: Sequence[Measurement]) -> None:
         label=label,
         zorder=4 if rule in (SINGLE, MODEL) else 3,
     )
-    for m in points if rule != LOGPROB else ():  # its thresholds are quantiles and say nothing to a reader
+    for i, m in enumerate(points if rule != LOGPROB else ()):  # its thresholds are quantiles, no figures to quote
         spec = m.spec
         text = f"{spec.threshold:.2g}" if spec.threshold is not None else f"×{spec.samples}" if spec.samples else ""
+        below = rule == VOTE or (rule == CONFIDENCE and i % 2 == 1)  # neighbours' labels on different sides
         axis.annotate(
             text,
             (m.policy_tokens.value, m.accuracy.value),
-            xytext=(5, -11 if rule == VOTE else 6),
+            ha="left" if below else "right",
+            xytext=(6, -12) if below else (-4, 8),
             textcoords="offset points",
             fontsize=8,
             color=colour,

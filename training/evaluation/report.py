@@ -138,7 +138,7 @@ def _flat(m: Measurement) -> dict[str, object]:
         if isinstance(value, Interval):
             row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
         elif isinstance(value, Mapping):
-            row[name] = " ".join(f"{reason}:{count}" for reason, count in cast(Mapping[str, int], value).items())
+            row[name] = "; ".join(f"{reason}: {count}" for reason, count in cast(Mapping[str, int], value).items())
         elif name != "spec":
             row[name] = value
     return row
@@ -163,6 +163,12 @@ def to_markdown(results: Results) -> str:
 
 def _task_markdown(task: TaskResults) -> str:
     parts = [f"## {task.task}", _grid(COST_COLUMNS, task.measurements)]
+    errors = [
+        f"- `{m.spec.label}`, {count} failed: {text}"
+        for m in task.measurements
+        for text, count in m.error_messages.items()
+    ]
+    parts += ["\n".join(errors)] if errors else []
     parts += ["### Recursion", _grid(RECURSION_COLUMNS, task.measurements)]
     if task.quality:
         parts += ["### Does the confidence tell right from wrong?", _grid(QUALITY_COLUMNS, task.quality)]
