@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = None if args.without_generator else args.confidence_model
     console.print("starting both servers")
     with both_servers(
-        model=args.model, confidence_model=generator, max_model_len=args.max_model_len, logs=args.output / "logs"
+        model=args.model, confidence_model=generator, max_model_len=args.max_model_len, logs=ROOT / "build" / "bench"
     ) as servers:
         levels = uvloop.run(_measure(servers, questions, args, console))
         described = setting(servers, [f"scripts/{Path(__file__).name}", *arguments], started)

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model=args.model,
             confidence_model=args.confidence_model,
             max_model_len=args.max_model_len,
-            logs=args.output / "logs",
+            logs=ROOT / "build" / "bench",
         ) as servers,
         httpx.Client(timeout=120) as client,
     ):

@@ -73,7 +73,7 @@ async def _server(settings: Settings, console: Console, kind: str) -> AsyncGener
         command = serve_command(settings.model, None, ["--confidence", "logprob", *settings.serve_flags])
     else:
         command = serve_command(settings.model, settings.confidence_model, settings.serve_flags)
-    log = settings.output / f"server-{kind}.log"
+    log = settings.output / "runs" / f"server-{kind}.log"
     with ExitStack() as stack:
         with console.status(f"starting the {kind} server (its log: {log})"):
             url = stack.enter_context(running_server(command, log=log, ready_seconds=settings.ready_seconds))
