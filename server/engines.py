@@ -52,6 +52,7 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
       ("CPU Generator does not use offset").
     - Threads: both engines would bind themselves to the same cores.
     - A small block: the prefix cache works in whole blocks, and vLLM's 128 would hide most of a short cycle.
+    - A KV cache of a fixed size: vLLM's default claims 92 % of the memory and fails where other work has some of it.
     - For the bundled models, a KV cache and a compilation (none) that fit 3 M parameters.
     - Eager where there is no C++ compiler; and eager also for the piece that vLLM compiles even then, the gathering of
       log-probabilities, whose compilation would otherwise kill the engine at the first request that asks for them.
@@ -64,9 +65,9 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
         args.enable_chunked_prefill = False
     if args.block_size is None:
         args.block_size = 32
+    if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        args.kv_cache_memory_bytes = _GIB if bundled else 4 * _GIB
     if bundled:
-        if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            args.kv_cache_memory_bytes = _GIB
         args.enforce_eager = True
     if shutil.which("g++") is None:
         args.enforce_eager = True

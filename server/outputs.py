@@ -43,6 +43,7 @@ class Writer:
         self._kind = call.params.output_kind
         self._wants_logprobs = call.params.logprobs is not None
         self._first: RequestOutput | None = None
+        self._held: Cycle | None = None
         self._part = self._new_part(choice)
         self._total = self._new_part(choice)
 
@@ -51,7 +52,9 @@ class Writer:
         if isinstance(event, StepEvent):
             return self._step(event)
         if isinstance(event, CycleEvent):
-            if event.stop is None and self._reject(event.cycle):
+            if event.stop is not None:
+                self._held = event.cycle  # whether it is returned is told by the trajectory
+            elif self._reject(event.cycle):
                 return self._emit()
             return ()
         return self._final(event.trajectory)
@@ -87,9 +90,8 @@ class Writer:
 
     def _final(self, trajectory: Trajectory) -> Iterable[RequestOutput]:
         if self._call.split:
-            last = len(trajectory.cycles) - 1
-            if trajectory.selected != last:
-                self._reject(trajectory.cycles[last])
+            if self._held is not None and not self._held.accepted:
+                self._reject(self._held)
             answer = trajectory.answer or trajectory.partial_answer
             if answer is not None:
                 self._part.text += ANSWER_MARK + answer.replace(ANSWER_MARK, "")

@@ -41,7 +41,7 @@ class StepEvent:
 
 @dataclass(frozen=True, slots=True)
 class CycleEvent:
-    """A cycle is complete and judged. ``stop`` is None when another one follows."""
+    """A cycle is complete and judged. ``stop``: why it is the last; None when another may follow, and in a vote."""
 
     cycle: Cycle
     stop: StopReason | None
@@ -156,8 +156,9 @@ class Recursion:
                 opening = next_opening
             if stop is not None:
                 selected = stopping.choose(cycles, limits.select)
-                for event in self._conclude(cycles, selected, stop, degraded, draft, requested, started):
-                    yield event
+                final = self._conclude(cycles, selected, stop, degraded, draft, requested, started)
+                yield CycleEvent(final.trajectory.cycles[-1], stop)
+                yield final
                 return
             if limits.policy is Policy.MODEL:
                 held = CycleEvent(cycle, None)
@@ -187,12 +188,14 @@ class Recursion:
                     yield event
                 cycles.append(cycle)
                 drafts.append(draft)
-                if len(cycles) < limits.samples:
-                    yield CycleEvent(cycle, None)
+                yield CycleEvent(cycle, None)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        # They ended in any order; by index, a seed fixes the outcome, ties included.
+        cycles.sort(key=lambda c: c.index)
+        drafts.sort(key=lambda d: d.index)
         if any(c.answer is not None and c.confidence is None for c in cycles):  # then each counts as one
             cycles = [replace(c, confidence=None) for c in cycles]
         selected = stopping.majority(cycles)
@@ -200,8 +203,7 @@ class Recursion:
         stop = StopReason.DEADLINE if late else StopReason.VOTE
         draft = drafts[-1 if selected is None else selected]
         degraded = failures[0] if failures else None
-        for event in self._conclude(cycles, selected, stop, degraded, draft, limits.policy, started):
-            yield event
+        yield self._conclude(cycles, selected, stop, degraded, draft, limits.policy, started)
 
     def _parser(self, question: Sequence[int]) -> CycleParser:
         """A parser for one cycle; a cycle that the loop or the chat template opened starts inside its thought."""
@@ -293,8 +295,8 @@ class Recursion:
         draft: _Draft,
         policy: Policy,
         started: float,
-    ) -> tuple[CycleEvent, FinalEvent]:
-        """The last cycle's own event and the final one."""
+    ) -> FinalEvent:
+        """The finished trajectory, its returned cycle marked."""
         marked = tuple(replace(c, accepted=i == selected) for i, c in enumerate(cycles))
         now = self.clock() - started
         trajectory = Trajectory(
@@ -308,7 +310,7 @@ class Recursion:
             finish=draft.steps[-1] if draft.steps else None,
             partial_answer=draft.parser.partial_answer if selected is None else None,
         )
-        return CycleEvent(marked[-1], stop), FinalEvent(trajectory)
+        return FinalEvent(trajectory)
 
 
 def _opening_event(draft: _Draft, text: str) -> StepEvent:

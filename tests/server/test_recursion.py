@@ -214,3 +214,11 @@ async def test_a_prompt_whose_thought_is_closed_starts_with_the_answer():
     loop = Recursion(ScriptedEngine(["5$"]), THINK, None, lambda _: 0)
     events = [e async for e in loop.run(encode("hi<think></think>"), Limits(policy=Policy.SINGLE))]
     assert events[-1].trajectory.answer == "5"
+
+
+async def test_samples_of_a_vote_are_in_order_whatever_order_they_end_in():
+    slow_first = ["<think>" + "x" * 50 + "</think><answer>7</answer>", "<think>t</think><answer>8</answer>"]
+    events, done = await _run(ScriptedEngine(slow_first), Limits(policy=Policy.VOTE, samples=2))
+    assert [e.cycle.index for e in events if isinstance(e, CycleEvent)] == [1, 0]
+    assert [c.index for c in done.cycles] == [0, 1]
+    assert done.answer == "7"  # a tie goes to the first sample, not to the first to end
