@@ -42,7 +42,7 @@ from training.questions import held_out_questions
 from training.rollout import encode_question, sample_trajectories
 from training.runtime import configure_torch
 from training.samples import read_or_sample
-from training.tasks import TASKS
+from training.tasks import TASKS, parse_mix
 from training.tasks.base import Problem, Split, sample_split
 from training.tasks.trajectory import TURN_END
 from training.tokenizer import token_id
@@ -141,7 +141,7 @@ def training_examples(
 
 def _training_problems(config: ConfidenceConfig, rng: Random) -> tuple[list[Problem], list[str]]:
     """Training problems and a phrasing of each, tasks interleaved."""
-    shares = {"countdown": config.countdown_share, "arithmetic": 1 - config.countdown_share}
+    shares = parse_mix(config.tasks)
     problems: list[Problem] = []
     questions: list[str] = []
     for _ in range(config.questions):
@@ -267,15 +267,15 @@ def judge(
     generator = torch.Generator().manual_seed(config.seed + 1)  # the same samples whether or not others were reused
     report: dict[str, Any] = {}
     parts: list[Scored] = []
-    for name, task in TASKS.items():
-        questions = [q.question for q in held_out_questions(task, config.eval_questions)]
+    for name in parse_mix(config.tasks):
+        questions = [q.question for q in held_out_questions(TASKS[name], config.eval_questions)]
         rows = sample_rows(policy, tokenizer, questions, config, generator)
         scored = score(model, collect(rows), config.batch_tokens)
         report[name] = asdict(figures(sigmoid(scored.logits), scored.labels, scored.questions))
         parts.append(scored)
     scores = sigmoid(np.concatenate([p.logits for p in parts]))
     labels = np.concatenate([p.labels for p in parts])
-    # The tasks' questions must not be mixed up: the second part's indices follow the first's.
+    # The tasks' questions must not be mixed up: each part's indices follow those of the one before.
     questions_all = [q + config.eval_questions * i for i, p in enumerate(parts) for q in p.questions]
     report["all"] = asdict(figures(scores, labels, questions_all))
     return report, histogram(scores)

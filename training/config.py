@@ -8,8 +8,10 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 import yaml
 
 from server.rtap.errors import ConfigError
+from training.tasks import parse_mix
 
 BUNDLED = Path("deploy/models")
+TASK_MIX = "countdown=0.4,arithmetic=0.2,knights=0.4"
 
 
 def _help(text: str) -> dict[str, str]:
@@ -32,7 +34,7 @@ class SftConfig:
     learning_rate: float = field(default=2e-3, metadata=_help("peak rate of AdamW (embeddings, norms)"))
     weight_decay: float = field(default=0.02, metadata=_help("weight decay of matrices"))
     warmup_share: float = field(default=0.03, metadata=_help("share of the budget spent warming up"))
-    countdown_share: float = field(default=0.6, metadata=_help("share of Countdown; the rest is arithmetic"))
+    tasks: str = field(default=TASK_MIX, metadata=_help("share of each task, as NAME=WEIGHT with commas between"))
     vocab_size: int = field(default=448, metadata=_help("tokens in all, added ones included"))
     hidden_size: int = field(default=192, metadata=_help("width"))
     num_layers: int = field(default=6, metadata=_help("depth"))
@@ -50,8 +52,7 @@ class SftConfig:
             raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.processes < 1 or self.threads < 1:
             raise ConfigError(f"processes={self.processes} and threads={self.threads} must be at least 1")
-        if not 0 <= self.countdown_share <= 1:
-            raise ConfigError(f"countdown_share={self.countdown_share} must be in [0, 1]")
+        parse_mix(self.tasks)
         if self.minutes <= 0 or self.batch_tokens < 256:
             raise ConfigError("minutes must be positive and batch_tokens at least 256")
 
@@ -64,10 +65,10 @@ class ConfidenceConfig:
     output: Path = field(default=BUNDLED / "confidence", metadata=_help("where the checkpoint is written"))
     samples_file: Path | None = field(default=None, metadata=_help("cycles to reuse; sampled and written if absent"))
     seed: int = field(default=2, metadata=_help("seed of questions, sampling and training order"))
-    questions: int = field(default=2000, metadata=_help("training questions over both tasks"))
+    questions: int = field(default=2000, metadata=_help("training questions over all tasks"))
     samples: int = field(default=6, metadata=_help("trajectories a question"))
     max_cycles: int = field(default=3, metadata=_help("cycles a trajectory; forced open after wrong ones"))
-    countdown_share: float = field(default=0.6, metadata=_help("share of Countdown; the rest is arithmetic"))
+    tasks: str = field(default=TASK_MIX, metadata=_help("share of each task, as NAME=WEIGHT with commas between"))
     synthetic_pairs: int = field(default=3, metadata=_help("made-up right and hard wrong cycles a question"))
     validation_share: float = field(default=0.1, metadata=_help("questions kept for calibration and threshold"))
     threads: int = field(default=1, metadata=_help("torch threads"))
@@ -85,6 +86,7 @@ class ConfidenceConfig:
             raise ConfigError(f"samples={self.samples} must be at least 2: one answer has no contrast")
         if self.max_cycles < 1:
             raise ConfigError(f"max_cycles={self.max_cycles} must be at least 1")
+        parse_mix(self.tasks)
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share={self.validation_share} must be between 0 and 1")
         if not 0 <= self.global_weight <= 1:

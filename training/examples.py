@@ -12,7 +12,6 @@ from random import Random
 
 from server.rtap.format import RTAP
 from training.tasks.base import Attempt, Problem
-from training.tasks.countdown import CountdownProblem, attempt_text, candidates
 
 Row = tuple[int, tuple[int, ...], bool]
 """Question index, prompt and cycle ids, right or not."""
@@ -53,60 +52,21 @@ def balance(examples: Sequence[Example], *, global_weight: float) -> list[Exampl
 
 
 def synthetic_texts(problem: Problem, rng: Random, pairs: int) -> list[tuple[str, bool]]:
-    """``pairs`` right and wrong cycles as text; half of the wrong Countdown ones lie in ways a sampler rarely does."""
+    """``pairs`` right and wrong cycles as text; half of the wrong ones lie in ways a sampler rarely does, where the
+    task has such lies."""
     texts: list[tuple[str, bool]] = []
     for _ in range(pairs):
         right = problem.right_attempt(rng)
         wrong = problem.wrong_attempt(rng, [])
         doubt = problem.doubt(rng, wrong) if wrong and rng.random() < 0.4 else ""
         texts.append((cycle_text(right, doubt), True))
-        if isinstance(problem, CountdownProblem) and rng.random() < 0.5:
-            false = false_cycle(problem, rng, doubt)
-            if false is not None:
-                texts.append((false, False))
-                continue
-        if wrong is not None:
-            texts.append((cycle_text(wrong, doubt), False))
+        false = problem.false_attempt(rng) if rng.random() < 0.5 else None
+        miss = wrong if false is None else false
+        if miss is not None:
+            texts.append((cycle_text(miss, doubt), False))
     return texts
 
 
 def cycle_text(attempt: Attempt, doubt: str) -> str:
     """A cycle as the policy would write it."""
     return RTAP.render_cycle(doubt + "".join(s.text for s in attempt.think), attempt.answer.text)
-
-
-def false_cycle(problem: CountdownProblem, rng: Random, doubt: str) -> str | None:
-    """A cycle that looks right and is wrong: a false last result, foreign or repeated numbers, or an answer that is
-    not what the working computed. None when this draw finds none."""
-    match rng.randrange(3):
-        case 0:
-            misses = [c for c in candidates(problem.numbers) if c.value != problem.target]
-            near = sorted(misses, key=lambda c: abs(c.value - problem.target))[:8]
-            chosen = rng.choice(near)
-            return RTAP.render_cycle(doubt + attempt_text(chosen, last=problem.target), chosen.expression)
-        case 1:
-            return _foreign_numbers(problem, rng, doubt)
-        case _:
-            right = problem.right_attempt(rng)
-            wrong = problem.wrong_attempt(rng, [])
-            if wrong is None:
-                return None
-            think = "".join(s.text for s in right.think)
-            return RTAP.render_cycle(doubt + think, wrong.answer.text)
-
-
-def _foreign_numbers(problem: CountdownProblem, rng: Random, doubt: str) -> str | None:
-    """Reach the target truly, but with one number replaced by a neighbour or by another of the three."""
-    for _ in range(12):
-        numbers = list(problem.numbers)
-        index = rng.randrange(3)
-        others = [n for i, n in enumerate(numbers) if i != index]
-        numbers[index] = rng.choice([*others, *(max(1, numbers[index] + d) for d in (-3, -2, -1, 1, 2, 3))])
-        if sorted(numbers) == sorted(problem.numbers):
-            continue
-        a, b, c = numbers
-        hits = [x for x in candidates((a, b, c)) if x.value == problem.target]
-        if hits:
-            chosen = rng.choice(hits)
-            return RTAP.render_cycle(doubt + attempt_text(chosen), chosen.expression)
-    return None

@@ -13,7 +13,7 @@ from server.rtap.errors import ConfigError
 from training.config import ConfidenceConfig
 from training.examples import Row
 
-_SAMPLING = ("seed", "questions", "samples", "max_cycles", "countdown_share")
+_SAMPLING = ("seed", "questions", "samples", "max_cycles", "tasks")
 
 
 def header(config: ConfidenceConfig) -> dict[str, Any]:

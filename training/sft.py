@@ -25,17 +25,12 @@ from training.progress import Progress
 from training.questions import held_out_questions
 from training.rollout import sample_trajectories
 from training.runtime import configure_torch
-from training.tasks import TASKS
+from training.tasks import TASKS, parse_mix
 from training.tasks.trajectory import sample_conversation
 from training.tokenizer import build_tokenizer
 
 CORPUS_SIZE = 20_000
 EVAL_CYCLES = 3
-
-
-def task_weights(countdown_share: float) -> dict[str, float]:
-    """Share of each task in the data."""
-    return {"countdown": countdown_share, "arithmetic": 1 - countdown_share}
 
 
 def policy_loss(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
@@ -53,7 +48,7 @@ def run(config: SftConfig) -> None:
 
 def _work(config: SftConfig) -> None:
     configure_torch(config.threads, config.seed)
-    weights = task_weights(config.countdown_share)
+    weights = parse_mix(config.tasks)
     rng = Random(config.seed)
     corpus = [conversation_text(sample_conversation(TASKS, weights, rng))[0] for _ in range(CORPUS_SIZE)]
     if config.initial is not None:
@@ -84,7 +79,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: S
         weight_decay=config.weight_decay,
     )
     seed = (config.seed + 1) * 1000 + rank()
-    stream = batches(tokenizer, task_weights(config.countdown_share), seed=seed, batch_tokens=config.batch_tokens)
+    stream = batches(tokenizer, parse_mix(config.tasks), seed=seed, batch_tokens=config.batch_tokens)
     budget = Budget(config.minutes, config.max_steps)
     saved = monotonic()
     model.train()
@@ -102,10 +97,12 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: S
 
 
 def evaluate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig) -> dict[str, Any]:
-    """Held-out accuracy a task: the first cycle, and of each later cycle forced open after a wrong one."""
+    """Held-out accuracy of each task in the mix: the first cycle, by level too, and each later cycle forced open
+    after a wrong one."""
     model.eval()
     figures: dict[str, Any] = {}
-    for name, task in TASKS.items():
+    for name in parse_mix(config.tasks):
+        task = TASKS[name]
         questions = held_out_questions(task, config.eval_questions)
         trajectories = sample_trajectories(
             model, tokenizer, [q.question for q in questions],
@@ -113,12 +110,21 @@ def evaluate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config
             samples=1, max_cycles=EVAL_CYCLES, generator=torch.Generator().manual_seed(config.seed),
         )  # fmt: skip
         rights: defaultdict[int, list[bool]] = defaultdict(list)
+        by_level: defaultdict[int, list[bool]] = defaultdict(list)
         for trajectory in trajectories:
+            by_level[task.level(questions[trajectory.question].question)].append(trajectory.cycles[0].is_right)
             for depth, cycle in enumerate(trajectory.cycles):
                 rights[depth].append(cycle.is_right)
-        by_cycle = [round(sum(r) / len(r), 4) for r in rights.values()]
-        figures[name] = {"questions": len(questions), "accuracy": by_cycle[0], "accuracy_by_cycle": by_cycle}
+        by_cycle = [_share(r) for r in rights.values()]
+        figures[name] = {
+            "questions": len(questions), "accuracy": by_cycle[0], "accuracy_by_cycle": by_cycle,
+            "accuracy_by_level": {level: _share(by_level[level]) for level in sorted(by_level)},
+        }  # fmt: skip
     return figures
+
+
+def _share(rights: list[bool]) -> float:
+    return round(sum(rights) / len(rights), 4)
 
 
 def save(output: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:

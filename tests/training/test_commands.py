@@ -12,6 +12,7 @@ from training.__main__ import main
 BUNDLED_POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
 TINY = ["--hidden-size", "32", "--num-layers", "2", "--num-heads", "2", "--num-kv-heads", "1", "--ffn-size", "64"]
 SPEED = ["--batch-tokens", "512", "--threads", "1"]
+BUNDLED_TASKS = ["--tasks", "countdown=0.6,arithmetic=0.4"]  # what the bundled policy was trained on
 
 
 def sft(output: Path, steps: int, *more: str) -> None:
@@ -33,7 +34,7 @@ def test_sft_writes_a_loadable_bf16_checkpoint_and_its_story(policy: Path) -> No
     record = json.loads((policy / "manifest.json").read_text())
     assert record["command"] == "rtap train sft"
     assert record["figures"]["steps"] == 150
-    assert set(record["figures"]["held_out"]) == {"countdown", "arithmetic"}
+    assert set(record["figures"]["held_out"]) == {"countdown", "arithmetic", "knights"}
     losses = [json.loads(line)["loss"] for line in (policy.parent / "policy.train.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 1
 
@@ -55,7 +56,8 @@ def test_a_policy_that_is_never_right_is_refused(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--policy", str(policy), "--output", str(tmp_path / "confidence"), "--questions", "12", "--samples", "2"]
-    assert main(["confidence", *flags, *SPEED]) == 2
+    # Countdown alone: a puzzle of two people is guessed right every fourth time.
+    assert main(["confidence", *flags, *SPEED, "--tasks", "countdown"]) == 2
     assert "nothing to calibrate on" in capsys.readouterr().err
     assert not (tmp_path / "confidence").exists()
 
@@ -63,7 +65,7 @@ def test_a_policy_that_is_never_right_is_refused(
 def test_confidence_trains_on_the_policys_own_cycles(tmp_path: Path) -> None:
     output, samples = tmp_path / "confidence", tmp_path / "samples.jsonl"
     flags = ["--policy", str(BUNDLED_POLICY), "--output", str(output), "--samples-file", str(samples)]
-    sizes = ["--questions", "60", "--samples", "3", "--eval-questions", "8"]
+    sizes = ["--questions", "60", "--samples", "3", "--eval-questions", "8", *BUNDLED_TASKS]
     assert main(["confidence", *flags, *sizes, "--max-steps", "5", *SPEED]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert (model.config.num_labels, model.dtype) == (1, torch.bfloat16)

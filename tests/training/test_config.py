@@ -28,7 +28,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("seed: true", "must be of type int"),
         ("head_dim: 48", "head_dim=48"),
         ("num_kv_heads: 4", "multiple of num_kv_heads"),
-        ("countdown_share: 2", "must be in"),
+        ("tasks: countdown=-1", "at least 0"),
         ("minutes: 0", "must be positive"),
         ("- seed", "name: value"),
         ("seed: [", "cannot read"),
@@ -67,11 +67,13 @@ def test_help_is_quick() -> None:
     started = perf_counter()
     done = subprocess.run([sys.executable, "-m", "training", "sft", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "--countdown-share" in done.stdout
+    assert "--tasks" in done.stdout
     assert perf_counter() - started < 5  # about 0.1 s; importing torch would take longer on a busy machine
 
 
 def test_question_files_are_the_same_every_time(tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert main(["questions", "--output", str(tmp_path / name), "--count", "20"]) == 0
-    assert (tmp_path / "a" / "countdown.jsonl").read_bytes() == (tmp_path / "b" / "countdown.jsonl").read_bytes()
+    names = {"arithmetic.jsonl", "countdown.jsonl", "knights.jsonl"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == names
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)

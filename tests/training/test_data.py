@@ -12,7 +12,7 @@ from training.tasks import TASKS
 from training.tasks.trajectory import sample_conversation
 from training.tokenizer import TAGS, build_tokenizer, pad_id, render_prompt, token_id
 
-WEIGHTS = {"countdown": 0.6, "arithmetic": 0.4}
+WEIGHTS = {"countdown": 0.4, "arithmetic": 0.2, "knights": 0.4}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.rtap.format import split_cycles
-from training.examples import Example, balance, collect, false_cycle, synthetic_texts
+from training.examples import Example, balance, collect, cycle_text, synthetic_texts
 from training.tasks import TASKS
 from training.tasks.countdown import Countdown, CountdownProblem
 from training.tasks.expression import evaluate
@@ -61,10 +61,18 @@ def lie(think: str, answer: str) -> str:
     return "numbers" if value.value == 30 else "answer"
 
 
+@pytest.mark.parametrize("name", sorted(TASKS))
+@given(seed=st.integers(0, 2**32))
+def test_nothing_of_a_hard_negative_is_trained(name: str, seed: int) -> None:
+    rng = Random(seed)
+    attempt = TASKS[name].sample(rng).false_attempt(rng)
+    assert attempt is None or not any(s.is_trained for s in (*attempt.think, attempt.answer))
+
+
 def test_hard_negatives_lie_in_every_way() -> None:
     problem = CountdownProblem((4, 6, 9), 30)
-    texts = {false_cycle(problem, Random(seed), "") for seed in range(300)} - {None}
-    cycles = [cycle for text in texts for cycle in split_cycles(text or "")]
+    attempts = [problem.false_attempt(Random(seed)) for seed in range(300)]
+    cycles = [cycle for a in attempts if a is not None for cycle in split_cycles(cycle_text(a, ""))]
     assert all(think.endswith("=30") for think, _ in cycles)
     assert not any(Countdown().check("make 30 from 4, 6, 9", answer or "") for _, answer in cycles)
     assert {lie(think, answer or "") for think, answer in cycles} == {"arithmetic", "numbers", "answer"}

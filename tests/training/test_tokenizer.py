@@ -25,7 +25,7 @@ MESSAGES = [
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     rng = Random(0)
-    weights = {"countdown": 0.6, "arithmetic": 0.4}
+    weights = {"countdown": 0.4, "arithmetic": 0.2, "knights": 0.4}
     corpus = (conversation_text(sample_conversation(TASKS, weights, rng))[0] for _ in range(3000))
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     build_tokenizer(corpus, vocab_size=448, max_length=1024).save_pretrained(folder)

@@ -11,7 +11,7 @@ from training.tasks import TASKS
 from training.tasks.base import Split, sample_split, split_of
 from training.tasks.trajectory import TURN_END, build_turn, sample_conversation
 
-WEIGHTS = {"countdown": 0.6, "arithmetic": 0.4}
+WEIGHTS = {"countdown": 0.4, "arithmetic": 0.2, "knights": 0.4}
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))

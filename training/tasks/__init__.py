@@ -1,11 +1,15 @@
-"""The bundled tasks by name, and one checker over all of them."""
+"""The bundled tasks by name, mixes of them, and one checker over all of them."""
 
+from math import isfinite
+
+from server.rtap.errors import ConfigError
 from training.tasks.arithmetic import Arithmetic
 from training.tasks.base import Task
 from training.tasks.countdown import Countdown
+from training.tasks.knights import Knights
 
-# Countdown first: its questions name a target, which arithmetic questions never do.
-TASKS: dict[str, Task] = {task.name: task for task in (Countdown(), Arithmetic())}
+# Countdown before Arithmetic: its questions name a target, which arithmetic questions never do.
+TASKS: dict[str, Task] = {task.name: task for task in (Countdown(), Arithmetic(), Knights())}
 
 
 def task_of(question: str) -> Task | None:
@@ -17,3 +21,32 @@ def check(question: str, answer: str, reference: str) -> bool:
     """Whether ``answer`` is right. Questions of no bundled task are compared with ``reference`` as text."""
     task = task_of(question)
     return task.check(question, answer) if task is not None else answer.strip() == reference.strip()
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """Read ``countdown=0.5,knights=0.5``, or a name alone, as the share of each task; tasks of share 0 are left out.
+
+    Shares are scaled to sum to 1. Raises ConfigError on anything else.
+    """
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        name, equals, number = (part.strip() for part in item.partition("="))
+        if name not in TASKS:
+            raise ConfigError(f"tasks={text!r}: {name!r} is no task; choose from {', '.join(TASKS)}")
+        if name in weights:
+            raise ConfigError(f"tasks={text!r} names {name} twice; name it once")
+        weights[name] = _weight(number, text) if equals else 1.0
+    total = sum(weights.values())
+    if total == 0:
+        raise ConfigError(f"tasks={text!r} gives no task any weight; make one of them positive")
+    return {name: weight / total for name, weight in weights.items() if weight}
+
+
+def _weight(number: str, text: str) -> float:
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = -1.0
+    if not isfinite(weight) or weight < 0:
+        raise ConfigError(f"tasks={text!r}: the weight {number!r} must be a number of at least 0")
+    return weight

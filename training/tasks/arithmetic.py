@@ -170,6 +170,10 @@ class ArithmeticProblem:
         """An Oops before the sum is done again."""
         return rng.choice(_DOUBTS)
 
+    def false_attempt(self, _rng: Random, /) -> Attempt | None:
+        """None: a slip is a lie already."""
+        return None
+
 
 _SPOKEN = {"+": "plus", "-": "minus", "*": "times", "/": "/"}
 
@@ -232,9 +236,10 @@ def parse_expression(question: str) -> str | None:
 
 
 class Arithmetic:
-    """The task: sampling and checking."""
+    """The task: sampling and checking. Levels: number of operations."""
 
     name = "arithmetic"
+    levels = (1, 2)
     wrong_first_share = 0.22
     wrong_count_weights = (0.75, 0.2, 0.05)
 
@@ -254,3 +259,7 @@ class Arithmetic:
         if result is None or not _ANSWER.fullmatch(answer.strip()):
             return False
         return result.value == int(answer)
+
+    def level(self, question: str) -> int:
+        """Number of operators in the expression."""
+        return sum(c in "+-*/" for c in parse_expression(question) or "")

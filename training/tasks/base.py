@@ -70,6 +70,11 @@ class Problem(Protocol):
         """How the cycle after the wrong attempt ``last`` begins."""
         ...
 
+    def false_attempt(self, rng: Random, /) -> Attempt | None:
+        """A wrong answer behind a working that looks right, in ways a policy rarely samples: a hard negative for a
+        confidence generator, nothing of it trained. None where there is no such thing or this draw finds none."""
+        ...
+
 
 class Task(Protocol):
     """A family of problems with an exact checker."""
@@ -89,6 +94,11 @@ class Task(Protocol):
         """Relative frequency of 1, 2, ... wrong attempts in those traces."""
         ...
 
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Difficulties that are sampled, easiest first."""
+        ...
+
     def sample(self, rng: Random) -> Problem:
         """A random problem of either split."""
         ...
@@ -99,6 +109,10 @@ class Task(Protocol):
 
     def check(self, question: str, answer: str) -> bool:
         """Whether ``answer`` is right. Any text is allowed in both; hostile input is False, fast."""
+        ...
+
+    def level(self, question: str) -> int:
+        """Difficulty of a question of this task; 0 for any other text."""
         ...
 
 

@@ -132,6 +132,10 @@ def _attempt(candidate: Candidate, solutions: Sequence[Candidate]) -> Attempt:
     return Attempt(think, Segment(candidate.expression), candidate.value, is_right)
 
 
+def _false(think: str, answer: str, value: int) -> Attempt:
+    return Attempt((Segment(think, is_trained=False),), Segment(answer, is_trained=False), value, is_right=False)
+
+
 @dataclass(frozen=True, slots=True)
 class CountdownProblem:
     """Three numbers, in the order they are asked, and a target that can be reached."""
@@ -177,6 +181,37 @@ class CountdownProblem:
         """An Oops that usually names the value reached, which is a true statement."""
         return rng.choice(_DOUBTS).format(v=last.value, t=self.target)
 
+    def false_attempt(self, rng: Random, /) -> Attempt | None:
+        """A false last result, foreign or repeated numbers, or an answer that is not what the working computed."""
+        match rng.randrange(3):
+            case 0:
+                misses = [c for c in candidates(self.numbers) if c.value != self.target]
+                near = sorted(misses, key=lambda c: abs(c.value - self.target))[:8]
+                chosen = rng.choice(near)
+                return _false(attempt_text(chosen, last=self.target), chosen.expression, self.target)
+            case 1:
+                hit = self._hit_with_foreign_numbers(rng)
+                return None if hit is None else _false(attempt_text(hit), hit.expression, hit.value)
+            case _:
+                wrong = self.wrong_attempt(rng, [])
+                right = rng.choice(self._solutions())
+                return None if wrong is None else _false(attempt_text(right), wrong.answer.text, right.value)
+
+    def _hit_with_foreign_numbers(self, rng: Random) -> Candidate | None:
+        """Reach the target truly, but with one number replaced by a neighbour or by another of the three."""
+        for _ in range(12):
+            numbers = list(self.numbers)
+            index = rng.randrange(3)
+            others = [n for i, n in enumerate(numbers) if i != index]
+            numbers[index] = rng.choice([*others, *(max(1, numbers[index] + d) for d in (-3, -2, -1, 1, 2, 3))])
+            if sorted(numbers) == sorted(self.numbers):
+                continue
+            a, b, c = numbers
+            hits = [x for x in candidates((a, b, c)) if x.value == self.target]
+            if hits:
+                return rng.choice(hits)
+        return None
+
 
 def _number(rng: Random) -> int:
     return rng.randint(1, SMALL_NUMBER if rng.random() < SMALL_SHARE else MAX_NUMBER)
@@ -197,9 +232,10 @@ def parse_question(question: str) -> CountdownProblem | None:
 
 
 class Countdown:
-    """The task: sampling and checking."""
+    """The task: sampling and checking. Levels: 1 sums and differences do, 2 it takes a product, 3 one of a sum."""
 
     name = "countdown"
+    levels = (1, 2, 3)
     wrong_first_share = 0.4
     # Falls by about half each time, so that after any number of misses the next attempt is right half the time.
     wrong_count_weights = (0.54, 0.24, 0.11, 0.05, 0.03, 0.02, 0.01)
@@ -223,3 +259,12 @@ class Countdown:
         if problem is None or result is None:
             return False
         return result.value == problem.target and Counter(result.numbers) == Counter(problem.numbers)
+
+    def level(self, question: str) -> int:
+        """Of the easiest solution that stays within canonical expressions; 3 where there is none."""
+        problem = parse_question(question)
+        if problem is None:
+            return 0
+        a, b, c = problem.numbers
+        solutions = (x.expression for x in candidates((a, b, c)) if x.value == problem.target)
+        return min((3 if "(" in s else 2 if "*" in s else 1 for s in solutions), default=3)

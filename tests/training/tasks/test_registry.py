@@ -3,19 +3,33 @@
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from training.tasks import TASKS, check, task_of
+from server.rtap.errors import ConfigError
+from training.tasks import TASKS, check, parse_mix, task_of
 from training.tasks.base import Split, sample_split, split_of
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_questions_are_dispatched_to_their_task(name: str) -> None:
-    rng = Random(3)
-    for _ in range(500):
-        problem = TASKS[name].sample(rng)
-        question = problem.phrase(rng)
-        assert task_of(question) is TASKS[name], question
-        assert check(question, problem.reference, "")
+@given(seed=st.integers(0, 2**32))
+def test_one_task_claims_each_question(name: str, seed: int) -> None:
+    rng = Random(seed)
+    problem = TASKS[name].sample(rng)
+    question = problem.phrase(rng)
+    assert task_of(question) is TASKS[name]
+    # A Countdown question may read as an expression too ("1 2 3"); its target decides. No other pair overlaps.
+    claiming = {n for n, task in TASKS.items() if task.claims(question)}
+    assert claiming - {"arithmetic"} == {name} - {"arithmetic"}
+    assert check(question, problem.reference, "")
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_level_is_sampled_and_no_other(name: str) -> None:
+    rng = Random(6)
+    task = TASKS[name]
+    assert {task.level(task.sample(rng).phrase(rng)) for _ in range(600)} == set(task.levels)
+    assert task.level("Who is a knight?") == 0
 
 
 def test_other_questions_are_compared_with_the_reference() -> None:
@@ -37,3 +51,27 @@ def test_a_tenth_is_held_out_and_disjoint(name: str) -> None:
     assert 0.07 < len(held_out) / len(drawn) < 0.13
     trained = {sample_split(TASKS[name], rng, Split.TRAIN).canonical for _ in range(2000)}
     assert not trained & held_out
+
+
+def test_a_mix_is_scaled_and_drops_what_has_no_share() -> None:
+    assert parse_mix("countdown=1, knights = 3,arithmetic=0") == {"countdown": 0.25, "knights": 0.75}
+    assert parse_mix("knights") == {"knights": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "'' is no task"),
+        ("chess=1", "'chess' is no task; choose from countdown"),
+        ("countdown=1,", "'' is no task"),
+        ("countdown=-1", "must be a number of at least 0"),
+        ("countdown=nan", "must be a number"),
+        ("countdown=inf", "must be a number"),
+        ("countdown=", "must be a number"),
+        ("countdown=0,knights=0", "gives no task any weight"),
+        ("knights=1,knights=2", "names knights twice"),
+    ],
+)
+def test_other_mixes_are_refused_with_a_reason(text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        parse_mix(text)
