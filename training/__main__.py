@@ -3,12 +3,14 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from server.rtap.errors import RtapError
 from training.config import BUNDLED, ConfidenceConfig, SftConfig, add_flags, build_config
+from training.rl.config import CONFIGS
 
 EVAL_COUNT = 600
 
@@ -20,6 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(sft, SftConfig)
     confidence = commands.add_parser("confidence", help="train a confidence generator on a policy's own answers")
     add_flags(confidence, ConfidenceConfig)
+    for name, kind in CONFIGS.items():
+        add_flags(commands.add_parser(name, help=(kind.__doc__ or "").splitlines()[0]), kind)
     questions = commands.add_parser("questions", help="write the held-out question files")
     questions.add_argument("--output", type=Path, default=BUNDLED / "eval", help="folder (default: %(default)s)")
     questions.add_argument("--count", type=int, default=EVAL_COUNT, help="questions a task (default: %(default)s)")
@@ -52,10 +56,15 @@ def _run(command: str, flags: dict[str, Any]) -> None:
         from training import sft
 
         sft.run(build_config(SftConfig, file, flags))
-    else:
+    elif command == "confidence":
         from training import confidence
 
         confidence.run(build_config(ConfidenceConfig, file, flags))
+    else:
+        warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")  # the pair was tried
+        from training.rl import command as rl
+
+        rl.run(build_config(CONFIGS[command], file, flags))
 
 
 if __name__ == "__main__":

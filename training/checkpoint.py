@@ -9,13 +9,12 @@ import subprocess
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-
-from training.config import ConfidenceConfig, SftConfig
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MANIFEST = "manifest.json"
 KEPT = ("README.md",)  # written by people, carried over to the new checkpoint
@@ -52,7 +51,7 @@ def replacing(output: Path) -> Generator[Path]:
 
 
 def manifest(
-    command: str, config: SftConfig | ConfidenceConfig, *, data: str, seconds: float, figures: Mapping[str, Any]
+    command: str, config: "DataclassInstance", *, data: str, seconds: float, figures: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything needed to tell how a checkpoint came about. ``data``: text that identifies the training data."""
     return {
@@ -61,14 +60,16 @@ def manifest(
         "data_sha256": hashlib.sha256(data.encode()).hexdigest(),
         "training_seconds": round(seconds, 1),
         "figures": dict(figures),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} logical CPUs",
         "git_commit": git_commit(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what training does."""
+    names = ("torch", "transformers", "trl", "accelerate")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

@@ -2,12 +2,16 @@
 
 import argparse
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 
 from server.rtap.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 from training.tasks import parse_mix
 
 BUNDLED = Path("deploy/models")
@@ -95,19 +99,23 @@ class ConfidenceConfig:
             raise ConfigError("minutes must be positive and batch_tokens at least 256")
 
 
-Config = TypeVar("Config", SftConfig, ConfidenceConfig)
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type[SftConfig] | type[ConfidenceConfig]) -> None:
+def add_flags(parser: argparse.ArgumentParser, config: "type[DataclassInstance]") -> None:
     """One flag per field, and ``--config``."""
     parser.add_argument("--config", type=Path, help="YAML file with the same names as the flags; flags win")
     types = get_type_hints(config)
     for item in fields(config):
+        kind = _plain(types[item.name])
+        shape: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if issubclass(kind, StrEnum):
+            shape["choices"] = list(kind)
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",
-            type=_plain(types[item.name]),
             default=argparse.SUPPRESS,
-            help=f"{item.metadata['help']} (default: {item.default})",
+            help=f"{item.metadata['help']} (default: {item.default})".replace("%", "%%"),
+            **shape,
         )
 
 
@@ -118,13 +126,14 @@ def _plain(kind: Any) -> type:
 
 def build_config(config: type[Config], file: Path | None, flags: dict[str, Any]) -> Config:
     """Merge file and flags over the defaults. Raises ConfigError on unknown keys and wrong types."""
-    types = get_type_hints(config)
+    hints = get_type_hints(config)
+    types = {item.name: hints[item.name] for item in fields(config)}
     values: dict[str, Any] = _read_yaml(file) if file else {}
     values |= flags
     unknown = sorted(set(values) - set(types))
     if unknown:
         raise ConfigError(f"unknown settings {unknown}; known are {sorted(types)}")
-    return config(**{name: _coerce(name, value, _plain(types[name])) for name, value in values.items()})
+    return config(**{name: _coerce(name, value, types[name]) for name, value in values.items()})
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -139,9 +148,15 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in cast(dict[Any, Any], loaded).items()}
 
 
-def _coerce(name: str, value: Any, kind: type) -> Any:
-    if kind is Path and isinstance(value, str):
-        return Path(value)
+def _coerce(name: str, value: Any, declared: Any) -> Any:
+    kind = _plain(declared)
+    if value is None and kind is not declared:
+        return None
+    try:
+        if isinstance(value, str) and (kind is float or issubclass(kind, Path | StrEnum)):  # YAML reads 1e-6 as text
+            return kind(value)
+    except ValueError as error:
+        raise ConfigError(f"{name}={value!r} must be of type {kind.__name__}") from error
     if kind is float and type(value) is int:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

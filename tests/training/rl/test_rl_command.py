@@ -1,0 +1,208 @@
+"""The whole RL command on a tiny policy: what it writes, what it resumes, what it refuses. One process, no vLLM.
+
+The runs are short: they prove mechanics, not learning. training/RESULTS.md has what is learnt.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+
+from server.rtap.errors import ConfigError
+from training.config import SftConfig
+from training.errors import TeacherError, TrainingError
+from training.huggingface import load_tokenizer, save_checkpoint
+from training.policy import build_policy
+from training.questions import load_questions
+from training.rl import command
+from training.rl.config import GrpoConfig, KdrlConfig, RladConfig, RlConfig, RtapConfig
+from training.rl.loading import load_for_training
+from training.rl.lockstep import Written
+from training.rl.trainer import last_checkpoint
+from training.tasks.base import Split
+
+BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
+SMALL = {
+    "max_steps": 4, "save_steps": 2, "questions_per_step": 2, "group_size": 4, "micro_batch": 4, "num_questions": 16,
+    "max_tokens": 48, "length_cache": 16, "max_cycle_tokens": 20, "num_iterations": 2, "learning_rate": 1e-3,
+}  # fmt: skip
+RECURSIVE = SMALL | {
+    "max_tokens": 200, "max_cycle_tokens": 80, "max_cycles": 3, "learning_rate": 1e-4, "generator_rate": 1e-4,
+    "generator_iterations": 2, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
+}  # fmt: skip
+
+
+def save_policy(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(BUNDLED / "policy")
+    shape = SftConfig(hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, ffn_size=32)
+    save_checkpoint(folder, build_policy(shape, tokenizer), tokenizer, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_policy(tmp_path_factory.mktemp("policy") / "model", seed=1)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_policy(tmp_path_factory.mktemp("teacher") / "model", seed=2)
+
+
+def curve(config: RlConfig) -> list[dict[str, float]]:
+    """Logged figures that do not depend on the clock."""
+    lines = [json.loads(line) for line in (config.run_dir / "train.jsonl").read_text().splitlines()]
+    keep = ("step", "loss", "grad_norm", "reward", "entropy", "kl", "clip_ratio/region_mean", "generator/loss")
+    return [{k: line[k] for k in keep if k in line} for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RtapConfig:
+    """On the bundled models: an untrained policy never completes a cycle, so nothing recurs."""
+    config = RtapConfig(
+        policy=BUNDLED / "policy", confidence=BUNDLED / "confidence", output=tmp_path_factory.mktemp("rtap") / "out",
+        **RECURSIVE,
+    )  # fmt: skip
+    command.run(config)
+    return config
+
+
+def test_policy_and_generator_are_written_in_the_layout_of_the_server(finished: RtapConfig) -> None:
+    config = json.loads((finished.output / "config.json").read_text())
+    assert (config["dtype"], config["rtap"]) == ("bfloat16", {"format": "rtap"})
+    assert isinstance(load_tokenizer(finished.output), PreTrainedTokenizerFast)
+    beside = finished.output.with_name("out-confidence")
+    assert Qwen3ForSequenceClassification.from_pretrained(beside).config.num_labels == 1
+    assert {"model.safetensors", "tokenizer.json", "manifest.json"} <= {p.name for p in beside.iterdir()}
+
+
+def test_manifest_tells_how_the_checkpoint_came_about(finished: RtapConfig) -> None:
+    record = json.loads((finished.output / "manifest.json").read_text())
+    assert record["command"] == "rtap train rtap"
+    assert record["config"]["policy"] == str(finished.policy)
+    assert len(record["data_sha256"]) == 64
+    assert {"torch", "transformers", "trl", "accelerate", "python"} <= set(record["versions"])
+
+
+def test_logs_hold_every_reward_and_the_rollouts_figures(finished: RtapConfig) -> None:
+    first = json.loads((finished.run_dir / "train.jsonl").read_text().splitlines()[0])
+    wanted = {f"rewards/{name}/mean" for name in ("increase", "final", "format", "answer", "length")}
+    wanted |= {"cycles/mean", "cycles/first_right", "oops/per_1000_tokens", "confidence/brier"}
+    assert wanted <= set(first)
+    assert first["cycles/mean"] > 1
+    assert list((finished.run_dir / "tensorboard").glob("events.*"))
+
+
+def test_policy_and_generator_have_moved(finished: RtapConfig) -> None:
+    for before, after in ((finished.policy, finished.output), (finished.confidence, f"{finished.output}-confidence")):
+        kind = Qwen3ForCausalLM if before == finished.policy else Qwen3ForSequenceClassification
+        a, b = kind.from_pretrained(before), kind.from_pretrained(after)
+        assert not all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_killed_and_resumed_gives_the_same_curve(finished: RtapConfig, tmp_path: Path) -> None:
+    """kill -9 some time after the first checkpoint; the second run goes on from it, log included."""
+    config = replace(finished, output=tmp_path / "out")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in RECURSIVE.items()]
+    flags += [f"--policy={config.policy}", f"--confidence={config.confidence}", f"--output={config.output}"]
+    child = subprocess.Popen([sys.executable, "-m", "training", "rtap", *flags], env=os.environ)
+    deadline = time.monotonic() + 240
+    while last_checkpoint(config.run_dir) is None and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert last_checkpoint(config.run_dir) is not None
+    with (config.run_dir / "train.jsonl").open("a") as log:
+        log.write('{"step": 4, "loss"')  # what a kill in the middle of a line leaves
+    command.run(config)
+    assert curve(config) == curve(finished)
+    resumed = Qwen3ForCausalLM.from_pretrained(config.output).state_dict()
+    whole = Qwen3ForCausalLM.from_pretrained(finished.output).state_dict()
+    assert all(resumed[name].equal(whole[name]) for name in whole)
+
+
+def test_a_checkpoint_without_its_last_file_is_not_used(finished: RtapConfig, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    assert last_checkpoint(finished.run_dir) == finished.run_dir / "checkpoint-4"
+
+
+def test_resuming_with_other_settings_is_refused(finished: RtapConfig) -> None:
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.0001 then, 0\.002 now"):
+        command.run(replace(finished, learning_rate=2e-3))
+
+
+def first_update(config: RlConfig) -> dict[str, float]:
+    command.run(config)
+    return curve(config)[0]
+
+
+def test_alpha_one_is_grpo_and_a_teacher_changes_the_update(teacher: Path, tmp_path: Path) -> None:
+    common = SMALL | {"policy": BUNDLED / "policy", "num_iterations": 1, "max_steps": 1, "save_steps": 1,
+                      "questions_per_step": 4, "max_tokens": 80, "max_cycle_tokens": 80}  # fmt: skip
+    grpo = first_update(GrpoConfig(output=tmp_path / "grpo", **common))
+    assert grpo["grad_norm"] > 0
+    same = first_update(RladConfig(output=tmp_path / "one", teacher=str(teacher), alpha=1.0, **common))
+    assert same["grad_norm"] == grpo["grad_norm"]
+    half = first_update(RladConfig(output=tmp_path / "half", teacher=str(teacher), **common))
+    assert half["grad_norm"] != grpo["grad_norm"]
+    kdrl = first_update(KdrlConfig(output=tmp_path / "kdrl", teacher=str(teacher), **common))
+    assert kdrl["grad_norm"] not in (grpo["grad_norm"], half["grad_norm"])
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_checkpoint(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GrpoConfig(policy=policy, output=tmp_path / "out", **SMALL)
+    questions = load_questions("countdown", Split.TRAIN, seed=1, count=16)
+    trainer = command.build_trainer(config, load_for_training(policy), questions)
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight.fill_(float("nan"))
+    # What it wrote before it broke: weights that are NaN cannot be sampled from.
+    monkeypatch.setattr(trainer, "_generate_batch", lambda requests, _: [Written([5, 6], None) for _ in requests])
+    with pytest.raises(TrainingError, match="the loss is nan at update 1; there is no checkpoint yet"):
+        trainer.train()
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
+    finished: RtapConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(finished, output=tmp_path / "out")
+    saves: list[str] = []
+    original = torch.save
+
+    def save(state: object, path: object) -> None:
+        saves.append(str(path))
+        if str(path).endswith("generator.pt") and "checkpoint-4" in str(path):
+            raise RuntimeError("No space left on device")
+        original(state, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(TrainingError, match=r"cannot save update 4: No space left.*checkpoint-2"):
+        command.run(config)
+    assert last_checkpoint(config.run_dir) == config.run_dir / "checkpoint-2"
+
+
+def test_a_teacher_with_other_tokens_is_refused(policy: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(policy)
+    tokenizer.add_tokens(["<extra>"])
+    other = save_policy(tmp_path / "student", seed=1)
+    tokenizer.save_pretrained(other)
+    config = RladConfig(policy=other, teacher=str(policy), output=tmp_path / "out", **SMALL)
+    with pytest.raises(TeacherError, match="id 448 is '<extra>' to the student and None to the teacher"):
+        command.run(config)
+
+
+def test_a_missing_teacher_is_a_sentence(policy: Path, tmp_path: Path) -> None:
+    config = RladConfig(policy=policy, teacher=str(tmp_path / "none"), output=tmp_path / "out", **SMALL)
+    with pytest.raises(TeacherError, match="cannot load the teacher"):
+        command.run(config)

@@ -1,0 +1,184 @@
+"""Run one reinforcement-learning command: load, check, resume or start, train, save what ``rtap serve`` loads."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from time import monotonic
+from typing import Any, cast
+
+import httpx
+import torch
+from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.utils import add_fused_lm_head
+
+from server.rtap.errors import ConfigError
+from training.checkpoint import manifest, replacing, write_manifest
+from training.huggingface import cast_to
+from training.questions import Question, load_questions
+from training.rl.config import RlConfig
+from training.rl.generator import OnlineGenerator, load_online_generator
+from training.rl.loading import Loaded, load_for_training
+from training.rl.runs import JsonLog, check_same_run, describe
+from training.rl.teacher import LocalTeacher, RemoteTeacher, Teacher, check_same_tokens, load_teacher
+from training.rl.trainer import Parts, RecursiveTrainer, last_checkpoint
+from training.runtime import configure_torch
+from training.tasks import check
+from training.tasks.base import Split
+
+
+def run(config: RlConfig) -> None:
+    """Train to ``config.output``; goes on from the run's last whole checkpoint where there is one."""
+    configure_torch(config.threads, config.seed)
+    checkpoint = last_checkpoint(config.run_dir)
+    if checkpoint is not None:
+        check_same_run(checkpoint, config)
+    questions = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
+    loaded = load_for_training(config.policy)
+    trainer = build_trainer(config, loaded, questions)
+    log = JsonLog(
+        config.run_dir / "train.jsonl", resumed_at=_step(checkpoint), is_writer=trainer.is_world_process_zero()
+    )
+    trainer.add_callback(log)
+    started = monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.is_world_process_zero():
+        data = "\n".join(q.question for q in questions)
+        record = manifest(f"rtap train {config.method}", config, data=data, seconds=monotonic() - started,
+                          figures=log.last)  # fmt: skip
+        _save(config, trainer, loaded, record)
+        sys.stdout.write(json.dumps(log.last, indent=2) + "\n")
+
+
+def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question]) -> RecursiveTrainer:
+    """The trainer with all its parts; nothing has been generated or written yet."""
+    references = {q.question: q for q in questions}
+
+    def is_right(question: str, answer: str) -> bool:
+        return check(question, answer, references[question].answer)
+
+    parts = Parts(loaded.dialect, is_right, None, None, record=lambda: describe(config))
+    rows = [{"prompt": [{"role": "user", "content": q.question}]} for q in questions]
+    trainer = RecursiveTrainer(
+        config=config,
+        parts=parts,
+        args=trl_arguments(config),
+        model=loaded.model,
+        processing_class=loaded.processor,
+        train_dataset=cast(Any, Dataset).from_list(rows),
+    )
+    parts.generator = _generator(config, trainer)
+    parts.teacher = _teacher(config, loaded, trainer)
+    return trainer
+
+
+def trl_arguments(config: RlConfig) -> GRPOConfig:
+    """Our config in TRL's words. Losses and advantages are ours, so TRL's switches for them stay unused."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is used knowingly, and pinned
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "tensorboard")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = config.generation_rows // world
+    micro_batch = min(config.micro_batch, rows)
+    vllm: dict[str, Any] = {}
+    if config.vllm != "none":
+        # Long rows multiply small differences to nothing under sequence masking (trl#4772), so: per token, cut at 2.
+        vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_mode": "token_truncate",
+                "vllm_importance_sampling_clip_max": 2.0}  # fmt: skip
+        if config.vllm != "colocate":
+            vllm |= {"vllm_mode": "server", "vllm_server_base_url": config.vllm}
+    return GRPOConfig(
+        output_dir=str(config.run_dir),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=rows // micro_batch,
+        num_generations=config.group_size,
+        num_iterations=config.num_iterations,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        beta=config.beta,
+        epsilon=config.clip_low,
+        epsilon_high=config.clip_high,
+        loss_type="grpo",
+        max_completion_length=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=config.repetition_penalty,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        seed=config.seed,
+        report_to=["tensorboard"],
+        use_cpu=not torch.cuda.is_available(),
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **vllm,
+    )
+
+
+def _generator(config: RlConfig, trainer: RecursiveTrainer) -> OnlineGenerator | None:
+    if config.confidence is None:
+        return None
+    model = load_online_generator(config.confidence)
+    cast(Any, model).to(trainer.accelerator.device)
+
+    def average(gradients: Sequence[Tensor]) -> None:
+        if trainer.accelerator.num_processes > 1:
+            for gradient in gradients:
+                gradient.copy_(cast(Tensor, trainer.accelerator.reduce(gradient, reduction="mean")))
+
+    return OnlineGenerator(
+        model,
+        learning_rate=config.generator_rate,
+        iterations=config.generator_iterations,
+        global_weight=config.generator_global_weight,
+        average=average,
+    )
+
+
+def _teacher(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> Teacher | None:
+    if config.teacher is None:
+        return None
+    if config.teacher.startswith(("http://", "https://")):
+        if config.temperature != 1:
+            raise ConfigError("a remote teacher scores at temperature 1; set temperature to 1 or use a local teacher")
+        return RemoteTeacher(config.teacher, httpx.Client())
+    model = load_teacher(config.teacher)
+    check_same_tokens(loaded.tokenizer, cast(Any, AutoTokenizer).from_pretrained(config.teacher))
+    add_fused_lm_head(model, temperature=config.temperature)
+    cast(Any, model).to(trainer.accelerator.device)
+    return LocalTeacher(model, trainer.log_probs)
+
+
+def _step(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _save(config: RlConfig, trainer: RecursiveTrainer, loaded: Loaded, record: dict[str, Any]) -> None:
+    """Policy and generator in bf16, each in one swap."""
+    policy = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model))
+    write_model(config.output, policy, loaded.processor, record)
+    if trainer.parts.generator is not None:
+        output = config.confidence_output or config.output.with_name(f"{config.output.name}-confidence")
+        write_model(output, trainer.parts.generator.model, loaded.tokenizer, record)
+
+
+def write_model(output: Path, model: PreTrainedModel, processor: Any, record: dict[str, Any]) -> None:
+    """A bf16 copy of ``model`` with its tokenizer or processor and manifest; the live model stays as it is."""
+    model.__dict__.pop("forward", None)  # TRL's fused head: a closure that cannot be copied and is not saved
+    copy = deepcopy(model)
+    cast_to(copy, torch.bfloat16)
+    with replacing(output) as folder:
+        cast(Any, copy).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
+        write_manifest(folder, record)

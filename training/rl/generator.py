@@ -1,0 +1,125 @@
+"""The confidence generator during reinforcement learning: scores cycles, and learns from them before the policy does.
+
+Own optimiser, own state in the checkpoint. Any ``…ForSequenceClassification`` checkpoint with one label works. Not
+here: what the scores are worth (``training/rewards.py``) and the training before RL (``training/confidence.py``).
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from server.rtap.errors import ConfigError
+from training.confidence import group
+from training.examples import Example, balance, collect
+from training.rl.rollouts import Rollout
+
+BATCH_TOKENS = 8192
+MAX_GRADIENT_NORM = 1.0
+
+
+class OnlineGenerator:
+    """A generator that follows the policy.
+
+    average: replaces each gradient by its mean over the processes; called once an update, in every process.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        learning_rate: float,
+        iterations: int,
+        global_weight: float,
+        average: Callable[[Sequence[Tensor]], None],
+    ) -> None:
+        self.model = model.train()
+        self._iterations = iterations
+        self._global_weight = global_weight
+        self._average = average
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimiser = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0)
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
+        """Confidence in [0, 1] of every row of prompt and cycle ids; equal rows are read once."""
+        distinct = [Example(0, ids, False, 1) for ids in dict.fromkeys(rows)]
+        self.model.eval()
+        scores: dict[tuple[int, ...], float] = {}
+        for batch in group(distinct, BATCH_TOKENS) if distinct else []:
+            confidences = cast(list[float], cast(Any, self._logits(batch).sigmoid()).tolist())
+            scores |= {example.ids: confidence for example, confidence in zip(batch, confidences, strict=True)}
+        return [scores[ids] for ids in rows]
+
+    def update(self, rollouts: Sequence[Rollout]) -> float | None:
+        """Balanced cross-entropy (R-TAP eq. 6) on the cycles of these rollouts, ``iterations`` times.
+
+        Returns the first iteration's loss, that of cycles not yet learnt; None where no question has contrast.
+        Every process takes the same number of steps, with or without examples of its own.
+        """
+        names = {r.question: i for i, r in enumerate(rollouts)}
+        rows = (
+            (names[r.question], (*r.prompt_ids, *c.ids), c.is_right)
+            for r in rollouts
+            for c in r.cycles
+            if c.answer is not None
+        )
+        examples = [e for e in balance(collect(rows), global_weight=self._global_weight) if e.weight]
+        total = sum(e.weight for e in examples)
+        first: float | None = None
+        self.model.train()
+        for _ in range(self._iterations):
+            loss = self._descend(examples, total)
+            first = loss if first is None else first
+        return first if examples else None
+
+    def _descend(self, examples: Sequence[Example], total: float) -> float:
+        self._optimiser.zero_grad(set_to_none=False)
+        loss = 0.0
+        for batch in group(examples, BATCH_TOKENS) if examples else []:
+            logits = self._logits(batch)
+            labels = torch.tensor([float(e.is_right) for e in batch], device=logits.device)
+            weights = torch.tensor([e.weight / total for e in batch], device=logits.device)
+            part = (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weights).sum()
+            cast(Any, part).backward()
+            loss += part.item()
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._average([p.grad for p in self._parameters if p.grad is not None])
+        torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
+        cast(Any, self._optimiser).step()
+        return loss
+
+    def _logits(self, batch: Sequence[Example]) -> Tensor:
+        """(B,) in fp32. Right-padded: the model pools each row's last token that is not padding."""
+        pad_id = cast(int, self.model.config.pad_token_id)
+        width = max(len(e.ids) for e in batch)
+        device = self._parameters[0].device
+        ids = torch.tensor([[*e.ids, *[pad_id] * (width - len(e.ids))] for e in batch], device=device)
+        lengths = torch.tensor([len(e.ids) for e in batch], device=device)
+        mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
+        return cast(Any, self.model)(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimiser."""
+        return {"model": self.model.state_dict(), "optimiser": self._optimiser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self.model.load_state_dict(state["model"])
+        self._optimiser.load_state_dict(state["optimiser"])
+
+
+def load_online_generator(path: Path) -> PreTrainedModel:
+    """The checkpoint in fp32. Raises ConfigError when it is none, or has not exactly one label."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is no checkpoint (no config.json); train one with `rtap train confidence`")
+    model = cast(Any, AutoModelForSequenceClassification).from_pretrained(path, dtype=torch.float32)
+    if model.config.num_labels != 1 or model.config.pad_token_id is None:
+        raise ConfigError(f"{path} must be a sequence classifier with one label and a pad token")
+    return cast(PreTrainedModel, model)
