@@ -1,13 +1,12 @@
 """Read question files and split questions into a half that selects a threshold and a half that reports it."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from server.rtap.errors import ConfigError
+from training.tasks.jsonl import read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,32 +34,11 @@ def load_questions(paths: Sequence[Path], *, limit: int | None = None) -> dict[s
     by_task: dict[str, list[Question]] = {}
     seen: set[tuple[str, str]] = set()
     for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ConfigError(f"cannot read the question file {path}: {error.strerror}") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            question = _parse_row(line, where=f"{path}:{number}", task=path.stem)
-            if (question.task, question.text) in seen:
-                raise ConfigError(f"{path}:{number}: this question appears twice; remove one of the two")
-            seen.add((question.task, question.text))
-            by_task.setdefault(question.task, []).append(question)
+        for where, row in read_rows(path, task=path.stem):
+            if (row.task, row.question) in seen:
+                raise ConfigError(f"{where}: this question appears twice; remove one of the two")
+            seen.add((row.task, row.question))
+            by_task.setdefault(row.task, []).append(Question(row.question, row.answer, row.task))
     if not by_task:
         raise ConfigError(f"no questions in {', '.join(map(str, paths))}; give JSONL rows with question and answer")
     return {task: rows[:limit] for task, rows in by_task.items()}
-
-
-def _parse_row(line: str, *, where: str, task: str) -> Question:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error.msg}); each line must be one JSON object") from error
-    if not isinstance(row, dict):
-        raise ConfigError(f'{where}: a row must be an object like {{"question": "...", "answer": "..."}}')
-    fields = cast(dict[str, Any], row)
-    for name in ("question", "answer"):
-        if not isinstance(fields.get(name), str | int | float):
-            raise ConfigError(f'{where}: the row has no "{name}"; give it as text')
-    return Question(str(fields["question"]), str(fields["answer"]), str(fields.get("task") or task))

@@ -6,6 +6,7 @@ from server.rtap.errors import ConfigError
 from training.tasks.arithmetic import Arithmetic
 from training.tasks.base import Task
 from training.tasks.countdown import Countdown
+from training.tasks.equivalence import same_answer
 from training.tasks.knights import Knights
 
 # Countdown before Arithmetic: its questions name a target, which arithmetic questions never do.
@@ -18,9 +19,16 @@ def task_of(question: str) -> Task | None:
 
 
 def check(question: str, answer: str, reference: str) -> bool:
-    """Whether ``answer`` is right. Questions of no bundled task are compared with ``reference`` as text."""
+    """Whether ``answer`` is right: by the checker of the task the question belongs to, else by comparison with
+    ``reference`` as text and as mathematics.
+
+    A question of another origin may read like one of a bundled task ("a 3-page letter" holds an expression); then
+    that task's checker does not accept the reference, and has no say.
+    """
     task = task_of(question)
-    return task.check(question, answer) if task is not None else answer.strip() == reference.strip()
+    if task is not None and (not reference or task.check(question, reference)):
+        return task.check(question, answer)
+    return same_answer(answer, reference)
 
 
 def parse_mix(text: str) -> dict[str, float]:
@@ -32,13 +40,13 @@ def parse_mix(text: str) -> dict[str, float]:
     for item in text.split(","):
         name, equals, number = (part.strip() for part in item.partition("="))
         if name not in TASKS:
-            raise ConfigError(f"tasks={text!r}: {name!r} is no task; choose from {', '.join(TASKS)}")
+            raise ConfigError(f"{text!r}: {name!r} is no task; choose from {', '.join(TASKS)}")
         if name in weights:
-            raise ConfigError(f"tasks={text!r} names {name} twice; name it once")
+            raise ConfigError(f"{text!r} names {name} twice; name it once")
         weights[name] = _weight(number, text) if equals else 1.0
     total = sum(weights.values())
     if total == 0:
-        raise ConfigError(f"tasks={text!r} gives no task any weight; make one of them positive")
+        raise ConfigError(f"{text!r} gives no task any weight; make one of them positive")
     return {name: weight / total for name, weight in weights.items() if weight}
 
 
@@ -48,5 +56,5 @@ def _weight(number: str, text: str) -> float:
     except ValueError:
         weight = -1.0
     if not isfinite(weight) or weight < 0:
-        raise ConfigError(f"tasks={text!r}: the weight {number!r} must be a number of at least 0")
+        raise ConfigError(f"{text!r}: the weight {number!r} must be a number of at least 0")
     return weight

@@ -21,6 +21,15 @@ class Split(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """One question as it is asked. ``answer`` is one right answer; ``task`` names what it is reported under."""
+
+    question: str
+    answer: str
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Some text of a trajectory. ``is_trained``: the policy should learn to write it (never set on false text)."""
 

@@ -35,6 +35,23 @@ def test_every_level_is_sampled_and_no_other(name: str) -> None:
 def test_other_questions_are_compared_with_the_reference() -> None:
     assert check("Who is a knight?", " A ", "A")
     assert not check("Who is a knight?", "B", "A")
+    assert check("What share of a dollar is 50 cents?", "0.5", "1/2")
+
+
+@pytest.mark.parametrize(
+    ("question", "reference"),
+    [
+        ("James writes a 3-page letter to each of two friends. How many pages?", "6"),
+        ("What is 3 * 4 + twice that?", "36"),
+        ("How do I get 10 from 2 boxes of 3 and 4?", "7 are missing"),
+    ],
+)
+def test_a_question_that_only_reads_like_a_bundled_one_is_compared_with_its_reference(
+    question: str, reference: str
+) -> None:
+    assert task_of(question) is not None
+    assert check(question, reference, reference)
+    assert not check(question, "12", reference)
 
 
 def test_the_split_is_stable() -> None:

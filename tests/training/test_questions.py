@@ -1,0 +1,55 @@
+"""Questions by name: tasks, mixes, files; always of the split that is asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from server.rtap.errors import ConfigError
+from training.questions import held_out_questions, load_questions
+from training.tasks import TASKS, task_of
+from training.tasks.base import Split
+
+
+def write(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps({"question": f"q{n}?", "answer": str(n)}) + "\n" for n in range(count)))
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_a_task_by_name(name: str) -> None:
+    questions = load_questions(name, Split.TRAIN, seed=1, count=200)
+    assert len({q.question for q in questions}) == 200
+    assert all(q.task == name and TASKS[name].check(q.question, q.answer) for q in questions)
+    assert questions == load_questions(name, Split.TRAIN, seed=1, count=200)
+    assert questions != load_questions(name, Split.TRAIN, seed=2, count=200)
+    held_out = {q.question for q in held_out_questions(TASKS[name], 200)}
+    assert not held_out & {q.question for q in questions}
+
+
+def test_a_mix_has_its_shares_in_random_order() -> None:
+    questions = load_questions("countdown=0.75,knights=0.25", Split.HELD_OUT, seed=0, count=400)
+    assert len(questions) == 400
+    assert 250 < sum(q.task == "countdown" for q in questions) < 350
+    assert {q.task for q in questions[:20]} == {"countdown", "knights"}
+    assert all(task_of(q.question) is TASKS[q.task] for q in questions)
+
+
+def test_a_file_is_split_by_hash(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.jsonl", 500)
+    trained, held_out = (load_questions(str(path), split, seed=0, count=10_000) for split in Split)
+    assert len(trained) + len(held_out) == 500
+    assert 30 < len(held_out) < 75
+    assert not {q.question for q in trained} & {q.question for q in held_out}
+    assert {q.task for q in trained} == {"mine"}
+    assert len(load_questions(str(path), Split.TRAIN, seed=0, count=7)) == 7
+    assert [q.answer for q in trained] != sorted((q.answer for q in trained), key=int)
+
+
+def test_what_is_none_of_these_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'chess' is no task.*; or give a \.jsonl file, or hf:DATASET"):
+        load_questions("chess", Split.TRAIN, seed=0, count=1)
+    with pytest.raises(ConfigError, match="cannot read the question file"):
+        load_questions(str(tmp_path / "none.jsonl"), Split.TRAIN, seed=0, count=1)
+    with pytest.raises(ConfigError, match="has no held_out question"):
+        load_questions(str(write(tmp_path / "one.jsonl", 1)), Split.HELD_OUT, seed=0, count=1)
