@@ -24,6 +24,9 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(confidence, ConfidenceConfig)
     for name, kind in CONFIGS.items():
         add_flags(commands.add_parser(name, help=(kind.__doc__ or "").splitlines()[0]), kind)
+    study = commands.add_parser("study", help="train and measure the runs of a suite over seeds, and tabulate them")
+    study.add_argument("suite", type=Path, help="YAML file: title, seeds, baseline, common, runs, measure")
+    study.add_argument("--output", type=Path, required=True, help="folder of results.json and results.md")
     questions = commands.add_parser("questions", help="write the held-out question files")
     questions.add_argument("--output", type=Path, default=BUNDLED / "eval", help="folder (default: %(default)s)")
     questions.add_argument("--count", type=int, default=EVAL_COUNT, help="questions a task (default: %(default)s)")
@@ -50,6 +53,12 @@ def _run(command: str, flags: dict[str, Any]) -> None:
 
         for path in write_held_out(flags["output"], flags["count"]):
             sys.stdout.write(f"{path}\n")
+        return
+    if command == "study":
+        warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")  # the pair was tried
+        from training import study
+
+        study.run(flags["suite"], flags["output"])
         return
     file: Path | None = flags.pop("config", None)
     if command == "sft":

@@ -4,20 +4,16 @@ Pure functions of tensors; no model, no trainer. Unless said otherwise log-proba
 the sampled completion tokens, advantages (B,) or (B, T), results scalars to minimise. ``RLAD`` is arXiv 2602.22495.
 """
 
-from enum import StrEnum
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+ClampGradient = Literal["stop", "straight_through"]
+"""What passes back through the clamp of the teacher's log-ratio; the paper does not say (papers.md, A1).
 
-class ClampGradient(StrEnum):
-    """What passes back through the clamp of the teacher's log-ratio; the paper does not say (papers.md, A1).
-
-    STOP: as torch.clamp, nothing outside the range. STRAIGHT_THROUGH: as if there were no clamp.
-    """
-
-    STOP = "stop"
-    STRAIGHT_THROUGH = "straight_through"
+stop: as torch.clamp, nothing outside the range. straight_through: as if there were no clamp.
+"""
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
@@ -42,7 +38,7 @@ def trrd_log_ratio(
     *,
     alpha: float = 0.5,
     teacher_clamp: float | None = 1.0,
-    clamp_gradient: ClampGradient = ClampGradient.STOP,
+    clamp_gradient: ClampGradient = "stop",
 ) -> Tensor:
     """alpha (log pi - log old) + (1 - alpha) clamp(log pi - log teacher): RLAD eq. 5 with the clamp of appendix B.
 
@@ -52,7 +48,7 @@ def trrd_log_ratio(
     to_teacher = logp - logp_teacher
     if teacher_clamp is not None:
         clamped = to_teacher.clamp(-teacher_clamp, teacher_clamp)
-        if clamp_gradient is ClampGradient.STRAIGHT_THROUGH:
+        if clamp_gradient == "straight_through":
             clamped = logp + (clamped - logp).detach()
         to_teacher = clamped
     return alpha * (logp - logp_old) + (1 - alpha) * to_teacher
@@ -101,7 +97,7 @@ def trrd_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     teacher_clamp: float | None = 1.0,
-    clamp_gradient: ClampGradient = ClampGradient.STOP,
+    clamp_gradient: ClampGradient = "stop",
 ) -> Tensor:
     """RLAD eq. 4: the GRPO surrogate on the TRRD ratio. ``alpha`` = 1 is ``grpo_loss`` to the last bit."""
     log_ratio = trrd_log_ratio(

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from server.rtap.errors import ConfigError
 from training.config import BUNDLED
-from training.losses import ClampGradient
 
 REWARDS = ("increase", "final", "format", "answer", "length")
 
@@ -23,6 +22,13 @@ class Method(StrEnum):
     GRPO = "grpo"
     RLAD = "rlad"
     KDRL = "kdrl"
+
+
+class ClampGradient(StrEnum):
+    """What passes back through the clamp of the teacher's log-ratio (``training.losses``)."""
+
+    STOP = "stop"
+    STRAIGHT_THROUGH = "straight_through"
 
 
 def setting(default: Any, text: str) -> Any:

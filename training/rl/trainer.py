@@ -255,7 +255,7 @@ class RecursiveTrainer(GRPOTrainer):
             inputs["teacher_per_token_logps"],
             alpha=self.config.alpha,
             teacher_clamp=self.config.teacher_clamp,
-            clamp_gradient=self.config.clamp_gradient,
+            clamp_gradient=self.config.clamp_gradient.value,
         )
 
     def _kdrl_weight(self) -> float:

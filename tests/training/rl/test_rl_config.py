@@ -6,8 +6,7 @@ import pytest
 
 from server.rtap.errors import ConfigError
 from training.config import build_config
-from training.losses import ClampGradient
-from training.rl.config import CONFIGS, GrpoConfig, KdrlConfig, Method, RladConfig, RtapConfig
+from training.rl.config import CONFIGS, ClampGradient, GrpoConfig, KdrlConfig, Method, RladConfig, RtapConfig
 
 
 def test_rtap_has_the_papers_settings() -> None:
