@@ -28,6 +28,9 @@ class SftConfig:
 
     output: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to write; replaced when complete"))
     initial: Path | None = field(default=None, metadata=_help("checkpoint to go on from, with its tokenizer and shape"))
+    tokenizer: Path | None = field(
+        default=None, metadata=_help("checkpoint whose tokenizer a fresh model gets, as a teacher's student needs")
+    )
     seed: int = field(default=1, metadata=_help("seed of data, weights and evaluation sampling"))
     minutes: float = field(default=30.0, metadata=_help("training budget; the learning rate follows it"))
     max_steps: int = field(default=0, metadata=_help("stop after this many steps even before the budget (0: no limit)"))
@@ -39,7 +42,7 @@ class SftConfig:
     weight_decay: float = field(default=0.02, metadata=_help("weight decay of matrices"))
     warmup_share: float = field(default=0.03, metadata=_help("share of the budget spent warming up"))
     tasks: str = field(default=TASK_MIX, metadata=_help("share of each task, as NAME=WEIGHT with commas between"))
-    vocab_size: int = field(default=448, metadata=_help("tokens in all, added ones included"))
+    vocab_size: int = field(default=448, metadata=_help("tokens of a new tokenizer in all, added ones included"))
     hidden_size: int = field(default=192, metadata=_help("width"))
     num_layers: int = field(default=6, metadata=_help("depth"))
     num_heads: int = field(default=6, metadata=_help("query heads"))
@@ -50,6 +53,11 @@ class SftConfig:
     save_minutes: float = field(default=5.0, metadata=_help("minutes between snapshots beside the output"))
 
     def __post_init__(self) -> None:
+        if self.initial is not None and self.tokenizer is not None:
+            raise ConfigError(
+                f"initial={self.initial} brings its own tokenizer; leave out tokenizer={self.tokenizer}, or leave out "
+                "initial to start fresh weights on that tokenizer"
+            )
         if self.head_dim not in (32, 64, 96, 128):
             raise ConfigError(f"head_dim={self.head_dim} is not served by vLLM on CPU; use 32, 64, 96 or 128")
         if self.num_heads % self.num_kv_heads:

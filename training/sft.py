@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from random import Random
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from server.rtap.errors import ConfigError
 from training.checkpoint import manifest
 from training.config import SftConfig
 from training.data import Batch, batches, conversation_text
-from training.huggingface import cast_to, load_policy, save_checkpoint
+from training.huggingface import cast_to, load_policy, load_tokenizer, save_checkpoint
 from training.optim import Budget, build_muon, descend, schedule
 from training.parallel import rank, run_processes
 from training.policy import MAX_POSITIONS, build_policy
@@ -26,8 +28,8 @@ from training.questions import held_out_questions
 from training.rollout import sample_trajectories
 from training.runtime import configure_torch
 from training.tasks import TASKS, parse_mix
-from training.tasks.trajectory import sample_conversation
-from training.tokenizer import build_tokenizer
+from training.tasks.trajectory import TURN_END, sample_conversation
+from training.tokenizer import PAD, TAGS, TURN_START, build_tokenizer
 
 CORPUS_SIZE = 20_000
 EVAL_CYCLES = 3
@@ -51,11 +53,7 @@ def _work(config: SftConfig) -> None:
     weights = parse_mix(config.tasks)
     rng = Random(config.seed)
     corpus = [conversation_text(sample_conversation(TASKS, weights, rng))[0] for _ in range(CORPUS_SIZE)]
-    if config.initial is not None:
-        model, tokenizer = load_policy(config.initial)
-    else:
-        tokenizer = build_tokenizer(corpus, vocab_size=config.vocab_size, max_length=MAX_POSITIONS)
-        model = build_policy(config, tokenizer)
+    model, tokenizer = _start(config, corpus)
     training = train(model, tokenizer, config)
     if rank() != 0:
         return
@@ -65,6 +63,29 @@ def _work(config: SftConfig) -> None:
     }
     save(config.output, model, tokenizer, record)
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def _start(config: SftConfig, corpus: Sequence[str]) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """The model that training starts from. Raises ConfigError when a checkpoint cannot give what is asked of it."""
+    if config.initial is not None:
+        return load_policy(config.initial)
+    if config.tokenizer is not None:
+        tokenizer = load_complete_tokenizer(config.tokenizer)
+    else:
+        tokenizer = build_tokenizer(corpus, vocab_size=config.vocab_size, max_length=MAX_POSITIONS)
+    return build_policy(config, tokenizer), tokenizer
+
+
+def load_complete_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint. Raises ConfigError unless turns and cycles are written in tokens that it has."""
+    if not (path / "tokenizer.json").is_file():
+        raise ConfigError(f"{path} has no tokenizer (no tokenizer.json); name a checkpoint of `rtap train sft`")
+    tokenizer = load_tokenizer(path)
+    known = tokenizer.get_vocab()
+    missing = [token for token in (PAD, TURN_START, TURN_END, *TAGS) if token not in known]
+    if missing:
+        raise ConfigError(f"the tokenizer of {path} has no tokens {' '.join(missing)}, which every trace is written in")
+    return tokenizer
 
 
 def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig) -> dict[str, Any]:

@@ -52,6 +52,26 @@ def test_training_can_go_on_from_a_checkpoint(policy: Path, tmp_path: Path) -> N
     assert (tmp_path / "next" / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
 
 
+def test_a_fresh_student_shares_its_teachers_token_ids(tmp_path: Path) -> None:
+    sft(tmp_path / "student", 2, "--processes", "1", "--tokenizer", str(BUNDLED_POLICY))
+    figures = json.loads((tmp_path / "student" / "manifest.json").read_text())["figures"]
+    assert figures["loss"] > 5  # fresh weights start at log(448) = 6.1
+    model, teacher = (AutoTokenizer.from_pretrained(p) for p in (tmp_path / "student", BUNDLED_POLICY))
+    assert model.get_vocab() == teacher.get_vocab()
+    assert model.chat_template == teacher.chat_template
+
+
+def test_a_tokenizer_that_cannot_write_cycles_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--output", str(tmp_path / "student"), "--processes", "1", "--tokenizer"]
+    assert main(["sft", *flags, str(tmp_path)]) == 2
+    assert "has no tokenizer" in capsys.readouterr().err
+    text = (BUNDLED_POLICY / "tokenizer.json").read_text().replace("</answer>", "</result>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text((BUNDLED_POLICY / "tokenizer_config.json").read_text())
+    assert main(["sft", *flags, str(tmp_path)]) == 2
+    assert "has no tokens </answer>" in capsys.readouterr().err
+
+
 def test_a_policy_that_is_never_right_is_refused(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

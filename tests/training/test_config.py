@@ -30,6 +30,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("num_kv_heads: 4", "multiple of num_kv_heads"),
         ("tasks: countdown=-1", "at least 0"),
         ("minutes: 0", "must be positive"),
+        ("initial: a\ntokenizer: b", "initial=a brings its own tokenizer; leave out tokenizer=b"),
         ("- seed", "name: value"),
         ("seed: [", "cannot read"),
     ],
