@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from server.rtap.errors import RtapError
+from server.rtap.errors import ConfigError, RtapError
 from training.config import BUNDLED, ConfidenceConfig, SftConfig, add_flags, build_config
 from training.rl.config import CONFIGS
 
 EVAL_COUNT = 600
+RECIPE = Path("training/recipes/bundled.yaml")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,6 +28,12 @@ def _parser() -> argparse.ArgumentParser:
     study = commands.add_parser("study", help="train and measure the runs of a suite over seeds, and tabulate them")
     study.add_argument("suite", type=Path, help="YAML file: title, seeds, baseline, common, runs, measure")
     study.add_argument("--output", type=Path, required=True, help="folder of results.json and results.md")
+    pipeline = commands.add_parser("pipeline", help="run the stages of a recipe: the bundled models from nothing")
+    pipeline.add_argument("--recipe", type=Path, default=RECIPE, help="YAML file of stages (default: %(default)s)")
+    pipeline.add_argument("--folder", type=Path, default=Path("runs/bundled"), help="outputs (default: %(default)s)")
+    pipeline.add_argument("--smoke", action="store_true", help="a few steps a stage: whether the chain holds together")
+    pipeline.add_argument("--install", action="store_true", help="replace the bundled models with what comes out")
+    pipeline.add_argument("--models", type=Path, default=BUNDLED, help="where to install (default: %(default)s)")
     questions = commands.add_parser("questions", help="write the held-out question files")
     questions.add_argument("--output", type=Path, default=BUNDLED / "eval", help="folder (default: %(default)s)")
     questions.add_argument("--count", type=int, default=EVAL_COUNT, help="questions a task (default: %(default)s)")
@@ -48,18 +55,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, flags: dict[str, Any]) -> None:
-    if command == "questions":
-        from training.questions import write_held_out
+    # TRL warns of any vLLM but those it names; the pair that pyproject.toml pins was tried.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    match command:
+        case "questions":
+            from training.questions import write_held_out
 
-        for path in write_held_out(flags["output"], flags["count"]):
-            sys.stdout.write(f"{path}\n")
-        return
-    if command == "study":
-        warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")  # the pair was tried
-        from training import study
+            for path in write_held_out(flags["output"], flags["count"]):
+                sys.stdout.write(f"{path}\n")
+        case "study":
+            from training import study
 
-        study.run(flags["suite"], flags["output"])
-        return
+            study.run(flags["suite"], flags["output"])
+        case "pipeline":
+            from training import pipeline
+
+            models = flags["models"] if flags["install"] else None
+            pipeline.run(flags["recipe"], flags["folder"], _train, is_smoke=flags["smoke"], install_into=models)
+        case _:
+            _train(command, flags)
+
+
+def _train(command: str, flags: dict[str, Any]) -> None:
+    """One training stage; ``config`` among the flags is a YAML file."""
     file: Path | None = flags.pop("config", None)
     if command == "sft":
         from training import sft
@@ -69,11 +87,13 @@ def _run(command: str, flags: dict[str, Any]) -> None:
         from training import confidence
 
         confidence.run(build_config(ConfidenceConfig, file, flags))
-    else:
-        warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")  # the pair was tried
+    elif command in CONFIGS:
+        config = build_config(CONFIGS[command], file, flags)
         from training.rl import command as rl
 
-        rl.run(build_config(CONFIGS[command], file, flags))
+        rl.run(config)
+    else:
+        raise ConfigError(f"unknown training command {command!r}; known are sft, confidence, {', '.join(CONFIGS)}")
 
 
 if __name__ == "__main__":
