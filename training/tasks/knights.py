@@ -4,7 +4,7 @@ Finding the one consistent guess is a search; checking it is a look at each stat
 each speaker with their kind, their statement with kinds in place of people, whether it is true, and whether that
 agrees with their kind: ``ATBLCL AT:L=L1.BL:T=L0.CL:T=T1 no``. ``.`` goes on to the next; ``no`` stops at the first
 clash, where a person would stop. Workings are **honest**: wrong attempts are truly evaluated wrong guesses. Their
-evaluation is trained; the wrong guess and giving it as the answer are not.
+evaluation and the answer copied from the guess are trained; the wrong guess is not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ _DOUBTS = (
     "That was wrong.\n",
 )
 _OTHER_KIND = {"T": "L", "L": "T"}
-_WEIGHTS: Mapping[int, float] = {2: 1, 3: 3, 4: 4, 5: 3, 6: 1}
+_WEIGHTS: Mapping[int, float] = {2: 2, 3: 6, 4: 5, 5: 2}
 
 
 def _distance(a: str, b: str) -> int:
@@ -85,7 +85,8 @@ def _attempt(puzzle: Puzzle, guess: str) -> Attempt:
     clash = first_clash(puzzle, guess)
     is_right = clash is None
     think = (Segment(_header(guess), is_trained=is_right), Segment(f" {_evaluation(puzzle, guess)}"))
-    return Attempt(think, Segment(guess, is_trained=is_right), len(puzzle) if clash is None else clash, is_right)
+    # Giving the guess as the answer is honest copying and is trained; making a wrong guess is not.
+    return Attempt(think, Segment(guess), len(puzzle) if clash is None else clash, is_right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +194,7 @@ class Knights:
     wrong_count_weights = (0.54, 0.24, 0.11, 0.05, 0.03, 0.02, 0.01)
 
     def __init__(
-        self, min_people: int = 2, max_people: int = 6, weights: Mapping[int, float] | None = _WEIGHTS
+        self, min_people: int = 2, max_people: int = 5, weights: Mapping[int, float] | None = _WEIGHTS
     ) -> None:
         if not 2 <= min_people <= max_people <= len(PEOPLE):
             raise ValueError(f"a puzzle has 2 to {len(PEOPLE)} people, not {min_people} to {max_people}")
