@@ -64,12 +64,12 @@ def measure(
     model.eval()
     own = _run(model, tokenizer, dialect, None, questions, plan.samples,
                Limits(Policy.MODEL, max_cycles=plan.max_cycles, select=Select.LAST), plan)  # fmt: skip
-    figures = _own_figures(own, questions)
+    figures = own_figures(own, questions)
     if plan.forced:
         scorer = None if generator is None else _Scorer(generator)
         limits = Limits(Policy.CONFIDENCE, threshold=NEVER, max_cycles=plan.max_cycles)
         forced = _run(model, tokenizer, dialect, scorer, questions, plan.forced, limits, plan)
-        figures |= _forced_figures(forced, questions, plan.threshold, is_scored=generator is not None)
+        figures |= forced_figures(forced, questions, plan.threshold, is_scored=generator is not None)
     return figures
 
 
@@ -125,7 +125,7 @@ def _is_right(question: Question, cycle: Cycle | None) -> bool:
     return cycle is not None and cycle.answer is not None and check(question.question, cycle.answer, question.answer)
 
 
-def _own_figures(runs: Sequence[Sequence[Trajectory]], questions: Sequence[Question]) -> dict[str, float | None]:
+def own_figures(runs: Sequence[Sequence[Trajectory]], questions: Sequence[Question]) -> dict[str, float | None]:
     """Policy ``model``: what the policy returns when it decides itself, and a vote over its samples."""
     pairs = [(q, t) for q, row in zip(questions, runs, strict=True) for t in row]
     cycles = [c for _, t in pairs for c in t.cycles]
@@ -154,7 +154,7 @@ def _own_figures(runs: Sequence[Sequence[Trajectory]], questions: Sequence[Quest
     }
 
 
-def _forced_figures(
+def forced_figures(
     runs: Sequence[Sequence[Trajectory]], questions: Sequence[Question], threshold: float, *, is_scored: bool
 ) -> dict[str, float | None]:
     """All cycles written: the last one's answer, and what policy ``confidence`` would have returned and spent."""
