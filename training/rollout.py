@@ -19,7 +19,7 @@ from training.huggingface import decode_ids, encode_text
 from training.tasks.trajectory import TURN_END, Message
 from training.tokenizer import render_prompt, token_id
 
-MAX_CYCLE_TOKENS = 96
+MAX_CYCLE_TOKENS = 160
 BATCH_ROWS = 512
 
 

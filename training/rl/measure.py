@@ -37,7 +37,7 @@ class Plan:
     samples: int = 8
     forced: int = 2
     threshold: float = 0.55
-    max_cycle_tokens: int = 96
+    max_cycle_tokens: int = 160
     seed: int = 0
 
 

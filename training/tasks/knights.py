@@ -1,8 +1,9 @@
 """Knights and Knaves in symbols: who tells the truth (T) and who lies (L), from one statement of each of 2-8 people.
 
 Finding the one consistent guess is a search; checking it is a look at each statement. A working is the guess and then
-each speaker with their kind, their statement with kinds in place of people, whether it is true, and whether that
-agrees with their kind: ``ATBLCL AT:L=L1.BL:T=L0.CL:T=T1 no``. ``.`` goes on to the next; ``no`` stops at the first
+each speaker, their statement with the kinds of those it names, whether it is true, the speaker's kind, and whether
+the two agree: ``ATBLCL A:BL=L1T.B:AT=L0L.C:AT=T1L no``. Names stay in it because a small model copies and looks up one
+thing at a time. ``.`` goes on to the next; ``no`` stops at the first
 clash, where a person would stop. Workings are **honest**: wrong attempts are truly evaluated wrong guesses. Their
 evaluation and the answer copied from the guess are trained; the wrong guess is not.
 """
@@ -68,7 +69,7 @@ def _header(guess: str) -> str:
 
 def _verdict(index: int, kind: str, claims: str, *, is_true: bool) -> str:
     """One evaluated statement; what is passed in decides the verdict, true or not."""
-    return f"{PEOPLE[index]}{kind}:{claims}{int(is_true)}{'.' if is_true == (kind == 'T') else ' no'}"
+    return f"{PEOPLE[index]}:{claims}{int(is_true)}{kind}{'.' if is_true == (kind == 'T') else ' no'}"
 
 
 def _evaluation(puzzle: Puzzle, guess: str) -> str:

@@ -38,8 +38,8 @@ class Claim:
         )
 
     def under(self, guess: str) -> str:
-        """With kinds in place of people: ``L=L``."""
-        return f"{kind_of(self.left, guess)}{self.op}{kind_of(self.right, guess)}"
+        """With the kind of each person after their name: ``BL=L``, ``AT!=CL``."""
+        return f"{_spelled(self.left, guess)}{self.op}{_spelled(self.right, guess)}"
 
     def holds(self, guess: str) -> bool:
         """Whether it is true under ``guess``."""
@@ -62,7 +62,7 @@ class Statement:
         return self.joint.join(sorted(c.canonical for c in self.claims))
 
     def evaluate(self, guess: str) -> tuple[str, bool]:
-        """Its claims with kinds in place of people, and whether it is true. A second claim is looked at only where
+        """Its claims with the kinds of people, and whether it is true. A second claim is looked at only where
         the first leaves it open, so the last claim written always decides."""
         first, *rest = self.claims
         text, is_true = first.under(guess), first.holds(guess)
@@ -83,6 +83,10 @@ Puzzle = tuple[Statement, ...]
 def kind_of(name: str, guess: str) -> str:
     """The kind of a person under ``guess``; a kind is its own."""
     return name if name in KINDS else guess[PEOPLE.index(name)]
+
+
+def _spelled(name: str, guess: str) -> str:
+    return name if name in KINDS else name + kind_of(name, guess)
 
 
 def first_clash(puzzle: Puzzle, guess: str) -> int | None:
