@@ -41,9 +41,9 @@ bench: ## on the bundled models: parity and overhead against plain vllm serve, t
 	$(VENV)/bin/python scripts/bench_overhead.py
 	$(VENV)/bin/rtap eval $(ARGS)
 
-train: ## train: `rtap train` (ARGS="--help" lists its stages)
+train: ## train the bundled models from nothing (ARGS="--install", "--smoke"); `rtap train` has each stage
 	@$(SETUP) $(EXTRA) train
-	@exec $(VENV)/bin/rtap train $(ARGS)
+	@exec $(VENV)/bin/rtap train pipeline $(ARGS)
 
 clean: ## remove .venv and every cache that the commands above write
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build
