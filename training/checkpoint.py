@@ -57,13 +57,18 @@ def manifest(
     return {
         "command": command,
         "config": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()},
-        "data_sha256": hashlib.sha256(data.encode()).hexdigest(),
+        "data_sha256": sha256(data),
         "training_seconds": round(seconds, 1),
         "figures": dict(figures),
         "versions": versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} logical CPUs",
         "git_commit": git_commit(),
     }
+
+
+def sha256(text: str) -> str:
+    """Hex digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 
@@ -16,6 +16,8 @@ from training.tasks import parse_mix
 
 BUNDLED = Path("deploy/models")
 TASK_MIX = "countdown=0.4,arithmetic=0.2,knights=0.4"
+# Fields that may differ when a run is resumed: they do not decide what training computes.
+_MAY_CHANGE = frozenset({"output", "threads", "eval_questions", "save_steps", "save_minutes"})
 
 
 def _help(text: str) -> dict[str, str]:
@@ -24,8 +26,12 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class SftConfig:
-    """Cold start of a policy from nothing on Think–Answer traces."""
+    """Cold start of a policy from nothing on Think–Answer traces.
 
+    Neither paper trains from nothing: all defaults are ours, for 3 M parameters on two cores (deploy/models).
+    """
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE
     output: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to write; replaced when complete"))
     initial: Path | None = field(default=None, metadata=_help("checkpoint to go on from, with its tokenizer and shape"))
     tokenizer: Path | None = field(
@@ -33,7 +39,9 @@ class SftConfig:
     )
     seed: int = field(default=1, metadata=_help("seed of data, weights and evaluation sampling"))
     minutes: float = field(default=30.0, metadata=_help("training budget; the learning rate follows it"))
-    max_steps: int = field(default=0, metadata=_help("stop after this many steps even before the budget (0: no limit)"))
+    max_steps: int = field(
+        default=0, metadata=_help("train this many steps instead, however long they take (0: minutes)")
+    )
     processes: int = field(default=2, metadata=_help("data-parallel processes"))
     threads: int = field(default=1, metadata=_help("torch threads a process"))
     batch_tokens: int = field(default=2048, metadata=_help("padded tokens a step and process"))
@@ -50,7 +58,8 @@ class SftConfig:
     head_dim: int = field(default=32, metadata=_help("one of 32, 64, 96, 128 (what vLLM's CPU attention supports)"))
     ffn_size: int = field(default=576, metadata=_help("width of the feed-forward layers"))
     eval_questions: int = field(default=300, metadata=_help("held-out questions a task, one sample each"))
-    save_minutes: float = field(default=5.0, metadata=_help("minutes between snapshots beside the output"))
+    save_steps: int = field(default=0, metadata=_help("steps between states to resume from (0: by minutes alone)"))
+    save_minutes: float = field(default=5.0, metadata=_help("minutes between them; a kill costs no more"))
 
     def __post_init__(self) -> None:
         if self.initial is not None and self.tokenizer is not None:
@@ -65,14 +74,17 @@ class SftConfig:
         if self.processes < 1 or self.threads < 1:
             raise ConfigError(f"processes={self.processes} and threads={self.threads} must be at least 1")
         parse_mix(self.tasks)
-        if self.minutes <= 0 or self.batch_tokens < 256:
-            raise ConfigError("minutes must be positive and batch_tokens at least 256")
+        _check_loop(self)
 
 
 @dataclass(frozen=True, slots=True)
 class ConfidenceConfig:
-    """Training of a confidence generator from the policy's own trajectories."""
+    """Training of a confidence generator from the policy's own trajectories.
 
+    Defaults are ours, for 3 M parameters on two cores (deploy/models), where a field does not name its source.
+    """
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE | {"samples_file"}
     policy: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to sample and to start from"))
     output: Path = field(default=BUNDLED / "confidence", metadata=_help("where the checkpoint is written"))
     samples_file: Path | None = field(default=None, metadata=_help("cycles to reuse; sampled and written if absent"))
@@ -85,13 +97,18 @@ class ConfidenceConfig:
     validation_share: float = field(default=0.1, metadata=_help("questions kept for calibration and threshold"))
     threads: int = field(default=1, metadata=_help("torch threads"))
     minutes: float = field(default=6.0, metadata=_help("wall-clock budget of the training loop"))
-    max_steps: int = field(default=0, metadata=_help("stop after this many steps even before the budget (0: no limit)"))
+    max_steps: int = field(
+        default=0, metadata=_help("train this many steps instead, however long they take (0: minutes)")
+    )
     batch_tokens: int = field(default=4096, metadata=_help("padded tokens a step"))
     matrix_rate: float = field(default=0.002, metadata=_help("peak rate of Muon (warm-up, cosine to a tenth)"))
     learning_rate: float = field(default=1e-3, metadata=_help("peak rate of AdamW (embeddings, head, norms)"))
     weight_decay: float = field(default=0.02, metadata=_help("weight decay of matrices"))
     global_weight: float = field(default=0.25, metadata=_help("weight of questions all right or all wrong"))
+    warmup_share: float = field(default=0.03, metadata=_help("share of the budget spent warming up"))
     eval_questions: int = field(default=500, metadata=_help("held-out questions a task"))
+    save_steps: int = field(default=0, metadata=_help("steps between states to resume from (0: by minutes alone)"))
+    save_minutes: float = field(default=5.0, metadata=_help("minutes between them; a kill costs no more"))
 
     def __post_init__(self) -> None:
         if self.samples < 2:
@@ -103,8 +120,16 @@ class ConfidenceConfig:
             raise ConfigError(f"validation_share={self.validation_share} must be between 0 and 1")
         if not 0 <= self.global_weight <= 1:
             raise ConfigError(f"global_weight={self.global_weight} must be in [0, 1]")
-        if self.minutes <= 0 or self.batch_tokens < 256:
-            raise ConfigError("minutes must be positive and batch_tokens at least 256")
+        _check_loop(self)
+
+
+def _check_loop(config: SftConfig | ConfidenceConfig) -> None:
+    if config.minutes <= 0 or config.save_minutes <= 0 or config.batch_tokens < 256:
+        raise ConfigError("minutes and save_minutes must be positive and batch_tokens at least 256")
+    if config.max_steps < 0 or config.save_steps < 0:
+        raise ConfigError(f"max_steps={config.max_steps} and save_steps={config.save_steps} must not be negative")
+    if not 0 < config.warmup_share < 1:
+        raise ConfigError(f"warmup_share={config.warmup_share} must be between 0 and 1")
 
 
 Config = TypeVar("Config", bound="DataclassInstance")

@@ -1,6 +1,6 @@
 """Conversations to token ids, a loss mask and length-bucketed batches. Deterministic for a seed, endless."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from training.streams import Stream
 from training.tasks import TASKS
 from training.tasks.trajectory import Conversation, sample_conversation
 from training.tokenizer import pad_id, render_prompt
@@ -69,11 +70,11 @@ def pad(rows: Sequence[Encoded], padding: int) -> Batch:
 
 def batches(
     tokenizer: PreTrainedTokenizerFast, weights: Mapping[str, float], *, seed: int, batch_tokens: int
-) -> Iterator[Batch]:
+) -> Stream[Batch]:
     """Endless batches of at most ``batch_tokens`` padded tokens, each of rows of similar length."""
-    rng = Random(seed)
     padding = pad_id(tokenizer)
-    while True:
+
+    def draw(rng: Random) -> list[Batch]:
         pool: list[Encoded] = []
         num_tokens = 0
         while num_tokens < POOL_BATCHES * batch_tokens:
@@ -82,8 +83,9 @@ def batches(
             num_tokens += sum(len(e.ids) for e in fresh)
         groups = bucket(pool, batch_tokens)
         rng.shuffle(groups)
-        for group in groups:
-            yield pad(group, padding)
+        return [pad(group, padding) for group in groups]
+
+    return Stream(draw, seed=seed)
 
 
 def bucket(rows: Sequence[Encoded], batch_tokens: int) -> list[list[Encoded]]:

@@ -51,6 +51,16 @@ def balance(examples: Sequence[Example], *, global_weight: float) -> list[Exampl
     return weighted
 
 
+def group(examples: Sequence[Example], batch_tokens: int) -> list[list[Example]]:
+    """Batches of similar length: rows times longest row within ``batch_tokens``."""
+    groups: list[list[Example]] = [[]]
+    for example in sorted(examples, key=lambda e: len(e.ids)):
+        if groups[-1] and (len(groups[-1]) + 1) * len(example.ids) > batch_tokens:
+            groups.append([])
+        groups[-1].append(example)
+    return groups
+
+
 def synthetic_texts(problem: Problem, rng: Random, pairs: int) -> list[tuple[str, bool]]:
     """``pairs`` right and wrong cycles as text; half of the wrong ones lie in ways a sampler rarely does, where the
     task has such lies."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from training.parallel import average_gradients, synchronised
+from training.parallel import average_gradients
 
 MAX_GRADIENT_NORM = 1.0
 
@@ -77,12 +77,17 @@ def build_muon(
 
 
 def descend(loss: Tensor, optimisers: Iterable[torch.optim.Optimizer], *, factor: float) -> None:
-    """One step down ``loss``: gradients averaged over processes and clipped, rates at ``factor`` of their peaks."""
+    """One step down ``loss``: gradients averaged over processes and clipped, rates at ``factor`` of their peaks.
+
+    Raises FloatingPointError, before any weight is touched, when a gradient is not finite.
+    """
     cast(Any, loss).backward()
     chosen = list(optimisers)
     parameters = [p for o in chosen for g in o.param_groups for p in cast(list[Parameter], g["params"])]
     average_gradients(parameters)
-    torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+    if not norm.isfinite():
+        raise FloatingPointError(f"the gradient's norm is {norm.item()}")
     for optimiser in chosen:
         for group in optimiser.param_groups:
             group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
@@ -99,25 +104,23 @@ def schedule(progress: float, *, warmup_share: float) -> float:
 
 
 class Budget:
-    """Progress through a run that ends after some minutes or steps, whichever comes first."""
+    """Progress through a run of ``max_steps`` steps or, where that is 0, of some minutes.
 
-    def __init__(self, minutes: float, max_steps: int) -> None:
-        self._seconds = minutes * 60
+    used: seconds that earlier processes of a resumed run spent; steps: those they took.
+    """
+
+    def __init__(self, minutes: float, max_steps: int, *, used: float = 0.0, steps: int = 0) -> None:
+        self._limit = minutes * 60
         self._max_steps = max_steps
-        self._started = monotonic()
-        self.steps = 0
+        self._started = monotonic() - used
+        self.steps = steps
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Used so far."""
         return monotonic() - self._started
 
     @property
     def progress(self) -> float:
-        """0 at the start, at least 1 when used up."""
-        by_steps = self.steps / self._max_steps if self._max_steps else 0.0
-        return max(self.seconds / self._seconds, by_steps)
-
-    def shared_progress(self) -> float:
-        """The first process's progress, so that all processes take the same number of steps at the same rates."""
-        return synchronised(self.progress)
+        """0 at the start, at least 1 when used up. Of steps alone where they are given, so that a run repeats."""
+        return self.steps / self._max_steps if self._max_steps else self.seconds / self._limit

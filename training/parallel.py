@@ -15,6 +15,8 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.nn import Parameter
 
+from server.rtap.errors import RtapError
+
 # torch.distributed and torch.multiprocessing leave their functions untyped.
 _dist = cast(Any, torch.distributed)
 
@@ -37,28 +39,50 @@ def average_gradients(parameters: Sequence[Parameter]) -> None:
         parameter.grad = part.view_as(gradient)
 
 
-def synchronised(value: float) -> float:
-    """The first process's ``value``, in every process."""
+def synchronised(*values: float) -> list[float]:
+    """The first process's ``values``, in every process."""
     if not _dist.is_initialized():
-        return value
-    shared = torch.tensor([value], dtype=torch.float64)
+        return list(values)
+    shared = torch.tensor(values, dtype=torch.float64)
     _dist.broadcast(shared, src=0)
-    return float(shared.item())
+    return cast(list[float], cast(Any, shared).tolist())
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if _dist.is_initialized():
+        _dist.barrier()
 
 
 def run_processes(work: Callable[..., None], processes: int, *arguments: Any) -> None:
-    """Run ``work(*arguments)`` in that many processes that can average gradients; an error in one ends all."""
+    """Run ``work(*arguments)`` in that many processes that can average gradients; an error in one ends all.
+
+    An error that is meant for the user (RtapError) is raised here as it was raised there.
+    """
     if processes == 1:
         work(*arguments)
         return
+    multiprocessing = cast(Any, torch.multiprocessing)
+    errors = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         address = (Path(folder) / "rendezvous").as_uri()
-        cast(Any, torch.multiprocessing).spawn(_enter, args=(processes, address, work, arguments), nprocs=processes)
+        try:
+            multiprocessing.spawn(_enter, args=(processes, address, errors, work, arguments), nprocs=processes)
+        except Exception:
+            if errors.empty():
+                raise
+            # The first is the cause: the others fail at losing their peer.
+            raise cast(RtapError, errors.get()) from None
 
 
-def _enter(rank_: int, processes: int, address: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _enter(
+    rank_: int, processes: int, address: str, errors: Any, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     _dist.init_process_group("gloo", init_method=address, rank=rank_, world_size=processes)
     try:
         work(*arguments)
+    except RtapError as error:
+        errors.put(error)
+        raise
     finally:
         _dist.destroy_process_group()

@@ -3,11 +3,9 @@
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from random import Random
-from time import monotonic
 from typing import Any
 
 import torch
@@ -16,22 +14,24 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from server.rtap.errors import ConfigError
-from training.checkpoint import manifest
+from training.checkpoint import manifest, sha256
 from training.config import SftConfig
 from training.data import Batch, batches, conversation_text
 from training.huggingface import cast_to, load_policy, load_tokenizer, save_checkpoint
-from training.optim import Budget, build_muon, descend, schedule
+from training.loop import Loop
+from training.optim import build_muon
 from training.parallel import rank, run_processes
 from training.policy import MAX_POSITIONS, build_policy
-from training.progress import Progress
 from training.questions import held_out_questions
 from training.rollout import sample_trajectories
+from training.runs import States, check_resumable, plain, run_dir
 from training.runtime import configure_torch
 from training.tasks import TASKS, parse_mix
 from training.tasks.trajectory import TURN_END, sample_conversation
 from training.tokenizer import PAD, TAGS, TURN_START, build_tokenizer
 
-CORPUS_SIZE = 20_000
+CORPUS_SIZE = 20_000  # conversations a tokenizer is built on
+DIGEST_SIZE = 1_000  # those that stand for the endless data in manifests and states
 EVAL_CYCLES = 3
 
 
@@ -44,36 +44,47 @@ def policy_loss(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
 
 
 def run(config: SftConfig) -> None:
-    """Train in all processes; the first evaluates on held-out questions, saves and prints the figures."""
+    """Train in all processes; the first evaluates on held-out questions, saves and prints the figures.
+
+    Goes on from the run's last state where there is one.
+    """
+    check_resumable(config.output, config)
     run_processes(_work, config.processes, config)
 
 
 def _work(config: SftConfig) -> None:
     configure_torch(config.threads, config.seed)
-    weights = parse_mix(config.tasks)
-    rng = Random(config.seed)
-    corpus = [conversation_text(sample_conversation(TASKS, weights, rng))[0] for _ in range(CORPUS_SIZE)]
-    model, tokenizer = _start(config, corpus)
-    training = train(model, tokenizer, config)
+    model, tokenizer = _start(config)
+    data = "".join(sample_texts(config, DIGEST_SIZE))
+    states = States(run_dir(config.output), plain(config), data_sha256=sha256(data))
+    training = train(model, tokenizer, config, states)
     if rank() != 0:
         return
     figures = training | {"held_out": evaluate(model, tokenizer, config)}
-    record = manifest("rtap train sft", config, data="".join(corpus), seconds=training["seconds"], figures=figures) | {
+    record = manifest("rtap train sft", config, data=data, seconds=training["seconds"], figures=figures) | {
         "parameters": sum(p.numel() for p in model.parameters())
     }
     save(config.output, model, tokenizer, record)
+    states.remove()
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 
-def _start(config: SftConfig, corpus: Sequence[str]) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+def _start(config: SftConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """The model that training starts from. Raises ConfigError when a checkpoint cannot give what is asked of it."""
     if config.initial is not None:
         return load_policy(config.initial)
     if config.tokenizer is not None:
         tokenizer = load_complete_tokenizer(config.tokenizer)
     else:
+        corpus = sample_texts(config, CORPUS_SIZE)
         tokenizer = build_tokenizer(corpus, vocab_size=config.vocab_size, max_length=MAX_POSITIONS)
     return build_policy(config, tokenizer), tokenizer
+
+
+def sample_texts(config: SftConfig, count: int) -> list[str]:
+    """Conversations of the mix as text: what a tokenizer is built on, and the data of the run by example."""
+    weights, rng = parse_mix(config.tasks), Random(config.seed)
+    return [conversation_text(sample_conversation(TASKS, weights, rng))[0] for _ in range(count)]
 
 
 def load_complete_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -88,11 +99,10 @@ def load_complete_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig) -> dict[str, Any]:
-    """The loop. Snapshots go to ``.NAME.snapshot`` beside the output: a kill costs minutes, never the published model.
-
-    Counts in the result are of the first process; the others do as many.
-    """
+def train(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig, states: States
+) -> dict[str, Any]:
+    """The loop, from the start or from the last state. Every process has its own stream of traces."""
     optimisers = build_muon(
         model.named_parameters(),
         matrix_rate=config.matrix_rate,
@@ -101,20 +111,12 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: S
     )
     seed = (config.seed + 1) * 1000 + rank()
     stream = batches(tokenizer, parse_mix(config.tasks), seed=seed, batch_tokens=config.batch_tokens)
-    budget = Budget(config.minutes, config.max_steps)
-    saved = monotonic()
     model.train()
-    with Progress("sft", config.output, budget, is_shown=rank() == 0) as progress:
-        while (done := budget.shared_progress()) < 1:
+    with Loop("sft", config, states, model=model, optimisers=optimisers, stream=stream) as loop:
+        while loop.goes_on():
             batch = next(stream)
-            loss = policy_loss(model, batch)
-            descend(loss, optimisers, factor=schedule(done, warmup_share=config.warmup_share))
-            budget.steps += 1
-            progress.record(loss.item(), rows=len(batch.ids), tokens=batch.ids.numel())
-            if rank() == 0 and monotonic() - saved > config.save_minutes * 60:
-                save(config.output.with_name(f".{config.output.name}.snapshot"), model, tokenizer, {"partial": True})
-                saved = monotonic()
-    return progress.summary()
+            loop.descend(policy_loss(model, batch), rows=len(batch.ids), tokens=batch.ids.numel())
+    return loop.summary()
 
 
 def evaluate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server.rtap.format import RTAP, parse_cycle
-from training.confidence import load_generator, pooled
+from training.classifier import load_generator, pooled
 from training.examples import Example
 from training.huggingface import decode_ids, encode_text, load_policy
 from training.questions import held_out_questions

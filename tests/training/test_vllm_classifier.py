@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from server.rtap.format import RTAP
-from training.confidence import load_generator, pooled
+from training.classifier import load_generator, pooled
 from training.examples import Example
 from training.huggingface import encode_text
 from training.rollout import encode_question
