@@ -24,9 +24,9 @@ from training.questions import Question, load_questions
 from training.rl.config import RlConfig
 from training.rl.generator import OnlineGenerator, load_online_generator
 from training.rl.loading import Loaded, load_for_training
-from training.rl.runs import JsonLog, check_same_run, describe
+from training.rl.runs import JsonLog, check_same_run, describe, last_checkpoint
 from training.rl.teacher import LocalTeacher, RemoteTeacher, Teacher, check_same_tokens, load_teacher
-from training.rl.trainer import Parts, RecursiveTrainer, last_checkpoint
+from training.rl.trainer import Parts, RecursiveTrainer
 from training.runtime import configure_torch
 from training.tasks import check
 from training.tasks.base import Split
@@ -47,12 +47,15 @@ def run(config: RlConfig) -> None:
     trainer.add_callback(log)
     started = monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # needs every process
     if trainer.is_world_process_zero():
         data = "\n".join(q.question for q in questions)
         record = manifest(f"rtap train {config.method}", config, data=data, seconds=monotonic() - started,
                           figures=log.last)  # fmt: skip
-        _save(config, trainer, loaded, record)
+        _save(config, trainer, weights, loaded, record)
         sys.stdout.write(json.dumps(log.last, indent=2) + "\n")
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.end_training()  # waits for the writer
 
 
 def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question]) -> RecursiveTrainer:
@@ -81,8 +84,7 @@ def trl_arguments(config: RlConfig) -> GRPOConfig:
     """Our config in TRL's words. Losses and advantages are ours, so TRL's switches for them stay unused."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is used knowingly, and pinned
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "tensorboard")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = config.generation_rows // world
+    rows = _rows_of_a_process(config, int(os.environ.get("WORLD_SIZE", "1")))
     micro_batch = min(config.micro_batch, rows)
     vllm: dict[str, Any] = {}
     if config.vllm != "none":
@@ -124,16 +126,26 @@ def trl_arguments(config: RlConfig) -> GRPOConfig:
     )
 
 
+def _rows_of_a_process(config: RlConfig, num_processes: int) -> int:
+    rows, rest = divmod(config.generation_rows, num_processes)
+    if rest or rows % min(config.micro_batch, max(rows, 1)):
+        raise ConfigError(
+            f"group_size*questions_per_step={config.generation_rows} sequences over {num_processes} processes cannot "
+            f"be read in micro batches of {config.micro_batch}; change questions_per_step or micro_batch"
+        )
+    return rows
+
+
 def _generator(config: RlConfig, trainer: RecursiveTrainer) -> OnlineGenerator | None:
     if config.confidence is None:
         return None
     model = load_online_generator(config.confidence)
     cast(Any, model).to(trainer.accelerator.device)
 
-    def average(gradients: Sequence[Tensor]) -> None:
+    def average(tensors: Sequence[Tensor]) -> None:
         if trainer.accelerator.num_processes > 1:
-            for gradient in gradients:
-                gradient.copy_(cast(Tensor, trainer.accelerator.reduce(gradient, reduction="mean")))
+            for tensor in tensors:
+                tensor.copy_(cast(Tensor, trainer.accelerator.reduce(tensor, reduction="mean")))
 
     return OnlineGenerator(
         model,
@@ -162,22 +174,33 @@ def _step(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def _save(config: RlConfig, trainer: RecursiveTrainer, loaded: Loaded, record: dict[str, Any]) -> None:
-    """Policy and generator in bf16, each in one swap."""
-    policy = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model))
-    write_model(config.output, policy, loaded.processor, record)
+def _save(
+    config: RlConfig, trainer: RecursiveTrainer, weights: dict[str, Tensor], loaded: Loaded, record: dict[str, Any]
+) -> None:
+    """Policy and generator, each in one swap."""
+    write_model(config.output, loaded.model, weights, loaded.processor, record)
     if trainer.parts.generator is not None:
         output = config.confidence_output or config.output.with_name(f"{config.output.name}-confidence")
-        write_model(output, trainer.parts.generator.model, loaded.tokenizer, record)
+        generator = trainer.parts.generator.model
+        write_model(output, generator, generator.state_dict(), loaded.tokenizer, record)
 
 
-def write_model(output: Path, model: PreTrainedModel, processor: Any, record: dict[str, Any]) -> None:
-    """A bf16 copy of ``model`` with its tokenizer or processor and manifest; the live model stays as it is."""
-    model.__dict__.pop("forward", None)  # TRL's fused head: a closure that cannot be copied and is not saved
-    copy = deepcopy(model)
+def write_model(
+    output: Path, model: PreTrainedModel, weights: dict[str, Tensor], processor: Any, record: dict[str, Any]
+) -> None:
+    """``weights`` in bf16 as a checkpoint of ``model``'s kind, with its tokenizer or processor and manifest.
+
+    The live model stays as it is, and may hold only its share of the weights.
+    """
+    with torch.device("meta"):
+        copy = cast(Any, type(model))(deepcopy(model.config))
+    copy.load_state_dict(weights, assign=True)
+    copy.tie_weights()
     cast_to(copy, torch.bfloat16)
+    if hasattr(model, "generation_config"):  # a classifier has none
+        copy.generation_config = model.generation_config
     with replacing(output) as folder:
-        cast(Any, copy).save_pretrained(folder)
+        copy.save_pretrained(folder)
         processor.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read

@@ -4,9 +4,9 @@ Own optimiser, own state in the checkpoint. Any ``…ForSequenceClassification``
 here: what the scores are worth (``training/rewards.py``) and the training before RL (``training/confidence.py``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,28 @@ BATCH_TOKENS = 8192
 MAX_GRADIENT_NORM = 1.0
 
 
+class LabelledCycle(NamedTuple):
+    """One finished cycle. ``ids``: of prompt and cycle."""
+
+    question: str
+    ids: tuple[int, ...]
+    is_right: bool
+
+
+def labelled_cycles(rollouts: Iterable[Rollout]) -> list[LabelledCycle]:
+    """What a generator can learn from these rollouts; cycles without an answer teach nothing."""
+    return [
+        LabelledCycle(r.question, (*r.prompt_ids, *c.ids), c.is_right)
+        for r in rollouts
+        for c in r.cycles
+        if c.answer is not None
+    ]
+
+
 class OnlineGenerator:
     """A generator that follows the policy.
 
-    average: replaces each gradient by its mean over the processes; called once an update, in every process.
+    average: replaces each tensor by its mean over the processes; called once an update, in every process.
     """
 
     def __init__(
@@ -55,45 +73,43 @@ class OnlineGenerator:
             scores |= {example.ids: confidence for example, confidence in zip(batch, confidences, strict=True)}
         return [scores[ids] for ids in rows]
 
-    def update(self, rollouts: Sequence[Rollout]) -> float | None:
-        """Balanced cross-entropy (R-TAP eq. 6) on the cycles of these rollouts, ``iterations`` times.
+    def update(self, cycles: Sequence[LabelledCycle], *, rank: int = 0, num_processes: int = 1) -> float | None:
+        """Balanced cross-entropy (R-TAP eq. 6) on these cycles, ``iterations`` times.
 
-        Returns the first iteration's loss, that of cycles not yet learnt; None where no question has contrast.
-        Every process takes the same number of steps, with or without examples of its own.
+        ``cycles``: those of all processes, the same list in each, because the balance is over whole questions and a
+        question's rollouts may lie on several. Each process reads its share of them. Returns the first iteration's
+        loss, that of cycles not yet learnt; None where no question has contrast.
         """
-        names = {r.question: i for i, r in enumerate(rollouts)}
-        rows = (
-            (names[r.question], (*r.prompt_ids, *c.ids), c.is_right)
-            for r in rollouts
-            for c in r.cycles
-            if c.answer is not None
-        )
+        names = {name: index for index, name in enumerate(dict.fromkeys(c.question for c in cycles))}
+        rows = ((names[c.question], c.ids, c.is_right) for c in cycles)
         examples = [e for e in balance(collect(rows), global_weight=self._global_weight) if e.weight]
-        total = sum(e.weight for e in examples)
+        # The mean over processes must come out as the sum over all examples.
+        scale = num_processes / sum(e.weight for e in examples) if examples else 0.0
+        share = sorted(examples, key=lambda e: len(e.ids))[rank::num_processes]
         first: float | None = None
         self.model.train()
         for _ in range(self._iterations):
-            loss = self._descend(examples, total)
+            loss = self._descend(share, scale)
             first = loss if first is None else first
         return first if examples else None
 
-    def _descend(self, examples: Sequence[Example], total: float) -> float:
+    def _descend(self, examples: Sequence[Example], scale: float) -> float:
         self._optimiser.zero_grad(set_to_none=False)
-        loss = 0.0
+        loss = torch.zeros((), device=self._parameters[0].device)
         for batch in group(examples, BATCH_TOKENS) if examples else []:
             logits = self._logits(batch)
             labels = torch.tensor([float(e.is_right) for e in batch], device=logits.device)
-            weights = torch.tensor([e.weight / total for e in batch], device=logits.device)
+            weights = torch.tensor([e.weight * scale for e in batch], device=logits.device)
             part = (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weights).sum()
             cast(Any, part).backward()
-            loss += part.item()
+            loss += part.detach()
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._average([p.grad for p in self._parameters if p.grad is not None])
+        self._average([loss, *(p.grad for p in self._parameters if p.grad is not None)])
         torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
         cast(Any, self._optimiser).step()
-        return loss
+        return loss.item()
 
     def _logits(self, batch: Sequence[Example]) -> Tensor:
         """(B,) in fp32. Right-padded: the model pools each row's last token that is not padding."""

@@ -11,6 +11,9 @@ from server.rtap.errors import ConfigError
 from training.checkpoint import git_commit, versions
 from training.rl.config import SAME_RUN, RlConfig
 
+COMPLETE_FILE = "complete.json"
+"""Written last into a checkpoint; one without it is not used."""
+
 
 def describe(config: RlConfig) -> str:
     """What made a checkpoint, as JSON: config, versions, commit."""
@@ -19,7 +22,7 @@ def describe(config: RlConfig) -> str:
 
 def check_same_run(checkpoint: Path, config: RlConfig) -> None:
     """Raises ConfigError when ``checkpoint`` was made under settings that would make it another run."""
-    earlier: dict[str, Any] = json.loads((checkpoint / "complete.json").read_text("utf-8"))["config"]
+    earlier: dict[str, Any] = json.loads((checkpoint / COMPLETE_FILE).read_text("utf-8"))["config"]
     now = _plain(config)
     differing = [f"{name}: {earlier.get(name)!r} then, {now[name]!r} now" for name in SAME_RUN
                  if earlier.get(name) != now[name]]  # fmt: skip
@@ -32,6 +35,12 @@ def check_same_run(checkpoint: Path, config: RlConfig) -> None:
 
 def _plain(config: RlConfig) -> dict[str, Any]:
     return {"method": config.method} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    whole = [p.parent for p in run_dir.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return max(whole, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 class JsonLog(TrainerCallback):

@@ -5,43 +5,38 @@ internals relied on are named in ``training/rl/trl.py``, which a contract test h
 maths is in ``training/losses.py`` and ``training/rewards.py``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 
-from training import rewards
 from training.errors import TeacherError, TrainingError
-from training.losses import (
-    clipped_surrogate,
-    group_advantages,
-    is_clipped,
-    kdrl_weight,
-    kl_k2,
-    kl_k3,
-    sequence_mean,
-    trrd_log_ratio,
-)
-from training.rl.config import Method, RlConfig
-from training.rl.generator import OnlineGenerator
+from training.losses import group_advantages, sequence_mean
+from training.rl import figures
+from training.rl.config import RlConfig
+from training.rl.generator import LabelledCycle, OnlineGenerator, labelled_cycles
 from training.rl.lockstep import Request, Written
+from training.rl.messages import Messages, extend, last_user_text
+from training.rl.objective import objective
+from training.rl.reward_functions import reward_functions
 from training.rl.rollouts import Asked, Dialect, Rollout, roll_out
+from training.rl.rounds import Rounds
+from training.rl.runs import COMPLETE_FILE, last_checkpoint
 from training.rl.teacher import Teacher
 from training.rl.trl import GRPOTrainer
 
 GENERATOR_FILE = "generator.pt"
-COMPLETE_FILE = "complete.json"
 _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "num_tiles", "pixel_attention_mask", "spatial_shapes",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
-
-Messages = list[dict[str, Any]]
 
 
 @dataclass(slots=True)
@@ -85,14 +80,23 @@ class RecursiveTrainer(GRPOTrainer):
         del trainer
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         asked = [self._ask(messages, list(ids)) for messages, ids in zip(prompts, prompt_ids, strict=True)]
+        rounds = Rounds(
+            lambda requests: self._generate_batch(requests, prompts),
+            self._largest,
+            spare=Request(0, asked[0].prompt_ids, 1),
+            same_size=self.use_vllm,
+        )
+        is_collective = self.accelerator.num_processes > 1 and (self.use_vllm or self._is_sharded())
         rollouts = roll_out(
             asked,
-            lambda requests: self._generate_batch(requests, prompts),
+            rounds if is_collective else rounds.generate,
             self.parts.dialect,
             max_cycles=self.config.max_cycles,
             max_tokens=self.config.max_tokens,
             max_cycle_tokens=self.config.max_cycle_tokens or None,
         )
+        if is_collective:
+            rounds.finish()
         is_trained = self.config.boundary_advantage > 0
         fields: dict[str, Any] = {
             "prompt_ids": [r.prompt_ids for r in rollouts],
@@ -103,7 +107,10 @@ class RecursiveTrainer(GRPOTrainer):
             "confidences": self._confidences(rollouts),
         }
         if self.parts.generator is not None and self.model.training:  # learns after scoring, before the policy (alg. 1)
-            loss = self.parts.generator.update(rollouts)
+            cycles = cast(list[LabelledCycle], gather_object(labelled_cycles(rollouts)))
+            loss = self.parts.generator.update(
+                cycles, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes
+            )
             if loss is not None:
                 self._log_metric("generator/loss", loss)
         return fields
@@ -111,6 +118,17 @@ class RecursiveTrainer(GRPOTrainer):
     def _ask(self, messages: Messages, prompt_ids: list[int]) -> Asked:
         question = last_user_text(messages)
         return Asked(question, prompt_ids, lambda answer: self.parts.check(question, answer))
+
+    def _is_sharded(self) -> bool:
+        """Whether a forward pass needs the other processes. transformers keeps generation in step only where it sees
+        that the weights are sharded, which it does not for accelerate's FSDP2."""
+        if self.accelerator.is_fsdp2:
+            cast(Any, self.model)._is_fsdp_managed_module = True
+        return self.accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+
+    def _largest(self, values: Sequence[int]) -> list[int]:
+        local = torch.tensor([values], device=self.accelerator.device)
+        return self.accelerator.gather(local).amax(dim=0).tolist()
 
     def _generate_batch(self, requests: Sequence[Request], prompts: list[Messages]) -> list[Written]:
         """TRL's own single-turn generation, whatever it runs on; each row cut at its own limit."""
@@ -123,7 +141,7 @@ class RecursiveTrainer(GRPOTrainer):
         images, fields = None, cast(dict[str, Any], {})
         if self._is_vlm:  # pixels of just these rows, and per-token fields as long as what the rows hold by now
             _, images, fields = self._tokenize_prompts([prompts[r.row] for r in requests])
-            fields = {name: _extend(value, ids) for name, value in fields.items()}
+            fields = {name: extend(value, ids) for name, value in fields.items()}
         completions, logps = self._generate_single_turn(ids, images, fields, 1)
         return [
             Written(list(row[: r.max_tokens]), None if logps is None else list(logps[i][: r.max_tokens]))
@@ -148,22 +166,15 @@ class RecursiveTrainer(GRPOTrainer):
         return result
 
     def _log_rollouts(self, rollouts: Sequence[Rollout], confidences: Sequence[Sequence[float]]) -> None:
-        """Figures of a generation that no reward shows."""
-        cycles = [c for r in rollouts for c in r.cycles]
-        tokens = sum(len(c.ids) for c in cycles)
-        self._log_metric("cycles/mean", len(cycles) / len(rollouts))
-        self._log_metric("cycles/first_right", sum(r.cycles[0].is_right for r in rollouts) / len(rollouts))
-        self._log_metric("cycles/right", sum(r.is_right for r in rollouts) / len(rollouts))
-        self._log_metric("oops/per_rollout", sum(c.oops_tokens for c in cycles) / len(rollouts))
-        self._log_metric("oops/per_1000_tokens", 1000 * sum(c.oops_tokens for c in cycles) / max(1, tokens))
-        if self.parts.generator is not None:
-            pairs = [
-                (confidence, c.is_right)
-                for r, row in zip(rollouts, confidences, strict=True)
-                for confidence, c in zip(row, r.cycles, strict=True)
-            ]
-            self._log_metric("confidence/mean", sum(p for p, _ in pairs) / len(pairs))
-            self._log_metric("confidence/brier", sum((p - y) ** 2 for p, y in pairs) / len(pairs))
+        """Figures of a generation that no reward shows, over the rollouts of all processes."""
+        sums = figures.sums_of(rollouts, confidences)
+        totals = dict(zip(sums, self._sum_over_processes(list(sums.values())), strict=True))
+        for name, value in figures.means_of(totals, has_generator=self.parts.generator is not None).items():
+            self._log_metric(name, value)
+
+    def _sum_over_processes(self, values: Sequence[float | Tensor]) -> list[float]:
+        local = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.accelerator.device) for v in values])
+        return cast(list[float], self.accelerator.reduce(local, reduction="sum").tolist())
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch with the papers' advantages, (B, T) where boundaries are trained, and the teacher's scores."""
@@ -205,7 +216,7 @@ class RecursiveTrainer(GRPOTrainer):
     # The objective.
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The clipped surrogate on the method's ratio plus its KL terms, sequence mean of token means."""
+        """The method's objective, sequence mean of token means."""
         completion_mask = inputs["completion_mask"]
         mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
         logp, entropies, _ = self._get_per_token_logps_and_entropies(
@@ -216,61 +227,27 @@ class RecursiveTrainer(GRPOTrainer):
             compute_entropy=True,
             **{name: inputs[name] for name in _MULTIMODAL if name in inputs},
         )
-        old = inputs.get("old_per_token_logps")
-        old = logp.detach() if old is None else old
-        log_ratio = self._log_ratio(logp, old, inputs)
-        clip = {"clip_low": self.config.clip_low, "clip_high": self.config.clip_high}
-        per_token = clipped_surrogate(log_ratio, inputs["advantages"], **clip)
-        if "importance_sampling_ratio" in inputs:
-            per_token = per_token * inputs["importance_sampling_ratio"]
-        metrics = {"clip_ratio/region_mean": is_clipped(log_ratio, inputs["advantages"], **clip)}
+        per_token, metrics = objective(self.config, logp, inputs, step=self.state.global_step)
         if entropies is not None:
             metrics["entropy"] = entropies
-        if self.config.method is Method.KDRL:
-            distance = kl_k2(logp, inputs["teacher_per_token_logps"])
-            per_token = per_token + self._kdrl_weight() * distance
-            metrics["kl_teacher"] = distance
-        if self.config.beta > 0:
-            distance = kl_k3(logp, inputs["ref_per_token_logps"])
-            per_token = per_token + self.config.beta * distance
-            metrics["kl"] = distance
-        if self.parts.teacher is not None:
-            gap = logp - inputs["teacher_per_token_logps"]
-            metrics |= {"teacher/log_ratio": gap, "teacher/clamped": gap.abs() > self.config.teacher_clamp}
         loss = sequence_mean(per_token, mask)
-        self._record(metrics, mask)
-        if not torch.isfinite(loss):
+        everywhere = self._record(metrics, mask, loss)
+        if not math.isfinite(everywhere):  # the same sentence from every process, not a hang in all but one
             raise TrainingError(
-                f"the loss is {loss.item()} at update {self.state.global_step + 1}; {self._last_good()}. A lower "
+                f"the loss is {everywhere} at update {self.state.global_step + 1}; {self._last_good()}. A lower "
                 "learning_rate usually helps"
             )
         return loss / self.current_gradient_accumulation_steps if self.model.training else loss
 
-    def _log_ratio(self, logp: Tensor, old: Tensor, inputs: dict[str, Any]) -> Tensor:
-        if self.config.method is not Method.RLAD:
-            return logp - old
-        return trrd_log_ratio(
-            logp,
-            old,
-            inputs["teacher_per_token_logps"],
-            alpha=self.config.alpha,
-            teacher_clamp=self.config.teacher_clamp,
-            clamp_gradient=self.config.clamp_gradient.value,
-        )
-
-    def _kdrl_weight(self) -> float:
-        c = self.config
-        return kdrl_weight(self.state.global_step, start=c.kdrl_start, end=c.kdrl_end, decay=c.kdrl_decay)
-
-    def _record(self, metrics: dict[str, Tensor], mask: Tensor) -> None:
-        """Token means over all processes."""
+    def _record(self, metrics: dict[str, Tensor], mask: Tensor, loss: Tensor) -> float:
+        """Log token means over all processes; returns the sum of their losses."""
         names = sorted(metrics)
         sums = [(metrics[n].detach().float() * mask).sum() for n in names]
-        stacked = torch.stack([*sums, mask.sum().float()])
-        totals: list[float] = self.accelerator.reduce(stacked, reduction="sum").tolist()
+        *totals, tokens, losses = self._sum_over_processes([*sums, mask.sum(), loss.detach()])
         mode = "train" if self.model.training else "eval"
-        for name, total in zip(names, totals, strict=False):
-            self._metrics[mode][name].append(total / max(1.0, totals[-1]))
+        for name, total in zip(names, totals, strict=True):
+            self._metrics[mode][name].append(total / max(1.0, tokens))
+        return losses
 
     def _last_good(self) -> str:
         last = last_checkpoint(Path(cast(str, self.args.output_dir)))
@@ -281,6 +258,7 @@ class RecursiveTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its own random state
             if not self.is_world_process_zero():
                 return
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -297,52 +275,3 @@ class RecursiveTrainer(GRPOTrainer):
         if checkpoint is not None and self.parts.generator is not None:
             state = torch.load(Path(checkpoint) / GENERATOR_FILE, map_location="cpu", weights_only=True)
             self.parts.generator.load_state_dict(state)
-
-
-def last_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    whole = [p.parent for p in run_dir.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(whole, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
-
-
-def last_user_text(messages: Messages) -> str:
-    """The question of a conversation: text of its last user message."""
-    content: Any = next(m["content"] for m in reversed(messages) if m["role"] == "user")
-    if isinstance(content, str):
-        return content
-    parts = cast(list[dict[str, Any]], content)
-    return "".join(cast(str, part["text"]) for part in parts if part["type"] == "text")
-
-
-RewardFunction = Callable[..., list[float]]
-
-
-def reward_functions(config: RlConfig, dialect: Dialect) -> list[RewardFunction]:
-    """The configured rewards in TRL's form: keyword columns in, one figure a row out."""
-
-    def increase(*, confidences: list[list[float]], **_: Any) -> list[float]:
-        return [rewards.confidence_increase(row) for row in confidences]
-
-    def final(*, confidences: list[list[float]], **_: Any) -> list[float]:
-        return [rewards.confidence_final(row, config.threshold) for row in confidences]
-
-    def format(*, rollout: list[Rollout], **_: Any) -> list[float]:
-        return [rewards.well_formed([c.text for c in r.cycles], dialect.format) for r in rollout]
-
-    def answer(*, rollout: list[Rollout], **_: Any) -> list[float]:
-        return [rewards.answer_reward(r.is_right) for r in rollout]
-
-    def length(*, rollout: list[Rollout], **_: Any) -> list[float]:
-        limits = {"max_tokens": config.max_tokens, "cache_tokens": config.length_cache}
-        return [rewards.length_penalty(len(r.completion_ids), **limits) for r in rollout]
-
-    known: dict[str, RewardFunction] = {f.__name__: f for f in (increase, final, format, answer, length)}
-    return [known[name] for name in config.reward_names]
-
-
-def _extend(value: Any, ids: Sequence[Sequence[int]]) -> Any:
-    """Per-token fields of a processor, lengthened with 0 (text) over what has been written since."""
-    rows: list[Any] = cast(list[Any], value) if isinstance(value, list) else []
-    if not rows or not isinstance(rows[0], list):
-        return cast(Any, value)
-    return [[*row, *[0] * (len(i) - len(row))] for row, i in zip(rows, ids, strict=True)]

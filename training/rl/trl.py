@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
         # Attributes set by __init__. accelerator: accelerate's, whose types are unknown.
         model: PreTrainedModel
+        model_wrapped: Any
         args: GRPOConfig
         accelerator: Any
         state: TrainerState

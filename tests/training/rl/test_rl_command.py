@@ -17,19 +17,17 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from server.rtap.errors import ConfigError
-from training.config import SftConfig
+from tests.training.rl.tiny import BUNDLED, save_policy
 from training.errors import TeacherError, TrainingError
-from training.huggingface import load_tokenizer, save_checkpoint
-from training.policy import build_policy
+from training.huggingface import load_tokenizer
 from training.questions import load_questions
 from training.rl import command
 from training.rl.config import GrpoConfig, KdrlConfig, RladConfig, RlConfig, RtapConfig
 from training.rl.loading import load_for_training
 from training.rl.lockstep import Written
-from training.rl.trainer import last_checkpoint
+from training.rl.runs import last_checkpoint
 from training.tasks.base import Split
 
-BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
 SMALL = {
     "max_steps": 4, "save_steps": 2, "questions_per_step": 2, "group_size": 4, "micro_batch": 4, "num_questions": 16,
     "max_tokens": 48, "length_cache": 16, "max_cycle_tokens": 20, "num_iterations": 2, "learning_rate": 1e-3,
@@ -38,14 +36,6 @@ RECURSIVE = SMALL | {
     "max_tokens": 200, "max_cycle_tokens": 80, "max_cycles": 3, "learning_rate": 1e-4, "generator_rate": 1e-4,
     "generator_iterations": 2, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
 }  # fmt: skip
-
-
-def save_policy(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    tokenizer = load_tokenizer(BUNDLED / "policy")
-    shape = SftConfig(hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, ffn_size=32)
-    save_checkpoint(folder, build_policy(shape, tokenizer), tokenizer, {})
-    return folder
 
 
 @pytest.fixture(scope="module")
