@@ -84,6 +84,9 @@ def trl_arguments(config: RlConfig) -> GRPOConfig:
     """Our config in TRL's words. Losses and advantages are ours, so TRL's switches for them stay unused."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is used knowingly, and pinned
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "tensorboard")
+    # Else transformers fills weights in one process of a machine and FSDP those of the policy in the others; nobody
+    # fills those of generator, teacher and TRL's reference model, which then differ from process to process.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     rows = _rows_of_a_process(config, int(os.environ.get("WORLD_SIZE", "1")))
     micro_batch = min(config.micro_batch, rows)
     vllm: dict[str, Any] = {}

@@ -77,11 +77,14 @@ def run_recorded(config: RlConfig, folder: Path) -> None:
 
 
 def shard_on_cpu() -> None:
-    """accelerate offers FSDP to accelerators only, though torch shards on CPUs too."""
+    """accelerate offers FSDP to accelerators only, though torch shards on CPUs too.
+
+    Loading weights in one process alone is its default, and would leave generator and reference empty in the other.
+    """
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     }  # fmt: skip
     initialise = AcceleratorState.__init__
 
