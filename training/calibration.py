@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from training.evaluation.statistics import bootstrap_weights
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 NUM_BINS = 20
+BOOTSTRAPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,41 @@ def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
     )
 
 
+def intervals(scores: Floats, labels: Bools, questions: Sequence[int], *, seed: int = 0) -> dict[str, list[float]]:
+    """95 % intervals of the figures by bootstrap over questions: cycles of one question are not independent.
+
+    The calibration error grows with noise, also with that of a resample, so its interval lies high.
+    """
+    names, place = np.unique(np.asarray(questions), return_inverse=True)
+    num_questions = len(names)
+    draws = bootstrap_weights(num_questions, seed=seed, resamples=BOOTSTRAPS)  # (R, Q)
+    bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
+    errors = scores - labels
+    gaps = np.bincount(place * NUM_BINS + bins, weights=errors, minlength=num_questions * NUM_BINS)
+    cycles = draws @ np.bincount(place)
+    by_question = np.array([auroc(scores[place == q], labels[place == q]) for q in range(num_questions)])
+    is_mixed = ~np.isnan(by_question)
+    mixed = draws @ is_mixed
+    with np.errstate(invalid="ignore"):  # a resample without a mixed question has no within-question AUROC
+        within = draws @ np.where(is_mixed, by_question, 0.0) / mixed
+    _, level = np.unique(scores, return_inverse=True)
+    drawn: dict[str, Floats] = {
+        "within_auroc": within,
+        "global_auroc": np.array([_weighted_auroc(level, labels, row[place]) for row in draws]),
+        "ece": np.abs(draws @ gaps.reshape(num_questions, NUM_BINS)).sum(axis=1) / cycles,
+        "brier": draws @ np.bincount(place, weights=errors**2) / cycles,
+    }
+    ends = {name: np.nanpercentile(v, [2.5, 97.5]).tolist() for name, v in drawn.items() if not np.isnan(v).all()}
+    return {name: [round(low, 4), round(high, 4)] for name, (low, high) in ends.items()}
+
+
+def _weighted_auroc(level: NDArray[np.intp], labels: Bools, weights: Floats) -> float:
+    """AUROC of cycles that count ``weights`` times, scored by rank; NaN without contrast."""
+    right, wrong = np.bincount(level, weights=weights * labels), np.bincount(level, weights=weights * ~labels)
+    pairs = right.sum() * wrong.sum()
+    return float((right * (wrong.cumsum() - wrong / 2)).sum() / pairs) if pairs else float("nan")
+
+
 def _known(value: float) -> float | None:
     return None if np.isnan(value) else round(value, 4)
 
@@ -129,4 +167,4 @@ def best_threshold(scores: Floats, labels: Bools) -> float:
 def histogram(scores: Floats) -> list[float]:
     """Share of the scores in each of the equal-width bins of [0, 1]."""
     counts, _ = np.histogram(scores, bins=NUM_BINS, range=(0.0, 1.0))
-    return [round(float(c) / len(scores), 5) for c in counts]
+    return [round(float(c) / max(1, len(scores)), 5) for c in counts]

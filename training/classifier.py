@@ -34,7 +34,7 @@ class Scored:
 
 
 def build_generator(policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForSequenceClassification:
-    """The policy's body; the head starts as the policy's own choice after a cycle: end the turn against go on.
+    """The policy's body (R-TAP app. A); the head starts as the policy's choice after a cycle: end the turn or go on.
 
     Training then starts from what the policy knows of its answers (within-question AUROC 0.92 on held-out Countdown)
     instead of spending its first steps, and its features, on a random head.
@@ -95,6 +95,20 @@ def score(model: Qwen3ForSequenceClassification, examples: Sequence[Example], ba
         np.repeat(np.array([e.is_right for e in ordered]), times),
         [e.question for e in ordered for _ in range(e.count)],
     )
+
+
+@torch.inference_mode()
+def confidences(
+    model: Qwen3ForSequenceClassification, rows: Sequence[tuple[int, ...]], batch_tokens: int
+) -> list[float]:
+    """Confidence of each row of prompt and cycle ids, in [0, 1]; equal rows are read once."""
+    model.eval()
+    scores: dict[tuple[int, ...], float] = {}
+    distinct = [Example(0, ids, False, 1) for ids in dict.fromkeys(rows)]
+    for batch in group(distinct, batch_tokens) if distinct else []:
+        values = cast(list[float], cast(Any, logits_of(model, batch).sigmoid()).tolist())
+        scores |= {e.ids: value for e, value in zip(batch, values, strict=True)}
+    return [scores[ids] for ids in rows]
 
 
 def calibrate(model: Qwen3ForSequenceClassification, scored: Scored) -> dict[str, float]:

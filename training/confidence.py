@@ -1,100 +1,103 @@
 """Train a confidence generator on a policy's own cycles (``rtap train confidence``).
 
-Not here: the online updates during RL (``training/rl/generator.py``).
+Sample, label by the tasks' checkers, train, calibrate, judge. Not here: the online updates during RL
+(``training/rl/generator.py``).
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from server.rtap.errors import ConfigError
-from training.calibration import NUM_BINS, best_threshold, figures, histogram, sigmoid
+from training.calibration import NUM_BINS, best_threshold, histogram, sigmoid
 from training.checkpoint import manifest, sha256
-from training.classifier import Scored, build_generator, calibrate, logits_of, score
-from training.config import ConfidenceConfig
-from training.examples import Example, Row, balance, collect, group, synthetic_texts
+from training.classifier import build_generator, build_scratch, calibrate, logits_of, score
+from training.config import ConfidenceConfig, Init, Loss, SamplerKind
+from training.examples import Example, Row, balance, collect, group, pair_batches, synthetic_texts
 from training.huggingface import cast_to, encode_text, load_policy, save_checkpoint
+from training.judging import Judged, judge_task, pool, report
 from training.loop import Loop
 from training.optim import build_muon
 from training.questions import held_out_questions
-from training.rollout import encode_question, sample_trajectories
+from training.reliability import plot_png
+from training.rollout import (
+    Continue,
+    Sampler,
+    Trajectory,
+    TransformersSampler,
+    VllmSampler,
+    encode_question,
+    sample_trajectories,
+    sampler_kind,
+)
 from training.runs import States, check_resumable, plain, run_dir
 from training.runtime import configure_torch
-from training.samples import read_or_sample
+from training.samples import header, read_or_sample
 from training.streams import Stream
 from training.tasks import TASKS, parse_mix
 from training.tasks.base import Problem, Split, sample_split
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A policy, and how its cycles come about."""
+
+    policy: Qwen3ForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    config: ConfidenceConfig
+
+
 def run(config: ConfidenceConfig) -> None:
     """Sample, label, train, calibrate, judge on held-out questions, save, and print the figures.
 
-    Goes on from the run's last state where there is one.
+    Goes on from the run's last state, and from what was sampled, where there is something.
     """
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
-    policy, tokenizer = load_policy(config.policy)
-    generator = torch.Generator().manual_seed(config.seed)
-    fitting, validation = training_examples(policy, tokenizer, config, generator)
-    num_right = sum(e.is_right for e in validation)
-    if num_right in (0, len(validation)):
-        raise ConfigError(
-            f"{num_right} of {len(validation)} distinct answers to the validation questions are right, so there is "
-            "nothing to calibrate on; take a better policy or more questions"
-        )
-    digest = json.dumps([(e.ids, e.is_right) for e in fitting])
+    asked = Asked(*load_policy(config.policy), config)
+    problems, questions = training_problems(config)
+    with closing(build_sampler(asked)) as sampler:  # all at once: vLLM starts slowly
+        fitting, validation = label(asked, problems, questions, sample_training(asked, sampler, questions))
+        held_out = sample_held_out(asked, sampler)
+    digest = json.dumps([(e.ids, e.is_right, e.count) for e in fitting])
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
-    model = build_generator(policy, tokenizer)
-    training = train(model, balance(fitting, global_weight=config.global_weight), config, states)
+    configure_torch(config.threads, config.seed)  # fresh weights from the seed, however much was sampled before
+    model = (
+        build_scratch(asked.policy) if config.init is Init.SCRATCH else build_generator(asked.policy, asked.tokenizer)
+    )
+    training = train(model, fitting, config, states)
     calibration = calibrate(model, score(model, validation, config.batch_tokens))
-    judged = score(model, validation, config.batch_tokens)
-    threshold = best_threshold(sigmoid(judged.logits), judged.labels)
-    held_out, reference = judge(model, policy, tokenizer, config)
-    figures_all = training | {
-        "threshold": threshold, "calibration": calibration, "examples": len(fitting), "held_out": held_out,
+    scored = score(model, validation, config.batch_tokens)
+    threshold = best_threshold(sigmoid(scored.logits), scored.labels)
+    judged = judge(model, asked, held_out)
+    figures: dict[str, Any] = training | {
+        "threshold": threshold, "calibration": calibration, "examples": len(fitting), "held_out": report(judged),
     }  # fmt: skip
-    model.config.rtap = {
-        "format": "rtap",
-        "kind": "confidence",
-        "threshold": threshold,
-        "calibration": {"bins": NUM_BINS, "reference": reference, "held_out": held_out["all"]},
-    }
-    record = manifest("rtap train confidence", config, data=digest, seconds=training["seconds"], figures=figures_all)
+    model.config.rtap = artifact(threshold, judged, figures["held_out"]["all"])
+    write_plot(run_dir(config.output) / "reliability.png", judged)
+    record = manifest("rtap train confidence", config, data=digest, seconds=training["seconds"], figures=figures)
     cast_to(model, torch.bfloat16)
-    save_checkpoint(config.output, model, tokenizer, record)
-    states.remove()
-    sys.stdout.write(json.dumps(figures_all, indent=2) + "\n")
+    save_checkpoint(config.output, model, asked.tokenizer, record)
+    clean_up(states)
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 
-def training_examples(
-    policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: ConfidenceConfig, generator: torch.Generator
-) -> tuple[list[Example], list[Example]]:
-    """Labelled cycles of training questions: to fit on, and (sampled ones only) to calibrate on."""
-    rng = Random(config.seed)
-    problems, questions = _training_problems(config, rng)
-    sampled = read_or_sample(config, lambda: sample_rows(policy, tokenizer, questions, config, generator))
-    num_validation = max(1, round(config.validation_share * len(questions)))
-    synthetic: list[Row] = []
-    for index in range(num_validation, len(questions)):
-        prompt = encode_question(tokenizer, questions[index])
-        for text, is_right in synthetic_texts(problems[index], rng, config.synthetic_pairs):
-            ids = encode_text(tokenizer, text)
-            synthetic.append((index, (*prompt, *ids), is_right))
-    fitting = [row for row in sampled if row[0] >= num_validation] + synthetic
-    return collect(fitting), collect(row for row in sampled if row[0] < num_validation)
+# Samples.
 
 
-def _training_problems(config: ConfidenceConfig, rng: Random) -> tuple[list[Problem], list[str]]:
+def training_problems(config: ConfidenceConfig) -> tuple[list[Problem], list[str]]:
     """Training problems and a phrasing of each, tasks interleaved."""
-    shares = parse_mix(config.tasks)
+    rng, shares = Random(config.seed), parse_mix(config.tasks)
     problems: list[Problem] = []
     questions: list[str] = []
     for _ in range(config.questions):
@@ -105,34 +108,105 @@ def _training_problems(config: ConfidenceConfig, rng: Random) -> tuple[list[Prob
     return problems, questions
 
 
-def sample_rows(
-    policy: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    questions: Sequence[str],
-    config: ConfidenceConfig,
-    generator: torch.Generator,
-) -> list[Row]:
-    """Every complete cycle of the sampled trajectories, each alone with its question."""
+def build_sampler(asked: Asked) -> Sampler:
+    """What the config wants, on this machine."""
+    if sampler_kind(asked.config.sampler) is SamplerKind.VLLM:
+        return VllmSampler(asked.config.policy, threads=asked.config.threads)
+    return TransformersSampler(asked.policy)
+
+
+def sample_training(asked: Asked, sampler: Sampler, questions: Sequence[str]) -> list[Trajectory]:
+    """Trajectories of the training questions, kept in a file until the run has succeeded, or longer if it is named."""
+    config = asked.config
+    file = config.samples_file or run_dir(config.output) / "samples.jsonl"
+    return sample(asked, sampler, file, questions, config.samples, config.seed)
+
+
+def sample_held_out(asked: Asked, sampler: Sampler) -> dict[str, list[Trajectory]]:
+    """Trajectories of each task's held-out questions, kept in files until the run has succeeded."""
+    config = asked.config
+    size = f"{config.eval_questions}x{config.eval_samples}"  # may be another when a run is resumed
+    held_out: dict[str, list[Trajectory]] = {}
+    for name in parse_mix(config.tasks):
+        questions = [q.question for q in held_out_questions(TASKS[name], config.eval_questions)]
+        file = run_dir(config.output) / f"held_out-{name}-{size}.jsonl"
+        held_out[name] = sample(asked, sampler, file, questions, config.eval_samples, config.seed + 1)
+    return held_out
+
+
+def sample(
+    asked: Asked, sampler: Sampler, file: Path, questions: Sequence[str], samples: int, seed: int
+) -> list[Trajectory]:
+    """What ``file`` has, and the rest."""
+    kind = sampler_kind(asked.config.sampler)
+    first = header(asked.config, questions, sampler=kind, samples=samples, seed=seed)
+
+    def chunk(indices: Sequence[int], chunk_seed: int) -> list[Trajectory]:
+        return sample_chunk(asked, sampler.seeded(chunk_seed), questions, indices, samples)
+
+    return read_or_sample(file, first, chunk)
+
+
+def sample_chunk(
+    asked: Asked, write: Continue, questions: Sequence[str], indices: Sequence[int], samples: int
+) -> list[Trajectory]:
+    """Trajectories of ``questions[i]`` for i in ``indices``, each with i as its question."""
 
     def check(index: int, answer: str) -> bool:
-        return any(task.check(questions[index], answer) for task in TASKS.values())
+        return any(task.check(questions[indices[index]], answer) for task in TASKS.values())
 
     trajectories = sample_trajectories(
-        policy, tokenizer, questions, check,
-        samples=config.samples, max_cycles=config.max_cycles, generator=generator,
+        write, asked.tokenizer, [questions[i] for i in indices], check,
+        samples=samples, max_cycles=asked.config.max_cycles, max_positions=asked.policy.config.max_position_embeddings,
     )  # fmt: skip
-    return [
-        (t.question, (*t.prompt, *cycle.ids), cycle.is_right)
-        for t in trajectories
-        for cycle in t.cycles
-        if cycle.answer is not None
-    ]
+    for trajectory in trajectories:
+        trajectory.question = indices[trajectory.question]
+    return trajectories
+
+
+def label(
+    asked: Asked, problems: Sequence[Problem], questions: Sequence[str], sampled: Sequence[Trajectory]
+) -> tuple[list[Example], list[Example]]:
+    """Weighted examples to fit on, and (sampled ones only) those to calibrate on. Raises ConfigError where either
+    has nothing to tell apart."""
+    config, rng = asked.config, Random(f"{asked.config.seed}:synthetic")
+    rows = [(t.question, (*t.prompt, *c.ids), c.is_right) for t in sampled for c in t.cycles if c.answer is not None]
+    if not rows:
+        raise ConfigError(
+            f"{config.policy} finished no cycle of {len(questions)} questions; train it further with `rtap train sft`"
+        )
+    num_validation = max(1, round(config.validation_share * len(questions)))
+    synthetic: list[Row] = []
+    for index in range(num_validation, len(questions)):
+        prompt = encode_question(asked.tokenizer, questions[index])
+        for text, is_right in synthetic_texts(problems[index], rng, config.synthetic_pairs):
+            synthetic.append((index, (*prompt, *encode_text(asked.tokenizer, text)), is_right))
+    validation = collect(row for row in rows if row[0] < num_validation)
+    _check_contrast(validation, "the validation questions", "nothing to calibrate on")
+    fitting = collect([*(row for row in rows if row[0] >= num_validation), *synthetic])
+    _check_contrast(fitting, "the training questions", "nothing to learn")
+    mixed = {e.question for e in fitting if e.is_right} & {e.question for e in fitting if not e.is_right}
+    if config.loss is Loss.PAIRWISE and not mixed:
+        raise ConfigError("no question has right and wrong answers to pair; take more samples, or loss=balanced")
+    return balance(fitting, global_weight=config.global_weight), validation
+
+
+def _check_contrast(examples: Sequence[Example], whose: str, so: str) -> None:
+    num_right = sum(e.is_right for e in examples)
+    if num_right in (0, len(examples)):
+        raise ConfigError(
+            f"{num_right} of {len(examples)} distinct answers to {whose} are right, so there is {so}; take a better "
+            "policy (harder questions if all are right), more questions or more samples"
+        )
+
+
+# Training.
 
 
 def train(
     model: Qwen3ForSequenceClassification, examples: Sequence[Example], config: ConfidenceConfig, states: States
 ) -> dict[str, Any]:
-    """Weighted cross-entropy over shuffled epochs until the budget ends; from the last state where there is one."""
+    """Shuffled epochs until the budget ends; from the last state where there is one."""
     optimisers = build_muon(
         model.named_parameters(),
         matrix_rate=config.matrix_rate,
@@ -140,10 +214,16 @@ def train(
         weight_decay=config.weight_decay,
     )
     mean_weight = sum(e.weight for e in examples) / len(examples)
+    epoch_rows = 0
 
     def epoch(rng: Random) -> list[list[Example]]:
-        batches = group(rng.sample(examples, len(examples)), config.batch_tokens)
-        rng.shuffle(batches)
+        nonlocal epoch_rows
+        if config.loss is Loss.PAIRWISE:
+            batches = pair_batches(examples, rng, config.batch_tokens)
+        else:
+            batches = group(rng.sample(examples, len(examples)), config.batch_tokens)
+            rng.shuffle(batches)
+        epoch_rows = sum(map(len, batches))
         return batches
 
     stream = Stream(epoch, seed=config.seed)
@@ -151,35 +231,56 @@ def train(
     with Loop("confidence", config, states, model=model, optimisers=optimisers, stream=stream) as loop:
         while loop.goes_on():
             batch = next(stream)
-            labels = torch.tensor([float(e.is_right) for e in batch])
-            weights = torch.tensor([e.weight / mean_weight for e in batch])
-            losses = F.binary_cross_entropy_with_logits(logits_of(model, batch), labels, reduction="none")
-            loop.descend((losses * weights).mean(), rows=len(batch), tokens=sum(len(e.ids) for e in batch))
+            logits = logits_of(model, batch)
+            loss = pairwise_loss(logits) if config.loss is Loss.PAIRWISE else balanced_loss(logits, batch, mean_weight)
+            loop.descend(loss, rows=len(batch), tokens=sum(len(e.ids) for e in batch))
     summary = loop.summary()
-    return summary | {"epochs": round(summary["rows"] / len(examples), 2)}
+    return summary | {"epochs": round(summary["rows"] / max(1, epoch_rows), 2)}
+
+
+def balanced_loss(logits: Tensor, batch: Sequence[Example], mean_weight: float) -> Tensor:
+    """Cross-entropy under the examples' weights, which are ``mean_weight`` on average over an epoch."""
+    labels = torch.tensor([float(e.is_right) for e in batch])
+    weights = torch.tensor([e.weight / mean_weight for e in batch])
+    return (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weights).mean()
+
+
+def pairwise_loss(logits: Tensor) -> Tensor:
+    """Mean of log(1 + exp(wrong - right)); logits (2 P,) of right and wrong cycles in turn."""
+    right, wrong = logits.reshape(-1, 2).unbind(1)
+    return F.softplus(wrong - right).mean()
+
+
+# Judgement.
 
 
 def judge(
-    model: Qwen3ForSequenceClassification,
-    policy: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    config: ConfidenceConfig,
-) -> tuple[dict[str, Any], list[float]]:
-    """Held-out figures, on the bf16-rounded weights that are saved, and the histogram of all scores."""
+    model: Qwen3ForSequenceClassification, asked: Asked, held_out: dict[str, list[Trajectory]]
+) -> dict[str, Judged]:
+    """By task, on the bf16-rounded weights that are saved."""
     cast_to(model, torch.bfloat16)
     cast_to(model, torch.float32)
-    generator = torch.Generator().manual_seed(config.seed + 1)  # the same samples whether or not others were reused
-    report: dict[str, Any] = {}
-    parts: list[Scored] = []
-    for name in parse_mix(config.tasks):
-        questions = [q.question for q in held_out_questions(TASKS[name], config.eval_questions)]
-        rows = sample_rows(policy, tokenizer, questions, config, generator)
-        scored = score(model, collect(rows), config.batch_tokens)
-        report[name] = asdict(figures(sigmoid(scored.logits), scored.labels, scored.questions))
-        parts.append(scored)
-    scores = sigmoid(np.concatenate([p.logits for p in parts]))
-    labels = np.concatenate([p.labels for p in parts])
-    # The tasks' questions must not be mixed up: each part's indices follow those of the one before.
-    questions_all = [q + config.eval_questions * i for i, p in enumerate(parts) for q in p.questions]
-    report["all"] = asdict(figures(scores, labels, questions_all))
-    return report, histogram(scores)
+    tokens = asked.config.batch_tokens
+    return {name: judge_task(model, asked.policy, asked.tokenizer, part, tokens) for name, part in held_out.items()}
+
+
+def artifact(threshold: float, judged: dict[str, Judged], figures: dict[str, Any]) -> dict[str, Any]:
+    """The ``rtap`` block that the server reads, and the figures that a reader of ``config.json`` looks for."""
+    scalars = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+    reference = histogram(pool(list(judged.values())).scores)
+    calibration = {"bins": NUM_BINS, "reference": reference, "held_out": scalars}
+    return {"format": "rtap", "kind": "confidence", "threshold": threshold, "calibration": calibration}
+
+
+def write_plot(file: Path, judged: dict[str, Judged]) -> None:
+    """The reliability plot of every task and of all."""
+    parts = judged | {"all": pool(list(judged.values()))}
+    png = plot_png({name: (p.scores, p.labels) for name, p in parts.items()}, "held-out questions, all cycles")
+    file.write_bytes(png)
+
+
+def clean_up(states: States) -> None:
+    """After success: states and samples go, logs and plot stay."""
+    states.remove()
+    for file in (*states.folder.glob("samples.jsonl"), *states.folder.glob("held_out-*.jsonl")):
+        file.unlink()

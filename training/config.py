@@ -14,6 +14,33 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 from training.tasks import parse_mix
 
+
+class SamplerKind(StrEnum):
+    """What samples a policy's cycles. auto: vLLM where it and a GPU are there."""
+
+    AUTO = "auto"
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+
+
+class Loss(StrEnum):
+    """What a confidence generator minimises.
+
+    balanced: cross-entropy in which right and wrong cycles of a question weigh the same (R-TAP eq. 6). pairwise:
+    the logistic loss of the difference between a right and a wrong cycle of the same question.
+    """
+
+    BALANCED = "balanced"
+    PAIRWISE = "pairwise"
+
+
+class Init(StrEnum):
+    """What a confidence generator starts from: the policy's weights, or fresh ones of its shape."""
+
+    POLICY = "policy"
+    SCRATCH = "scratch"
+
+
 BUNDLED = Path("deploy/models")
 TASK_MIX = "countdown=0.4,arithmetic=0.2,knights=0.4"
 # Fields that may differ when a run is resumed: they do not decide what training computes.
@@ -84,13 +111,16 @@ class ConfidenceConfig:
     Defaults are ours, for 3 M parameters on two cores (deploy/models), where a field does not name its source.
     """
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE | {"samples_file"}
+    MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE | {"samples_file", "eval_samples"}
     policy: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to sample and to start from"))
     output: Path = field(default=BUNDLED / "confidence", metadata=_help("where the checkpoint is written"))
-    samples_file: Path | None = field(default=None, metadata=_help("cycles to reuse; sampled and written if absent"))
+    samples_file: Path | None = field(default=None, metadata=_help("file that keeps the sampled cycles"))
     seed: int = field(default=2, metadata=_help("seed of questions, sampling and training order"))
     questions: int = field(default=2000, metadata=_help("training questions over all tasks"))
-    samples: int = field(default=6, metadata=_help("trajectories a question"))
+    samples: int = field(default=6, metadata=_help("trajectories a question. R-TAP: 128"))
+    sampler: SamplerKind = field(default=SamplerKind.AUTO, metadata=_help("auto: vllm on GPUs, else transformers"))
+    loss: Loss = field(default=Loss.BALANCED, metadata=_help("training loss. R-TAP eq. 6: balanced"))
+    init: Init = field(default=Init.POLICY, metadata=_help("first weights. R-TAP app. A: the policy's"))
     max_cycles: int = field(default=3, metadata=_help("cycles a trajectory; forced open after wrong ones"))
     tasks: str = field(default=TASK_MIX, metadata=_help("share of each task, as NAME=WEIGHT with commas between"))
     synthetic_pairs: int = field(default=3, metadata=_help("made-up right and hard wrong cycles a question"))
@@ -107,14 +137,18 @@ class ConfidenceConfig:
     global_weight: float = field(default=0.25, metadata=_help("weight of questions all right or all wrong"))
     warmup_share: float = field(default=0.03, metadata=_help("share of the budget spent warming up"))
     eval_questions: int = field(default=500, metadata=_help("held-out questions a task"))
+    eval_samples: int = field(default=8, metadata=_help("trajectories a held-out question"))
     save_steps: int = field(default=0, metadata=_help("steps between states to resume from (0: by minutes alone)"))
     save_minutes: float = field(default=5.0, metadata=_help("minutes between them; a kill costs no more"))
 
     def __post_init__(self) -> None:
         if self.samples < 2:
             raise ConfigError(f"samples={self.samples} must be at least 2: one answer has no contrast")
-        if self.max_cycles < 1:
-            raise ConfigError(f"max_cycles={self.max_cycles} must be at least 1")
+        for name in ("max_cycles", "questions", "eval_questions", "eval_samples", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.synthetic_pairs < 0:
+            raise ConfigError(f"synthetic_pairs={self.synthetic_pairs} must not be negative")
         parse_mix(self.tasks)
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share={self.validation_share} must be between 0 and 1")

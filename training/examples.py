@@ -13,6 +13,9 @@ from random import Random
 from server.rtap.format import RTAP
 from training.tasks.base import Attempt, Problem
 
+PAIRS = 4
+"""Pairs a question and epoch. Ours: more would only repeat the same questions sooner."""
+
 Row = tuple[int, tuple[int, ...], bool]
 """Question index, prompt and cycle ids, right or not."""
 
@@ -59,6 +62,33 @@ def group(examples: Sequence[Example], batch_tokens: int) -> list[list[Example]]
             groups.append([])
         groups[-1].append(example)
     return groups
+
+
+def pair_batches(examples: Sequence[Example], rng: Random, batch_tokens: int) -> list[list[Example]]:
+    """One pairwise epoch: batches of right and wrong cycles in turn, each two of one question and of similar length.
+
+    Every question with contrast gives the same number of pairs, drawn as often as their cycles were sampled.
+    """
+    sides: defaultdict[int, tuple[list[Example], list[Example]]] = defaultdict(lambda: ([], []))
+    for example in examples:
+        sides[example.question][example.is_right].append(example)
+    pairs: list[tuple[Example, Example]] = []
+    for wrong, right in sides.values():
+        if wrong and right:
+            drawn = (rng.choices(side, [e.count for e in side], k=PAIRS) for side in (right, wrong))
+            pairs += zip(*drawn, strict=True)
+    rng.shuffle(pairs)  # so that pairs of equal length meet others in every epoch
+    batches: list[list[Example]] = [[]]
+    for pair in sorted(pairs, key=_longer):
+        if batches[-1] and (len(batches[-1]) + 2) * _longer(pair) > batch_tokens:
+            batches.append([])
+        batches[-1] += pair
+    rng.shuffle(batches)
+    return batches
+
+
+def _longer(pair: tuple[Example, Example]) -> int:
+    return max(len(e.ids) for e in pair)
 
 
 def synthetic_texts(problem: Problem, rng: Random, pairs: int) -> list[tuple[str, bool]]:

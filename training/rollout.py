@@ -1,26 +1,34 @@
-"""Sample Think–Answer cycles from a policy with plain transformers, in large batches.
+"""Sample Think–Answer cycles from a policy in large batches, on plain transformers or on vLLM.
 
 Cycles continue on token ids, as in the server. Whether a trajectory goes on is the caller's decision; the next cycle
-is then forced open, because a policy that believes its own wrong answer ends the turn. No vLLM here: for the bundled
-models the batched loop is as fast and starts at once.
+is then forced open, because a policy that believes its own wrong answer ends the turn. On a CPU the batched loop of
+transformers is faster for the bundled models, and starts at once; vLLM is for GPUs and for larger policies.
 """
 
+import gc
+import importlib.util
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from server.rtap.errors import ConfigError
 from server.rtap.format import RTAP, parse_cycle
+from training.config import SamplerKind
 from training.huggingface import decode_ids, encode_text
 from training.tasks.trajectory import TURN_END, Message
 from training.tokenizer import render_prompt, token_id
 
 MAX_CYCLE_TOKENS = 160
 BATCH_ROWS = 512
+_CPU_CACHE_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,9 @@ class Trajectory:
 Check = Callable[[int, str], bool]
 """(question index, answer) -> right or not."""
 
+Continue = Callable[[Sequence[list[int]], tuple[int, ...]], list[list[int]]]
+"""(prompts, stop ids) -> what follows each prompt, up to a stop id (kept) or MAX_CYCLE_TOKENS."""
+
 
 def encode_question(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
     """Prompt ids of a question alone."""
@@ -59,16 +70,17 @@ def encode_question(tokenizer: PreTrainedTokenizerFast, question: str) -> list[i
 
 
 def sample_trajectories(
-    model: Qwen3ForCausalLM,
+    write: Continue,
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[str],
     check: Check,
     *,
     samples: int,
     max_cycles: int,
-    generator: torch.Generator,
+    max_positions: int,
 ) -> list[Trajectory]:
-    """``samples`` trajectories a question at temperature 1, cut at the first right answer or after ``max_cycles``."""
+    """``samples`` trajectories a question at temperature 1, cut at the first right answer, after ``max_cycles``, or
+    where another cycle might not fit the model's positions."""
     cycle_open = token_id(tokenizer, RTAP.cycle_open)
     stops = (token_id(tokenizer, RTAP.answer_close or ""), token_id(tokenizer, TURN_END))
     trajectories = [
@@ -77,17 +89,134 @@ def sample_trajectories(
         for _ in range(samples)
     ]
     for depth in range(max_cycles):
-        live = sorted((t for t in trajectories if t.is_open), key=lambda t: len(t.context(cycle_open)))
-        for start in tqdm(range(0, len(live), BATCH_ROWS), desc=f"sampling cycle {depth + 1}", unit="batch"):
-            rows = live[start : start + BATCH_ROWS]
-            sampled = sample_until(model, [t.context(cycle_open) for t in rows], stops, generator=generator)
-            for trajectory, ids in zip(rows, sampled, strict=True):
-                full = (cycle_open, *ids) if depth else tuple(ids)
-                _, answer = parse_cycle(decode_ids(tokenizer, full), RTAP)
-                is_right = answer is not None and check(trajectory.question, answer)
-                trajectory.cycles.append(SampledCycle(full, answer, is_right))
-                trajectory.is_open = not is_right and answer is not None
+        live = [t for t in trajectories if t.is_open]
+        written = write([t.context(cycle_open) for t in live], stops) if live else []
+        for trajectory, ids in zip(live, written, strict=True):
+            full = (cycle_open, *ids) if depth else tuple(ids)
+            _, answer = parse_cycle(decode_ids(tokenizer, full), RTAP)
+            is_right = answer is not None and check(trajectory.question, answer)
+            trajectory.cycles.append(SampledCycle(full, answer, is_right))
+            has_room = len(trajectory.context(cycle_open)) + MAX_CYCLE_TOKENS <= max_positions
+            trajectory.is_open = answer is not None and not is_right and has_room
     return trajectories
+
+
+class Sampler(Protocol):
+    """What writes."""
+
+    def seeded(self, seed: int) -> Continue:
+        """The same continuations of the same prompts every time."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+def sampler_kind(wanted: SamplerKind) -> SamplerKind:
+    """What ``auto`` is on this machine. Does not import vLLM. Raises ConfigError where it is wanted and absent."""
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if wanted is SamplerKind.VLLM and not has_vllm:
+        raise ConfigError("sampler=vllm needs vLLM: install rtap[cpu] or rtap[cuda], or take sampler=transformers")
+    if wanted is not SamplerKind.AUTO:
+        return wanted
+    return SamplerKind.VLLM if has_vllm and torch.cuda.is_available() else SamplerKind.TRANSFORMERS
+
+
+class TransformersSampler:
+    """The batched loop below, in this process."""
+
+    def __init__(self, model: Qwen3ForCausalLM) -> None:
+        self._model = model
+
+    def seeded(self, seed: int) -> Continue:
+        """One random state over all batches."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def write(prompts: Sequence[list[int]], stops: tuple[int, ...]) -> list[list[int]]:
+            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+            written: dict[int, list[int]] = {}
+            for start in range(0, len(order), BATCH_ROWS):
+                rows = order[start : start + BATCH_ROWS]
+                sampled = sample_until(self._model, [prompts[i] for i in rows], stops, generator=generator)
+                written |= dict(zip(rows, sampled, strict=True))
+            return [written[i] for i in range(len(prompts))]
+
+        return write
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+class VllmSampler:
+    """An offline vLLM engine in this process, so that a kill leaves no engine behind. It starts when first used."""
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        self._path = path
+        self._threads = threads
+        self._llm: Any = None
+
+    def seeded(self, seed: int) -> Continue:
+        """Every sample has its own seed; equal prompts are one request."""
+        random = Random(seed)
+
+        def write(prompts: Sequence[list[int]], stops: tuple[int, ...]) -> list[list[int]]:
+            counts = Counter(map(tuple, prompts))
+            outputs = self._generate(counts, stops, first_seed=random.getrandbits(40))
+            return [outputs[tuple(prompt)].pop() for prompt in prompts]
+
+        return write
+
+    def _generate(
+        self, counts: Counter[tuple[int, ...]], stops: tuple[int, ...], *, first_seed: int
+    ) -> dict[tuple[int, ...], list[list[int]]]:
+        """As many continuations of each prompt as it counts."""
+        if self._llm is None:
+            self._llm = self._start()
+        from vllm import SamplingParams
+
+        parameters: list[Any] = []
+        for count in counts.values():
+            limits = {"max_tokens": MAX_CYCLE_TOKENS, "stop_token_ids": list(stops), "detokenize": False}
+            parameters.append(cast(Any, SamplingParams)(n=count, seed=first_seed, temperature=1.0, **limits))
+            first_seed += count  # vLLM gives sample i of a request the seed + i
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in counts]
+        outputs: list[Any] = self._llm.generate(requests, parameters, use_tqdm=False)
+        return {
+            prompt: [list(sample.token_ids) for sample in output.outputs]
+            for prompt, output in zip(counts, outputs, strict=True)
+        }
+
+    def _start(self) -> Any:
+        """With what the server tells its engines on a CPU (``server/engines.py``)."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        defaults = {
+            "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(self._threads),
+        }  # fmt: skip
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        options: dict[str, Any] = {}
+        if current_platform.is_cpu():
+            options = {
+                "enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False,
+                "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
+            }  # fmt: skip
+        return cast(Any, LLM)(str(self._path), **options)
+
+    def close(self) -> None:
+        """Free the engine's memory and the process group that it made."""
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+        cast(Any, cleanup_dist_env_and_memory)()
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -40,7 +41,7 @@ def run_dir(output: Path) -> Path:
 
 def plain(config: "DataclassInstance") -> dict[str, Any]:
     """The fields of a config as JSON has them."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()}
+    return {name: str(v) if isinstance(v, Path | StrEnum) else v for name, v in asdict(config).items()}
 
 
 def describe(settings: Mapping[str, Any], **more: Any) -> str:

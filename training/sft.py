@@ -23,7 +23,7 @@ from training.optim import build_muon
 from training.parallel import rank, run_processes
 from training.policy import MAX_POSITIONS, build_policy
 from training.questions import held_out_questions
-from training.rollout import sample_trajectories
+from training.rollout import TransformersSampler, sample_trajectories
 from training.runs import States, check_resumable, plain, run_dir
 from training.runtime import configure_torch
 from training.tasks import TASKS, parse_mix
@@ -128,9 +128,9 @@ def evaluate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config
         task = TASKS[name]
         questions = held_out_questions(task, config.eval_questions)
         trajectories = sample_trajectories(
-            model, tokenizer, [q.question for q in questions],
+            TransformersSampler(model).seeded(config.seed), tokenizer, [q.question for q in questions],
             lambda index, answer, task=task, asked=questions: task.check(asked[index].question, answer),
-            samples=1, max_cycles=EVAL_CYCLES, generator=torch.Generator().manual_seed(config.seed),
+            samples=1, max_cycles=EVAL_CYCLES, max_positions=MAX_POSITIONS,
         )  # fmt: skip
         rights: defaultdict[int, list[bool]] = defaultdict(list)
         by_level: defaultdict[int, list[bool]] = defaultdict(list)

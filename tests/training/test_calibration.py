@@ -14,6 +14,7 @@ from training.calibration import (
     figures,
     fit_platt,
     histogram,
+    intervals,
     sigmoid,
     within_question_auroc,
 )
@@ -81,3 +82,37 @@ def test_best_threshold_separates() -> None:
 
 def test_sigmoid_does_not_overflow() -> None:
     assert sigmoid(np.array([-1e4, 0.0, 1e4])).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_intervals_hold_the_figures_and_shrink_with_more_questions() -> None:
+    generator = np.random.default_rng(2)
+
+    def measured(num_questions: int) -> tuple[dict[str, float | None], dict[str, list[float]]]:
+        questions = np.repeat(np.arange(num_questions), 6)
+        scores = generator.random(len(questions))
+        labels = generator.random(len(questions)) < scores
+        own = figures(scores, labels, list(questions))
+        return {n: getattr(own, n) for n in ("within_auroc", "global_auroc", "brier")}, intervals(
+            scores, labels, list(questions)
+        )
+
+    few, many = measured(40), measured(1000)
+    for values, ends in (few, many):
+        assert all(low <= values[name] <= high for name, (low, high) in ends.items() if name in values)
+    assert all(many[1][n][1] - many[1][n][0] < (few[1][n][1] - few[1][n][0]) / 2 for n in many[1])
+
+
+def test_repeating_every_cycle_of_a_question_adds_no_certainty() -> None:
+    """The question is what is drawn: copies of its cycles change no interval."""
+    generator = np.random.default_rng(3)
+    questions = np.repeat(np.arange(30), 4)
+    scores = generator.random(120)
+    labels = generator.random(120) < scores
+    once = intervals(scores, labels, list(questions))
+    thrice = intervals(np.tile(scores, 3), np.tile(labels, 3), list(np.tile(questions, 3)))
+    assert all(thrice[name] == pytest.approx(once[name], abs=2e-4) for name in once)
+
+
+def test_intervals_without_contrast_leave_the_aurocs_out() -> None:
+    ends = intervals(np.array([0.5, 0.7]), np.array([True, True]), [0, 1])
+    assert set(ends) == {"ece", "brier"}

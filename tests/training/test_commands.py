@@ -42,7 +42,7 @@ def test_sft_writes_a_loadable_bf16_checkpoint_and_its_story(policy: Path) -> No
 
 
 def test_two_processes_give_one_model(tmp_path: Path) -> None:
-    sft(tmp_path / "policy", 2, "--processes", "2")
+    sft(tmp_path / "policy", 2, "--processes", "2", "--tasks", "countdown", "--tokenizer", str(BUNDLED_POLICY))
     assert json.loads((tmp_path / "policy" / "manifest.json").read_text())["figures"]["steps"] == 2
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
 
@@ -96,11 +96,20 @@ def test_confidence_trains_on_the_policys_own_cycles(tmp_path: Path) -> None:
     assert (block["format"], block["kind"]) == ("rtap", "confidence")
     assert 0 < block["threshold"] < 1
     assert len(block["calibration"]["reference"]) == block["calibration"]["bins"] == 20
-    record = json.loads((output / "manifest.json").read_text())
-    assert set(record["figures"]["held_out"]) == {"countdown", "arithmetic", "all"}
+    assert {"within_auroc", "ece", "brier"} <= set(block["calibration"]["held_out"])
+    held_out = json.loads((output / "manifest.json").read_text())["figures"]["held_out"]
+    assert set(held_out) == {"countdown", "arithmetic", "all"}
+    assert {"best_of_2", "best_of_4", "best_of_8"} <= set(held_out["all"]["choice"])
+    run = tmp_path / "confidence.run"
+    assert (run / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in run.iterdir()} == {"reliability.png", "train.jsonl", "tensorboard"}
     # Reusing the samples gives the same generator; samples of another setting are refused.
     again = ["--output", str(tmp_path / "again"), "--max-steps", "5", *SPEED]
     assert main(["confidence", *flags[:2], *flags[4:], *sizes, *again]) == 0
     first, second = (tmp_path / n / "model.safetensors" for n in ("confidence", "again"))
     assert first.read_bytes() == second.read_bytes()
+    # Another loss from another start, on the same samples.
+    other = ["--loss", "pairwise", "--init", "scratch", "--eval-samples", "2", "--output", str(tmp_path / "other")]
+    assert main(["confidence", *flags[:2], *flags[4:], *sizes, "--max-steps", "5", *SPEED, *other]) == 0
+    assert first.read_bytes() != (tmp_path / "other" / "model.safetensors").read_bytes()
     assert main(["confidence", *flags, *sizes, "--seed", "9", *SPEED]) == 2

@@ -4,10 +4,19 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from server.rtap.errors import ConfigError
 from server.rtap.format import RTAP
-from training.config import SftConfig
+from training.config import SamplerKind, SftConfig
 from training.policy import build_policy
-from training.rollout import MAX_CYCLE_TOKENS, Trajectory, encode_question, sample_trajectories, sample_until
+from training.rollout import (
+    MAX_CYCLE_TOKENS,
+    Trajectory,
+    TransformersSampler,
+    encode_question,
+    sample_trajectories,
+    sample_until,
+    sampler_kind,
+)
 from training.tokenizer import build_tokenizer, token_id
 
 
@@ -19,6 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # two would wait for each other where the machine is busy
     shape = SftConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=64)
     return build_policy(shape, tokenizer).eval()
 
@@ -52,11 +62,36 @@ def test_a_cut_cycle_has_no_answer_and_ends_the_trajectory(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     trajectories = sample_trajectories(
-        model, tokenizer, ["12*9", "3+4"], lambda *_: True, samples=2, max_cycles=3,
-        generator=torch.Generator().manual_seed(0),
+        TransformersSampler(model).seeded(0), tokenizer, ["12*9", "3+4"], lambda *_: True,
+        samples=2, max_cycles=3, max_positions=1024,
     )  # fmt: skip
     assert [t.question for t in trajectories] == [0, 0, 1, 1]
     for trajectory in trajectories:
         assert len(trajectory.cycles) == 1  # an untrained model closes no answer
         assert trajectory.cycles[0].answer is None
         assert not trajectory.cycles[0].is_right
+
+
+def test_vllm_is_the_samplers_choice_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed, gpu = [object()], [True]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: installed[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu[0])
+    assert sampler_kind(SamplerKind.AUTO) is SamplerKind.VLLM
+    gpu[0] = False
+    assert sampler_kind(SamplerKind.AUTO) is SamplerKind.TRANSFORMERS
+    assert sampler_kind(SamplerKind.VLLM) is SamplerKind.VLLM
+    installed[0] = None
+    with pytest.raises(ConfigError, match="sampler=vllm needs vLLM"):
+        sampler_kind(SamplerKind.VLLM)
+
+
+def test_no_cycle_is_begun_where_it_might_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Positions for two cycles and a little: a policy that is always wrong writes two of four."""
+    ids = tokenizer.backend_tokenizer.encode(RTAP.render_cycle("1", "1"), add_special_tokens=False).ids
+    prompt = len(encode_question(tokenizer, "12*9"))
+    (trajectory,) = sample_trajectories(
+        lambda prompts, _: [ids if len(p) == prompt else ids[1:] for p in prompts], tokenizer, ["12*9"],
+        lambda *_: False, samples=1, max_cycles=4, max_positions=prompt + 2 * len(ids) + MAX_CYCLE_TOKENS,
+    )  # fmt: skip
+    assert [c.answer for c in trajectory.cycles] == ["1", "1"]
+    assert [list(c.ids) for c in trajectory.cycles] == [ids, ids]

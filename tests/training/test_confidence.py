@@ -1,0 +1,135 @@
+"""Labels, contrast and losses of the generator's training, on a tiny policy and on numbers made by hand."""
+
+from dataclasses import replace
+from math import log
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from server.rtap.errors import ConfigError
+from server.rtap.format import RTAP
+from training.classifier import body_of, build_generator, build_scratch, confidences
+from training.confidence import Asked, balanced_loss, label, pairwise_loss, training_problems
+from training.config import ConfidenceConfig, Loss, SftConfig
+from training.examples import Example
+from training.huggingface import encode_text
+from training.judging import GENERATOR, LOGPROB_RULES, judge_task, logprob_scores, report
+from training.policy import build_policy
+from training.rollout import SampledCycle, Trajectory
+from training.tokenizer import TAGS, build_tokenizer, token_id
+
+CONFIG = ConfidenceConfig(questions=10, synthetic_pairs=0, validation_share=0.2)
+
+
+@pytest.fixture(scope="module")
+def asked() -> Asked:
+    tokenizer = build_tokenizer(["make 82 from 3, 7, 25 user assistant"] * 10, vocab_size=300, max_length=1024)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # two would wait for each other where the machine is busy
+    shape = SftConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=64)
+    return Asked(build_policy(shape, tokenizer).eval(), tokenizer, CONFIG)
+
+
+def cycle(tokenizer: PreTrainedTokenizerFast, text: str, right: bool | None) -> SampledCycle:
+    ids = tuple(encode_text(tokenizer, RTAP.render_cycle(text, text)))
+    return SampledCycle(ids, None if right is None else text, bool(right))
+
+
+def sampled(asked: Asked, rights: list[list[bool | None]]) -> list[Trajectory]:
+    """A trajectory of one cycle for each entry; None: it was cut."""
+    return [
+        Trajectory(question, [1, 2, question], [cycle(asked.tokenizer, f"{place}{right}", right)], is_open=False)
+        for question, row in enumerate(rights)
+        for place, right in enumerate(row)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rights", "message"),
+    [
+        ([[None]] * 10, "finished no cycle of 10 questions"),
+        ([[True, True]] * 10, "4 of 4 distinct answers to the validation questions are right.*calibrate"),
+        ([[False, None]] * 10, "0 of 2 distinct answers to the validation questions are right.*calibrate"),
+        ([[True, False]] * 2 + [[True]] * 8, "8 of 8 distinct answers to the training questions.*nothing to learn"),
+        ([[True, False]] * 2 + [[None]] * 8, "0 of 0 distinct answers to the training questions.*nothing to learn"),
+    ],
+)
+def test_data_without_contrast_is_refused(asked: Asked, rights: list[list[bool | None]], message: str) -> None:
+    problems, questions = training_problems(CONFIG)
+    with pytest.raises(ConfigError, match=message):
+        label(asked, problems, questions, sampled(asked, rights))
+
+
+def test_pairs_need_a_question_with_both(asked: Asked) -> None:
+    problems, questions = training_problems(CONFIG)
+    rights: list[list[bool | None]] = [[True, False]] * 2 + [[True]] * 4 + [[False]] * 4
+    fitting, validation = label(asked, problems, questions, sampled(asked, rights))
+    assert (len(fitting), len(validation)) == (8, 4)
+    pairwise = replace(asked, config=replace(CONFIG, loss=Loss.PAIRWISE))
+    with pytest.raises(ConfigError, match="no question has right and wrong answers to pair"):
+        label(pairwise, problems, questions, sampled(asked, rights))
+
+
+def test_losses_by_hand() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, 3.0])
+    assert pairwise_loss(logits).item() == pytest.approx((log(1 + 2.718281828**-1) + log(1 + 2.718281828**3)) / 2)
+    batch = [Example(0, (1,), True, 1, 0.5), Example(0, (2,), False, 1, 1.5)]
+    expected = (0.5 * log(1 + 2.718281828**-2) + 1.5 * log(1 + 2.718281828**1)) / 2
+    assert balanced_loss(logits[:2], batch, 1.0).item() == pytest.approx(expected)
+
+
+def test_the_level_of_a_question_moves_only_the_balanced_loss() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, 3.0])
+    assert pairwise_loss(logits + 5).item() == pytest.approx(pairwise_loss(logits).item())
+
+
+def test_a_generator_starts_from_the_policy_or_from_nothing(asked: Asked) -> None:
+    def first(model: torch.nn.Module) -> Tensor:
+        return model.state_dict()["layers.0.mlp.up_proj.weight"]
+
+    policy = first(asked.policy.model)
+    assert first(body_of(build_generator(asked.policy, asked.tokenizer))).equal(policy)
+    scratch = build_scratch(asked.policy)
+    assert first(body_of(scratch)).shape == policy.shape
+    assert not first(body_of(scratch)).equal(policy)
+
+
+def test_logprob_rules_are_those_of_the_policy(asked: Asked) -> None:
+    """Rows of different length in one batch give what each gives alone, token by token."""
+    answer_open = token_id(asked.tokenizer, TAGS[2])
+    rows = [([1, 2, 3], cycle(asked.tokenizer, text, True).ids) for text in ("7", "3*25+7", "82")]
+    batched = logprob_scores(asked.policy, rows, answer_open, batch_tokens=4096)
+    assert batched[1] == pytest.approx(logprob_scores(asked.policy, rows[1:2], answer_open, 64)[0], abs=1e-5)
+    prompt, ids = rows[1]
+    with torch.inference_mode():
+        logits = asked.policy(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
+    logps = [logits[len(prompt) + i - 1, token].item() for i, token in enumerate(ids)]
+    inside = logps[ids.index(answer_open) + 1 : -1]
+    assert len(inside) == len(encode_text(asked.tokenizer, "3*25+7"))
+    expected = (sum(logps) / len(logps), min(logps), sum(inside) / len(inside))
+    assert [batched[1][rule] for rule in LOGPROB_RULES] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_report_compares_the_generator_with_what_is_free(asked: Asked) -> None:
+    rights: list[list[bool | None]] = [[True, False, None, False], [False, True, True, None]] * 3
+    trajectories = sampled(asked, rights)
+    trajectories[1].cycles.append(cycle(asked.tokenizer, "again", True))  # judged, but no first cycle
+    model = build_generator(asked.policy, asked.tokenizer)
+    judged = judge_task(model, asked.policy, asked.tokenizer, trajectories, 4096)
+    assert len(judged.scores) == 19
+    rows = [(*t.prompt, *t.cycles[0].ids) for t in trajectories]
+    first = confidences(model, rows, 64)
+    known = [s for question in judged.first_cycles for s in question]
+    assert [s.scores[GENERATOR] for s in known if s.answer] == pytest.approx(
+        [c for c, t in zip(first, trajectories, strict=True) if t.cycles[0].answer], abs=1e-5
+    )
+    figures = report({"countdown": judged, "knights": judged})
+    assert set(figures) == {"countdown", "knights", "all"}
+    assert figures["all"]["cycles"] == 38
+    assert figures["all"]["contrast_questions"] == 12  # equal indices of two tasks are different questions
+    assert figures["all"]["choice"]["questions"] == 12
+    assert set(figures["all"]["choice"]) == {"questions", "samples", "single", "any_right", "best_of_2", "best_of_4"}
+    assert set(figures["countdown"]["intervals"]) == {"within_auroc", "global_auroc", "ece", "brier"}
+    assert set(figures["countdown"]["first_cycles"]) == {GENERATOR, *LOGPROB_RULES}

@@ -1,0 +1,97 @@
+"""The vLLM sampler on the bundled policy: whole cycles, seeds that reproduce, as many right as transformers gives.
+
+A process of its own: an offline engine must not share the interpreter with pytest's warnings-as-errors.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.rtap.format import RTAP, parse_cycle
+from training.huggingface import decode_ids, load_tokenizer
+from training.rollout import MAX_CYCLE_TOKENS
+from training.tokenizer import token_id
+
+POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from training.confidence import Asked, build_sampler, sample_chunk
+from training.config import ConfidenceConfig, SamplerKind
+from training.huggingface import load_policy
+from training.questions import held_out_questions
+from training.tasks import TASKS
+
+torch.set_num_threads(1)
+path, wanted = Path(sys.argv[1]), []
+questions = [q.question for name in ("countdown", "arithmetic") for q in held_out_questions(TASKS[name], 2)]
+for kind in (SamplerKind.VLLM, SamplerKind.TRANSFORMERS):
+    asked = Asked(*load_policy(path), ConfidenceConfig(policy=path, sampler=kind, max_cycles=2))
+    sampler = build_sampler(asked)
+    for seed in (1, 1, 2):
+        trajectories = sample_chunk(asked, sampler.seeded(seed), questions, [0, 1, 2, 3], 16)
+        wanted.append([[t.question, [[c.ids, c.answer, c.is_right] for c in t.cycles]] for t in trajectories])
+    sampler.close()
+assert not torch.distributed.is_initialized()
+print("SAMPLES", json.dumps(wanted))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Trajectories [question, [[ids, answer, right], ...]] of vLLM with seeds 1, 1, 2, and of transformers likewise."""
+    script = tmp_path_factory.mktemp("vllm") / "sample.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, str(script), str(POLICY)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("SAMPLES"))
+    return json.loads(line.removeprefix("SAMPLES"))
+
+
+def test_seeds_reproduce(runs: list[Any]) -> None:
+    for first, again, other in (runs[:3], runs[3:]):
+        assert first == again
+        assert first != other
+
+
+def test_samples_of_a_question_differ(runs: list[Any]) -> None:
+    """Not one seed for all: the 16 samples of a question are not copies. (Of sums the policy is too sure to differ.)"""
+    for question in (0, 1):
+        assert len({str(cycles[0][0]) for q, cycles in runs[0] if q == question}) > 1
+
+
+def test_every_cycle_parses_and_later_ones_are_forced_open(runs: list[Any]) -> None:
+    tokenizer = load_tokenizer(POLICY)
+    cycle_open, close = (token_id(tokenizer, tag) for tag in (RTAP.cycle_open, RTAP.answer_close or ""))
+    assert [q for q, _ in runs[0]] == [q for q in range(4) for _ in range(16)]
+    depths = set()
+    for _, cycles in runs[0]:
+        depths.add(len(cycles))
+        for ids, answer, _ in cycles:
+            assert ids[0] == cycle_open
+            assert ids[1:].count(cycle_open) == 0
+            assert parse_cycle(decode_ids(tokenizer, ids), RTAP)[1] == answer
+            assert (ids[-1] == close) == (answer is not None)
+            assert len(ids) <= MAX_CYCLE_TOKENS + 1
+        assert not any(is_right for _, _, is_right in cycles[:-1])  # cut at the first right one
+    assert depths == {1, 2}
+    whole = [answer is not None for _, cycles in runs[0] for _, answer, _ in cycles]
+    assert sum(whole) / len(whole) > 0.95
+
+
+def test_about_as_many_are_right_as_of_transformers(runs: list[Any]) -> None:
+    """128 first cycles each, in bf16 and in fp32: a difference of 0.2 is more than three standard deviations."""
+    shares = [
+        sum(cycles[0][2] for run in (part[0], part[2]) for _, cycles in run) / 128 for part in (runs[:3], runs[3:])
+    ]
+    assert shares[0] == pytest.approx(shares[1], abs=0.2)
+    assert shares[0] > 0.2
