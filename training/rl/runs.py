@@ -1,46 +1,33 @@
-"""The files of a run beside its checkpoints: a JSON-lines log, and what a run must agree on with its checkpoint."""
+"""The files of an RL run beside its checkpoints: its log, and what it must agree on with the checkpoint it resumes."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from server.rtap.errors import ConfigError
-from training.checkpoint import git_commit, versions
 from training.rl.config import SAME_RUN, RlConfig
-
-COMPLETE_FILE = "complete.json"
-"""Written last into a checkpoint; one without it is not used."""
+from training.runs import COMPLETE_FILE as COMPLETE_FILE
+from training.runs import LineLog, check_same_settings, last_whole, plain
+from training.runs import describe as describe_settings
 
 
 def describe(config: RlConfig) -> str:
     """What made a checkpoint, as JSON: config, versions, commit."""
-    return json.dumps({"config": _plain(config), "versions": versions(), "git_commit": git_commit()}, indent=2) + "\n"
+    return describe_settings(_settings(config))
 
 
 def check_same_run(checkpoint: Path, config: RlConfig) -> None:
     """Raises ConfigError when ``checkpoint`` was made under settings that would make it another run."""
-    earlier: dict[str, Any] = json.loads((checkpoint / COMPLETE_FILE).read_text("utf-8"))["config"]
-    now = _plain(config)
-    differing = [f"{name}: {earlier.get(name)!r} then, {now[name]!r} now" for name in SAME_RUN
-                 if earlier.get(name) != now[name]]  # fmt: skip
-    if differing:
-        raise ConfigError(
-            f"{checkpoint} is of a run with other settings ({'; '.join(differing)}); "
-            f"give them again, name another output, or remove {checkpoint.parent}"
-        )
+    check_same_settings(checkpoint, _settings(config), SAME_RUN)
 
 
-def _plain(config: RlConfig) -> dict[str, Any]:
-    return {"method": config.method} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+def _settings(config: RlConfig) -> dict[str, Any]:
+    return {"method": str(config.method)} | plain(config)
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    whole = [p.parent for p in run_dir.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(whole, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+    return last_whole(run_dir, "checkpoint")
 
 
 class JsonLog(TrainerCallback):
@@ -48,13 +35,7 @@ class JsonLog(TrainerCallback):
 
     def __init__(self, path: Path, *, resumed_at: int, is_writer: bool) -> None:
         self.last: dict[str, Any] = {}
-        self._path = path if is_writer else None
-        if is_writer:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text("".join(line for line in kept if _is_kept(line, resumed_at)), "utf-8")
-            partial.replace(path)
+        self._log = LineLog(path, resumed_at=resumed_at) if is_writer else None
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -64,14 +45,5 @@ class JsonLog(TrainerCallback):
         figures = {"step": state.global_step} | cast(dict[str, Any], logs or {})
         if "loss" in figures:
             self.last = {k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
-
-
-def _is_kept(line: str, resumed_at: int) -> bool:
-    """Whole lines of updates up to the checkpoint; a kill may have cut the last one."""
-    try:
-        return int(json.loads(line)["step"]) <= resumed_at
-    except (ValueError, KeyError):
-        return False
+        if self._log is not None:
+            self._log.write(figures)
