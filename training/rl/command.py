@@ -9,7 +9,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, cast
 
-import httpx
 import torch
 from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
@@ -165,7 +164,14 @@ def _teacher(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> Tea
     if config.teacher.startswith(("http://", "https://")):
         if config.temperature != 1:
             raise ConfigError("a remote teacher scores at temperature 1; set temperature to 1 or use a local teacher")
-        return RemoteTeacher(config.teacher, httpx.Client())
+        remote = RemoteTeacher(config.teacher)
+        if remote.context_length is not None and config.max_tokens >= remote.context_length:
+            raise ConfigError(
+                f"max_tokens={config.max_tokens} leaves no room for a prompt in the teacher's context of "
+                f"{remote.context_length}; lower it, or serve the teacher with a larger --max-model-len"
+            )
+        remote.check_same_tokens(loaded.tokenizer)
+        return remote
     model = load_teacher(config.teacher)
     check_same_tokens(loaded.tokenizer, cast(Any, AutoTokenizer).from_pretrained(config.teacher))
     add_fused_lm_head(model, temperature=config.temperature)

@@ -4,7 +4,10 @@ Only the sampled token's log-probability is used (RLAD eq. 3), so the ids must m
 the run, token by token. Local (a checkpoint) or remote (a vLLM server's prompt log-probabilities).
 """
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, cast
 
 import httpx
@@ -15,6 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from training.errors import TeacherError
 
 REMOTE_TIMEOUT_SECONDS = 120.0
+ROWS_IN_FLIGHT = 16
+PROBE = [{"role": "user", "content": "make 82 from 3, 7, 25"}]
+OTHER_CONTEXTS = "the teacher's chat template renders prompts differently, so it would score other contexts"
 
 
 class Teacher(Protocol):
@@ -42,51 +48,92 @@ class LocalTeacher:
         return self._log_probs(self.model, input_ids, attention_mask, logits_to_keep)
 
 
-class RemoteTeacher:
-    """A vLLM server: ``/v1/completions`` with ``prompt_logprobs`` of the whole row.
+def patient_client() -> httpx.Client:
+    """Tries a connection again before it gives up."""
+    return httpx.Client(transport=httpx.HTTPTransport(retries=3))
 
-    The server must give raw log-probabilities of the same temperature (1); it is asked for no new text but the one
-    token that the API insists on.
+
+class RemoteTeacher:
+    """A vLLM server: ``/v1/completions`` with ``prompt_logprobs`` of each whole row, several rows in flight.
+
+    Prompt log-probabilities are of the unscaled distribution (temperature 1) whatever the server's --logprobs-mode, and
+    vLLM computes them without its prefix cache, chunk by chunk where it prefills so. Nothing is generated but the one
+    token that the API insists on, so a row must be shorter than the server's context.
     """
 
-    def __init__(self, address: str, client: httpx.Client, model: str | None = None) -> None:
-        self._client = client
-        self._url = f"{address.rstrip('/')}/v1/completions"
-        self._model = model or _only_model(address.rstrip("/"), client)
+    def __init__(self, address: str, open_client: Callable[[], httpx.Client] = patient_client) -> None:
+        self._open_client = open_client
+        self._address = address.rstrip("/")
+        with open_client() as client:
+            card = self._call(client, "/v1/models", lambda reply: reply["data"][0])
+        self._model: str = card["id"]
+        self.context_length: int | None = card.get("max_model_len")
 
     def logps(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
         """As the protocol says; padded positions are 0."""
-        rows = [cast(Any, ids[mask.bool()]).tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        rows: list[list[int]] = [
+            cast(Any, ids[mask.bool()]).tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)
+        ]
         lengths = cast(list[int], cast(Any, attention_mask[:, -logits_to_keep:].sum(dim=1)).tolist())
         result = torch.zeros(input_ids.size(0), logits_to_keep, device=input_ids.device)
-        for row, (scores, length) in enumerate(zip(self._ask(rows), lengths, strict=True)):
-            result[row, :length] = torch.tensor(scores[-length:] if length else [])
+        with self._open_client() as client, ThreadPoolExecutor(ROWS_IN_FLIGHT) as pool:
+            scored = pool.map(partial(self._score, client), rows)
+            for row, (scores, length) in enumerate(zip(scored, lengths, strict=True)):
+                result[row, :length] = torch.tensor(scores[len(scores) - length :])
         return result
 
-    def _ask(self, rows: Sequence[list[int]]) -> list[list[float]]:
-        body = {"model": self._model, "prompt": rows, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
+    def check_same_tokens(self, student: PreTrainedTokenizerBase) -> None:
+        """As the function of that name, by what the server makes of ids and of a conversation."""
+        with self._open_client() as client:
+            self._check_ids(client, student)
+            prompt = self._call(client, "/tokenize", lambda reply: reply["tokens"], {"messages": PROBE})
+        if prompt != cast(Any, student).encode(_render(student, PROBE), add_special_tokens=False):
+            raise TeacherError(OTHER_CONTEXTS)
+
+    def _check_ids(self, client: httpx.Client, student: PreTrainedTokenizerBase) -> None:
+        ids = sorted(student.get_vocab().values())
+
+        def is_same(count: int) -> bool:
+            theirs = self._call(client, "/detokenize", lambda reply: reply["prompt"], {"tokens": ids[:count]})
+            return theirs == cast(Any, student).decode(ids[:count], skip_special_tokens=False)
+
+        if not is_same(len(ids)):
+            first = bisect_left(range(1, len(ids)), True, key=lambda count: not is_same(count))
+            raise TeacherError(
+                f"teacher and student must share token ids, but the teacher at {self._address} reads id {ids[first]} "
+                f"({student.convert_ids_to_tokens(ids[first])!r} to the student) otherwise; take a teacher with the "
+                "student's tokenizer"
+            )
+
+    def _score(self, client: httpx.Client, ids: list[int]) -> list[float]:
+        """Of all tokens but the first."""
+        body = {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
+
+        def read(reply: Any) -> list[float]:
+            entries = reply["choices"][0]["prompt_logprobs"][1:]
+            return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)]
+
+        return self._call(client, "/v1/completions", read, body | {"model": self._model})
+
+    def _call(
+        self, client: httpx.Client, path: str, read: Callable[[Any], Any], body: dict[str, Any] | None = None
+    ) -> Any:
+        """GET, or POST of ``body``; ``read`` takes what is wanted from the JSON. Raises TeacherError."""
+        url = self._address + path
+        method = "GET" if body is None else "POST"
         try:
-            reply = self._client.post(self._url, json=body, timeout=REMOTE_TIMEOUT_SECONDS)
-            reply.raise_for_status()
-            choices = sorted(reply.json()["choices"], key=lambda c: c["index"])
-            return [
-                [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], c["prompt_logprobs"][1:], strict=True)]
-                for ids, c in zip(rows, choices, strict=True)
-            ]
-        except httpx.HTTPStatusError as error:
-            raise TeacherError(f"the teacher at {self._url} answered {error.response.status_code}: "
-                               f"{error.response.text[:300]}") from error  # fmt: skip
-        except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
-            raise TeacherError(f"the teacher at {self._url} gave no log-probabilities: {error!r}") from error
-
-
-def _only_model(address: str, client: httpx.Client) -> str:
-    try:
-        reply = client.get(f"{address}/v1/models", timeout=REMOTE_TIMEOUT_SECONDS)
-        reply.raise_for_status()
-        return cast(str, reply.json()["data"][0]["id"])
-    except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
-        raise TeacherError(f"no vLLM server answers at {address}/v1/models: {error!r}") from error
+            reply = client.request(method, url, json=body, timeout=REMOTE_TIMEOUT_SECONDS)
+        except httpx.HTTPError as error:
+            raise TeacherError(f"no teacher answers at {url}: {error!r}; is `vllm serve` running there?") from error
+        if reply.status_code >= 400:
+            raise TeacherError(f"the teacher at {url} answered {reply.status_code}: {reply.text[:300]}")
+        try:
+            return read(reply.json())
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise TeacherError(
+                f"the teacher at {url} answered something else than was asked: {error!r}; it must be a vLLM "
+                "server, which gives prompt log-probabilities"
+            ) from error
 
 
 def load_teacher(path: str) -> PreTrainedModel:
@@ -115,10 +162,9 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
         raise TeacherError(
             f"teacher and student end a turn differently: {teacher.eos_token!r} and {student.eos_token!r}"
         )
-    probe = [{"role": "user", "content": "make 82 from 3, 7, 25"}]
-    if _render(student, probe) != _render(teacher, probe):
-        raise TeacherError("the teacher's chat template renders prompts differently, so it would score other contexts")
+    if _render(student, PROBE) != _render(teacher, PROBE):
+        raise TeacherError(OTHER_CONTEXTS)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> object:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     return cast(Any, tokenizer).apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
