@@ -57,7 +57,7 @@ def load_questions(spec: str, split: Split, *, seed: int, count: int) -> list[Qu
     if spec.startswith(HUB):
         questions = load_dataset_questions(spec.removeprefix(HUB), split)
     elif spec.endswith((".jsonl", ".json")) or "/" in spec:
-        questions = [q for q in read_questions(Path(spec)).questions if question_split(q.question) is split]
+        questions = [q for q in read_questions(Path(spec)).questions if question_split(q.identity) is split]
     else:
         questions = _sample_mix(spec, split, count, rng)
     if not questions:

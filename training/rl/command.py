@@ -10,7 +10,6 @@ from time import monotonic
 from typing import Any, cast
 
 import torch
-from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
@@ -21,6 +20,7 @@ from training.checkpoint import manifest, replacing, write_manifest
 from training.huggingface import cast_to
 from training.questions import Question, load_questions
 from training.rl.config import RlConfig
+from training.rl.dataset import build_dataset
 from training.rl.generator import OnlineGenerator, load_online_generator
 from training.rl.loading import Loaded, load_for_training
 from training.rl.runs import JsonLog, check_same_run, describe, last_checkpoint
@@ -59,22 +59,20 @@ def run(config: RlConfig) -> None:
 
 def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question]) -> RecursiveTrainer:
     """The trainer with all its parts; nothing has been generated or written yet."""
-    references = {q.question: q for q in questions}
 
-    def is_right(question: str, answer: str) -> bool:
-        return check(question, answer, references[question].answer)
+    def is_right(row: int, answer: str) -> bool:
+        return check(questions[row].question, answer, questions[row].answer)
 
     parts = Parts(loaded.dialect, is_right, None, None, record=lambda: describe(config))
-    rows = [{"prompt": [{"role": "user", "content": q.question}]} for q in questions]
     trainer = RecursiveTrainer(
         config=config,
         parts=parts,
         args=trl_arguments(config),
         model=loaded.model,
         processing_class=loaded.processor,
-        train_dataset=cast(Any, Dataset).from_list(rows),
+        train_dataset=build_dataset(questions, sees_images=loaded.sees_images),
     )
-    parts.generator = _generator(config, trainer)
+    parts.generator = _generator(config, loaded, trainer)
     parts.teacher = _teacher(config, loaded, trainer)
     return trainer
 
@@ -138,10 +136,16 @@ def _rows_of_a_process(config: RlConfig, num_processes: int) -> int:
     return rows
 
 
-def _generator(config: RlConfig, trainer: RecursiveTrainer) -> OnlineGenerator | None:
+def _generator(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> OnlineGenerator | None:
     if config.confidence is None:
         return None
     model = load_online_generator(config.confidence)
+    readable = cast(int, cast(Any, model).get_input_embeddings().num_embeddings)
+    if readable < len(loaded.tokenizer):
+        raise ConfigError(
+            f"{config.confidence} reads {readable} token ids, the policy has {len(loaded.tokenizer)}; "
+            "train the generator from this policy"
+        )
     cast(Any, model).to(trainer.accelerator.device)
 
     def average(tensors: Sequence[Tensor]) -> None:
@@ -161,6 +165,8 @@ def _generator(config: RlConfig, trainer: RecursiveTrainer) -> OnlineGenerator |
 def _teacher(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> Teacher | None:
     if config.teacher is None:
         return None
+    if loaded.sees_images:
+        raise ConfigError("a teacher reads token ids only, so it cannot score what a vision-language policy saw")
     if config.teacher.startswith(("http://", "https://")):
         if config.temperature != 1:
             raise ConfigError("a remote teacher scores at temperature 1; set temperature to 1 or use a local teacher")

@@ -34,6 +34,11 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     dialect: Dialect
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether it is a vision-language model."""
+        return self.processor is not self.tokenizer
+
 
 def load_for_training(path: Path) -> Loaded:
     """A causal language model, or a vision-language model whose vision encoder is frozen (R-TAP app. A: training it

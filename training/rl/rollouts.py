@@ -16,7 +16,7 @@ from training.rl.lockstep import Generate, Lockstep, RowEngine
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question as the policy sees it. ``check``: whether an answer is right."""
+    """A question as the policy sees it. question: what tells it from others. check: whether an answer is right."""
 
     question: str
     prompt_ids: list[int]

@@ -23,7 +23,7 @@ from training.rl import figures
 from training.rl.config import RlConfig
 from training.rl.generator import LabelledCycle, OnlineGenerator, labelled_cycles
 from training.rl.lockstep import Request, Written
-from training.rl.messages import Messages, extend, last_user_text
+from training.rl.messages import Messages, extend
 from training.rl.objective import objective
 from training.rl.reward_functions import reward_functions
 from training.rl.rollouts import Asked, Dialect, Rollout, roll_out
@@ -43,12 +43,12 @@ _MULTIMODAL = (
 class Parts:
     """What a run has beside TRL. generator, teacher: None where the objective needs none.
 
-    check: whether an answer to a question (its last user text) is right. record: text of ``complete.json``, which
-    marks a checkpoint as whole.
+    check: whether an answer to the question in that row of the dataset is right. record: text of ``complete.json``,
+    which marks a checkpoint as whole.
     """
 
     dialect: Dialect
-    check: Callable[[str, str], bool]
+    check: Callable[[int, str], bool]
     generator: OnlineGenerator | None
     teacher: Teacher | None
     record: Callable[[], str]
@@ -61,6 +61,7 @@ class RecursiveTrainer(GRPOTrainer):
         self.config = config
         self.parts = parts
         self._rewards = torch.zeros(0)
+        self._inputs: list[dict[str, Any]] = []
         super().__init__(
             args=args,
             reward_funcs=reward_functions(config, parts.dialect),
@@ -79,7 +80,7 @@ class RecursiveTrainer(GRPOTrainer):
     def _roll_out(self, prompts: list[Messages], trainer: GRPOTrainer) -> dict[str, Any]:
         del trainer
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        asked = [self._ask(messages, list(ids)) for messages, ids in zip(prompts, prompt_ids, strict=True)]
+        asked = [self._ask(x["row"], list(ids)) for x, ids in zip(self._inputs, prompt_ids, strict=True)]
         rounds = Rounds(
             lambda requests: self._generate_batch(requests, prompts),
             self._largest,
@@ -115,9 +116,9 @@ class RecursiveTrainer(GRPOTrainer):
                 self._log_metric("generator/loss", loss)
         return fields
 
-    def _ask(self, messages: Messages, prompt_ids: list[int]) -> Asked:
-        question = last_user_text(messages)
-        return Asked(question, prompt_ids, lambda answer: self.parts.check(question, answer))
+    def _ask(self, row: int, prompt_ids: list[int]) -> Asked:
+        """By row, not by text: the same words may be asked of many images."""
+        return Asked(str(row), prompt_ids, lambda answer: self.parts.check(row, answer))
 
     def _is_sharded(self) -> bool:
         """Whether a forward pass needs the other processes. transformers keeps generation in step only where it sees
@@ -178,6 +179,7 @@ class RecursiveTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch with the papers' advantages, (B, T) where boundaries are trained, and the teacher's scores."""
+        self._inputs = inputs  # TRL hands over the prompts alone
         output = super()._generate_and_score_completions(inputs)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         everyone = group_advantages(self._rewards, group_size)

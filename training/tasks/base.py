@@ -28,6 +28,23 @@ class Question:
     answer: str
     task: str
 
+    @property
+    def identity(self) -> str:
+        """What tells it from other questions."""
+        return self.question
+
+
+@dataclass(frozen=True, slots=True)
+class PicturedQuestion(Question):
+    """A question about an image. ``image``: path of a file, or base64 of one."""
+
+    image: str
+
+    @property
+    def identity(self) -> str:
+        """The same words may be asked of many images."""
+        return f"{self.question}\n{self.image}"
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:

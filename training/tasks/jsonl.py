@@ -1,4 +1,4 @@
-"""A user's own questions: JSON lines with ``question``, ``answer`` and, where wanted, ``task``. Read strictly.
+"""A user's own questions: JSON lines with ``question``, ``answer`` and, where wanted, ``task`` or ``image``.
 
 Anything that is no such row is an error that names its line: a run on half of a file would look like one on all of it.
 Answers are checked by ``training.tasks.check``, not here.
@@ -13,9 +13,10 @@ from typing import Any, cast
 
 from server.rtap.errors import ConfigError
 from server.rtap.stopping import normalise_answer
-from training.tasks.base import Question, Split, split_of
+from training.tasks.base import PicturedQuestion, Question, Split, split_of
 
 logger = logging.getLogger(__name__)
+MAX_PATH = 1024  # longer text is an image itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def distinct(questions: Iterable[Question], *, source: str) -> Distinct:
     total = 0
     for question in questions:
         total += 1
-        found.setdefault(normalise_answer(question.question), question)
+        found.setdefault(normalise_answer(question.identity), question)
     if total > len(found):
         logger.warning("%s: %d repeated questions; only the first of each counts", source, total - len(found))
     return Distinct(list(found.values()), total - len(found))
@@ -63,10 +64,10 @@ def read_rows(path: Path, *, task: str) -> Iterator[tuple[str, Question]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path}:{number}"
-            yield where, _parse_row(line, where=where, task=task)
+            yield where, _parse_row(line, where=where, task=task, folder=path.parent)
 
 
-def _parse_row(line: str, *, where: str, task: str) -> Question:
+def _parse_row(line: str, *, where: str, task: str, folder: Path) -> Question:
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
@@ -83,7 +84,13 @@ def _parse_row(line: str, *, where: str, task: str) -> Question:
     named = fields.get("task")
     if named is not None and not isinstance(named, str):
         raise ConfigError(f'{where}: "task" must be text')
-    return Question(question or "", answer or "", named or task)
+    image = fields.get("image")
+    if image is None:
+        return Question(question or "", answer or "", named or task)
+    if not isinstance(image, str) or not image.strip():
+        raise ConfigError(f'{where}: "image" must be the path of an image file, or base64 of one')
+    is_file = len(image) < MAX_PATH and (folder / image).is_file()
+    return PicturedQuestion(question or "", answer or "", named or task, str(folder / image) if is_file else image)
 
 
 def _text(value: Any) -> str | None:
