@@ -1,0 +1,90 @@
+"""A vision-language policy from `rtap train rtap` to `rtap serve`: the saved checkpoint answers about an image.
+
+vLLM's own LLaVA needs torchvision, which the CPU installation leaves out (scripts/setup_env.py); its transformers
+backend runs the same model without it.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from server.rtap.format import RTAP
+from tests.e2e.conftest import VLLM_FLAGS, Running, free_port, rtap_command, running
+from tests.training.rl.tiny_vlm import encoded, picture, save_vlm
+from training.rl import command
+from training.rl.config import RtapConfig
+
+QUESTION = "make 82 from 3, 7, 25"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = [{"question": QUESTION, "answer": "25*3+7", "image": encoded(shade)} for shade in range(0, 200, 20)]
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = RtapConfig(
+        policy=save_vlm(folder / "model"), confidence=None, rewards="format,answer", output=folder / "out",
+        questions=str(folder / "q.jsonl"), max_steps=2, save_steps=2, num_iterations=2, questions_per_step=2,
+        group_size=4, micro_batch=4, max_tokens=160, length_cache=16, max_cycle_tokens=80, max_cycles=2,
+        learning_rate=1e-5, top_p=1.0, top_k=0, repetition_penalty=1.0,
+    )  # fmt: skip
+    command.run(config)
+    return config.output
+
+
+@pytest.fixture(scope="module")
+def serving(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    port = free_port()
+    flags = ["--model-impl", "transformers", "--dtype", "float32", "--kv-cache-memory-bytes", str(2**29)]
+    own = ["--confidence", "logprob", "--served-model-name", "rtap"]
+    with running(
+        rtap_command(port, str(trained), *flags, *own, *VLLM_FLAGS), port, "/ready", tmp_path_factory.mktemp("serve")
+    ) as started:
+        yield started
+
+
+def ask(serving: Running, shade: int, **rtap: Any) -> dict[str, Any]:
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded(shade)}"}}
+    message = {"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}
+    body = {"model": "rtap", "messages": [message], "temperature": 0, "max_tokens": 160, "logprobs": True}
+    reply = httpx.post(f"{serving.url}/v1/chat/completions", json=body | {"rtap": rtap}, timeout=120)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def test_answers_about_images_are_those_of_transformers(trained: Path, serving: Running) -> None:
+    """Text, prompt length and log-probability of the first cycle; the last says that the image was seen."""
+    processor = AutoProcessor.from_pretrained(trained)
+    model = LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32)
+    scores: list[float] = []
+    for shade in (9, 250):
+        reply = ask(serving, shade, policy="single")
+        message, tokens = reply["choices"][0]["message"], reply["choices"][0]["logprobs"]["content"]
+        text = RTAP.render_cycle(message["reasoning"], message["content"])
+        parts = [{"type": "image", "image": picture(shade)}, {"type": "text", "text": QUESTION}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        length = inputs["input_ids"].shape[1]
+        result = model.generate(
+            **inputs, max_new_tokens=len(tokens), do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        ids = result.sequences[0, length:]
+        assert (processor.decode(ids), length) == (text, reply["usage"]["prompt_tokens"])
+        logps = torch.cat(result.logits).log_softmax(-1).gather(-1, ids[:, None])
+        scores.append(logps.sum().item())
+        assert sum(token["logprob"] for token in tokens) == pytest.approx(scores[-1], abs=5e-3)
+    assert abs(scores[0] - scores[1]) > 0.05
+
+
+def test_further_cycles_keep_the_image(serving: Running) -> None:
+    reply = ask(serving, 9, threshold=1.0, max_cycles=3)
+    assert len(reply["rtap"]["cycles"]) > 1
+    assert all(cycle["answer"] for cycle in reply["rtap"]["cycles"])
