@@ -26,6 +26,7 @@ from training.rl.loading import Loaded, load_for_training
 from training.rl.runs import JsonLog, check_same_run, describe, last_checkpoint
 from training.rl.teacher import LocalTeacher, RemoteTeacher, Teacher, check_same_tokens, load_teacher
 from training.rl.trainer import Parts, RecursiveTrainer
+from training.runs import step_of
 from training.runtime import configure_torch
 from training.tasks import check
 from training.tasks.base import Split
@@ -41,7 +42,9 @@ def run(config: RlConfig) -> None:
     loaded = load_for_training(config.policy)
     trainer = build_trainer(config, loaded, questions)
     log = JsonLog(
-        config.run_dir / "train.jsonl", resumed_at=_step(checkpoint), is_writer=trainer.is_world_process_zero()
+        config.run_dir / "train.jsonl",
+        resumed_at=step_of(checkpoint) if checkpoint else 0,
+        is_writer=trainer.is_world_process_zero(),
     )
     trainer.add_callback(log)
     started = monotonic()
@@ -183,10 +186,6 @@ def _teacher(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> Tea
     add_fused_lm_head(model, temperature=config.temperature)
     cast(Any, model).to(trainer.accelerator.device)
     return LocalTeacher(model, trainer.log_probs)
-
-
-def _step(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def _save(

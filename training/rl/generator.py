@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from server.rtap.errors import ConfigError
-from training.confidence import group
-from training.examples import Example, balance, collect
+from training.examples import Example, balance, collect, group
 from training.rl.rollouts import Rollout
 
 BATCH_TOKENS = 8192

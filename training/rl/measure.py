@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from server.rtap.recursion import FinalEvent, Recursion
@@ -21,10 +20,9 @@ from training.questions import Question
 from training.rl.generator import OnlineGenerator
 from training.rl.lockstep import Lockstep, Request, RowEngine, Written
 from training.rl.rollouts import Dialect
-from training.rollout import encode_question, sample_until
+from training.rollout import TransformersSampler, encode_question
 from training.tasks import check
 
-BATCH_ROWS = 512
 NEVER = 2.0  # a threshold that no confidence reaches
 
 
@@ -85,17 +83,12 @@ def _run(
 ) -> list[list[Trajectory]]:
     """``samples`` trajectories of every question."""
     prompts = [encode_question(tokenizer, q.question) for q in questions for _ in range(samples)]
-    random = torch.Generator().manual_seed(plan.seed)
+    write = TransformersSampler(model).seeded(plan.seed)
     stops = tuple(sorted(dialect.end_of_turn_ids | dialect.cycle_end_ids))
 
     def generate(requests: Sequence[Request]) -> list[Written]:
-        ordered = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-        written: dict[int, Written] = {}
-        for start in range(0, len(ordered), BATCH_ROWS):
-            places = ordered[start : start + BATCH_ROWS]
-            rows = sample_until(model, [requests[i].prompt_ids for i in places], stops, generator=random)
-            written |= {i: Written(ids[: plan.max_cycle_tokens], None) for i, ids in zip(places, rows, strict=True)}
-        return [written[i] for i in range(len(requests))]
+        rows = write([r.prompt_ids for r in requests], stops)
+        return [Written(ids[: plan.max_cycle_tokens], None) for ids in rows]
 
     async def run_all() -> list[Trajectory]:
         lockstep = Lockstep(generate, len(prompts))
