@@ -20,6 +20,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from training.errors import TeacherError, TrainingError
 from training.losses import group_advantages, sequence_mean
 from training.rl import figures
+from training.rl.batches import forward_by_length
 from training.rl.config import RlConfig
 from training.rl.generator import LabelledCycle, OnlineGenerator, labelled_cycles
 from training.rl.lockstep import Request, Written
@@ -33,6 +34,7 @@ from training.rl.teacher import Teacher
 from training.rl.trl import GRPOTrainer
 
 GENERATOR_FILE = "generator.pt"
+LENGTHS = 4  # passes by length that a micro batch is read in
 _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "num_tiles", "pixel_attention_mask", "spatial_shapes",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
@@ -202,10 +204,7 @@ class RecursiveTrainer(GRPOTrainer):
         assert self.parts.teacher is not None
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-        keep = output["completion_ids"].size(1)
-        size = self.args.per_device_train_batch_size
-        starts = range(0, ids.size(0), size)
-        logps = torch.cat([self.parts.teacher.logps(ids[i : i + size], mask[i : i + size], keep) for i in starts])
+        logps = self.parts.teacher.logps(ids, mask, output["completion_ids"].size(1))
         used = output["completion_mask"].bool()
         if not torch.isfinite(logps[used]).all():
             raise TeacherError("the teacher gave log-probabilities that are not finite")
@@ -213,7 +212,34 @@ class RecursiveTrainer(GRPOTrainer):
 
     def log_probs(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
         """Log-probabilities (B, T) of the last T = ``keep`` tokens under any model with TRL's fused head."""
-        return self._get_per_token_logps_and_entropies(model, ids, mask, keep)[0]
+        return self._get_per_token_logps_and_entropies(model, ids, mask, keep, self.args.per_device_train_batch_size)[0]
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's, by length: old policy, reference, teacher and update all read rows through this method."""
+        rows = batch_size or input_ids.size(0)
+        if any(value is not None for value in kwargs.values()):  # images, whose tensors are not by row
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+            )
+        if self.accelerator.num_processes == 1:  # else every process must pass equally often, and gather weights anew
+            rows = max(1, rows // LENGTHS)
+
+        def forward(ids: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+            logps, entropies, _ = super(RecursiveTrainer, self)._get_per_token_logps_and_entropies(
+                model, ids, mask, width, None, compute_entropy
+            )
+            return logps, entropies
+
+        return *forward_by_length(forward, input_ids, attention_mask, logits_to_keep, rows=rows), None
 
     # The objective.
 
