@@ -96,7 +96,7 @@ class RowEngine:
         written = await self.lockstep.write(Request(self.row, list(prompt_token_ids), limit))
         last = written.ids[-1] if written.ids else None
         yield Step(
-            text=self.decode(written.ids),
+            text=self.decode([i for i in written.ids if i not in self.end_of_turn_ids]),  # as vLLM detokenises
             token_ids=written.ids,
             finished=True,
             truncated=last not in self.end_ids,

@@ -72,3 +72,13 @@ def test_the_bundled_models_measured_twice_give_the_same() -> None:
     assert first["first_tokens"] <= first["model_tokens"]
     assert first["last"] <= first["ever"]
     assert first["ever"] >= 0.3
+
+
+def test_the_end_of_the_turn_is_no_cycle() -> None:
+    """The bundled policy is right nine times in ten in arithmetic and then ends its turn."""
+    model, tokenizer = load_policy(BUNDLED / "policy")
+    dialect = load_for_training(BUNDLED / "policy").dialect
+    found = measure(
+        model, tokenizer, dialect, None, held_out_questions(TASKS["arithmetic"], 12), Plan(samples=1, forced=0)
+    )
+    assert found["model_cycles"] < 2
