@@ -31,6 +31,8 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
     install_handlers(app)
     # Outermost first. vLLM's own (CORS, keys, request ids, metrics) are already there and stay outside ours, so a
     # request without a key is refused before its body is read.
-    app.user_middleware += [Middleware(RecursionMiddleware, settings=settings, metrics=plan.metrics)]
+    app.user_middleware += [
+        Middleware(RecursionMiddleware, settings=settings, metrics=plan.metrics, feedback=plan.feedback)
+    ]
     app.middleware_stack = app.build_middleware_stack()  # build_app has built one already, without ours
     return app

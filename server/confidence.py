@@ -1,4 +1,5 @@
-"""Confidence on vLLM: a pooling engine of our own, a remote /classify server, or the log-probability rule.
+"""Confidence on vLLM: a pooling engine of our own, a remote /classify server, the policy asked about its own answer, or
+the log-probability rule.
 
 Each is an implementation of ``server.rtap.types.Confidence`` and raises ConfidenceError when it has no score.
 """
@@ -6,7 +7,7 @@ Each is an implementation of ``server.rtap.types.Confidence`` and raises Confide
 import asyncio
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -14,7 +15,9 @@ import httpx
 from vllm.engine.protocol import EngineClient
 from vllm.logprobs import Logprob
 from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from server.outputs import Call
 from server.rtap.errors import ConfidenceError, ConfigError
 from server.rtap.types import Judged, Score
 
@@ -36,6 +39,7 @@ class PoolingConfidence:
 
     async def score(self, judged: Judged) -> Score:
         """One forward pass over question + cycle."""
+        _refuse_images(judged)
         token_ids = [*judged.question_token_ids, *judged.cycle_token_ids]
         if len(token_ids) > self._max_model_len:
             raise ConfidenceError(
@@ -72,6 +76,7 @@ class RemoteConfidence:
 
     async def score(self, judged: Judged) -> Score:
         """One request to the remote server."""
+        _refuse_images(judged)
         token_ids = [*judged.question_token_ids, *judged.cycle_token_ids]
         try:
             async with asyncio.timeout(self._timeout_seconds):  # httpx's own timeout is a read, not the whole
@@ -101,6 +106,71 @@ class RemoteConfidence:
             ) from error
         if tokens != list(encode_ids):
             raise ConfigError(f"the generator at {self._address} and the policy have different tokenizers")
+
+
+class YesNoConfidence:
+    """No second model: the policy goes on after its own cycle and says yes or no; P(yes) / (P(yes) + P(no)).
+
+    The prompt is all that was written so far and the judge's question, so that only the latter is new to the prefix
+    cache. Images, adapter and cache salt are the request's. Worth what the policy is worth as a judge of itself.
+    """
+
+    def __init__(
+        self, engine: EngineClient, question_ids: Sequence[int], yes: int, no: int, timeout_seconds: float
+    ) -> None:
+        self._engine, self._question_ids, self._yes, self._no = engine, list(question_ids), yes, no
+        self._timeout_seconds = timeout_seconds
+        self._numbers = itertools.count()
+
+    async def score(self, judged: Judged) -> Score:
+        """One generated token."""
+        token_ids = [*judged.context_token_ids, *judged.cycle_token_ids, *self._question_ids]
+        if len(token_ids) >= self._engine.model_config.max_model_len:
+            raise ConfidenceError("no room is left to ask the policy about its answer", reason="too_long")
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                return Score(await self._ask(token_ids, judged.request), len(token_ids))
+        except TimeoutError as error:
+            raise ConfidenceError("the policy did not judge its answer in time", reason="timeout") from error
+        except ConfidenceError:
+            raise
+        except Exception as error:  # as for a generator: it degrades the request and never fails it
+            raise ConfidenceError(f"the policy could not judge its answer: {type(error).__name__}") from error
+
+    async def _ask(self, token_ids: list[int], call: Call | None) -> float:
+        prompt = {"type": "token", "prompt_token_ids": token_ids} if call is None else call.prompt_with(token_ids)
+        shared = {} if call is None else {k: call.options[k] for k in ("lora_request", "priority") if k in call.options}
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprob_token_ids=[self._yes, self._no],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = self._engine.generate(cast(Any, prompt), params, f"judge-{next(self._numbers)}", **shared)
+        async with aclosing(outputs):
+            async for output in outputs:
+                entry = (output.outputs[0].logprobs or [{}])[0]
+                yes, no = (max(entry[i].logprob, _LOGPROB_FLOOR) for i in (self._yes, self._no))
+                return 1.0 / (1.0 + math.exp(no - yes))
+        raise ConfidenceError("the policy ended without a verdict")
+
+
+def yes_no_ids(encode: Callable[[str], list[int]], question: str) -> tuple[list[int], int, int]:
+    """(ids up to where the two words part, id of yes there, id of no there): words may share their first tokens.
+
+    Raises ConfigError for a tokenizer that does not tell them apart."""
+    yes, no = encode(f"{question} yes"), encode(f"{question} no")
+    shared = next((i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), None)
+    if shared is None:
+        raise ConfigError("confidence=yesno: this tokenizer writes 'yes' and 'no' with the same tokens")
+    return yes[:shared], yes[shared], no[shared]
+
+
+def _refuse_images(judged: Judged) -> None:
+    """A classifier reads token ids only; scoring placeholders as if they were the image would be a guess."""
+    if judged.request is not None and judged.request.prompt.get("type") == "multimodal":
+        raise ConfidenceError("a classifier does not see the request's images; yesno and logprob do", reason="image")
 
 
 class LogprobConfidence:

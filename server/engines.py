@@ -23,7 +23,15 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server import __version__
-from server.confidence import PROBE, LogprobConfidence, PoolingConfidence, RemoteConfidence
+from server.confidence import (
+    PROBE,
+    LogprobConfidence,
+    PoolingConfidence,
+    RemoteConfidence,
+    YesNoConfidence,
+    yes_no_ids,
+)
+from server.feedback import Feedback
 from server.metrics import Metrics
 from server.recursive_engine import Plan
 from server.rtap.artifact import Artifact, read_artifact
@@ -173,6 +181,9 @@ async def _confidence(
         remote = RemoteConfidence(str(settings.confidence_model), timeout, client)
         await remote.check(_encode(policy, PROBE))
         return remote
+    if kind == "yesno":
+        question, yes, no = yes_no_ids(lambda text: _encode(policy, text), settings.yesno_question)
+        return YesNoConfidence(policy, question, yes, no, timeout)
     return LogprobConfidence(settings.logprob_top_k) if kind == "logprob" else None
 
 
@@ -193,8 +204,9 @@ def _plan(
     settings: Settings, policy: AsyncLLM, fmt: TrajectoryFormat, confidence: Confidence | None, generator: Artifact
 ) -> Plan:
     _check_tags(fmt, policy)
-    metrics = Metrics(REGISTRY)
+    metrics, feedback = Metrics(REGISTRY), Feedback(generator.calibration.reference)
     metrics.build(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
+    metrics.calibration(feedback)
     lexicon = load_lexicon(settings.oops_lexicon or DEFAULT_PATH)
 
     def encode(text: str) -> list[int]:
@@ -209,6 +221,7 @@ def _plan(
         encode=encode,
         end_of_turn_ids=_end_of_turn_ids(policy),
         metrics=metrics,
+        feedback=feedback,
         logprobs=settings.logprob_top_k if settings.confidence_kind == "logprob" else None,
     )
 

@@ -5,11 +5,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from server.rtap.errors import ConfidenceError, InvalidRequest, RtapError
+from server.rtap.errors import ConfidenceError, InvalidRequest, RtapError, UnknownRequest
 
 # class -> (status, OpenAI error type)
 STATUS: dict[type[RtapError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
+    UnknownRequest: (404, "not_found_error"),
     ConfidenceError: (503, "confidence_unavailable"),
     RtapError: (500, "internal_error"),
 }

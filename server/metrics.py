@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from server.feedback import Feedback
 from server.rtap.types import Cycle, Policy, Trajectory
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -50,6 +51,15 @@ class Metrics:
         self._degraded = counter("rtap_degraded", "Trajectories that went on without the generator.", "reason")
         self._rejected = counter("rtap_rejected", "Requests refused before any work.", "reason")
         self._in_flight = Gauge("rtap_in_flight", "Requests being answered.", registry=registry)
+        self._feedback = counter("rtap_feedback", "Verdicts of users on answers.", "correct")
+        self._verdicts = Gauge("rtap_calibration_verdicts", "Verdicts that the calibration is of.", registry=registry)
+        self._brier = Gauge("rtap_calibration_brier", "Brier score over recent verdicts.", registry=registry)
+        self._ece = Gauge("rtap_calibration_ece", "Expected calibration error over recent verdicts.", registry=registry)
+        self._drift = Gauge(
+            "rtap_confidence_drift",
+            "Population stability index of recent first-cycle confidences against the generator's reference.",
+            registry=registry,
+        )
         self._build = Gauge(
             "rtap_build_info",
             "1, with versions as labels.",
@@ -60,6 +70,17 @@ class Metrics:
     def build(self, *, version: str, vllm_version: str, confidence: str) -> None:
         """Say once what runs here."""
         self._build.labels(version, vllm_version, confidence).set(1)
+
+    def calibration(self, feedback: Feedback) -> None:
+        """Read these figures at every scrape; NaN, as Prometheus has it, while there is nothing to tell."""
+        self._verdicts.set_function(lambda: feedback.count)
+        self._brier.set_function(lambda: feedback.brier)
+        self._ece.set_function(lambda: feedback.ece)
+        self._drift.set_function(lambda: feedback.drift)
+
+    def judged(self, *, correct: bool) -> None:
+        """A user said whether an answer was right."""
+        self._feedback.labels("true" if correct else "false").inc()
 
     @contextmanager
     def in_flight(self) -> Generator[None]:

@@ -12,11 +12,12 @@ from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import describe, error_body
+from server.feedback import Feedback
 from server.metrics import Metrics
 from server.rtap.errors import InvalidRequest
 from server.settings import Settings
-from server.stream import EventStream, annotate_reply
-from server.wire import Exchange, begin_exchange, parse_options
+from server.stream import EventStream, Told, annotate_reply
+from server.wire import Exchange, begin_exchange, effort_of, parse_options
 
 RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 # Other ways into generation that vLLM mounts: their replies would show everything as reasoning.
@@ -30,8 +31,8 @@ class _ClientLeft(Exception):
 class RecursionMiddleware:
     """Around every POST: cap its body. Around a recursive one: open an Exchange and rewrite the reply."""
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics, feedback: Feedback) -> None:
+        self._app, self._settings, self._metrics, self._feedback = app, settings, metrics, feedback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -55,13 +56,17 @@ class RecursionMiddleware:
             if path in REFUSED_PATHS:
                 raise InvalidRequest(f"{path} does not recurse; send single requests to /v1/chat/completions")
             request, body = self._parse(body)
-            exchange = Exchange(request.pop("rtap_options"))
+            exchange = Exchange(request.pop("rtap_options"), effort_of(request))
         except InvalidRequest as error:
             self._metrics.rejected("invalid")
             await _reply(send, *describe(error))
             return
         begin_exchange(exchange)
-        await self._app(scope, _replay(body, receive), _Rewriter(send, path, request, exchange))
+
+        def told(reply_id: str) -> None:
+            self._feedback.remember(reply_id, exchange.trajectories)
+
+        await self._app(scope, _replay(body, receive), _Rewriter(send, path, request, exchange, told))
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None as soon as it is known to be too large. Raises _ClientLeft."""
@@ -102,8 +107,8 @@ class RecursionMiddleware:
 class _Rewriter:
     """The ``send`` of a recursive exchange."""
 
-    def __init__(self, send: Send, path: str, request: Mapping[str, Any], exchange: Exchange) -> None:
-        self._send, self._path, self._request, self._exchange = send, path, request, exchange
+    def __init__(self, send: Send, path: str, request: Mapping[str, Any], exchange: Exchange, told: Told) -> None:
+        self._send, self._path, self._request, self._exchange, self._told = send, path, request, exchange, told
         self._start: Message | None = None
         self._stream: EventStream | None = None
         self._parts: list[bytes] = []
@@ -125,7 +130,7 @@ class _Rewriter:
         if message["status"] != 200:
             await self._send(message)
         elif kind.startswith(b"text/event-stream"):
-            self._stream = EventStream(self._path, self._request, self._exchange)
+            self._stream = EventStream(self._path, self._request, self._exchange, self._told)
             await self._send(message)
         else:
             self._start = message  # its content-length is known only with the whole body
@@ -135,7 +140,7 @@ class _Rewriter:
         self._parts.append(message.get("body", b""))
         if message.get("more_body", False):
             return
-        body = annotate_reply(b"".join(self._parts), self._path, self._exchange)
+        body = annotate_reply(b"".join(self._parts), self._path, self._exchange, self._told)
         headers = [(k, v) for k, v in self._start["headers"] if k != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
         await self._send({**self._start, "headers": headers})

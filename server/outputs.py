@@ -1,7 +1,7 @@
 """Events of a trajectory as vLLM RequestOutputs, in the output kind that the caller of ``generate`` asked for."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +28,11 @@ class Call:
     options: dict[str, Any]
     limits: Limits
     split: bool
+
+    def prompt_with(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        """The prompt continued to ``token_ids``, with its images and cache salt; its text is of the first part only."""
+        rest = {key: value for key, value in self.prompt.items() if key != "prompt"}
+        return {**rest, "prompt_token_ids": list(token_ids)}
 
 
 class Writer:

@@ -17,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from server.feedback import Feedback
 from server.metrics import Metrics
 from server.outputs import Call, Writer
 from server.rtap.artifact import Artifact
@@ -44,6 +45,7 @@ class Plan:
     encode: Callable[[str], list[int]]
     end_of_turn_ids: frozenset[int]
     metrics: Metrics
+    feedback: Feedback
     logprobs: int | None = None
 
     @property
@@ -99,6 +101,7 @@ class RecursiveEngine:
             self._plan.generator,
             has_confidence=self._plan.confidence is not None,
             max_tokens=params.max_tokens,
+            effort=exchange.effort,
         )
         return Call(
             exchange=exchange,
@@ -170,7 +173,7 @@ class RecursiveEngine:
     async def _choice(self, call: Call, choice: int, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
         """One trajectory as RequestOutputs."""
         engine = _Cycles(self._inner, self._plan, call, choice, live)
-        loop = Recursion(engine, self._plan.format, self._plan.confidence, self._plan.count_oops)
+        loop = Recursion(engine, self._plan.format, self._plan.confidence, self._plan.count_oops, request=call)
         writer = Writer(call, choice, self._plan.format)
         finished = False
         try:
@@ -219,9 +222,7 @@ class _Cycles:
         self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
     ) -> AsyncGenerator[Step, None]:
         call, ends = self._call, self._plan.cycle_end_ids
-        prompt = {**call.prompt, "prompt_token_ids": list(prompt_token_ids)}
-        if index:
-            prompt.pop("prompt", None)  # the text of the first prompt only
+        prompt = call.prompt_with(prompt_token_ids) if index else call.prompt
         name = f"{call.request_id}-c{self._choice}.{index}"
         self._live.add(name)
         closing = self._plan.format.answer_close

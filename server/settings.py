@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     samples_limit: int = Field(default=32, ge=1, description="ceiling for samples of a request")
     deadline_seconds_limit: float = Field(default=600.0, gt=0, description="ceiling for deadline_seconds of a request")
 
-    confidence: Literal["auto", "pooling", "remote", "logprob", "none"] = Field(
+    confidence: Literal["auto", "pooling", "remote", "yesno", "logprob", "none"] = Field(
         default="auto", description="where confidence comes from; auto: pooling for a path, remote for a URL, else none"
     )
     confidence_model: str | None = Field(
@@ -57,6 +57,11 @@ class Settings(BaseSettings):
     confidence_timeout_seconds: float = Field(default=10.0, gt=0, description="a slower score degrades the request")
     confidence_engine_args: dict[str, Any] = Field(
         default_factory=dict, description="JSON of vLLM engine arguments for the generator's own engine"
+    )
+    yesno_question: str = Field(
+        default="\nIs this answer right? Answer yes or no:",
+        min_length=1,
+        description="what confidence=yesno asks the policy after each of its cycles",
     )
     logprob_top_k: int = Field(default=20, ge=1, le=20, description="k of the logprob rule; 1: sampled tokens only")
 
@@ -83,7 +88,7 @@ class Settings(BaseSettings):
         return self
 
     @property
-    def confidence_kind(self) -> Literal["pooling", "remote", "logprob", "none"]:
+    def confidence_kind(self) -> Literal["pooling", "remote", "yesno", "logprob", "none"]:
         """``confidence`` with ``auto`` decided."""
         if self.confidence != "auto":
             return self.confidence

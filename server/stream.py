@@ -3,7 +3,7 @@
 Streams stay ordinary OpenAI chunks. Only events that need a change are decoded; content deltas pass as bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import msgspec
@@ -22,11 +22,13 @@ _MARKERS: Mapping[str, tuple[bytes, ...]] = {
     _CHAT: (b'"reasoning":', b'"finish_reason":"', b'"usage":{'),
     _COMPLETIONS: (b'"finish_reason":"', b'"usage":{'),
     _RESPONSES: (b'"response.completed"', b'"response.incomplete"'),
-    _MESSAGES: (b'"message_delta"',),
+    _MESSAGES: (b'"message_start"', b'"message_delta"'),
 }
+Told = Callable[[str], None]
+"""Called with a reply's id when its trajectories are told, before the bytes that tell them are sent."""
 
 
-def annotate_reply(body: bytes, path: str, exchange: Exchange) -> bytes:
+def annotate_reply(body: bytes, path: str, exchange: Exchange, told: Told) -> bytes:
     """A whole 200 reply with its ``rtap`` object, both reasoning names and the true reasoning token count.
 
     A body that is no JSON object, or an exchange that never reached the engine, comes back as it was."""
@@ -45,18 +47,20 @@ def annotate_reply(body: bytes, path: str, exchange: Exchange) -> bytes:
             choice["rtap"] = _trajectory(exchange, choice["index"])
     _complete_usage(fields.get("usage"), path, exchange)
     fields["rtap"] = _trajectory(exchange, 0)
+    told(fields["id"])
     return msgspec.json.encode(fields)
 
 
 class EventStream:
     """Rewrites one stream. ``feed`` takes bytes as vLLM sends them and gives bytes to send, event by event."""
 
-    def __init__(self, path: str, request: Mapping[str, Any], exchange: Exchange) -> None:
-        self._path, self._exchange = path, exchange
+    def __init__(self, path: str, request: Mapping[str, Any], exchange: Exchange, told: Told) -> None:
+        self._path, self._exchange, self._told = path, exchange, told
         self._markers = _MARKERS[path]
         self._held = b""
         self._head: dict[str, Any] | None = None
         self._finished = 0
+        self._message_id = ""
         options = request.get("stream_options")
         self._usage_follows = isinstance(options, dict) and bool(cast(dict[str, Any], options).get("include_usage"))
 
@@ -86,10 +90,13 @@ class EventStream:
             _complete_usage(chunk.get("usage"), self._path, self._exchange)
             if self._is_last(chunk):
                 self._attach(chunk)
+        elif chunk["type"] == "message_start":
+            self._message_id = chunk["message"]["id"]
         else:
             reply = chunk.get("response", chunk)
             _complete_usage(reply.get("usage"), self._path, self._exchange)
             reply["rtap"] = _trajectory(self._exchange, 0)
+            self._told(reply.get("id", self._message_id))
         return event[:start] + msgspec.json.encode(chunk)
 
     def _is_last(self, chunk: dict[str, Any]) -> bool:
@@ -102,6 +109,7 @@ class EventStream:
         chunk["rtap"] = _trajectory(self._exchange, 0)
         if len(self._exchange.trajectories) > 1:
             chunk["rtap_choices"] = [_trajectory(self._exchange, i) for i in sorted(self._exchange.trajectories)]
+        self._told(chunk["id"])
 
     def _cycle_events(self, event: bytes) -> bytes:
         """One chunk with an empty delta for each cycle that ended since the last event (chat only)."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,29 @@ XARGS_PREFIX = "rtap_"
 # from model text, so only the engine can write it.
 ANSWER_MARK = "\x1e"
 REASONING_PARSER = "rtap"  # its name among vLLM's reasoning parsers
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What a word of ``reasoning_effort`` means here, relative to the server's own defaults.
+
+    cycles: factor of its max_cycles, at least one cycle and at most its limit. doubt: share of the way from its
+    threshold to 1 that a confidence must go further."""
+
+    cycles: float
+    doubt: float = 0.0
+
+
+# OpenAI's words and vLLM's further ones. Fields of ``rtap`` that a request gives win over its effort.
+EFFORTS: Mapping[str, Effort] = {
+    "none": Effort(0),
+    "minimal": Effort(0),
+    "low": Effort(0.25),
+    "medium": Effort(1),
+    "high": Effort(2, doubt=0.5),
+    "xhigh": Effort(4, doubt=0.75),
+    "max": Effort(4, doubt=0.75),
+}
 
 
 class RtapOptions(BaseModel):
@@ -63,6 +86,20 @@ def parse_options(raw: Any, settings: Settings, *, where: str = "rtap") -> RtapO
     return options
 
 
+def effort_of(request: Mapping[str, Any]) -> str | None:
+    """The reasoning effort of a request to any of the four endpoints; wrong types are vLLM's to refuse."""
+
+    def inside(name: str) -> Mapping[str, Any]:
+        value = request.get(name)
+        return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
+
+    is_disabled = inside("thinking").get("type") == "disabled"  # /v1/messages
+    given = (
+        request.get("reasoning_effort") or inside("reasoning").get("effort") or inside("output_config").get("effort")
+    )
+    return "none" if is_disabled else given if isinstance(given, str) else None
+
+
 def options_from_xargs(extra_args: Mapping[str, Any] | None, settings: Settings) -> RtapOptions | None:
     """Options that came as ``vllm_xargs`` entries named ``rtap_<field>``; None when there is none."""
     found = {k.removeprefix(XARGS_PREFIX): v for k, v in (extra_args or {}).items() if k.startswith(XARGS_PREFIX)}
@@ -70,9 +107,16 @@ def options_from_xargs(extra_args: Mapping[str, Any] | None, settings: Settings)
 
 
 def resolve_limits(
-    options: RtapOptions, settings: Settings, generator: Artifact, *, has_confidence: bool, max_tokens: int | None
+    options: RtapOptions,
+    settings: Settings,
+    generator: Artifact,
+    *,
+    has_confidence: bool,
+    max_tokens: int | None,
+    effort: str | None = None,
 ) -> Limits:
-    """One request's limits: its own values, else the server's, else what the generator was trained for.
+    """One request's limits: its own values, else its effort's, else the server's, else what the generator was trained
+    for. An effort that is no word of ours is vLLM's to refuse.
 
     Raises InvalidRequest where the policy needs a generator that is not loaded."""
     default_policy = settings.policy or (Policy.CONFIDENCE if has_confidence else Policy.MODEL)
@@ -84,11 +128,13 @@ def resolve_limits(
             param="rtap.policy",
         )
     default_select = Select.BEST if policy is Policy.CONFIDENCE else Select.LAST
-    threshold = next(v for v in (options.threshold, settings.threshold, generator.threshold, 0.5) if v is not None)
+    asked = EFFORTS.get(effort or "medium", EFFORTS["medium"])
+    threshold = next(v for v in (settings.threshold, generator.threshold, 0.5) if v is not None)
+    cycles = min(max(1, round(settings.max_cycles * asked.cycles)), settings.max_cycles_limit)
     return Limits(
         policy=policy,
-        threshold=threshold,
-        max_cycles=options.max_cycles or settings.max_cycles,
+        threshold=threshold + asked.doubt * (1 - threshold) if options.threshold is None else options.threshold,
+        max_cycles=options.max_cycles or cycles,
         samples=options.samples or settings.samples,
         select=options.select or settings.select or default_select,
         patience=options.patience or settings.patience,
@@ -140,10 +186,12 @@ def reasoning_tokens(trajectory: Trajectory) -> int:
 class Exchange:
     """What one HTTP exchange shares between the middleware that frames it and the engine that answers it.
 
+    effort: the request's reasoning effort, in the words of its endpoint.
     pending: cycle events not yet written to the stream, with their choice index. trajectories: finished ones by choice.
     """
 
     options: RtapOptions | None
+    effort: str | None = None
     pending: deque[tuple[int, Cycle]] = field(default_factory=deque[tuple[int, Cycle]])
     trajectories: dict[int, Trajectory] = field(default_factory=dict[int, Trajectory])
     num_choices: int = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +26,7 @@ from training.classifier import build_generator, build_scratch, calibrate, logit
 from training.config import ConfidenceConfig, Init, Loss, SamplerKind
 from training.examples import Example, Row, balance, collect, group, pair_batches, synthetic_texts
 from training.huggingface import cast_to, encode_text, load_policy, save_checkpoint
-from training.judging import Judged, judge_task, pool, report
+from training.judging import GENERATOR, Judged, judge_task, pool, report
 from training.loop import Loop
 from training.optim import build_muon
 from training.questions import held_out_questions
@@ -265,9 +266,12 @@ def judge(
 
 
 def artifact(threshold: float, judged: dict[str, Judged], figures: dict[str, Any]) -> dict[str, Any]:
-    """The ``rtap`` block that the server reads, and the figures that a reader of ``config.json`` looks for."""
+    """The ``rtap`` block that the server reads, and the figures that a reader of ``config.json`` looks for.
+
+    The reference is of first cycles, which every stop rule writes alike: a server can compare its own with them."""
     scalars = {name: value for name, value in figures.items() if not isinstance(value, dict)}
-    reference = histogram(pool(list(judged.values())).scores)
+    firsts = [s for question in pool(list(judged.values())).first_cycles for s in question if s.answer is not None]
+    reference = histogram(np.array([s.scores[GENERATOR] for s in firsts], dtype=np.float64))
     calibration = {"bins": NUM_BINS, "reference": reference, "held_out": scalars}
     return {"format": "rtap", "kind": "confidence", "threshold": threshold, "calibration": calibration}
 

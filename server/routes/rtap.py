@@ -1,4 +1,4 @@
-"""``/v1/rtap``: score a pair that was written elsewhere, and say how this server recurses."""
+"""``/v1/rtap``: score a pair that was written elsewhere, take verdicts on answers, say how this server recurses."""
 
 from typing import Any, Protocol, cast
 
@@ -31,6 +31,27 @@ class ScoreRequest(BaseModel):
     answer: str = Field(min_length=1)
 
 
+class FeedbackRequest(BaseModel):
+    """request_id: the ``id`` of a reply. choice: which of its choices."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    request_id: str = Field(min_length=1, max_length=256)
+    correct: bool = Field(strict=True)
+    choice: int = Field(default=0, ge=0, strict=True)
+
+
+class FeedbackResponse(BaseModel):
+    """confidence: what the answer had; None for an unscored one. The rest: over the server's recent verdicts."""
+
+    object: str = "rtap.feedback"
+    request_id: str
+    confidence: float | None
+    verdicts: int
+    brier: float | None
+    ece: float | None
+
+
 class ScoreResponse(BaseModel):
     """confidence: in [0, 1]. confidence_tokens: tokens the generator read."""
 
@@ -54,14 +75,27 @@ def rtap_router(plan: Plan, settings: Settings, tokenizer: ChatRenderer, model_n
                 [{"role": "user", "content": request.question}], tokenize=False, add_generation_prompt=True
             ),
         )
-        cycle = plan.format.render_cycle(request.think, request.answer)
+        question, cycle = plan.encode(prompt), plan.format.render_cycle(request.think, request.answer)
         try:
-            result = await plan.confidence.score(Judged(plan.encode(prompt), plan.encode(cycle), ()))
+            result = await plan.confidence.score(Judged(question, plan.encode(cycle), question))
         except ConfidenceError as error:
             if error.reason == "too_long":
                 raise InvalidRequest(str(error)) from error
             raise
         return ScoreResponse(confidence=result.confidence, confidence_tokens=result.tokens)
+
+    @router.post("/feedback")
+    async def feedback(request: FeedbackRequest) -> FeedbackResponse:  # pyright: ignore[reportUnusedFunction]
+        known = plan.feedback
+        confidence = known.judge(request.request_id, request.choice, correct=request.correct)
+        plan.metrics.judged(correct=request.correct)
+        return FeedbackResponse(
+            request_id=request.request_id,
+            confidence=confidence,
+            verdicts=known.count,
+            brier=round(known.brier, 6) if known.count else None,
+            ece=round(known.ece, 6) if known.count else None,
+        )
 
     @router.get("/config")
     async def config() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]

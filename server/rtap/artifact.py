@@ -13,7 +13,7 @@ from server.rtap.errors import ConfigError
 
 
 class Calibration(BaseModel):
-    """How confidences were distributed on held-out questions when the generator was trained.
+    """How confidences of first cycles were distributed on held-out questions when the generator was trained.
 
     reference: shares (or counts) over equal-width bins of [0, 1].
     """

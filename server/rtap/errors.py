@@ -3,6 +3,7 @@
 RtapError
 ├── ConfigError        wrong settings or checkpoints, found at start
 ├── InvalidRequest     a request that can never work (400)
+├── UnknownRequest     feedback on an answer that this server does not remember (404)
 └── ConfidenceError    the confidence generator failed or was too slow (degrades a request, never fails it)
 """
 
@@ -21,6 +22,10 @@ class InvalidRequest(RtapError):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class UnknownRequest(RtapError):
+    """An id that names no answer of this server, or one that is forgotten by now."""
 
 
 class ConfidenceError(RtapError):

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from server.rtap import stopping
 from server.rtap.errors import ConfidenceError
@@ -100,15 +101,18 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True)
 class Recursion:
-    """The loop and what it works with. One instance serves every request.
+    """The loop and what it works with. One instance serves one request, or all where
+    the scorer needs nothing of it.
 
-    confidence: None when no generator is loaded. count_oops: Oops tokens in a text. clock: monotonic seconds.
+    confidence: None when no generator is loaded. count_oops: Oops tokens in a text. request: handed to the scorer as
+    it is. clock: monotonic seconds.
     """
 
     engine: Engine
     format: TrajectoryFormat
     confidence: Confidence | None
     count_oops: Callable[[str], int]
+    request: Any = None
     clock: Callable[[], float] = time.monotonic
 
     def run(self, question_token_ids: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
@@ -137,7 +141,7 @@ class Recursion:
                 if held is not None:
                     yield held
                     held = None
-                score, seconds, failure = await self._judge(draft, question, limits, deadline)
+                score, seconds, failure = await self._judge(draft, question, prompt, limits, deadline)
                 if failure is not None:
                     degraded, limits = failure, replace(limits, policy=Policy.MODEL, select=Select.LAST)
                 cycle = self._finish(draft, score, seconds)
@@ -152,7 +156,7 @@ class Recursion:
                     no_room=_left(limits, spent + len(next_opening)) == 0,
                     out_of_time=draft.timed_out or (deadline is not None and self.clock() >= deadline),
                 )
-                prompt += _without_end(draft.token_ids, self.engine.end_of_turn_ids)
+                prompt = prompt + _without_end(draft.token_ids, self.engine.end_of_turn_ids)  # scorers may keep the old
                 opening = next_opening
             if stop is not None:
                 selected = stopping.choose(cycles, limits.select)
@@ -174,7 +178,7 @@ class Recursion:
         async def sample(index: int) -> tuple[list[StepEvent], Cycle, _Draft]:
             draft = _Draft(index, self._parser(question), [], self.clock())
             events = [e async for e in self._write(draft, question, limits, 0, deadline)]
-            score, seconds, failure = await self._judge(draft, question, limits, deadline)
+            score, seconds, failure = await self._judge(draft, question, question, limits, deadline)
             if failure is not None:
                 failures.append(failure)
             return events, self._finish(draft, score, seconds), draft
@@ -237,7 +241,12 @@ class Recursion:
                 yield draft.add(step)
 
     async def _judge(
-        self, draft: _Draft, question: Sequence[int], limits: Limits, deadline: float | None
+        self,
+        draft: _Draft,
+        question: Sequence[int],
+        context: Sequence[int],
+        limits: Limits,
+        deadline: float | None,
     ) -> tuple[Score | None, float | None, str | None]:
         """(score, seconds waited, why it failed). Nothing is scored that no decision needs, nor a cut cycle."""
         needed = limits.policy in (Policy.CONFIDENCE, Policy.VOTE) or (
@@ -246,7 +255,8 @@ class Recursion:
         if self.confidence is None or not needed or draft.parser.answer is None:
             return None, None, None
         began = self.clock()
-        judged = Judged(question, _without_end(draft.token_ids, self.engine.end_of_turn_ids), draft.steps)
+        cycle = _without_end(draft.token_ids, self.engine.end_of_turn_ids)
+        judged = Judged(question, cycle, context, draft.steps, self.request)
         try:
             async with asyncio.timeout(None if deadline is None else max(0.0, deadline - began)):
                 score = await self.confidence.score(judged)

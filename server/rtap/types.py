@@ -157,12 +157,16 @@ class Judged:
     """What is scored: one cycle alone with the question (R-TAP sec. 3.1), not the earlier cycles.
 
     question_token_ids: the rendered prompt of the request. cycle_token_ids: opening, think, answer, closing tag.
+    context_token_ids: all before the cycle, earlier cycles included; for scorers that go on where the policy stopped.
     steps: the engine's pieces, for scorers that read log-probabilities.
+    request: what the driver of the loop hands to its scorers (the server: its own call, with images and adapter).
     """
 
     question_token_ids: Sequence[int]
     cycle_token_ids: Sequence[int]
-    steps: Sequence[Step]
+    context_token_ids: Sequence[int]
+    steps: Sequence[Step] = ()
+    request: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,20 @@ async def test_each_cycle_is_scored_alone_with_the_question():
     assert decode(scorer.judged[1].cycle_token_ids) == "<think>" + DOUBT
 
 
+async def test_a_scorer_that_goes_on_is_given_all_that_was_written_and_the_request():
+    engine, scorer = ScriptedEngine([WRONG, DOUBT]), ScriptedConfidence(_right_is_confident)
+    loop = Recursion(engine, RTAP, scorer, lambda _: 0, request="the call")
+    async with aclosing(loop.run(QUESTION, Limits(threshold=0.5))) as events:
+        async for _ in events:
+            pass
+    first, second = scorer.judged
+    assert [first.request, second.request] == ["the call", "the call"]
+    assert list(first.context_token_ids) == QUESTION
+    assert list(second.context_token_ids) == QUESTION + encode(WRONG)
+    written = engine.prompts[1] + encode(DOUBT)  # what the engine has read and written by then
+    assert [*second.context_token_ids, *second.cycle_token_ids] == written
+
+
 async def test_every_token_is_told_exactly_once_and_counted():
     engine = ScriptedEngine([WRONG, DOUBT])
     events, done = await _run(engine, Limits(threshold=0.5), ScriptedConfidence(_right_is_confident))

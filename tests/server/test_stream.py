@@ -35,6 +35,10 @@ def _exchange(**trajectory) -> Exchange:
     return exchange
 
 
+def _told(reply_id: str) -> None:
+    """Where nobody asks who was told."""
+
+
 STREAM = _sse(
     _chunk({"role": "assistant", "content": ""}),
     _chunk({"reasoning": "12*9=108 é"}),
@@ -44,15 +48,15 @@ STREAM = _sse(
 
 @given(st.sets(st.integers(1, len(STREAM) - 1), max_size=12))
 def test_rewriting_does_not_depend_on_byte_chunks(cuts):
-    stream = EventStream(CHAT, {}, _exchange())
+    stream = EventStream(CHAT, {}, _exchange(), _told)
     ordered = sorted(cuts)
     parts = [STREAM[a:b] for a, b in zip([0, *ordered], [*ordered, len(STREAM)], strict=True)]
     got = _read(b"".join(stream.feed(part) for part in parts))
-    assert got == _read(EventStream(CHAT, {}, _exchange()).feed(STREAM))
+    assert got == _read(EventStream(CHAT, {}, _exchange(), _told).feed(STREAM))
 
 
 def test_reasoning_has_both_names_and_the_finish_chunk_the_whole_object():
-    got = _read(EventStream(CHAT, {}, _exchange()).feed(STREAM))
+    got = _read(EventStream(CHAT, {}, _exchange(), _told).feed(STREAM))
     assert got[1]["choices"][0]["delta"] == {"reasoning": "12*9=108 é", "reasoning_content": "12*9=108 é"}
     assert [("rtap" in c) for c in got] == [False, False, True]
     assert got[2]["rtap"]["stop_reason"] == "threshold"
@@ -62,7 +66,7 @@ def test_the_usage_chunk_is_the_last_when_it_was_asked_for():
     data = _sse(
         _chunk({"content": "108"}, "stop"), HEAD | {"choices": [], "usage": {"completion_tokens": 30, "x": None}}
     )
-    got = _read(EventStream(CHAT, {"stream_options": {"include_usage": True}}, _exchange()).feed(data))
+    got = _read(EventStream(CHAT, {"stream_options": {"include_usage": True}}, _exchange(), _told).feed(data))
     assert "rtap" not in got[0]
     assert got[1]["rtap"]["confidence"] == 0.75
     assert got[1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": 25}
@@ -71,7 +75,7 @@ def test_the_usage_chunk_is_the_last_when_it_was_asked_for():
 def test_a_cycle_is_told_before_the_next_event_with_an_empty_delta():
     exchange = _exchange()
     exchange.options = RtapOptions(return_cycles=True)
-    stream = EventStream(CHAT, {}, exchange)
+    stream = EventStream(CHAT, {}, exchange, _told)
     first = stream.feed(_sse(_chunk({"role": "assistant"})).removesuffix(b"data: [DONE]\n\n"))
     exchange.pending.append((0, CYCLE))
     got = _read(first + stream.feed(_sse(_chunk({"reasoning": "Oops"}))))
@@ -86,21 +90,21 @@ def test_a_cycle_is_told_before_the_next_event_with_an_empty_delta():
 def test_several_choices_end_with_all_their_objects():
     exchange = Exchange(None, num_choices=2)
     exchange.trajectories |= {0: _trajectory(), 1: _trajectory(degraded="timeout")}
-    got = _read(EventStream(CHAT, {}, exchange).feed(_sse(_chunk({}, "stop", 1), _chunk({}, "stop", 0))))
+    got = _read(EventStream(CHAT, {}, exchange, _told).feed(_sse(_chunk({}, "stop", 1), _chunk({}, "stop", 0))))
     assert "rtap" not in got[0]
     assert [t.get("degraded") for t in got[1]["rtap_choices"]] == [None, "timeout"]
 
 
 def test_events_without_a_marker_pass_as_bytes():
     data = b': keep-alive\n\ndata: {"choices": [ ] , "odd":1}\n\ndata: [DONE]\n\n'
-    assert EventStream(CHAT, {}, _exchange()).feed(data) == data
+    assert EventStream(CHAT, {}, _exchange(), _told).feed(data) == data
 
 
 def test_responses_and_messages_get_the_object_in_their_last_event():
     done = (
         b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"output_tokens":30}}}\n\n'
     )
-    out = EventStream("/v1/responses", {}, _exchange()).feed(done)
+    out = EventStream("/v1/responses", {}, _exchange(), _told).feed(done)
     reply = json.loads(out.split(b"data: ")[1])["response"]
     assert out.startswith(b"event: response.completed\n")
     assert reply["rtap"]["confidence"] == 0.75
@@ -109,10 +113,11 @@ def test_responses_and_messages_get_the_object_in_their_last_event():
 
 def test_a_whole_reply_is_annotated():
     body = {
+        "id": "chatcmpl-1",
         "choices": [{"index": 0, "message": {"reasoning": "r", "content": "108"}}],
         "usage": {"completion_tokens": 30, "completion_tokens_details": {"reasoning_tokens": 0}},
     }
-    got = json.loads(annotate_reply(json.dumps(body).encode(), CHAT, _exchange()))
+    got = json.loads(annotate_reply(json.dumps(body).encode(), CHAT, _exchange(), _told))
     assert got["choices"][0]["message"]["reasoning_content"] == "r"
     assert got["usage"]["completion_tokens_details"]["reasoning_tokens"] == 25
     assert got["rtap"]["policy"] == "confidence"
@@ -120,5 +125,22 @@ def test_a_whole_reply_is_annotated():
 
 @pytest.mark.parametrize("body", [b"", b"no json", b"[1]"])
 def test_other_bodies_come_back_as_they_were(body):
-    assert annotate_reply(body, CHAT, _exchange()) == body
-    assert annotate_reply(b'{"a":1}', CHAT, Exchange(None)) == b'{"a":1}'
+    assert annotate_reply(body, CHAT, _exchange(), _told) == body
+    assert annotate_reply(b'{"a":1}', CHAT, Exchange(None), _told) == b'{"a":1}'
+
+
+@pytest.mark.parametrize(
+    ("path", "events"),
+    [
+        (CHAT, [_chunk({"content": "108"}), _chunk({}, "stop")]),
+        ("/v1/responses", [{"type": "response.completed", "response": {"id": "chatcmpl-1", "usage": {}}}]),
+        (
+            "/v1/messages",
+            [{"type": "message_start", "message": {"id": "chatcmpl-1"}}, {"type": "message_delta", "usage": {}}],
+        ),
+    ],
+)
+def test_the_id_that_the_client_knows_is_told_once(path, events):
+    told: list[str] = []
+    EventStream(path, {}, _exchange(), told.append).feed(_sse(*events))
+    assert told == ["chatcmpl-1"]

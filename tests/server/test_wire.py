@@ -11,6 +11,7 @@ from server.rtap.types import Cycle, Limits, Policy, Select, StopReason, Traject
 from server.settings import Settings
 from server.wire import (
     RtapOptions,
+    effort_of,
     options_from_xargs,
     parse_options,
     reasoning_tokens,
@@ -76,6 +77,41 @@ def test_threshold_is_the_requests_then_the_servers_then_the_checkpoints():
     assert _limits(RtapOptions(threshold=0.0), server, threshold=0.6).threshold == 0.0
     assert _limits(RtapOptions(), server, threshold=0.6).threshold == 0.8
     assert _limits(RtapOptions(), threshold=0.6).threshold == 0.6
+
+
+@pytest.mark.parametrize(
+    ("effort", "cycles", "threshold"),
+    [
+        (None, 8, 0.6), ("none", 1, 0.6), ("minimal", 1, 0.6), ("low", 2, 0.6), ("medium", 8, 0.6),
+        ("high", 16, 0.8), ("max", 16, 0.9), ("enormous", 8, 0.6),
+    ],
+)  # fmt: skip
+def test_effort_moves_the_servers_defaults_and_the_requests_own_fields_win(effort, cycles, threshold):
+    def limits(**own):
+        return resolve_limits(
+            RtapOptions(**own), SETTINGS, Artifact(threshold=0.6), has_confidence=True, max_tokens=None, effort=effort
+        )
+
+    assert (limits().max_cycles, limits().threshold) == (cycles, pytest.approx(threshold))
+    own = limits(max_cycles=3, threshold=0.1)
+    assert (own.max_cycles, own.threshold) == (3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("request_", "effort"),
+    [
+        ({"reasoning_effort": "low"}, "low"),
+        ({"reasoning": {"effort": "high", "summary": "auto"}}, "high"),
+        ({"output_config": {"effort": "max"}}, "max"),
+        ({"thinking": {"type": "disabled"}}, "none"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, None),
+        ({"reasoning": "high", "thinking": 1}, None),
+        ({"reasoning_effort": 3}, None),
+        ({}, None),
+    ],
+)
+def test_effort_is_found_where_each_endpoint_has_it(request_, effort):
+    assert effort_of(request_) == effort
 
 
 def test_confidence_without_generator_is_refused():

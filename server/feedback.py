@@ -1,0 +1,113 @@
+"""Were the answers right, and does confidence still mean what it meant: online calibration from users' feedback.
+
+Remembers the confidence of recent answers by the id that the client saw, takes verdicts on them, and compares
+first-cycle confidences with the distribution that was saved with the generator. Bounded, in memory, this process only.
+"""
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from server.rtap.errors import InvalidRequest, UnknownRequest
+from server.rtap.types import Policy, Trajectory
+
+ECE_BINS = 20  # as the generator's own held-out figure
+_LEAST_SHARE = 1e-4  # of an empty bin, so that one stray value does not make the index infinite
+
+
+@dataclass(slots=True)
+class Feedback:
+    """Recent answers and the verdicts on them.
+
+    reference: counts or shares of first-cycle confidences over equal-width bins of [0, 1]; empty when unknown.
+    capacity: answers remembered. window: verdicts, and first-cycle confidences, that the figures are of.
+    least: first-cycle confidences below which drift is not told.
+    """
+
+    reference: Sequence[float] = ()
+    capacity: int = 10_000
+    window: int = 1_000
+    least: int = 100
+    _answers: OrderedDict[str, dict[int, float | None]] = field(
+        default_factory=OrderedDict[str, dict[int, float | None]]
+    )
+    _verdicts: OrderedDict[tuple[str, int], tuple[float, bool]] = field(
+        default_factory=OrderedDict[tuple[str, int], tuple[float, bool]]
+    )
+    _firsts: deque[float] = field(default_factory=deque[float])
+
+    def remember(self, request_id: str, trajectories: Mapping[int, Trajectory]) -> None:
+        """Keep the confidence of each returned answer (by choice); the oldest request is forgotten for it."""
+        self._answers[request_id] = {choice: t.confidence for choice, t in trajectories.items()}
+        while len(self._answers) > self.capacity:
+            self._answers.popitem(last=False)
+        for trajectory in trajectories.values():
+            # Every sample of a vote is a first cycle.
+            cycles = trajectory.cycles if trajectory.policy is Policy.VOTE else trajectory.cycles[:1]
+            self._firsts.extend(c.confidence for c in cycles if c.confidence is not None)
+        while len(self._firsts) > self.window:
+            self._firsts.popleft()
+
+    def judge(self, request_id: str, choice: int, *, correct: bool) -> float | None:
+        """Take a verdict; a later one on the same answer replaces it. Returns the confidence that the answer had, None
+        for an unscored one, which calibrates nothing.
+
+        Raises UnknownRequest, or InvalidRequest for a choice that the request did not have."""
+        answers = self._answers.get(request_id)
+        if answers is None:
+            raise UnknownRequest(
+                f"this server remembers no answer {request_id!r}: it keeps the last {self.capacity} since its start"
+            )
+        if choice not in answers:
+            raise InvalidRequest(f"{request_id} has choices {sorted(answers)}, not {choice}", param="choice")
+        confidence = answers[choice]
+        if confidence is not None:
+            self._verdicts[request_id, choice] = (confidence, correct)
+            while len(self._verdicts) > self.window:
+                self._verdicts.popitem(last=False)
+        return confidence
+
+    @property
+    def count(self) -> int:
+        """Verdicts that the figures are of."""
+        return len(self._verdicts)
+
+    @property
+    def brier(self) -> float:
+        """Mean squared distance of confidence and outcome in [0, 1]; NaN without verdicts."""
+        return _mean((confidence - correct) ** 2 for confidence, correct in self._verdicts.values())
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error in [0, 1] over equal-width bins; NaN without verdicts."""
+        gaps = [0.0] * ECE_BINS
+        for confidence, correct in self._verdicts.values():
+            gaps[_bin(confidence, ECE_BINS)] += confidence - correct
+        return sum(abs(gap) for gap in gaps) / self.count if self.count else math.nan
+
+    @property
+    def drift(self) -> float:
+        """Population stability index of recent first-cycle confidences against the reference: 0 for the same
+        distribution, above 0.25 by convention another one. NaN while one of the two is unknown."""
+        if not self.reference or len(self._firsts) < self.least:
+            return math.nan
+        counts = [0.0] * len(self.reference)
+        for confidence in self._firsts:
+            counts[_bin(confidence, len(counts))] += 1
+        pairs = zip(_shares(counts), _shares(self.reference), strict=True)
+        return sum((now - then) * math.log(now / then) for now, then in pairs)
+
+
+def _bin(value: float, bins: int) -> int:
+    return min(int(value * bins), bins - 1)
+
+
+def _shares(counts: Sequence[float]) -> list[float]:
+    total = sum(counts)
+    return [max(count / total, _LEAST_SHARE) for count in counts]
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return sum(known) / len(known) if known else math.nan
