@@ -1,5 +1,7 @@
 """Chat completions through the official SDK: cycles, answers, usage, streams, choices, seeds, budgets."""
 
+import re
+
 import pytest
 
 from tests.e2e.conftest import Running
@@ -184,3 +186,23 @@ def test_both_reasoning_names_are_accepted_in_history(server):
             ],
         )
         assert reply.rtap["cycles"]
+
+
+@pytest.mark.parametrize(
+    ("field", "pattern"),
+    [
+        ({"structured_outputs": {"regex": "[0-9]{1,4}"}}, r"[0-9]{1,4}"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, r"yes|no"),
+    ],
+)
+def test_a_grammar_binds_the_answer_of_every_cycle_and_no_thought(server, field, pattern):
+    reply = server.client.chat.completions.create(
+        model="rtap", messages=[{"role": "user", "content": "make 82 from 3, 7, 25"}], seed=5, max_tokens=600,
+        extra_body=field | {"rtap": EAGER | {"return_cycles": True}},
+    )  # fmt: skip
+    cycles = reply.rtap["cycles"]
+    assert len(cycles) == EAGER["max_cycles"]
+    for cycle in cycles:
+        assert re.fullmatch(pattern, cycle["answer"]), cycle
+        assert "=" in cycle["think"]
+    assert re.fullmatch(pattern, reply.choices[0].message.content)

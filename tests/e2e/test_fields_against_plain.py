@@ -1,0 +1,304 @@
+"""Every request field means what plain `vllm serve` makes of it: policy `single` beside the same model served plainly.
+
+Plain vLLM gets our cycle's end, `</answer>`, as a stop token and shows the tags in its text; ours splits that text into
+reasoning and content. So tags are left out on both sides, and a stop at `</answer>` counts as the loop's own.
+"""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+CLOSE = 447  # `</answer>`; checked by the fixture below
+QUESTION = "make 82 from 3, 7, 25"
+PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PREFILL = [{"role": "user", "content": "12*9"}, {"role": "assistant", "content": "<think>12*9="}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_is_one_token(plain):
+    asked = {"prompt": "</answer>", "add_special_tokens": False}
+    assert httpx.post(f"{plain.url}/tokenize", json=asked).json()["tokens"] == [CLOSE]
+
+
+def _chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "rtap", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0} | fields
+
+
+def _completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "rtap", "prompt": PROMPT, "temperature": 0, "max_tokens": 120} | fields
+
+
+def _both(server, plain, path: str, body: dict[str, Any]) -> tuple[httpx.Response, httpx.Response]:
+    """(our reply, plain vLLM's)."""
+    ours = httpx.post(server.url + path, json=body | {"rtap": {"policy": "single"}}, timeout=60)
+    stops = body.get("stop_token_ids", [])
+    if isinstance(stops, list):
+        body = body | {"stop_token_ids": [*stops, CLOSE]}
+    return ours, httpx.post(plain.url + path, json=body, timeout=60)
+
+
+def _bare(text: str) -> str:
+    for tag in TAGS:
+        text = text.replace(tag, "")
+    return text
+
+
+def _text(choice: dict[str, Any]) -> str:
+    message = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
+    return (message.get("reasoning") or "") + (message.get("content") or "")
+
+
+def _seen(reply: httpx.Response) -> dict[str, Any]:
+    """What a client sees of a whole or a streamed reply, in one shape."""
+    assert reply.status_code == 200, reply.text
+    streamed = reply.headers["content-type"].startswith("text/event-stream")
+    lines = reply.text.splitlines()
+    parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")] if streamed else [reply.json()]
+    choices: dict[int, dict[str, Any]] = {}
+    seen: dict[str, Any] = {"usage": None, "prompt_token_ids": None, "prompt_logprobs": None}
+    for part in parts:
+        assert "error" not in part, part
+        for key in seen:
+            seen[key] = part.get(key) or seen[key]
+        for choice in part["choices"]:
+            empty = {"text": "", "finish_reason": None, "stop_reason": None, "logprobs": [], "token_ids": []}
+            total = choices.setdefault(choice["index"], empty)
+            total["text"] += _text(choice)
+            total["logprobs"] += _logprobs(choice.get("logprobs"))
+            total["token_ids"] += choice.get("token_ids") or []
+            seen["prompt_token_ids"] = choice.get("prompt_token_ids") or seen["prompt_token_ids"]
+            seen["prompt_logprobs"] = choice.get("prompt_logprobs") or seen["prompt_logprobs"]
+            for key in ("finish_reason", "stop_reason"):
+                total[key] = total[key] if choice.get(key) is None else choice[key]
+    for choice in choices.values():
+        choice["text"] = _bare(choice["text"])
+        choice["stop_reason"] = None if choice["stop_reason"] == CLOSE else choice["stop_reason"]
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    seen["usage"] = {key: seen["usage"][key] for key in counts}
+    return seen | {"choices": choices}
+
+
+def _logprobs(shown: Any) -> list[Any]:
+    """One entry per token, of either endpoint's shape."""
+    if not shown:
+        return []
+    if "content" in shown:
+        return [
+            {"token": t["token"], "logprob": t["logprob"], "top": {x["token"]: x["logprob"] for x in t["top_logprobs"]}}
+            for t in shown["content"]
+        ]
+    top = shown["top_logprobs"] or [None] * len(shown["tokens"])
+    return [list(row) for row in zip(shown["tokens"], shown["token_logprobs"], top, shown["text_offset"], strict=True)]
+
+
+def _assert_close(ours: Any, reference: Any, where: str = "") -> None:
+    """Equal, numbers up to bf16 noise between two processes."""
+    if isinstance(reference, dict):
+        assert isinstance(ours, dict), where
+        assert set(ours) == set(reference), where
+        for key, value in reference.items():
+            _assert_close(ours[key], value, f"{where}.{key}")
+    elif isinstance(reference, list):
+        assert isinstance(ours, list), where
+        assert len(ours) == len(reference), where
+        for i, value in enumerate(reference):
+            _assert_close(ours[i], value, f"{where}[{i}]")
+    elif isinstance(reference, float):
+        assert ours == pytest.approx(reference, abs=0.05), where
+    else:
+        assert ours == reference, where
+
+
+FIELDS = {
+    "n and seed": {"n": 2, "seed": 3, "temperature": 1},
+    "temperature": {"temperature": 0.6, "seed": 1},
+    "top_p": {"temperature": 1, "top_p": 0.7, "seed": 2},
+    "top_k": {"temperature": 1, "top_k": 3, "seed": 4},
+    "min_p": {"temperature": 1, "min_p": 0.2, "seed": 5},
+    "stop string while thinking": {"stop": "="},
+    "stop strings": {"stop": ["nothing of this", "5="]},
+    "stop string in the answer": {"stop": "answer>25"},
+    "stop at a tag": {"stop": "</think>"},
+    "include_stop_str_in_output": {"stop": "=", "include_stop_str_in_output": True},
+    "stop_token_ids at a tag": {"stop_token_ids": [446]},
+    "stop_token_ids": {"stop_token_ids": [445], "include_stop_str_in_output": True},
+    "max_completion_tokens": {"max_completion_tokens": 9},
+    "max_tokens in the answer": {"max_tokens": 30},
+    "min_tokens": {"min_tokens": 70, "max_tokens": 90},
+    "logit_bias": {"logit_bias": {"2": 100}},
+    "logit_bias and ignore_eos": {"logit_bias": {"2": 100}, "ignore_eos": True, "max_tokens": 6},
+    "skip_special_tokens": {
+        "logit_bias": {"2": 100}, "ignore_eos": True, "max_tokens": 6, "skip_special_tokens": False,
+    },
+    "allowed_token_ids": {"allowed_token_ids": [10, 11, 12], "max_tokens": 8},
+    "bad_words": {"bad_words": ["="], "max_tokens": 60},
+    "presence_penalty": {"presence_penalty": 1.5, "max_tokens": 60},
+    "frequency_penalty": {"frequency_penalty": 1.0, "max_tokens": 60},
+    "repetition_penalty": {"repetition_penalty": 1.3, "max_tokens": 60},
+    "return_token_ids": {"return_token_ids": True},
+    "cache_salt": {"cache_salt": "salt"},
+    "user": {"user": "someone"},
+    "priority": {"priority": 0},
+}  # fmt: skip
+CHAT_FIELDS = FIELDS | {
+    "logprobs": {"logprobs": True, "top_logprobs": 3},
+    "logprobs without top": {"logprobs": True},
+    "logprobs as token ids": {"logprobs": True, "top_logprobs": 1, "return_tokens_as_token_ids": True},
+    "logprobs of n": {"logprobs": True, "top_logprobs": 2, "n": 2, "seed": 3, "temperature": 1},
+    "continue_final_message": {
+        "messages": PREFILL, "continue_final_message": True, "add_generation_prompt": False,
+    },
+    "add_generation_prompt": {"add_generation_prompt": False, "max_tokens": 40},
+    "truncate_prompt_tokens": {"truncate_prompt_tokens": 12, "return_token_ids": True},
+}  # fmt: skip
+COMPLETION_FIELDS = FIELDS | {
+    "logprobs": {"logprobs": 3},
+    "logprobs 0": {"logprobs": 0},
+    "echo": {"echo": True},
+    "echo and logprobs": {"echo": True, "logprobs": 2},
+    "echo alone": {"echo": True, "max_tokens": 1},
+    "a prompt of ids": {"prompt": [1, 20, 21, 22, 2, 1]},
+    "several prompts": {"prompt": [PROMPT, PROMPT.replace("82", "46")], "n": 2, "seed": 1, "temperature": 1},
+    "truncate_prompt_tokens": {"truncate_prompt_tokens": 12, "return_token_ids": True},
+}  # fmt: skip
+WHOLE_ONLY = {"prompt_logprobs": {"prompt_logprobs": 2}}
+
+
+def _cases(fields: dict[str, dict[str, Any]]) -> list[Any]:
+    """(fields, stream) with a readable id."""
+    both = [(name, extra, stream) for name, extra in fields.items() for stream in (False, True)]
+    both += [(name, extra, False) for name, extra in WHOLE_ONLY.items()]
+    return [
+        pytest.param(extra, stream, id=f"{name}, {'streamed' if stream else 'whole'}") for name, extra, stream in both
+    ]
+
+
+def _streamed(stream: bool) -> dict[str, Any]:
+    return {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+
+
+@pytest.mark.parametrize(("fields", "stream"), _cases(CHAT_FIELDS))
+def test_chat(server, plain, fields, stream):
+    ours, reference = _both(server, plain, CHAT, _chat(**fields, **_streamed(stream)))
+    _assert_close(_seen(ours), _seen(reference))
+
+
+@pytest.mark.parametrize(("fields", "stream"), _cases(COMPLETION_FIELDS))
+def test_completions(server, plain, fields, stream):
+    ours, reference = _both(server, plain, COMPLETIONS, _completion(**fields, **_streamed(stream)))
+    _assert_close(_seen(ours), _seen(reference))
+
+
+@pytest.mark.parametrize(
+    ("name", "finish_reason", "stop_reason"),
+    [
+        ("stop string while thinking", "stop", "="),
+        ("stop strings", "stop", "5="),
+        ("stop at a tag", "stop", "</think>"),
+        ("stop_token_ids at a tag", "stop", 446),
+        ("stop_token_ids", "stop", 445),
+        ("max_completion_tokens", "length", None),
+        ("logit_bias and ignore_eos", "length", None),
+    ],
+)
+def test_the_fields_above_bind_at_all(server, plain, name, finish_reason, stop_reason):
+    for reply in _both(server, plain, CHAT, _chat(**CHAT_FIELDS[name])):
+        choice = _seen(reply)["choices"][0]
+        assert (choice["finish_reason"], choice["stop_reason"]) == (finish_reason, stop_reason)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_include_reasoning_false_leaves_the_answer_alone(server, plain, stream):
+    """Plain vLLM has no reasoning parser here, so its raw text is what ours is a part of."""
+    body = _chat(include_reasoning=False, **_streamed(stream))
+    ours, reference = (_seen(reply) for reply in _both(server, plain, CHAT, body))
+    answer = ours["choices"][0]["text"]
+    assert answer
+    assert reference["choices"][0]["text"].endswith(answer)
+    assert ours["choices"][0]["text"] != reference["choices"][0]["text"]
+    assert ours["usage"] == reference["usage"]
+
+
+WRONG = {
+    "max_tokens": {"max_tokens": -1},
+    "max_tokens 0": {"max_tokens": 0},
+    "max_tokens above the context": {"max_tokens": 5000},
+    "max_tokens no number": {"max_tokens": "many"},
+    "n 0": {"n": 0},
+    "n greedy": {"n": 2},
+    "temperature": {"temperature": -1},
+    "top_p": {"top_p": 2},
+    "top_k": {"top_k": -2},
+    "min_p": {"min_p": 2},
+    "min_tokens": {"min_tokens": -1},
+    "min_tokens above max_tokens": {"min_tokens": 9, "max_tokens": 5},
+    "presence_penalty": {"presence_penalty": 3},
+    "frequency_penalty": {"frequency_penalty": -3},
+    "repetition_penalty": {"repetition_penalty": 0},
+    "seed": {"seed": "one"},
+    "stop": {"stop": 5},
+    "stop empty": {"stop": ""},
+    "stop list": {"stop": ["a", 5]},
+    "stop_token_ids": {"stop_token_ids": "x"},
+    "logit_bias key": {"logit_bias": {"x": 1}},
+    "logit_bias id": {"logit_bias": {"99999": 1}},
+    "allowed_token_ids": {"allowed_token_ids": []},
+    "bad_words": {"bad_words": [""]},
+    "prompt_logprobs": {"prompt_logprobs": -2},
+    "prompt_logprobs too many": {"prompt_logprobs": 500},
+    "truncate_prompt_tokens": {"truncate_prompt_tokens": -5},
+    "cache_salt": {"cache_salt": ""},
+    "priority": {"priority": 1},
+    "response_format": {"response_format": {"type": "poem"}},
+    "response_format no schema": {"response_format": {"type": "json_schema"}},
+    "unknown field": {"surprise": 1},
+    "model": {"model": "nope"},
+}
+WRONG_CHAT = WRONG | {
+    "max_completion_tokens": {"max_completion_tokens": -1},
+    "top_logprobs too many": {"logprobs": True, "top_logprobs": 500},
+    "top_logprobs alone": {"top_logprobs": 2},
+    "logprobs a number": {"logprobs": 3},
+    "messages empty": {"messages": []},
+    "role": {"messages": [{"role": "", "content": 1}]},
+    "tool_choice": {
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "tool_choice": "auto",
+    },
+    "continue and generate": {"messages": PREFILL, "continue_final_message": True},
+}  # fmt: skip
+WRONG_COMPLETIONS = WRONG | {
+    "logprobs too many": {"logprobs": 500},
+    "logprobs negative": {"logprobs": -2},
+    "suffix": {"suffix": "end"},
+    "prompt": {"prompt": None},
+    "prompt empty": {"prompt": []},
+    "prompt of unknown ids": {"prompt": [99999]},
+}
+
+
+def _wrong(fields: dict[str, dict[str, Any]]) -> list[Any]:
+    return [pytest.param(extra, id=name) for name, extra in fields.items()]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", _wrong(WRONG_CHAT))
+def test_chat_refuses_equally(server, plain, fields, stream):
+    ours, reference = _both(server, plain, CHAT, _chat(**{"max_tokens": 40} | fields, stream=stream))
+    assert ours.status_code == reference.status_code, (ours.text, reference.text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", _wrong(WRONG_COMPLETIONS))
+def test_completions_refuse_equally(server, plain, fields, stream):
+    ours, reference = _both(server, plain, COMPLETIONS, _completion(**{"max_tokens": 40} | fields, stream=stream))
+    assert ours.status_code == reference.status_code, (ours.text, reference.text)
+
+
+def test_stream_options_without_a_stream_are_refused_equally(server, plain):
+    for path, body in ((CHAT, _chat()), (COMPLETIONS, _completion())):
+        ours, reference = _both(server, plain, path, body | {"stream_options": {"include_usage": True}})
+        assert ours.status_code == reference.status_code == 400
