@@ -17,10 +17,9 @@ from training.tasks import TASKS, check
 from training.tokenizer import token_id
 
 MODELS = Path(__file__).parents[2] / "deploy" / "models"
-PAIRS = [
+PAIRS = [  # Countdown only: in arithmetic its card promises little more than chance
     ("make 82 from 3, 7, 25", "25*3=75 75+7=82", "25*3+7", "25*3=75 75-7=68", "25*3-7"),
     ("Use 4, 9 and 6 to make 30.", "9-4=5 5*6=30", "(9-4)*6", "9+4=13 13*6=78", "(9+4)*6"),
-    ("What is 12 * 9?", "10*9=90 2*9=18 90+18=108", "108", "10*9=90 2*9=18 90+18=118", "118"),
 ]
 
 
