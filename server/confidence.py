@@ -7,7 +7,7 @@ Each is an implementation of ``server.rtap.types.Confidence`` and raises Confide
 import asyncio
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -45,15 +45,8 @@ class PoolingConfidence:
             raise ConfidenceError(
                 f"{len(token_ids)} tokens are more than the generator's {self._max_model_len}", reason="too_long"
             )
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                return Score(await self._classify(token_ids), len(token_ids))
-        except TimeoutError as error:
-            raise ConfidenceError("the generator did not answer in time", reason="timeout") from error
-        except ConfidenceError:
-            raise
-        except Exception as error:  # any failure of the generator degrades the request; it never fails it
-            raise ConfidenceError(f"the generator failed: {type(error).__name__}") from error
+        late, failed = "the generator did not answer in time", "the generator failed"
+        return Score(await _in_time(self._classify(token_ids), self._timeout_seconds, late, failed), len(token_ids))
 
     async def _classify(self, token_ids: list[int]) -> float:
         outputs = self._engine.encode(
@@ -127,15 +120,9 @@ class YesNoConfidence:
         token_ids = [*judged.context_token_ids, *judged.cycle_token_ids, *self._question_ids]
         if len(token_ids) >= self._engine.model_config.max_model_len:
             raise ConfidenceError("no room is left to ask the policy about its answer", reason="too_long")
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                return Score(await self._ask(token_ids, judged.request), len(token_ids))
-        except TimeoutError as error:
-            raise ConfidenceError("the policy did not judge its answer in time", reason="timeout") from error
-        except ConfidenceError:
-            raise
-        except Exception as error:  # as for a generator: it degrades the request and never fails it
-            raise ConfidenceError(f"the policy could not judge its answer: {type(error).__name__}") from error
+        late, failed = "the policy did not judge its answer in time", "the policy could not judge its answer"
+        asked = self._ask(token_ids, judged.request)
+        return Score(await _in_time(asked, self._timeout_seconds, late, failed), len(token_ids))
 
     async def _ask(self, token_ids: list[int], call: Call | None) -> float:
         prompt = {"type": "token", "prompt_token_ids": token_ids} if call is None else call.prompt_with(token_ids)
@@ -165,6 +152,19 @@ def yes_no_ids(encode: Callable[[str], list[int]], question: str) -> tuple[list[
     if shared is None:
         raise ConfigError("confidence=yesno: this tokenizer writes 'yes' and 'no' with the same tokens")
     return yes[:shared], yes[shared], no[shared]
+
+
+async def _in_time(work: Awaitable[float], timeout_seconds: float, late: str, failed: str) -> float:
+    """``work`` on an engine of ours; any failure is a ConfidenceError, which degrades a request and never fails it."""
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            return await work
+    except TimeoutError as error:
+        raise ConfidenceError(late, reason="timeout") from error
+    except ConfidenceError:
+        raise
+    except Exception as error:
+        raise ConfidenceError(f"{failed}: {type(error).__name__}") from error
 
 
 def _refuse_images(judged: Judged) -> None:

@@ -9,10 +9,10 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from server.rtap.artifact import NUM_BINS
 from server.rtap.errors import InvalidRequest, UnknownRequest
 from server.rtap.types import Policy, Trajectory
 
-ECE_BINS = 20  # as the generator's own held-out figure
 _LEAST_SHARE = 1e-4  # of an empty bin, so that one stray value does not make the index infinite
 
 
@@ -81,9 +81,9 @@ class Feedback:
     @property
     def ece(self) -> float:
         """Expected calibration error in [0, 1] over equal-width bins; NaN without verdicts."""
-        gaps = [0.0] * ECE_BINS
+        gaps = [0.0] * NUM_BINS
         for confidence, correct in self._verdicts.values():
-            gaps[_bin(confidence, ECE_BINS)] += confidence - correct
+            gaps[_bin(confidence, NUM_BINS)] += confidence - correct
         return sum(abs(gap) for gap in gaps) / self.count if self.count else math.nan
 
     @property

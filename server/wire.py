@@ -128,7 +128,7 @@ def resolve_limits(
             param="rtap.policy",
         )
     default_select = Select.BEST if policy is Policy.CONFIDENCE else Select.LAST
-    asked = EFFORTS.get(effort or "medium", EFFORTS["medium"])
+    asked = EFFORTS.get(effort or "", EFFORTS["medium"])
     threshold = next(v for v in (settings.threshold, generator.threshold, 0.5) if v is not None)
     cycles = min(max(1, round(settings.max_cycles * asked.cycles)), settings.max_cycles_limit)
     return Limits(

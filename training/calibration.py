@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from server.rtap.artifact import NUM_BINS
 from training.evaluation.statistics import bootstrap_weights
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-NUM_BINS = 20
 BOOTSTRAPS = 1000
 
 

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
+from server.rtap.artifact import NUM_BINS
 from server.rtap.errors import ConfigError
-from training.calibration import NUM_BINS, best_threshold, histogram, sigmoid
+from training.calibration import best_threshold, histogram, sigmoid
 from training.checkpoint import manifest, sha256
 from training.classifier import build_generator, build_scratch, calibrate, logits_of, score
 from training.config import ConfidenceConfig, Init, Loss, SamplerKind
@@ -270,7 +271,7 @@ def artifact(threshold: float, judged: dict[str, Judged], figures: dict[str, Any
 
     The reference is of first cycles, which every stop rule writes alike: a server can compare its own with them."""
     scalars = {name: value for name, value in figures.items() if not isinstance(value, dict)}
-    firsts = [s for question in pool(list(judged.values())).first_cycles for s in question if s.answer is not None]
+    firsts = [s for j in judged.values() for question in j.first_cycles for s in question if s.answer is not None]
     reference = histogram(np.array([s.scores[GENERATOR] for s in firsts], dtype=np.float64))
     calibration = {"bins": NUM_BINS, "reference": reference, "held_out": scalars}
     return {"format": "rtap", "kind": "confidence", "threshold": threshold, "calibration": calibration}

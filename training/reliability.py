@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from training.calibration import NUM_BINS, Bools, Floats
+from server.rtap.artifact import NUM_BINS
+from training.calibration import Bools, Floats
 from training.evaluation.statistics import wilson_interval
 
 # Okabe–Ito colours: told apart by colour-blind readers too.

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.rtap.errors import ConfigError
 
+NUM_BINS = 20  # equal-width bins of [0, 1] in every calibration figure, the trainer's and the server's
+
 
 class Calibration(BaseModel):
     """How confidences of first cycles were distributed on held-out questions when the generator was trained.

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.feedback import ECE_BINS, Feedback
+from server.feedback import Feedback
 from server.metrics import Metrics
+from server.rtap.artifact import NUM_BINS
 from server.rtap.errors import InvalidRequest, UnknownRequest
 from server.rtap.types import Policy
 from tests.server.test_wire import CYCLE, _trajectory
@@ -80,7 +81,7 @@ def test_a_choice_that_was_not_there_is_named():
 
 def test_drift_is_small_for_the_reference_and_large_for_another_distribution():
     rng = random.Random(2)
-    reference = [1.0] * ECE_BINS  # uniform, as counts
+    reference = [1.0] * NUM_BINS  # uniform, as counts
     same, other = Feedback(reference), Feedback(reference)
     for number in range(1_000):
         same.remember(str(number), {0: _scored(rng.random())})
