@@ -120,7 +120,7 @@ FIELDS = {
     "top_k": {"temperature": 1, "top_k": 3, "seed": 4},
     "min_p": {"temperature": 1, "min_p": 0.2, "seed": 5},
     "stop string while thinking": {"stop": "="},
-    "stop strings": {"stop": ["nothing of this", "5="]},
+    "stop strings": {"stop": ["nothing of this", "7="]},
     "stop string in the answer": {"stop": "answer>25"},
     "stop at a tag": {"stop": "</think>"},
     "include_stop_str_in_output": {"stop": "=", "include_stop_str_in_output": True},
@@ -197,7 +197,7 @@ def test_completions(server, plain, fields, stream):
     ("name", "finish_reason", "stop_reason"),
     [
         ("stop string while thinking", "stop", "="),
-        ("stop strings", "stop", "5="),
+        ("stop strings", "stop", "7="),
         ("stop at a tag", "stop", "</think>"),
         ("stop_token_ids at a tag", "stop", 446),
         ("stop_token_ids", "stop", 445),
