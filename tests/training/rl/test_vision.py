@@ -77,7 +77,7 @@ def finished(config: RtapConfig) -> RtapConfig:
         ]
         return [Written(ids, None) for ids in texts]
 
-    scripted = replace(config, max_cycles=1, beta=0.0, boundary_advantage=0.0, learning_rate=3e-4)
+    scripted = replace(config, max_cycles=1, beta=0.0, boundary_advantage=0.0, learning_rate=5e-5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecursiveTrainer, "_generate_batch", generate)
         command.run(scripted)
