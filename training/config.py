@@ -169,6 +169,11 @@ def _check_loop(config: SftConfig | ConfidenceConfig) -> None:
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
+def run_dir(output: Path) -> Path:
+    """Folder of what the run that writes ``output`` keeps: its log and the states that it resumes from."""
+    return output.with_name(f"{output.name}.run")
+
+
 def add_flags(parser: argparse.ArgumentParser, config: "type[DataclassInstance]") -> None:
     """One flag per field, and ``--config``."""
     parser.add_argument("--config", type=Path, help="YAML file with the same names as the flags; flags win")

@@ -20,7 +20,8 @@ from server.rtap.errors import ConfigError
 if TYPE_CHECKING:
     from training.evaluation.plan import Settings
 
-RULES = ("confidence", "single", "model", "vote", "logprob")
+OWN_SERVER = ("logprob", "yesno")  # rules that need a server of their own
+RULES = ("confidence", "single", "model", "vote", *OWN_SERVER)
 Value = TypeVar("Value")
 
 
@@ -60,14 +61,17 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
     from training.evaluation.plan import Plan, Settings
 
     rules = args.policies
-    if rules is None:  # all that can run: the logprob rule needs a server of its own
-        rules = [r for r in RULES if r != "logprob" or args.server is None or args.logprob_server is not None]
+    own_servers = {rule: url for rule in OWN_SERVER if (url := getattr(args, f"{rule}_server")) is not None}
+    if rules is None:  # yesno is for models that learnt to judge; the others, as far as there are servers for them
+        rules = [
+            r for r in RULES if r not in OWN_SERVER or r in own_servers or (r == "logprob" and args.server is None)
+        ]
     if args.model is not None and args.model_flag is not None:
         raise ConfigError("the model is given twice, as MODEL and as --model; give it once")
     plan = Plan(
         frozenset(rules),
         tuple(sorted(set(args.thresholds))),
-        tuple(sorted(set(args.logprob_thresholds))),
+        {rule: tuple(sorted(set(getattr(args, f"{rule}_thresholds")))) for rule in OWN_SERVER},
         tuple(sorted(set(args.samples))),
     )
     return Settings(
@@ -76,7 +80,7 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
         questions=tuple(args.questions or _bundled_questions()),
         limit=args.limit,
         server=args.server,
-        logprob_server=args.logprob_server,
+        own_servers=own_servers,
         model=args.model or args.model_flag,
         confidence_model=args.confidence_model,
         serve_flags=serve_flags,
@@ -111,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("model", nargs="?", metavar="MODEL", help="a model to serve for the time of the evaluation")
     where.add_argument("--model", dest="model_flag", metavar="PATH", help="the same as MODEL")
     where.add_argument("--server", metavar="URL", help="a running rtap server")
-    where.add_argument("--logprob-server", metavar="URL", help="one started with --confidence logprob, for that rule")
+    for rule in OWN_SERVER:
+        text = f"one started with --confidence {rule}, for that rule"
+        where.add_argument(f"--{rule}-server", metavar="URL", help=text)
     where.add_argument("--confidence-model", metavar="PATH", help="its confidence generator")
     where.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="(default: OPENAI_API_KEY)")
     what = parser.add_argument_group("what to ask")
@@ -119,16 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         "--questions", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL: question, answer"
     )
     what.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each task")
-    what.add_argument("--policies", type=_list(_rule), metavar="LIST", help=f"some of {','.join(RULES)} (default: all)")
+    policies = f"some of {','.join(RULES)} (default: all but yesno)"
+    what.add_argument("--policies", type=_list(_rule), metavar="LIST", help=policies)
     thresholds = "0.2,0.4,0.6,0.8"
     _add(what, "--thresholds", _list(_share), thresholds, "of the confidence rule", "LIST")
-    what.add_argument(
-        "--logprob-thresholds",
-        type=_list(_share),
-        default=[],
-        metavar="LIST",
-        help="(default: quantiles of its scores)",
-    )
+    for rule in OWN_SERVER:
+        text = "(default: quantiles of its scores)"
+        what.add_argument(f"--{rule}-thresholds", type=_list(_share), default=[], metavar="LIST", help=text)
     _add(what, "--samples", _list(_positive), "1,2,4,8", "how many samples vote", "LIST")
     what.add_argument("--max-cycles", type=_positive, metavar="N", help="cycles at most (default: the server's)")
     what.add_argument("--max-tokens", type=_positive, metavar="N", help="tokens a reply at most (default: no limit)")

@@ -6,7 +6,7 @@ and only teach the general level. Synthetic pairs (a right working and hard wron
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -62,6 +62,17 @@ def group(examples: Sequence[Example], batch_tokens: int) -> list[list[Example]]
             groups.append([])
         groups[-1].append(example)
     return groups
+
+
+def read_once(
+    rows: Sequence[tuple[int, ...]], batch_tokens: int, read: Callable[[Sequence[Example]], Sequence[float]]
+) -> list[float]:
+    """``read`` of every row of ids, in batches; equal rows are read once."""
+    values: dict[tuple[int, ...], float] = {}
+    distinct = [Example(0, ids, False, 1) for ids in dict.fromkeys(rows)]
+    for batch in group(distinct, batch_tokens) if distinct else []:
+        values |= {example.ids: value for example, value in zip(batch, read(batch), strict=True)}
+    return [values[ids] for ids in rows]
 
 
 def pair_batches(examples: Sequence[Example], rng: Random, batch_tokens: int) -> list[list[Example]]:

@@ -39,12 +39,11 @@ def cast_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
     cast(Any, model).to(dtype)
 
 
-def save_checkpoint(
-    output: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: Mapping[str, Any]
-) -> None:
-    """Write model, tokenizer and manifest to ``output`` in one swap, in the dtype the model has."""
+def save_checkpoint(output: Path, model: PreTrainedModel, processor: Any, record: Mapping[str, Any]) -> None:
+    """Write model, its tokenizer or processor, and manifest to ``output`` in one swap, in the dtype the model has."""
     with replacing(output) as folder:
         cast(Any, model).save_pretrained(folder)
-        cast(Any, tokenizer).save_pretrained(folder)
-        (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
+        processor.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
         write_manifest(folder, record)

@@ -17,6 +17,7 @@ import torch
 
 from server.rtap.errors import ConfigError
 from training.checkpoint import git_commit, versions
+from training.config import run_dir
 from training.errors import TrainingError
 from training.parallel import rank, wait_for_all
 
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 COMPLETE_FILE = "complete.json"
 """Written last into a state; one without it is not used."""
 STATE = "state"
-
-
-def run_dir(output: Path) -> Path:
-    """Folder of the log and the states of the run that writes ``output``."""
-    return output.with_name(f"{output.name}.run")
 
 
 def plain(config: "DataclassInstance") -> dict[str, Any]:
@@ -67,6 +63,13 @@ def check_resumable(output: Path, config: "Resumable") -> None:
     if last is not None:
         now = plain(config)
         check_same_settings(last, now, (name for name in now if name not in config.MAY_CHANGE))
+
+
+def mark_whole(state: Path, record: str) -> None:
+    """Write the file that makes a state count; ``record`` is what ``describe`` gave."""
+    partial = state / f".{COMPLETE_FILE}"
+    partial.write_text(record, "utf-8")
+    partial.replace(state / COMPLETE_FILE)
 
 
 def last_whole(folder: Path, prefix: str) -> Path | None:
@@ -153,9 +156,7 @@ class States:
             raise TrainingError(f"cannot save step {step}: {error}; {self.last_words}") from error
 
     def _complete(self, folder: Path) -> None:
-        partial = folder / f".{COMPLETE_FILE}"
-        partial.write_text(describe(self._settings, data_sha256=self._data_sha256), "utf-8")
-        partial.replace(folder / COMPLETE_FILE)
+        mark_whole(folder, describe(self._settings, data_sha256=self._data_sha256))
         for other in self.folder.glob(f"{STATE}-*"):
             if other != folder:
                 # The mark goes first: a folder half removed must not count as whole.

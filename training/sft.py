@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from server.rtap.errors import ConfigError
 from training.checkpoint import manifest, sha256
-from training.config import SftConfig
+from training.config import SftConfig, run_dir
 from training.data import Batch, batches, conversation_text
 from training.huggingface import cast_to, load_policy, load_tokenizer, save_checkpoint
 from training.loop import Loop
@@ -24,7 +24,7 @@ from training.parallel import rank, run_processes
 from training.policy import MAX_POSITIONS, build_policy
 from training.questions import held_out_questions
 from training.rollout import TransformersSampler, sample_trajectories
-from training.runs import States, check_resumable, plain, run_dir
+from training.runs import States, check_resumable, plain
 from training.runtime import configure_torch
 from training.tasks import TASKS, parse_mix
 from training.tasks.trajectory import TURN_END, sample_conversation

@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import openai
@@ -20,13 +22,17 @@ from prometheus_client.parser import text_string_to_metric_families
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "deploy" / "models"
 # What `rtap serve` sets for the bundled models on a CPU, spelt out for a plain `vllm serve` beside it.
-VLLM_FLAGS = ["--no-enable-chunked-prefill", "--block-size", "32", "--enforce-eager"]
+VLLM_FLAGS = [
+    "--no-enable-chunked-prefill", "--block-size", "32", "--enforce-eager",
+    "--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+]  # fmt: skip
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+Result = TypeVar("Result")
 START_SECONDS = 240  # generous: two test servers may be starting on two busy cores
 
 
@@ -87,6 +93,13 @@ def running(command: list[str], port: int, ready: str, folder: Path) -> Generato
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def side_by_side(ours: Callable[[], Result], reference: Callable[[], Result]) -> tuple[Result, Result]:
+    """Both results; two servers asked at the same time take half as long."""
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(ours), pool.submit(reference)
+        return first.result(), second.result()
 
 
 def rtap_command(port: int, *flags: str) -> list[str]:

@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from server.rtap.format import RTAP
+from tests.e2e.conftest import side_by_side
 from tests.e2e.questions import questions
 
 QUESTIONS = questions(50)
@@ -19,6 +20,10 @@ def _stop_ids(plain) -> list[int]:
 
 def _body(question: str, **extra):
     return {"model": "rtap", "messages": [{"role": "user", "content": question}], "temperature": 0} | extra
+
+
+def _post(started, body) -> dict:
+    return httpx.post(f"{started.url}/v1/chat/completions", json=body, timeout=60).json()
 
 
 def _stream_text(url: str, body) -> tuple[str, str, str | None, dict]:
@@ -44,10 +49,10 @@ def stop(plain):
 
 def test_same_text_finish_reason_and_usage(server, plain, stop):
     for question in QUESTIONS:
-        ours = httpx.post(
-            f"{server.url}/v1/chat/completions", json=_body(question, rtap={"policy": "single"}), timeout=60
-        ).json()
-        reference = httpx.post(f"{plain.url}/v1/chat/completions", json=_body(question, **stop), timeout=60).json()
+        ours, reference = side_by_side(
+            lambda q=question: _post(server, _body(q, rtap={"policy": "single"})),
+            lambda q=question: _post(plain, _body(q, **stop)),
+        )
         message, choice = ours["choices"][0]["message"], reference["choices"][0]
         assert RTAP.render_cycle(message["reasoning"], message["content"]) == choice["message"]["content"]
         assert ours["choices"][0]["finish_reason"] == choice["finish_reason"]
@@ -57,8 +62,12 @@ def test_same_text_finish_reason_and_usage(server, plain, stop):
 
 def test_same_when_streamed(server, plain, stop):
     for question in QUESTIONS:
-        reasoning, content, finish, usage = _stream_text(server.url, _body(question, rtap={"policy": "single"}))
-        _, text, reference_finish, reference_usage = _stream_text(plain.url, _body(question, **stop))
+        ours, reference = side_by_side(
+            lambda q=question: _stream_text(server.url, _body(q, rtap={"policy": "single"})),
+            lambda q=question: _stream_text(plain.url, _body(q, **stop)),
+        )
+        reasoning, content, finish, usage = ours
+        _, text, reference_finish, reference_usage = reference
         assert RTAP.render_cycle(reasoning, content) == text
         assert finish == reference_finish
         for key in ("prompt_tokens", "completion_tokens", "total_tokens"):

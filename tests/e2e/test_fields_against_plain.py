@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.e2e.conftest import side_by_side
+
 CLOSE = 447  # `</answer>`; checked by the fixture below
 QUESTION = "make 82 from 3, 7, 25"
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
@@ -33,12 +35,13 @@ def _completion(**fields: Any) -> dict[str, Any]:
 
 
 def _both(server, plain, path: str, body: dict[str, Any]) -> tuple[httpx.Response, httpx.Response]:
-    """(our reply, plain vLLM's)."""
-    ours = httpx.post(server.url + path, json=body | {"rtap": {"policy": "single"}}, timeout=60)
+    """(our reply, plain vLLM's), asked at the same time."""
     stops = body.get("stop_token_ids", [])
-    if isinstance(stops, list):
-        body = body | {"stop_token_ids": [*stops, CLOSE]}
-    return ours, httpx.post(plain.url + path, json=body, timeout=60)
+    plainly = body | {"stop_token_ids": [*stops, CLOSE]} if isinstance(stops, list) else body
+    return side_by_side(
+        lambda: httpx.post(server.url + path, json=body | {"rtap": {"policy": "single"}}, timeout=60),
+        lambda: httpx.post(plain.url + path, json=plainly, timeout=60),
+    )
 
 
 def _bare(text: str) -> str:

@@ -1,10 +1,12 @@
 """Every internal of vLLM that the server leans on, by name. A failure here says what to look at after an upgrade."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
 from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -22,10 +24,14 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor import Executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from server import reasoning_parser
 from server.recursive_engine import RecursiveEngine
 from server.wire import ANSWER_MARK, REASONING_PARSER
+
+UNI = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def _parameters(function) -> list[str]:
@@ -51,11 +57,23 @@ def test_the_parser_has_what_serve_reads():
     for name in (
         "model_tag", "model", "served_model_name", "reasoning_parser", "reasoning_parser_plugin", "headless", "grpc",
         "api_server_count", "structured_outputs_config", "enable_chunked_prefill", "block_size", "enforce_eager",
-        "kv_cache_memory_bytes", "enable_ssl_refresh", "uvicorn_log_level", "disable_uvicorn_access_log",
+        "kv_cache_memory_bytes", "distributed_executor_backend", "tensor_parallel_size", "pipeline_parallel_size",
+        "enable_ssl_refresh", "uvicorn_log_level", "disable_uvicorn_access_log",
         "h11_max_incomplete_event_size", "h11_max_header_count", "trust_remote_code",
     ):  # fmt: skip
         assert hasattr(args, name), name
     assert (args.enable_chunked_prefill, args.block_size, args.kv_cache_memory_bytes) == (None, None, None)
+
+
+@pytest.mark.parametrize(("executor", "becomes"), [(UNI, UNI), ("uni", "mp"), (None, "mp")])
+def test_on_a_cpu_an_executor_stays_in_process_only_by_its_path(executor, becomes):
+    """Once vLLM leaves "uni" alone, ours may say that instead."""
+    model = str(Path(__file__).parents[2] / "deploy" / "models" / "policy")
+    args = AsyncEngineArgs(model=model, kv_cache_memory_bytes=2**20, distributed_executor_backend=executor)
+    config = args.create_engine_config()
+    assert config.parallel_config.distributed_executor_backend == becomes
+    if executor == UNI:
+        assert Executor.get_class(config) is UniProcExecutor
 
 
 def test_recursive_engine_passes_for_an_engine_client():

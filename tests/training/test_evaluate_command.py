@@ -28,7 +28,7 @@ from starlette.routing import Route
 
 from server.rtap.errors import ConfigError
 from training.evaluate import main
-from training.evaluation.plan import LOGPROB_QUANTILES
+from training.evaluation.plan import OWN_QUANTILES
 from training.evaluation.server_process import running_server, serve_command
 
 QUESTIONS = 60
@@ -177,7 +177,7 @@ def test_all_rules_are_measured_and_written(
     task = results["tasks"][0]
     rows = by_label(task)
     assert {"single", "model", "vote8", "confidence0.5", "confidence0.7", "majority2", "majority8"} <= rows.keys()
-    assert len([m for m in task["measurements"] if m["spec"]["rule"] == "logprob"]) == len(LOGPROB_QUANTILES)
+    assert len([m for m in task["measurements"] if m["spec"]["rule"] == "logprob"]) == len(OWN_QUANTILES)
     for m in task["measurements"]:
         assert (m["n"], m["errors"]) == (QUESTIONS, 0)
         assert m["accuracy"]["low"] < m["accuracy"]["value"] < m["accuracy"]["high"]
@@ -305,6 +305,11 @@ def test_a_bad_flag_gets_one_sentence(
         (["--model", "x"], "give only one of the two"),
         (["--", "--max-model-len", "9"], "leave them out with --server"),
         (["--policies", "logprob"], "policy logprob needs a second server"),
+        (
+            ["--policies", "yesno"],
+            "policy yesno needs a second server: start one with `rtap serve … --confidence yesno`",
+        ),
+        (["--yesno-server", "URL", "--policies", "yesno"], "the yesno server's confidence is 'pooling'"),
         (["--max-cycles", "17"], "--max-cycles 17 is above the server's limit of 16"),
         (["--samples", "9"], "--samples 9 is above the server's limit of 8"),
         (["--questions", "/nowhere.jsonl"], "cannot read the question file /nowhere.jsonl"),
@@ -318,6 +323,20 @@ def test_settings_that_cannot_work_get_one_sentence_and_status_2(
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_the_model_as_its_own_judge_is_a_row_on_a_server_of_its_own(fake: FakeServer, questions: Path) -> None:
+    with serving("yesno") as yesno:
+        more = ("--yesno-server", yesno.url, "--policies", "single,vote,yesno", "--samples", "4")
+        assert evaluate(fake, questions, *more) == 0
+        assert {body["rtap"]["policy"] for body in yesno.requests} == {"single", "vote", "confidence"}
+    task = results_of(questions)["tasks"][0]
+    rows = [m["spec"] for m in task["measurements"] if m["spec"]["rule"] == "yesno"]
+    assert len(rows) == len(OWN_QUANTILES)
+    assert {row["scored_by"] for row in rows} == {"yesno"}
+    assert [quality["source"] for quality in task["quality"]] == ["generator", "yesno"]
+    report = (questions.parent / "out" / "results.md").read_text(encoding="utf-8")
+    assert "vote x4 yesno" in report
 
 
 def test_a_server_without_a_generator_cannot_measure_the_confidence_rule(

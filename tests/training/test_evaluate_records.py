@@ -203,8 +203,8 @@ def test_the_logprob_rule_meets_the_curve_at_its_own_tokens() -> None:
     single = run_of(RunSpec("single"), [True, False, False, False] * 5, tokens=10)
     curve = [single, run_of(RunSpec("confidence", threshold=0.5), [True, True, True, False] * 5, tokens=30)]
     rules = [
-        run_of(RunSpec("logprob", threshold=0.6, on_logprob=True), [True, False, False, False] * 5, tokens=20),
-        run_of(RunSpec("logprob", threshold=0.9, on_logprob=True), [True] * 20, tokens=90),
+        run_of(RunSpec("logprob", threshold=0.6, scored_by="logprob"), [True, False, False, False] * 5, tokens=20),
+        run_of(RunSpec("logprob", threshold=0.9, scored_by="logprob"), [True] * 20, tokens=90),
     ]
     vote = run_of(RunSpec("majority", samples=8), [True] * 20, tokens=80)
     chosen, first, second = compare_with_logprob(curve, rules, vote, halves, budget=0.35)

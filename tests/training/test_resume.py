@@ -14,11 +14,11 @@ import torch
 
 from training import sft
 from training.__main__ import main
-from training.config import SftConfig, build_config
+from training.config import SftConfig, build_config, run_dir
 from training.errors import TrainingError
 from training.loop import Loop
 from training.optim import build_adamw
-from training.runs import States, last_whole, run_dir
+from training.runs import States, last_whole
 from training.streams import Stream
 
 BUNDLED_POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"

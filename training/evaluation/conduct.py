@@ -14,7 +14,7 @@ from rich.console import Console
 from training.evaluation.client import RtapServer
 from training.evaluation.plan import Settings
 from training.evaluation.questions import Question, load_questions
-from training.evaluation.records import LOGPROB, Run
+from training.evaluation.records import GENERATOR, Run
 from training.evaluation.results import Results, task_results
 from training.evaluation.server_process import running_server, serve_command
 from training.evaluation.session import Session
@@ -32,19 +32,21 @@ async def conduct(settings: Settings, console: Console) -> Results:
     served: dict[str, Mapping[str, Any]] = {}
     specs = settings.plan.on_generator()
     if specs:
-        async with _server(settings, console, "generator") as server:
-            served["generator"] = server.config
-            settings.plan.check_server(server.config, settings.load, wants="generator")
+        async with _server(settings, console, GENERATOR) as server:
+            served[GENERATOR] = server.config
+            settings.plan.check_server(server.config, settings.load, wants=GENERATOR)
             await session.warm_up(server)
             for task in questions:
                 runs += await session.run_all(server, task, specs)
-    if LOGPROB in settings.plan.rules:
-        async with _server(settings, console, LOGPROB) as server:
-            served[LOGPROB] = server.config
-            settings.plan.check_server(server.config, settings.load, wants=LOGPROB)
+    for rule in settings.plan.own_servers():
+        async with _server(settings, console, rule) as server:
+            served[rule] = server.config
+            settings.plan.check_server(server.config, settings.load, wants=rule)
             await session.warm_up(server)
             for task in questions:
-                runs += await _logprob_runs(settings, session, server, task)
+                votes = await session.run_all(server, task, settings.plan.first_on(rule))
+                specs = settings.plan.then_on(rule, votes[0] if votes else None)
+                runs += votes + await session.run_all(server, task, specs)
     tasks = tuple(
         task_results(
             task, [run for run in runs if run.task == task], rows, settings.plan.samples, budget=settings.token_budget
@@ -54,25 +56,19 @@ async def conduct(settings: Settings, console: Console) -> Results:
     return Results(_setting(settings, started, served, questions), tasks)
 
 
-async def _logprob_runs(settings: Settings, session: Session, server: RtapServer, task: str) -> list[Run]:
-    votes = await session.run_all(server, task, settings.plan.on_logprob())
-    specs = settings.plan.logprob_specs(votes[0] if votes else None)
-    return votes + await session.run_all(server, task, specs)
-
-
 @asynccontextmanager
 async def _server(settings: Settings, console: Console, kind: str) -> AsyncGenerator[RtapServer]:
-    """The running server of this kind (``generator`` or ``logprob``), started and stopped here unless its address
+    """The running server of this kind (GENERATOR or one of OWN_SERVER), started and stopped here unless its address
     was given."""
-    given = settings.logprob_server if kind == LOGPROB else settings.server
+    given = settings.server if kind == GENERATOR else settings.own_servers.get(kind)
     if given is not None:
         async with _connected(settings, given) as server:
             yield server
         return
-    if kind == LOGPROB:
-        command = serve_command(settings.model, None, ["--confidence", "logprob", *settings.serve_flags])
-    else:
+    if kind == GENERATOR:
         command = serve_command(settings.model, settings.confidence_model, settings.serve_flags)
+    else:
+        command = serve_command(settings.model, None, ["--confidence", kind, *settings.serve_flags])
     log = settings.output / "runs" / f"server-{kind}.log"
     with ExitStack() as stack:
         with console.status(f"starting the {kind} server (its log: {log})"):

@@ -12,19 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from training.evaluation.measurement import Measurement
-from training.evaluation.records import CONFIDENCE, LOGPROB, MAJORITY, MODEL, SINGLE, VOTE
+from training.evaluation.records import CONFIDENCE, GENERATOR, LOGPROB, MAJORITY, MODEL, OWN_SERVER, SINGLE, VOTE, YESNO
 from training.evaluation.results import Results, TaskResults
 
 # Okabe–Ito colours: told apart by colour-blind readers too; markers repeat the distinction in print.
 STYLES: dict[str, tuple[str, str, str]] = {
     CONFIDENCE: ("#0072B2", "o", "confidence (each threshold)"),
     LOGPROB: ("#E69F00", "s", "logprob rule (each threshold)"),
+    YESNO: ("#56B4E9", "P", "the model asked about its answer (each threshold)"),
     MAJORITY: ("#CC3311", "^", "majority vote"),
     VOTE: ("#882255", "v", "vote as the server weighs it"),
     MODEL: ("#009E73", "D", "the model stops itself"),
     SINGLE: ("#000000", "*", "single cycle"),
 }
-LINED = (CONFIDENCE, LOGPROB, MAJORITY)
+LINED = (CONFIDENCE, *OWN_SERVER, MAJORITY)
 
 
 def plot_png(results: Results) -> bytes:
@@ -49,7 +50,7 @@ def plot_png(results: Results) -> bytes:
 
 
 def _panel(axis: Axes, task: TaskResults) -> None:
-    shown = [m for m in task.measurements if m.n and not (m.spec.rule == VOTE and m.spec.on_logprob)]
+    shown = [m for m in task.measurements if m.n and not (m.spec.rule == VOTE and m.spec.scored_by != GENERATOR)]
     for rule in STYLES:
         points = sorted((m for m in shown if m.spec.rule == rule), key=lambda m: m.policy_tokens.value)
         # a vote of one sample is the single cycle over again
@@ -102,7 +103,9 @@ def _points(axis: Axes, rule: str, points: Sequence[Measurement]) -> None:
         label=label,
         zorder=4 if rule in (SINGLE, MODEL) else 3,
     )
-    for i, m in enumerate(points if rule != LOGPROB else ()):  # its thresholds are quantiles, no figures to quote
+    for i, m in enumerate(
+        points if rule not in OWN_SERVER else ()
+    ):  # its thresholds are quantiles, no figures to quote
         spec = m.spec
         text = f"{spec.threshold:.2g}" if spec.threshold is not None else f"×{spec.samples}" if spec.samples else ""
         below = rule == VOTE or (rule == CONFIDENCE and i % 2 == 1)  # neighbours' labels on different sides

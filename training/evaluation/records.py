@@ -14,21 +14,22 @@ from typing import Any
 from server.rtap.stopping import normalise_answer
 from training.evaluation.statistics import majority
 
-CONFIDENCE, SINGLE, MODEL, VOTE, LOGPROB = "confidence", "single", "model", "vote", "logprob"
-RULES = (CONFIDENCE, SINGLE, MODEL, VOTE, LOGPROB)
+CONFIDENCE, SINGLE, MODEL, VOTE, LOGPROB, YESNO = "confidence", "single", "model", "vote", "logprob", "yesno"
+RULES = (CONFIDENCE, SINGLE, MODEL, VOTE, LOGPROB, YESNO)
+GENERATOR = "generator"  # the server with a confidence generator, where all other rules run
+OWN_SERVER = (LOGPROB, YESNO)  # rules that are a server's kind of confidence, so each needs one of its own
 MAJORITY = "majority"  # plain majority recomputed here from a vote run's samples
 
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """One stopping rule. ``rule``: one of RULES, or MAJORITY; ``logprob`` is policy ``confidence`` on a server that
-    takes the model's own token probabilities as confidence. ``on_logprob``: whether it runs on that server, which has
-    no generator."""
+    """One stopping rule. ``rule``: one of RULES, or MAJORITY; those of OWN_SERVER are policy ``confidence`` on a server
+    whose confidence is the model's own. ``scored_by``: the server it runs on, GENERATOR or one of OWN_SERVER."""
 
     rule: str
     threshold: float | None = None
     samples: int | None = None
-    on_logprob: bool = False
+    scored_by: str = GENERATOR
 
     @property
     def label(self) -> str:
@@ -36,11 +37,11 @@ class RunSpec:
         if self.threshold is not None:
             return f"{self.rule}@{self.threshold:.4g}"
         name = f"{self.rule} x{self.samples}" if self.samples is not None else self.rule
-        return f"{name} plain" if self.on_logprob else name
+        return {GENERATOR: name, LOGPROB: f"{name} plain"}.get(self.scored_by, f"{name} {self.scored_by}")
 
     def request(self, *, max_cycles: int | None) -> dict[str, Any]:
         """The ``rtap`` field that asks for this rule."""
-        field: dict[str, Any] = {"policy": CONFIDENCE if self.rule == LOGPROB else self.rule}
+        field: dict[str, Any] = {"policy": CONFIDENCE if self.rule in OWN_SERVER else self.rule}
         if self.threshold is not None:
             field["threshold"] = self.threshold
         if self.samples is not None:

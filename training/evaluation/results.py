@@ -14,7 +14,7 @@ from training.evaluation.comparison import (
 )
 from training.evaluation.measurement import ConfidenceQuality, Measurement, confidence_quality, measure
 from training.evaluation.questions import Question
-from training.evaluation.records import CONFIDENCE, LOGPROB, SINGLE, VOTE, Run
+from training.evaluation.records import CONFIDENCE, GENERATOR, LOGPROB, OWN_SERVER, SINGLE, VOTE, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ def task_results(
     task: str, runs: Sequence[Run], questions: Sequence[Question], samples: Sequence[int], *, budget: float
 ) -> TaskResults:
     """Figures of one task. runs: those of this task; budget: see ``compare_with_vote``."""
-    vote = next((run for run in runs if run.spec.rule == VOTE and not run.spec.on_logprob), None)
-    plain_vote = next((run for run in runs if run.spec.rule == VOTE and run.spec.on_logprob), None)
-    sampled = vote or plain_vote
+    votes = {run.spec.scored_by: run for run in runs if run.spec.rule == VOTE}
+    vote, plain_vote = votes.get(GENERATOR), votes.get(LOGPROB)
+    sampled = next((votes[kind] for kind in (GENERATOR, *OWN_SERVER) if kind in votes), None)
     majorities = [_own_majority(sampled, size) for size in sorted(samples)] if sampled else []
     curve = _thresholds(runs, CONFIDENCE)
 
@@ -62,7 +62,7 @@ def task_results(
     seconds = VoteSeconds(vote.wall_seconds if vote else None, plain_vote.wall_seconds if plain_vote else None)
     versus_vote = [compare_with_vote(curve, other, selects, budget=budget, seconds=seconds) for other in opponents]
     full_curve = [*(run for run in runs if run.spec.rule == SINGLE), *curve]
-    quality = [confidence_quality(run, source) for run, source in ((vote, "generator"), (plain_vote, "logprob")) if run]
+    quality = [confidence_quality(run, source) for source, run in votes.items()]
     return TaskResults(
         task=task,
         measurements=tuple(measure(run) for run in [*runs, *majorities]),
@@ -80,7 +80,9 @@ def task_results(
 
 def _own_majority(vote: Run, size: int) -> Run:
     majority = vote.majority_of(size)
-    return replace(majority, spec=replace(majority.spec, on_logprob=False))  # samples do not depend on who scores them
+    return replace(
+        majority, spec=replace(majority.spec, scored_by=GENERATOR)
+    )  # samples do not depend on who scores them
 
 
 def _thresholds(runs: Sequence[Run], rule: str) -> list[Run]:

@@ -16,8 +16,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from server.rtap.errors import ConfigError
-from training.checkpoint import manifest, replacing, write_manifest
-from training.huggingface import cast_to
+from training.checkpoint import manifest
+from training.huggingface import cast_to, save_checkpoint
 from training.questions import Question, load_questions
 from training.rl.config import RlConfig
 from training.rl.dataset import build_dataset
@@ -213,9 +213,4 @@ def write_model(
     cast_to(copy, torch.bfloat16)
     if hasattr(model, "generation_config"):  # a classifier has none
         copy.generation_config = model.generation_config
-    with replacing(output) as folder:
-        copy.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
-        write_manifest(folder, record)
+    save_checkpoint(output, copy, processor, record)

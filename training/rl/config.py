@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from server.rtap.errors import ConfigError
-from training.config import BUNDLED
+from training.config import BUNDLED, run_dir
 
 REWARDS = ("increase", "final", "format", "answer", "length")
 
@@ -129,7 +129,7 @@ class RlConfig:
     @property
     def run_dir(self) -> Path:
         """Folder of checkpoints and logs."""
-        return self.output.with_name(f"{self.output.name}.run")
+        return run_dir(self.output)
 
 
 def _check_ranges(config: RlConfig) -> None:

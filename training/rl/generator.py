@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from server.rtap.errors import ConfigError
-from training.examples import Example, balance, collect, group
+from training.examples import Example, balance, collect, group, read_once
 from training.rl.rollouts import Rollout
 
 BATCH_TOKENS = 8192
@@ -64,13 +64,8 @@ class OnlineGenerator:
     @torch.no_grad()
     def score(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
         """Confidence in [0, 1] of every row of prompt and cycle ids; equal rows are read once."""
-        distinct = [Example(0, ids, False, 1) for ids in dict.fromkeys(rows)]
         self.model.eval()
-        scores: dict[tuple[int, ...], float] = {}
-        for batch in group(distinct, BATCH_TOKENS) if distinct else []:
-            confidences = cast(list[float], cast(Any, self._logits(batch).sigmoid()).tolist())
-            scores |= {example.ids: confidence for example, confidence in zip(batch, confidences, strict=True)}
-        return [scores[ids] for ids in rows]
+        return read_once(rows, BATCH_TOKENS, lambda batch: cast(Any, self._logits(batch).sigmoid()).tolist())
 
     def update(self, cycles: Sequence[LabelledCycle], *, rank: int = 0, num_processes: int = 1) -> float | None:
         """Balanced cross-entropy (R-TAP eq. 6) on these cycles, ``iterations`` times.

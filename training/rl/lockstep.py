@@ -6,8 +6,9 @@ it can be. Not here: what is rewarded, and how a batch is generated.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from server.rtap.types import Step
 
@@ -31,6 +32,9 @@ class Written:
 
 Generate = Callable[[Sequence[Request]], list[Written]]
 """Continue every request until an end token or its limit; results in the order of the requests."""
+
+
+T = TypeVar("T")
 
 
 class Lockstep:
@@ -65,6 +69,23 @@ class Lockstep:
             return
         for (_, future), written in zip(batch, results, strict=True):
             future.set_result(written)
+
+
+def in_lockstep(generate: Generate, num_rows: int, follow: Callable[[Lockstep, int], Awaitable[T]]) -> list[T]:
+    """``follow`` (lockstep, row) for every row, side by side; what they return, in the order of the rows."""
+
+    async def run_all() -> list[T]:
+        lockstep = Lockstep(generate, num_rows)
+
+        async def run(row: int) -> T:
+            try:
+                return await follow(lockstep, row)
+            finally:
+                lockstep.leave()
+
+        return await asyncio.gather(*map(run, range(num_rows)))
+
+    return asyncio.run(run_all())
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ For tables of many small runs, where starting vLLM for each would cost more than
 measured through the real server by ``rtap eval``.
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -18,7 +17,7 @@ from server.rtap.types import Confidence, Cycle, Judged, Limits, Policy, Score, 
 from training.calibration import within_question_auroc
 from training.questions import Question
 from training.rl.generator import OnlineGenerator
-from training.rl.lockstep import Lockstep, Request, RowEngine, Written
+from training.rl.lockstep import Lockstep, Request, RowEngine, Written, in_lockstep
 from training.rl.rollouts import Dialect
 from training.rollout import TransformersSampler, encode_question
 from training.tasks import check
@@ -90,27 +89,17 @@ def _run(
         rows = write([r.prompt_ids for r in requests], stops)
         return [Written(ids[: plan.max_cycle_tokens], None) for ids in rows]
 
-    async def run_all() -> list[Trajectory]:
-        lockstep = Lockstep(generate, len(prompts))
+    async def follow(lockstep: Lockstep, row: int) -> Trajectory:
+        engine = RowEngine(
+            lockstep, row, frozenset(stops), dialect.end_of_turn_ids, dialect.decode, dialect.encode,
+            plan.max_cycle_tokens,
+        )  # fmt: skip
+        async for event in Recursion(engine, dialect.format, confidence, dialect.count_oops).run(prompts[row], limits):
+            if isinstance(event, FinalEvent):
+                return event.trajectory
+        raise AssertionError("a trajectory ends with its final event")
 
-        async def run(row: int, prompt: list[int]) -> Trajectory:
-            engine = RowEngine(
-                lockstep, row, frozenset(stops), dialect.end_of_turn_ids, dialect.decode, dialect.encode,
-                plan.max_cycle_tokens,
-            )  # fmt: skip
-            try:
-                async for event in Recursion(engine, dialect.format, confidence, dialect.count_oops).run(
-                    prompt, limits
-                ):
-                    if isinstance(event, FinalEvent):
-                        return event.trajectory
-            finally:
-                lockstep.leave()
-            raise AssertionError("a trajectory ends with its final event")
-
-        return await asyncio.gather(*(run(row, prompt) for row, prompt in enumerate(prompts)))
-
-    flat = asyncio.run(run_all())
+    flat = in_lockstep(generate, len(prompts), follow)
     return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
 

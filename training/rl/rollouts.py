@@ -4,14 +4,13 @@ The cut is the server's own stop rule with the answer checker in the generator's
 answer, 0 for a wrong one, threshold 1. Rows are token ids throughout; nothing is decoded and encoded again.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from server.rtap.format import TrajectoryFormat, parse_cycle
 from server.rtap.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
 from server.rtap.types import Judged, Limits, Policy, Score
-from training.rl.lockstep import Generate, Lockstep, RowEngine
+from training.rl.lockstep import Generate, Lockstep, RowEngine, in_lockstep
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +97,17 @@ def roll_out(
     """One rollout for every row of ``asked``, in that order; rows of one question come repeated by the caller."""
     limits = Limits(policy=Policy.CONFIDENCE, threshold=1.0, max_cycles=max_cycles, max_tokens=max_tokens)
 
-    async def run_all() -> list[Rollout]:
-        lockstep = Lockstep(generate, len(asked))
+    async def follow(lockstep: Lockstep, row: int) -> Rollout:
+        engine = RowEngine(
+            lockstep, row, dialect.end_of_turn_ids | dialect.cycle_end_ids, dialect.end_of_turn_ids,
+            dialect.decode, dialect.encode, max_cycle_tokens,
+        )  # fmt: skip
+        checker = Checker(asked[row], dialect)
+        return await _collect(
+            asked[row], Recursion(engine, dialect.format, checker, dialect.count_oops), limits, dialect
+        )
 
-        async def run(row: int, question: Asked) -> Rollout:
-            engine = RowEngine(
-                lockstep, row, dialect.end_of_turn_ids | dialect.cycle_end_ids, dialect.end_of_turn_ids,
-                dialect.decode, dialect.encode, max_cycle_tokens,
-            )  # fmt: skip
-            recursion = Recursion(engine, dialect.format, Checker(question, dialect), dialect.count_oops)
-            try:
-                return await _collect(question, recursion, limits, dialect)
-            finally:
-                lockstep.leave()
-
-        return await asyncio.gather(*(run(row, question) for row, question in enumerate(asked)))
-
-    return asyncio.run(run_all())
+    return in_lockstep(generate, len(asked), follow)
 
 
 async def _collect(asked: Asked, recursion: Recursion, limits: Limits, dialect: Dialect) -> Rollout:

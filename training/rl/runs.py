@@ -6,7 +6,6 @@ from typing import Any, cast
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from training.rl.config import SAME_RUN, RlConfig
-from training.runs import COMPLETE_FILE as COMPLETE_FILE
 from training.runs import LineLog, check_same_settings, last_whole, plain
 from training.runs import describe as describe_settings
 

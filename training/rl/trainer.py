@@ -29,9 +29,10 @@ from training.rl.objective import objective
 from training.rl.reward_functions import reward_functions
 from training.rl.rollouts import Asked, Dialect, Rollout, roll_out
 from training.rl.rounds import Rounds
-from training.rl.runs import COMPLETE_FILE, last_checkpoint
+from training.rl.runs import last_checkpoint
 from training.rl.teacher import Teacher
 from training.rl.trl import GRPOTrainer
+from training.runs import mark_whole
 
 GENERATOR_FILE = "generator.pt"
 LENGTHS = 4  # passes by length that a micro batch is read in
@@ -292,9 +293,7 @@ class RecursiveTrainer(GRPOTrainer):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             if self.parts.generator is not None:
                 torch.save(self.parts.generator.state_dict(), folder / GENERATOR_FILE)
-            partial = folder / f".{COMPLETE_FILE}"
-            partial.write_text(self.parts.record(), "utf-8")
-            partial.replace(folder / COMPLETE_FILE)
+            mark_whole(folder, self.parts.record())
         except (OSError, RuntimeError) as error:  # torch.save and safetensors raise RuntimeError on a full disk
             raise TrainingError(f"cannot save update {self.state.global_step}: {error}; {self._last_good()}") from error
 
