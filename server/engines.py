@@ -19,6 +19,7 @@ from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -103,6 +104,9 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     scorer_config = None if scorer_args is None else _engine_config(scorer_args, scorer_args.model)
     generator = _check_classifier(scorer_config) if scorer_config is not None else Artifact()
     fmt = format_from_config(_rtap_block(policy_config), override=settings.trajectory_format)
+    _check_tags(fmt, policy_config)
+    if scorer_config is not None:
+        _check_same_tokenizer(policy_config, scorer_config)
     # Configs are made one after the other (vLLM keeps the current one in a global); only the loading is parallel.
     scorer_task = (
         None if scorer_config is None else asyncio.create_task(asyncio.to_thread(_load, scorer_config, log_stats=False))
@@ -191,7 +195,6 @@ async def _confidence(
     kind, timeout = settings.confidence_kind, settings.confidence_timeout_seconds
     if kind == "pooling":
         assert scorer is not None
-        _check_same_tokenizer(policy, scorer)
         return PoolingConfidence(scorer, timeout, scorer.model_config.max_model_len)
     if kind == "remote":
         remote = RemoteConfidence(str(settings.confidence_model), timeout, client)
@@ -203,7 +206,7 @@ async def _confidence(
     return LogprobConfidence(settings.logprob_top_k) if kind == "logprob" else None
 
 
-def _check_same_tokenizer(policy: AsyncLLM, scorer: AsyncLLM) -> None:
+def _check_same_tokenizer(policy: VllmConfig, scorer: VllmConfig) -> None:
     """The generator reads the policy's token ids, so an id must mean the same text to both."""
     if _vocabulary(policy) != _vocabulary(scorer):
         raise ConfigError(
@@ -219,7 +222,6 @@ def _rtap_block(config: VllmConfig) -> dict[str, Any] | None:
 def _plan(
     settings: Settings, policy: AsyncLLM, fmt: TrajectoryFormat, confidence: Confidence | None, generator: Artifact
 ) -> Plan:
-    _check_tags(fmt, policy)
     metrics, feedback = Metrics(REGISTRY), Feedback(generator.calibration.reference)
     metrics.build(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
     metrics.calibration(feedback)
@@ -242,13 +244,17 @@ def _plan(
     )
 
 
-def _check_tags(fmt: TrajectoryFormat, policy: AsyncLLM) -> None:
-    """A wrong preset shows at once: the thought's tags are tokens of every model that was trained to use them."""
-    missing = [tag for tag in (fmt.think_open, fmt.think_close) if tag not in _vocabulary(policy)]
-    if missing and _rtap_block(policy.vllm_config) is None and fmt.has_answer_tags:
+def _check_tags(fmt: TrajectoryFormat, policy: VllmConfig) -> None:
+    """A wrong preset shows at once: the tags are tokens of every model that was trained to use them. A checkpoint that
+    declares the format is believed, whatever its tokens."""
+    declared = format_from_config(_rtap_block(policy)).name
+    tags = (fmt.think_open, fmt.think_close, fmt.answer_open, fmt.answer_close)
+    missing = [tag for tag in tags if tag is not None and tag not in _vocabulary(policy)]
+    if missing and fmt.name != declared:
         raise ConfigError(
             f"{policy.model_config.model} has no tokens {' '.join(missing)}, so it does not write the '{fmt.name}' "
-            "format; leave out --trajectory-format"
+            f"format; leave out --trajectory-format (its config.json says '{declared}'), or put "
+            f'"rtap": {{"format": "{fmt.name}"}} there if it writes these tags as ordinary text'
         )
 
 
@@ -264,8 +270,8 @@ def _encode(engine: AsyncLLM, text: str) -> list[int]:
     return cast(list[int], cast(Any, engine.renderer.tokenizer).encode(text, add_special_tokens=False))
 
 
-def _vocabulary(engine: AsyncLLM) -> dict[str, int]:
-    return cast(dict[str, int], cast(Any, engine.renderer.tokenizer).get_vocab())
+def _vocabulary(config: VllmConfig) -> dict[str, int]:
+    return cast(dict[str, int], cast(Any, cached_tokenizer_from_config)(config.model_config).get_vocab())
 
 
 def _is_path(model: str) -> bool:

@@ -93,6 +93,7 @@ class CycleParser:
         self._begun = thought_open or fmt.has_answer_tags
         self._channel = Channel.THINK
         self._answer_closed = False
+        self._owes_close = False
         self._think: list[str] = []
         self._answer: list[str] = []
 
@@ -100,6 +101,11 @@ class CycleParser:
     def in_answer(self) -> bool:
         """Whether the text now arriving belongs to the answer."""
         return self._channel is Channel.ANSWER
+
+    @property
+    def owes_close(self) -> bool:
+        """Whether the model ended its turn inside an answer, before the end tag that the format has for it."""
+        return self._owes_close
 
     @property
     def think(self) -> str:
@@ -132,6 +138,7 @@ class CycleParser:
             self._begun, self._channel = True, Channel.ANSWER
         yield from self._drain(final=True)
         if ended_by_model and self._channel is Channel.ANSWER:
+            self._owes_close = self._format.has_answer_tags and not self._answer_closed
             self._answer_closed = True
 
     def _begin(self) -> None:

@@ -127,7 +127,8 @@ class Recursion:
         while True:
             draft = _Draft(len(cycles), self._parser(question if not cycles else ()), opening, self.clock())
             if opening:
-                yield _opening_event(draft, self.format.cycle_open)
+                # As an event, so that it is streamed and counted like any other token.
+                yield StepEvent(draft.index, _injected(opening, self.format.cycle_open), "", False)
             async with aclosing(self._write(draft, prompt + opening, limits, spent, deadline)) as events:
                 async for event in events:
                     if held is not None and draft.has_content:
@@ -141,7 +142,8 @@ class Recursion:
                 if held is not None:
                     yield held
                     held = None
-                score, seconds, failure = await self._judge(draft, question, prompt, limits, deadline)
+                closing = self._closing(draft)
+                score, seconds, failure = await self._judge(draft, closing, question, prompt, limits, deadline)
                 if failure is not None:
                     degraded, limits = failure, replace(limits, policy=Policy.MODEL, select=Select.LAST)
                 cycle = self._finish(draft, score, seconds)
@@ -153,11 +155,15 @@ class Recursion:
                     limits,
                     ended_turn=draft.ended_turn,
                     truncated=draft.truncated,
-                    no_room=_left(limits, spent + len(next_opening)) == 0,
+                    no_room=_left(limits, spent + len(closing) + len(next_opening)) == 0,
                     out_of_time=draft.timed_out or (deadline is not None and self.clock() >= deadline),
                 )
-                prompt = prompt + _without_end(draft.token_ids, self.engine.end_of_turn_ids)  # scorers may keep the old
+                # A new list: scorers may keep the old.
+                prompt = prompt + _without_end(draft.token_ids, self.engine.end_of_turn_ids) + closing
                 opening = next_opening
+                if stop is None and closing:
+                    cycles[-1] = cycle = replace(cycle, tokens=cycle.tokens + len(closing))
+                    spent += len(closing)
             if stop is not None:
                 selected = stopping.choose(cycles, limits.select)
                 final = self._conclude(cycles, selected, stop, degraded, draft, requested, started)
@@ -168,6 +174,8 @@ class Recursion:
                 held = CycleEvent(cycle, None)
             else:
                 yield CycleEvent(cycle, None)
+                if closing:
+                    yield StepEvent(cycle.index, _injected(closing, self.format.answer_close or ""), "", True)
 
     async def _vote(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         """Independent single cycles written side by side; events arrive sample by sample, as samples finish."""
@@ -178,7 +186,8 @@ class Recursion:
         async def sample(index: int) -> tuple[list[StepEvent], Cycle, _Draft]:
             draft = _Draft(index, self._parser(question), [], self.clock())
             events = [e async for e in self._write(draft, question, limits, 0, deadline)]
-            score, seconds, failure = await self._judge(draft, question, question, limits, deadline)
+            closing = self._closing(draft)
+            score, seconds, failure = await self._judge(draft, closing, question, question, limits, deadline)
             if failure is not None:
                 failures.append(failure)
             return events, self._finish(draft, score, seconds), draft
@@ -220,6 +229,10 @@ class Recursion:
         """What makes the model write one more cycle; nothing where the model itself decides."""
         return [] if limits.policy is Policy.MODEL else self.engine.encode(self.format.cycle_open)
 
+    def _closing(self, draft: _Draft) -> list[int]:
+        """The end tag that a grammar did not let the model write: scorers and further cycles read whole cycles."""
+        return self.engine.encode(self.format.answer_close or "") if draft.parser.owes_close else []
+
     async def _write(
         self, draft: _Draft, prompt: Sequence[int], limits: Limits, spent: int, deadline: float | None
     ) -> AsyncGenerator[StepEvent, None]:
@@ -243,6 +256,7 @@ class Recursion:
     async def _judge(
         self,
         draft: _Draft,
+        closing: list[int],
         question: Sequence[int],
         context: Sequence[int],
         limits: Limits,
@@ -255,7 +269,7 @@ class Recursion:
         if self.confidence is None or not needed or draft.parser.answer is None:
             return None, None, None
         began = self.clock()
-        cycle = _without_end(draft.token_ids, self.engine.end_of_turn_ids)
+        cycle = _without_end(draft.token_ids, self.engine.end_of_turn_ids) + closing
         judged = Judged(question, cycle, context, draft.steps, self.request)
         try:
             async with asyncio.timeout(None if deadline is None else max(0.0, deadline - began)):
@@ -323,10 +337,9 @@ class Recursion:
         return FinalEvent(trajectory)
 
 
-def _opening_event(draft: _Draft, text: str) -> StepEvent:
-    """The injected opening of a cycle as an event, so that it is streamed and counted like any other token."""
-    step = Step(text, draft.opening, False, False, False, 0, 0, native=None)
-    return StepEvent(draft.index, step, "", False)
+def _injected(token_ids: list[int], text: str) -> Step:
+    """A tag that the loop writes, not the model."""
+    return Step(text, token_ids, False, False, False, 0, 0, native=None)
 
 
 def _left(limits: Limits, spent: int) -> int | None:

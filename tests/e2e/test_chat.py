@@ -61,7 +61,7 @@ def test_a_stream_tells_the_same_as_the_whole_reply(server):
         assert reasoning == whole.choices[0].message.reasoning
         assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
         stable = [
-            [(c["answer"], round(c["confidence"], 4), c["tokens"], c["accepted"]) for c in r["cycles"]]
+            [(c["answer"], round(c["confidence"] or 0, 4), c["tokens"], c["accepted"]) for c in r["cycles"]]
             for r in (whole.rtap, chunks[-1].rtap)
         ]
         assert stable[0] == stable[1]

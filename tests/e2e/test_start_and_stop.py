@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import ENVIRONMENT, MODELS, ROOT, free_port, rtap_command, running
+from tests.e2e.other_checkpoints import save_think
 
 
 def _fails(*flags: str) -> str:
@@ -42,6 +43,12 @@ def test_ready_in_time_and_within_memory(server):
 )
 def test_a_model_that_cannot_be_served_is_one_sentence(flags, sentence):
     assert sentence in _fails(*flags)
+
+
+def test_a_format_that_the_model_has_no_tokens_for_is_refused(tmp_path):
+    sentence = _fails(str(save_think("policy", tmp_path / "policy")), "--trajectory-format", "rtap")
+    assert "has no tokens <answer> </answer>, so it does not write the 'rtap' format" in sentence
+    assert "its config.json says 'think'" in sentence
 
 
 def test_a_generator_with_another_tokenizer_is_refused(tmp_path):

@@ -112,6 +112,26 @@ async def test_the_end_of_turn_is_dropped_before_the_loop_goes_on():
     assert decode(engine.prompts[1]) == "make 82?<think>a</think>75<think>"
 
 
+async def test_an_answer_that_ended_with_the_turn_is_closed_before_the_loop_goes_on():
+    """A grammar binds an answer up to the end of the turn, so the model cannot write the tag after it."""
+    unclosed = WRONG.removesuffix("</answer>")
+    engine, scorer = ScriptedEngine([unclosed + "$", DOUBT]), ScriptedConfidence(_right_is_confident)
+    events, done = await _run(engine, Limits(threshold=0.5), scorer)
+    assert decode(scorer.judged[0].cycle_token_ids) == WRONG
+    assert engine.prompts[1] == QUESTION + encode(WRONG) + encode("<think>")
+    told = [i for e in events if isinstance(e, StepEvent) for i in e.step.token_ids]
+    assert told == [*encode(unclosed), EOS, *encode("</answer><think>" + DOUBT)]
+    assert sum(c.tokens for c in done.cycles) == len(told)
+    assert "".join(e.step.text for e in events if isinstance(e, StepEvent)) == WRONG + "<think>" + DOUBT
+
+
+async def test_a_last_answer_that_ended_with_the_turn_gets_no_further_token():
+    engine = ScriptedEngine([WRONG.removesuffix("</answer>") + "$"])
+    events, done = await _run(engine, Limits(threshold=0.5), ScriptedConfidence(lambda _: 0.9))
+    assert done.answer == "25*7"
+    assert sum(len(e.step.token_ids) for e in events if isinstance(e, StepEvent)) == done.cycles[0].tokens
+
+
 async def test_max_tokens_is_one_budget_over_all_cycles():
     engine = ScriptedEngine([WRONG, DOUBT])
     spent = len(encode(WRONG))

@@ -21,6 +21,7 @@ from vllm.parser.abstract_parser import DelegatingParser
 from vllm.pooling_params import PoolingParams
 from vllm.reasoning import ReasoningParser, ReasoningParserManager
 from vllm.sampling_params import RequestOutputKind
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -31,6 +32,7 @@ from server import reasoning_parser
 from server.recursive_engine import RecursiveEngine
 from server.wire import ANSWER_MARK, REASONING_PARSER
 
+POLICY = str(Path(__file__).parents[2] / "deploy" / "models" / "policy")
 UNI = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
@@ -51,6 +53,11 @@ def test_signatures_that_we_call():
     assert {"message", "parameter"} <= set(_parameters(VLLMValidationError.__init__))
 
 
+def test_tokens_are_known_before_an_engine_is_started():
+    config = AsyncEngineArgs(model=POLICY, kv_cache_memory_bytes=2**20).create_engine_config()
+    assert cached_tokenizer_from_config(config.model_config).get_vocab()["<think>"] == 444
+
+
 def test_the_parser_has_what_serve_reads():
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(["m"])
     validate_parsed_serve_args(args)
@@ -68,8 +75,7 @@ def test_the_parser_has_what_serve_reads():
 @pytest.mark.parametrize(("executor", "becomes"), [(UNI, UNI), ("uni", "mp"), (None, "mp")])
 def test_on_a_cpu_an_executor_stays_in_process_only_by_its_path(executor, becomes):
     """Once vLLM leaves "uni" alone, ours may say that instead."""
-    model = str(Path(__file__).parents[2] / "deploy" / "models" / "policy")
-    args = AsyncEngineArgs(model=model, kv_cache_memory_bytes=2**20, distributed_executor_backend=executor)
+    args = AsyncEngineArgs(model=POLICY, kv_cache_memory_bytes=2**20, distributed_executor_backend=executor)
     config = args.create_engine_config()
     assert config.parallel_config.distributed_executor_backend == becomes
     if executor == UNI:
