@@ -19,7 +19,7 @@ from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
-from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.tokenizers import cached_tokenizer_from_config  # pyright: ignore[reportUnknownVariableType]
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -107,17 +107,18 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     _check_tags(fmt, policy_config)
     if scorer_config is not None:
         _check_same_tokenizer(policy_config, scorer_config)
-    # Configs are made one after the other (vLLM keeps the current one in a global); only the loading is parallel.
-    scorer_task = (
-        None if scorer_config is None else asyncio.create_task(asyncio.to_thread(_load, scorer_config, log_stats=False))
-    )
     policy: AsyncLLM | None = None
+    scorer_task: asyncio.Task[AsyncLLM] | None = None
     client = httpx.AsyncClient()
     try:
+        remote = await _remote(settings, policy_config, client)
+        # Configs are made one after the other (vLLM keeps the current one in a global); only the loading is parallel.
+        if scorer_config is not None:
+            scorer_task = asyncio.create_task(asyncio.to_thread(_load, scorer_config, log_stats=False))
         policy = await asyncio.to_thread(_load, policy_config, log_stats=not policy_args.disable_log_stats)
         await policy.reset_mm_cache()  # the dummy inputs of start-up
         scorer = None if scorer_task is None else await scorer_task
-        confidence = await _confidence(settings, policy, scorer, client)
+        confidence = remote or _confidence(settings, policy, scorer)
         yield Engines(policy, _plan(settings, policy, fmt, confidence, generator))
     finally:
         for engine in (policy, await _loaded(scorer_task)):
@@ -189,19 +190,22 @@ def _check_classifier(config: VllmConfig) -> Artifact:
     return read_artifact(hf.to_dict())
 
 
-async def _confidence(
-    settings: Settings, policy: AsyncLLM, scorer: AsyncLLM | None, client: httpx.AsyncClient
-) -> Confidence | None:
+async def _remote(settings: Settings, policy: VllmConfig, client: httpx.AsyncClient) -> RemoteConfidence | None:
+    if settings.confidence_kind != "remote":
+        return None
+    remote = RemoteConfidence(str(settings.confidence_model), settings.confidence_timeout_seconds, client)
+    await remote.check(_encode(_tokenizer(policy), PROBE))
+    return remote
+
+
+def _confidence(settings: Settings, policy: AsyncLLM, scorer: AsyncLLM | None) -> Confidence | None:
+    """Confidence of an engine here; None for a remote one, or for none."""
     kind, timeout = settings.confidence_kind, settings.confidence_timeout_seconds
     if kind == "pooling":
         assert scorer is not None
         return PoolingConfidence(scorer, timeout, scorer.model_config.max_model_len)
-    if kind == "remote":
-        remote = RemoteConfidence(str(settings.confidence_model), timeout, client)
-        await remote.check(_encode(policy, PROBE))
-        return remote
     if kind == "yesno":
-        question, yes, no = yes_no_ids(lambda text: _encode(policy, text), settings.yesno_question)
+        question, yes, no = yes_no_ids(lambda text: _encode(policy.renderer.tokenizer, text), settings.yesno_question)
         return YesNoConfidence(policy, question, yes, no, timeout)
     return LogprobConfidence(settings.logprob_top_k) if kind == "logprob" else None
 
@@ -228,7 +232,7 @@ def _plan(
     lexicon = load_lexicon(settings.oops_lexicon or DEFAULT_PATH)
 
     def encode(text: str) -> list[int]:
-        return _encode(policy, text)
+        return _encode(policy.renderer.tokenizer, text)
 
     return Plan(
         settings=settings,
@@ -266,12 +270,17 @@ def _end_of_turn_ids(policy: AsyncLLM) -> frozenset[int]:
     return frozenset(i for i in (*listed, cast(Any, policy.renderer.tokenizer).eos_token_id) if i is not None)
 
 
-def _encode(engine: AsyncLLM, text: str) -> list[int]:
-    return cast(list[int], cast(Any, engine.renderer.tokenizer).encode(text, add_special_tokens=False))
+def _tokenizer(config: VllmConfig) -> Any:
+    """Of an engine that need not run yet."""
+    return cast(Any, cached_tokenizer_from_config)(config.model_config)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return cast(list[int], tokenizer.encode(text, add_special_tokens=False))
 
 
 def _vocabulary(config: VllmConfig) -> dict[str, int]:
-    return cast(dict[str, int], cast(Any, cached_tokenizer_from_config)(config.model_config).get_vocab())
+    return cast(dict[str, int], _tokenizer(config).get_vocab())
 
 
 def _is_path(model: str) -> bool:

@@ -125,6 +125,7 @@ class Recursion:
         prompt, opening, cycles = list(question), list[int](), list[Cycle]()
         spent, degraded, held = 0, None, None  # held: a cycle's event while the model may still end its turn there
         while True:
+            closing = list[int]()
             draft = _Draft(len(cycles), self._parser(question if not cycles else ()), opening, self.clock())
             if opening:
                 # As an event, so that it is streamed and counted like any other token.

@@ -8,7 +8,6 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import Running, free_port, rtap_command, running
-from tests.e2e.other_checkpoints import save_adapter, save_think
 from tests.e2e.test_chat import (
     EAGER,
     _ask,
@@ -26,6 +25,7 @@ from tests.e2e.test_chat import (
     test_the_same_seed_gives_the_same_trajectory_and_another_seed_another,
     test_thinking_streams_token_by_token,
 )
+from tests.other_checkpoints import save_adapter, save_think
 
 __all__ = [
     "test_a_deadline_returns_the_best_so_far",

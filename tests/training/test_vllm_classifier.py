@@ -52,6 +52,7 @@ def test_scores_equal_transformers(tmp_path: Path) -> None:
     script = tmp_path / "classify.py"
     script.write_text(SCRIPT)
     environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the script's process: nothing else to start
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "ERROR",

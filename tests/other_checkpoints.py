@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.e2e.conftest import MODELS
-
+MODELS = Path(__file__).resolve().parents[1] / "deploy" / "models"
 RANK = 4
 END_ID = 447  # `</answer>` in the bundled tokenizer
 

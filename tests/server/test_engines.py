@@ -1,0 +1,65 @@
+"""Checkpoints and addresses that cannot work are refused before any engine is started, each in one sentence."""
+
+import shutil
+import socket
+
+import pytest
+
+import server.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
+from server.__main__ import _parse
+from server.engines import start_engines
+from server.rtap.errors import ConfigError
+from tests.other_checkpoints import MODELS, save_think
+
+POLICY = str(MODELS / "policy")
+
+
+async def _refusal(*flags: str) -> str:
+    """What starting the engines for these flags says; starting one would be a failure of the test."""
+    args, settings, _ = _parse(list(flags))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.engines._load", lambda *_, **__: pytest.fail("an engine was started"))
+        with pytest.raises(ConfigError) as raised:
+            async with start_engines(args, settings):
+                pass
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["/nowhere/model"], "no model at /nowhere/model: give a folder with a config.json"),
+        ([POLICY, "--confidence-model", POLICY], "is no confidence generator"),
+        ([POLICY, "--trajectory-format", "xml"], "unknown trajectory format 'xml'"),
+        (
+            [POLICY, "--confidence-model", str(MODELS / "confidence"), "--confidence-engine-args", '{"speed": 1}'],
+            "--confidence-engine-args: ",
+        ),
+    ],
+)
+async def test_a_model_that_cannot_be_served_is_one_sentence(flags, sentence):
+    refusal = await _refusal(*flags)
+    assert sentence in refusal
+    assert "\n" not in refusal
+
+
+async def test_a_format_that_the_model_has_no_tokens_for_is_refused(tmp_path):
+    refusal = await _refusal(str(save_think("policy", tmp_path / "policy")), "--trajectory-format", "rtap")
+    assert "has no tokens <answer> </answer>, so it does not write the 'rtap' format" in refusal
+    assert "its config.json says 'think'" in refusal
+
+
+async def test_a_generator_with_another_tokenizer_is_refused(tmp_path):
+    other = tmp_path / "confidence"
+    shutil.copytree(MODELS / "confidence", other)
+    text = (other / "tokenizer.json").read_text()
+    assert "<answer>" in text
+    (other / "tokenizer.json").write_text(text.replace("<answer>", "<reply>"))
+    assert "have different tokenizers" in await _refusal(POLICY, "--confidence-model", str(other))
+
+
+async def test_a_remote_generator_that_is_not_there_is_refused():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        assert f"no vLLM classify server answers at {address}" in await _refusal(POLICY, "--confidence-model", address)
