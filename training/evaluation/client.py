@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
@@ -28,39 +27,34 @@ class Load:
 
 
 class RtapServer:
-    """A running server. Use as an async context manager; ``model`` and ``config`` are known inside it."""
+    """A running server; ``model`` and ``config`` are known once ``connect`` has returned."""
 
     def __init__(self, base_url: str, *, api_key: str | None, timeout_seconds: float, concurrency: int) -> None:
         self._base_url = base_url.rstrip("/").removesuffix("/v1")
-        self._client = httpx.AsyncClient(
-            base_url=self._base_url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=timeout_seconds,
-            # vLLM closes connections that were idle for 5 s; one reused in that moment would be a failed request
-            limits=httpx.Limits(
-                max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=2.0
-            ),
-        )
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout_seconds = timeout_seconds
+        self._concurrency = concurrency
         self.model = ""
         self.config: Mapping[str, Any] = {}
 
-    async def __aenter__(self) -> Self:
-        try:
-            self.config = await self._get("/v1/rtap/config")
-            self.model = (await self._get("/v1/models"))["data"][0]["id"]
-        except BaseException:
-            await self._client.aclose()
-            raise
+    async def connect(self) -> Self:
+        """Learn ``model`` and ``config``. Raises ConfigError where no rtap server answers."""
+        async with self._client() as client:
+            self.config = await self._get(client, "/v1/rtap/config")
+            self.model = (await self._get(client, "/v1/models"))["data"][0]["id"]
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._client.aclose()
+    def _client(self) -> httpx.AsyncClient:
+        """Connections of one run. Not kept for the next: one that idled between two runs may be closed, by vLLM or by
+        httpx's own pool, in the moment in which a request has been given to it."""
+        limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
+        return httpx.AsyncClient(
+            base_url=self._base_url, headers=self._headers, timeout=self._timeout_seconds, limits=limits
+        )
 
-    async def _get(self, path: str) -> Mapping[str, Any]:
+    async def _get(self, client: httpx.AsyncClient, path: str) -> Mapping[str, Any]:
         try:
-            response = await self._client.get(path)
+            response = await client.get(path)
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise ConfigError(
@@ -71,7 +65,9 @@ class RtapServer:
             raise ConfigError(f"{self._base_url}{path} answers {response.status_code}; {hint}")
         return response.json()
 
-    async def ask(self, index: int, question: Question, spec: RunSpec, load: Load, check: Checker) -> Outcome:
+    async def _ask(
+        self, client: httpx.AsyncClient, index: int, question: Question, spec: RunSpec, load: Load, check: Checker
+    ) -> Outcome:
         """One question under one rule. Every failure becomes an outcome with ``error``."""
         body: dict[str, Any] = {
             "model": self.model,
@@ -84,7 +80,7 @@ class RtapServer:
             body["max_completion_tokens"] = load.max_tokens
         start = time.perf_counter()
         try:
-            response = await self._client.post("/v1/chat/completions", json=body)
+            response = await client.post("/v1/chat/completions", json=body)
         except httpx.HTTPError as error:
             return Outcome(index, error=f"{type(error).__name__}: {error}")
         seconds = time.perf_counter() - start
@@ -109,16 +105,16 @@ class RtapServer:
         waiting = iter(enumerate(questions))
         outcomes: list[Outcome] = []
 
-        async def work() -> None:
+        async def work(client: httpx.AsyncClient) -> None:
             for index, question in waiting:
-                outcome = await self.ask(index, question, spec, load, check)
+                outcome = await self._ask(client, index, question, spec, load, check)
                 outcomes.append(outcome)
                 on_outcome(outcome)
 
         start = time.perf_counter()
-        async with asyncio.TaskGroup() as workers:
+        async with self._client() as client, asyncio.TaskGroup() as workers:
             for _ in range(min(load.concurrency, len(questions))):
-                workers.create_task(work())
+                workers.create_task(work(client))
         wall_seconds = time.perf_counter() - start
         return Run(task, spec, tuple(sorted(outcomes, key=lambda outcome: outcome.index)), wall_seconds)
 

@@ -62,8 +62,7 @@ async def _server(settings: Settings, console: Console, kind: str) -> AsyncGener
     was given."""
     given = settings.server if kind == GENERATOR else settings.own_servers.get(kind)
     if given is not None:
-        async with _connected(settings, given) as server:
-            yield server
+        yield await _connect(settings, given)
         return
     if kind == GENERATOR:
         command = serve_command(settings.model, settings.confidence_model, settings.serve_flags)
@@ -74,17 +73,17 @@ async def _server(settings: Settings, console: Console, kind: str) -> AsyncGener
         with console.status(f"starting the {kind} server (its log: {log})"):
             url = stack.enter_context(running_server(command, log=log, ready_seconds=settings.ready_seconds))
         console.print(f"the {kind} server is ready at {url}", markup=False)
-        async with _connected(settings, url) as server:
-            yield server
+        yield await _connect(settings, url)
 
 
-def _connected(settings: Settings, url: str) -> RtapServer:
-    return RtapServer(
+async def _connect(settings: Settings, url: str) -> RtapServer:
+    server = RtapServer(
         url,
         api_key=settings.api_key,
         timeout_seconds=settings.timeout_seconds,
         concurrency=settings.load.concurrency,
     )
+    return await server.connect()
 
 
 def _setting(

@@ -1,0 +1,171 @@
+"""RecursiveEngine over a scripted AsyncLLM: what each cycle is asked for, and how the engine's ways out end."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from server.feedback import Feedback
+from server.metrics import Metrics
+from server.recursive_engine import Plan, RecursiveEngine
+from server.rtap.artifact import Artifact
+from server.rtap.format import RTAP
+from server.settings import Settings
+from server.wire import Exchange, RtapOptions, begin_exchange
+from tests.server.scripted import EOS, ScriptedConfidence, decode, encode
+
+WRONG = "<think>25*7=175</think><answer>25*7</answer>"
+DOUBT = "Oops, 3*25+7=82</think><answer>3*25+7</answer>"
+QUESTION = encode("make 82?")
+CLOSE = encode("</answer>")[0]
+
+
+@dataclass
+class FakeLLM:
+    """Writes the n-th text of ``script`` in the n-th call, whole; remembers calls. finish: the engine's own reason."""
+
+    script: list[str]
+    finish: str = "stop"
+    calls: list[tuple[Any, SamplingParams, str, dict[str, Any]]] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    closed: int = 0
+
+    async def generate(
+        self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        ids = encode(self.script[len(self.calls)])
+        self.calls.append((prompt, params, request_id, options))
+        part = CompletionOutput(
+            index=0, text=decode(ids).removesuffix("</answer>"), token_ids=ids, cumulative_logprob=None, logprobs=None,
+            finish_reason=self.finish, stop_reason=CLOSE if self.finish == "stop" else None,
+        )  # fmt: skip
+        try:
+            yield RequestOutput(
+                request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
+                outputs=[part], finished=True, num_cached_tokens=0,
+            )  # fmt: skip
+        except GeneratorExit:
+            self.closed += 1
+            raise
+
+    async def abort(self, request_ids: list[str], **options: Any) -> None:
+        self.aborted += request_ids
+
+
+def build(llm: FakeLLM) -> RecursiveEngine:
+    plan = Plan(
+        settings=Settings(), format=RTAP, confidence=ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
+        generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=encode,
+        end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None),
+    )  # fmt: skip
+    return RecursiveEngine(llm, plan)  # type: ignore[arg-type]
+
+
+def ask(engine: RecursiveEngine, *, rtap: dict[str, Any] | None = None, prompt: Any = None, **wanted: Any):
+    """The stream of one request, and its exchange."""
+    options = wanted.pop("options", {})
+    exchange = Exchange(RtapOptions(**{"threshold": 0.5} | (rtap or {})))
+    begin_exchange(exchange)
+    params = SamplingParams(**{"max_tokens": 200, "output_kind": RequestOutputKind.FINAL_ONLY} | wanted)
+    stream = engine.generate(prompt or {"prompt_token_ids": QUESTION}, params, "request", **options)
+    return stream, exchange
+
+
+async def all_of(stream: AsyncGenerator[RequestOutput, None]) -> list[RequestOutput]:
+    async with aclosing(stream):
+        return [output async for output in stream]
+
+
+async def test_every_cycle_is_the_same_request_on_more_tokens():
+    """Adapter, priority, session, salt, trace and images are of the request, so each cycle has them."""
+    llm = FakeLLM([WRONG, DOUBT])
+    options = {"lora_request": None, "priority": 3, "session_id": "s", "trace_headers": {"traceparent": "00-1"}}
+    prompt = {"type": "multimodal", "prompt_token_ids": QUESTION, "prompt": "make 82?", "cache_salt": "salt",
+              "mm_kwargs": object(), "mm_hashes": {"image": ["h"]}}  # fmt: skip
+    stream, exchange = ask(build(llm), prompt=prompt, options=options)
+    (output,) = await all_of(stream)
+    assert [call[0]["prompt_token_ids"] for call in llm.calls] == [QUESTION, [*QUESTION, *encode(WRONG + "<think>")]]
+    for asked, _, _, passed in llm.calls:
+        assert {k: asked[k] for k in ("cache_salt", "mm_kwargs", "mm_hashes", "type")} == {
+            k: prompt[k] for k in ("cache_salt", "mm_kwargs", "mm_hashes", "type")
+        }
+        assert passed == options
+    assert "prompt" not in llm.calls[1][0]  # the text is of the first part only
+    assert (output.request_id, output.finished, output.prompt) == ("request", True, "make 82?")
+    assert output.outputs[0].text == WRONG + "<think>" + DOUBT
+    assert list(output.outputs[0].token_ids) == encode(WRONG + "<think>" + DOUBT)
+    assert exchange.trajectories[0].answer == "3*25+7"
+
+
+async def test_the_budget_seed_and_stops_of_each_cycle():
+    llm = FakeLLM([WRONG, DOUBT])
+    await all_of(ask(build(llm), seed=7, min_tokens=5, stop=["x"], prompt_logprobs=2)[0])
+    first, second = (call[1] for call in llm.calls)
+    assert (first.seed, second.seed) == (7, 7 + 1_000_003)
+    assert (first.max_tokens, second.max_tokens) == (200, 200 - len(encode(WRONG)) - 1)
+    assert (first.min_tokens, second.min_tokens) == (5, 0)
+    assert (first.prompt_logprobs, second.prompt_logprobs) == (2, None)
+    for params in (first, second):
+        assert (params.n, params.stop) == (1, ["x"])
+        assert CLOSE in params.stop_token_ids
+    assert [call[2] for call in llm.calls] == ["request-c0.0", "request-c0.1"]
+
+
+async def test_choices_have_their_own_seeds_and_come_together():
+    llm = FakeLLM([WRONG, DOUBT, WRONG, DOUBT])
+    (output,) = await all_of(ask(build(llm), n=2, seed=1)[0])
+    assert [part.index for part in output.outputs] == [0, 1]
+    assert {call[1].seed for call in llm.calls} == {1, 2, 1 + 1_000_003, 2 + 1_000_003}
+
+
+async def test_patience_ends_a_request_whose_confidence_does_not_rise():
+    llm = FakeLLM([WRONG, WRONG.removeprefix("<think>"), DOUBT])
+    stream, exchange = ask(build(llm), rtap={"patience": 1})
+    await all_of(stream)
+    assert exchange.trajectories[0].stop_reason == "no_gain"
+    assert len(llm.calls) == 2
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+async def test_a_cycle_that_the_engine_gives_up_ends_the_request_with_its_reason(reason: str):
+    llm = FakeLLM([WRONG], finish=reason)
+    stream, exchange = ask(build(llm))
+    (output,) = await all_of(stream)
+    assert (output.finished, output.outputs[0].finish_reason) == (True, reason)
+    assert not exchange.trajectories
+
+
+async def test_an_abort_by_the_outer_id_reaches_the_cycle_being_written():
+    llm = FakeLLM([WRONG])
+    engine = build(llm)
+    stream, _ = ask(engine, output_kind=RequestOutputKind.DELTA)
+    async with aclosing(stream):
+        await anext(stream)
+        await engine.abort("request")
+    assert llm.aborted == ["request", "request-c0.0"]
+    assert llm.closed == 1
+    await engine.abort(["request", "other"])
+    assert llm.aborted[2:] == ["request", "other"]
+
+
+async def test_a_request_outside_an_exchange_is_the_engines_own():
+    llm = FakeLLM([WRONG])
+    begin_exchange(None)  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=9)
+    await all_of(build(llm).generate({"prompt_token_ids": QUESTION}, params, "plain", priority=1))
+    assert llm.calls == [({"prompt_token_ids": QUESTION}, params, "plain", {"priority": 1})]
+
+
+def test_what_cannot_recurse_is_a_400_before_anything_is_generated():
+    llm = FakeLLM([])
+    with pytest.raises(VLLMValidationError, match="prompt embeddings are not supported"):
+        ask(build(llm), prompt={"prompt_embeds": object()})
+    with pytest.raises(VLLMValidationError, match="give the rtap options once"):
+        ask(build(llm), extra_args={"rtap_threshold": 0.9})
+    assert not llm.calls
