@@ -14,12 +14,14 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from server.confidence import yes_no_ids
 from server.rtap.format import RTAP
 from tests.e2e.conftest import VLLM_FLAGS, Running, free_port, rtap_command, running
 from tests.training.rl.tiny_vlm import encoded, picture, save_vlm
 from training.rl import command
 from training.rl.config import RtapConfig
 
+JUDGE = "Answer"  # of all words, one after which this model is not entirely sure of yes or no
 QUESTION = "make 82 from 3, 7, 25"
 
 
@@ -42,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     port = free_port()
     flags = ["--model-impl", "transformers", "--dtype", "float32", "--kv-cache-memory-bytes", str(2**29)]
-    own = ["--confidence", "logprob", "--served-model-name", "rtap"]
+    own = ["--confidence", "yesno", "--yesno-question", JUDGE, "--served-model-name", "rtap"]
     with running(
         rtap_command(port, str(trained), *flags, *own, *VLLM_FLAGS), port, "/ready", tmp_path_factory.mktemp("serve")
     ) as started:
@@ -58,6 +60,15 @@ def ask(serving: Running, shade: int, **rtap: Any) -> dict[str, Any]:
     return reply.json()
 
 
+def inputs_of(processor: Any, shade: int) -> Any:
+    """The prompt of ``ask`` as transformers reads it."""
+    parts = [{"type": "image", "image": picture(shade)}, {"type": "text", "text": QUESTION}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+
+
 def test_answers_about_images_are_those_of_transformers(trained: Path, serving: Running) -> None:
     """Text, prompt length and log-probability of the first cycle; the last says that the image was seen."""
     processor = AutoProcessor.from_pretrained(trained)
@@ -67,11 +78,7 @@ def test_answers_about_images_are_those_of_transformers(trained: Path, serving: 
         reply = ask(serving, shade, policy="single")
         message, tokens = reply["choices"][0]["message"], reply["choices"][0]["logprobs"]["content"]
         text = RTAP.render_cycle(message["reasoning"], message["content"])
-        parts = [{"type": "image", "image": picture(shade)}, {"type": "text", "text": QUESTION}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="pt",
-        )  # fmt: skip
+        inputs = inputs_of(processor, shade)
         length = inputs["input_ids"].shape[1]
         result = model.generate(
             **inputs, max_new_tokens=len(tokens), do_sample=False, output_logits=True, return_dict_in_generate=True
@@ -82,6 +89,29 @@ def test_answers_about_images_are_those_of_transformers(trained: Path, serving: 
         scores.append(logps.sum().item())
         assert sum(token["logprob"] for token in tokens) == pytest.approx(scores[-1], abs=5e-3)
     assert abs(scores[0] - scores[1]) > 0.05
+
+
+def test_an_answer_is_scored_with_the_image(trained: Path, serving: Running) -> None:
+    """What transformers thinks of yes and no after the same image, question, cycle and judge's question."""
+    processor = AutoProcessor.from_pretrained(trained)
+    model = LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32)
+    question, yes, no = yes_no_ids(lambda text: processor.tokenizer.encode(text, add_special_tokens=False), JUDGE)
+    confidences: list[float] = []
+    for shade in (9, 250):
+        reply = ask(serving, shade, threshold=0.0, max_cycles=1)
+        message, cycle = reply["choices"][0]["message"], reply["rtap"]["cycles"][0]
+        written = processor.tokenizer.encode(
+            RTAP.render_cycle(message["reasoning"], message["content"]), add_special_tokens=False
+        )
+        inputs = inputs_of(processor, shade)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[*written, *question]])], dim=1)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs["pixel_values"]).logits[
+            0, -1
+        ]
+        expected = (logits[yes] - logits[no]).sigmoid().item()
+        assert cycle["confidence"] == pytest.approx(expected, abs=2e-4)
+        confidences.append(expected)
+    assert abs(confidences[0] - confidences[1]) > 1e-3
 
 
 def test_further_cycles_keep_the_image(serving: Running) -> None:
