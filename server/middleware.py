@@ -17,7 +17,7 @@ from server.metrics import Metrics
 from server.rtap.errors import InvalidRequest
 from server.settings import Settings
 from server.stream import EventStream, Told, annotate_reply
-from server.wire import Exchange, begin_exchange, effort_of, parse_options
+from server.wire import Exchange, begin_exchange, effort_of, parse_options, prefix_of
 
 RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 # Other ways into generation that vLLM mounts: their replies would show everything as reasoning.
@@ -56,7 +56,7 @@ class RecursionMiddleware:
             if path in REFUSED_PATHS:
                 raise InvalidRequest(f"{path} does not recurse; send single requests to /v1/chat/completions")
             request, body = self._parse(body)
-            exchange = Exchange(request.pop("rtap_options"), effort_of(request))
+            exchange = Exchange(request.pop("rtap_options"), effort_of(request), prefix_of(request))
         except InvalidRequest as error:
             self._metrics.rejected("invalid")
             await _reply(send, *describe(error))

@@ -173,7 +173,8 @@ class RecursiveEngine:
     async def _choice(self, call: Call, choice: int, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
         """One trajectory as RequestOutputs."""
         engine = _Cycles(self._inner, self._plan, call, choice, live)
-        loop = Recursion(engine, self._plan.format, self._plan.confidence, self._plan.count_oops, request=call)
+        plan, prefix = self._plan, call.exchange.prefix
+        loop = Recursion(engine, plan.format, plan.confidence, plan.count_oops, prefix=prefix, request=call)
         writer = Writer(call, choice, self._plan.format)
         finished = False
         try:

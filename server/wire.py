@@ -100,6 +100,20 @@ def effort_of(request: Mapping[str, Any]) -> str | None:
     return "none" if is_disabled else given if isinstance(given, str) else None
 
 
+def prefix_of(request: Mapping[str, Any]) -> str:
+    """Text that a chat request wants continued; empty for every other request. Wrong types are vLLM's to refuse."""
+    messages: Any = request.get("messages")
+    if request.get("continue_final_message") is not True or not isinstance(messages, list) or not messages:
+        return ""
+    last: Any = cast(list[Any], messages)[-1]
+    content: Any = cast(dict[str, Any], last).get("content") if isinstance(last, dict) else None
+    if isinstance(content, list):
+        parts = [cast(dict[str, Any], part) for part in cast(list[Any], content) if isinstance(part, dict)]
+        texts: list[Any] = [part.get("text") for part in parts]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
 def options_from_xargs(extra_args: Mapping[str, Any] | None, settings: Settings) -> RtapOptions | None:
     """Options that came as ``vllm_xargs`` entries named ``rtap_<field>``; None when there is none."""
     found = {k.removeprefix(XARGS_PREFIX): v for k, v in (extra_args or {}).items() if k.startswith(XARGS_PREFIX)}
@@ -186,12 +200,14 @@ def reasoning_tokens(trajectory: Trajectory) -> int:
 class Exchange:
     """What one HTTP exchange shares between the middleware that frames it and the engine that answers it.
 
-    effort: the request's reasoning effort, in the words of its endpoint.
+    effort: the request's reasoning effort, in the words of its endpoint. prefix: the last message, where the model goes
+    on with it instead of writing one of its own.
     pending: cycle events not yet written to the stream, with their choice index. trajectories: finished ones by choice.
     """
 
     options: RtapOptions | None
     effort: str | None = None
+    prefix: str = ""
     pending: deque[tuple[int, Cycle]] = field(default_factory=deque[tuple[int, Cycle]])
     trajectories: dict[int, Trajectory] = field(default_factory=dict[int, Trajectory])
     num_choices: int = 0

@@ -81,13 +81,14 @@ class CycleParser:
 
     ``feed`` yields pieces as soon as they cannot be part of a tag any more; ``close`` yields what was held back.
     thought_open: the prompt, or the loop that opened this cycle, already wrote ``think_open``.
+    prefix: how somebody else began the cycle; it decides where the text goes on, and is no part of what is read.
 
     Text outside every tag counts as thinking where answers have tags (``rtap``), and as the answer where they have
     none and no thought was opened (``think``: a model that answers at once). Tags of the wrong kind are kept as text,
     so no input is lost and none raises.
     """
 
-    def __init__(self, fmt: TrajectoryFormat, *, thought_open: bool = False) -> None:
+    def __init__(self, fmt: TrajectoryFormat, *, thought_open: bool = False, prefix: str = "") -> None:
         self._format = fmt
         self._held = ""
         self._begun = thought_open or fmt.has_answer_tags
@@ -96,6 +97,11 @@ class CycleParser:
         self._owes_close = False
         self._think: list[str] = []
         self._answer: list[str] = []
+        if prefix:
+            for _ in self.feed(prefix):
+                pass
+            self._think.clear()
+            self._answer.clear()
 
     @property
     def in_answer(self) -> bool:

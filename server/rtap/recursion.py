@@ -104,14 +104,16 @@ class Recursion:
     """The loop and what it works with. One instance serves one request, or all where
     the scorer needs nothing of it.
 
-    confidence: None when no generator is loaded. count_oops: Oops tokens in a text. request: handed to the scorer as
-    it is. clock: monotonic seconds.
+    confidence: None when no generator is loaded. count_oops: Oops tokens in a text. prefix: text at the end of the
+    question that is already the beginning of the turn. request: handed to the scorer as it is.
+    clock: monotonic seconds.
     """
 
     engine: Engine
     format: TrajectoryFormat
     confidence: Confidence | None
     count_oops: Callable[[str], int]
+    prefix: str = ""
     request: Any = None
     clock: Callable[[], float] = time.monotonic
 
@@ -126,7 +128,8 @@ class Recursion:
         spent, degraded, held = 0, None, None  # held: a cycle's event while the model may still end its turn there
         while True:
             closing = list[int]()
-            draft = _Draft(len(cycles), self._parser(question if not cycles else ()), opening, self.clock())
+            parser = CycleParser(self.format, thought_open=True) if cycles else self._parser(question)
+            draft = _Draft(len(cycles), parser, opening, self.clock())
             if opening:
                 # As an event, so that it is streamed and counted like any other token.
                 yield StepEvent(draft.index, _injected(opening, self.format.cycle_open), "", False)
@@ -220,11 +223,11 @@ class Recursion:
         yield self._conclude(cycles, selected, stop, degraded, draft, limits.policy, started)
 
     def _parser(self, question: Sequence[int]) -> CycleParser:
-        """A parser for one cycle; a cycle that the loop or the chat template opened starts inside its thought."""
+        """A parser for a first cycle, which begins where the client or the chat template began it."""
         open_ids, close_ids = self.engine.encode(self.format.think_open), self.engine.encode(self.format.think_close)
         tail = list(question[-len(open_ids) - 1 :])  # a template may write a newline after the tag
         opened = open_ids in (tail[1:], tail[:-1]) and tail[-1:] != close_ids[-1:]
-        return CycleParser(self.format, thought_open=opened or not question)
+        return CycleParser(self.format, thought_open=opened, prefix=self.prefix)
 
     def _opening(self, limits: Limits) -> list[int]:
         """What makes the model write one more cycle; nothing where the model itself decides."""

@@ -16,8 +16,11 @@ CLOSE = 447  # `</answer>`; checked by the fixture below
 QUESTION = "make 82 from 3, 7, 25"
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
+)  # fmt: skip
 PREFILL = [{"role": "user", "content": "12*9"}, {"role": "assistant", "content": "<think>12*9="}]
+IN_ANSWER = [PREFILL[0], {"role": "assistant", "content": "<think>12*9=108</think><answer>1"}]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,8 +39,11 @@ def _completion(**fields: Any) -> dict[str, Any]:
 
 def _both(server, plain, path: str, body: dict[str, Any]) -> tuple[httpx.Response, httpx.Response]:
     """(our reply, plain vLLM's), asked at the same time."""
-    stops = body.get("stop_token_ids", [])
-    plainly = body | {"stop_token_ids": [*stops, CLOSE]} if isinstance(stops, list) else body
+    stops, plainly = body.get("stop_token_ids", []), body
+    if path == MESSAGES:  # which knows no token ids
+        plainly = body | {"stop_sequences": [*body.get("stop_sequences", []), "</answer>"]}
+    elif isinstance(stops, list):
+        plainly = body | {"stop_token_ids": [*stops, CLOSE]}
     return side_by_side(
         lambda: httpx.post(server.url + path, json=body | {"rtap": {"policy": "single"}}, timeout=60),
         lambda: httpx.post(plain.url + path, json=plainly, timeout=60),
@@ -83,6 +89,39 @@ def _seen(reply: httpx.Response) -> dict[str, Any]:
     counts = ("prompt_tokens", "completion_tokens", "total_tokens")
     seen["usage"] = {key: seen["usage"][key] for key in counts}
     return seen | {"choices": choices}
+
+
+def _seen_response(reply: httpx.Response) -> dict[str, Any]:
+    """What a client sees of a whole or a streamed response of /v1/responses."""
+    assert reply.status_code == 200, reply.text
+    if reply.headers["content-type"].startswith("text/event-stream"):
+        events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+        kinds = ("response.reasoning_text.delta", "response.output_text.delta")
+        text, whole = "".join(e["delta"] for e in events if e["type"] in kinds), events[-1]["response"]
+    else:
+        whole = reply.json()
+        text = "".join(part["text"] for item in whole["output"] for part in item["content"])
+    usage = {key: whole["usage"][key] for key in ("input_tokens", "output_tokens", "total_tokens")}
+    return {"text": _bare(text), "status": whole["status"], "incomplete": whole["incomplete_details"], "usage": usage}
+
+
+def _seen_message(reply: httpx.Response) -> dict[str, Any]:
+    """What a client sees of a whole or a streamed message of /v1/messages."""
+    assert reply.status_code == 200, reply.text
+    if reply.headers["content-type"].startswith("text/event-stream"):
+        events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+        deltas = [e["delta"] for e in events if e["type"] == "content_block_delta"]
+        text = "".join(d.get("text", "") + d.get("thinking", "") for d in deltas)
+        ended = next(e for e in events if e["type"] == "message_delta")
+        stop, usage = ended["delta"], ended["usage"]
+    else:
+        stop = reply.json()
+        usage = stop["usage"]
+        text = "".join(block.get("text", "") + block.get("thinking", "") for block in stop["content"])
+    ended_by, sequence = stop["stop_reason"], stop.get("stop_sequence")
+    if sequence == "</answer>":
+        ended_by, sequence = "end_turn", None
+    return {"text": _bare(text), "ended": ended_by, "sequence": sequence, "tokens": usage["output_tokens"]}
 
 
 def _logprobs(shown: Any) -> list[Any]:
@@ -155,6 +194,9 @@ CHAT_FIELDS = FIELDS | {
     "continue_final_message": {
         "messages": PREFILL, "continue_final_message": True, "add_generation_prompt": False,
     },
+    "continue_final_message in an answer": {
+        "messages": IN_ANSWER, "continue_final_message": True, "add_generation_prompt": False,
+    },
     "add_generation_prompt": {"add_generation_prompt": False, "max_tokens": 40},
     "truncate_prompt_tokens": {"truncate_prompt_tokens": 12, "return_token_ids": True},
 }  # fmt: skip
@@ -171,10 +213,10 @@ COMPLETION_FIELDS = FIELDS | {
 WHOLE_ONLY = {"prompt_logprobs": {"prompt_logprobs": 2}}
 
 
-def _cases(fields: dict[str, dict[str, Any]]) -> list[Any]:
+def _cases(fields: dict[str, dict[str, Any]], whole_only: dict[str, dict[str, Any]] = WHOLE_ONLY) -> list[Any]:
     """(fields, stream) with a readable id."""
     both = [(name, extra, stream) for name, extra in fields.items() for stream in (False, True)]
-    both += [(name, extra, False) for name, extra in WHOLE_ONLY.items()]
+    both += [(name, extra, False) for name, extra in whole_only.items()]
     return [
         pytest.param(extra, stream, id=f"{name}, {'streamed' if stream else 'whole'}") for name, extra, stream in both
     ]
@@ -196,6 +238,71 @@ def test_completions(server, plain, fields, stream):
     _assert_close(_seen(ours), _seen(reference))
 
 
+# Fields of /v1/responses too; its own name for max_tokens is below.
+COMMON = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "logit_bias and ignore_eos", "skip_special_tokens",
+          "presence_penalty", "frequency_penalty", "repetition_penalty", "cache_salt", "user", "priority",
+          "stop string while thinking", "stop strings", "stop at a tag", "stop_token_ids at a tag",
+          "stop_token_ids")  # fmt: skip
+RESPONSE_FIELDS = {name: {k: v for k, v in FIELDS[name].items() if k != "max_tokens"} for name in COMMON} | {
+    "max_output_tokens": {"max_output_tokens": 9},
+    "instructions": {"instructions": "Be brief."},
+    "messages as input": {"input": [{"role": "user", "content": QUESTION}]},
+    "store": {"store": False},
+    "metadata": {"metadata": {"a": "b"}},
+    "truncation": {"truncation": "disabled"},
+}
+MESSAGE_FIELDS = {
+    "nothing else": {},
+    "max_tokens": {"max_tokens": 9},
+    "stop_sequences": {"stop_sequences": ["nothing of this", "="]},
+    "system": {"system": "Be brief."},
+    "top_k 1": {"temperature": 1, "top_k": 1},
+    "metadata": {"metadata": {"user_id": "someone"}},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]},
+    "cache_salt": {"cache_salt": "salt"},
+}
+
+
+@pytest.mark.parametrize(("fields", "stream"), _cases(RESPONSE_FIELDS, whole_only={}))
+def test_responses(server, plain, fields, stream):
+    body = {"model": "rtap", "input": QUESTION, "temperature": 0, "max_output_tokens": 120, "stream": stream}
+    ours, reference = _both(server, plain, RESPONSES, body | fields)
+    _assert_close(_seen_response(ours), _seen_response(reference))
+
+
+@pytest.mark.parametrize(("fields", "stream"), _cases(MESSAGE_FIELDS, whole_only={}))
+def test_messages(server, plain, fields, stream):
+    asked = [{"role": "user", "content": QUESTION}]
+    body = {"model": "rtap", "messages": asked, "temperature": 0, "max_tokens": 120, "stream": stream}
+    ours, reference = _both(server, plain, MESSAGES, body | fields)
+    _assert_close(_seen_message(ours), _seen_message(reference))
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        (RESPONSES, {"max_output_tokens": 0}),
+        (RESPONSES, {"temperature": -1}),
+        (RESPONSES, {"top_p": 2}),
+        (RESPONSES, {"input": None}),
+        (RESPONSES, {"model": "nope"}),
+        (RESPONSES, {"previous_response_id": "resp_of_nobody"}),
+        (MESSAGES, {"max_tokens": 0}),
+        (MESSAGES, {"max_tokens": "many"}),
+        (MESSAGES, {"messages": []}),
+        (MESSAGES, {"messages": [{"role": "robot", "content": "1"}]}),
+        (MESSAGES, {"top_p": 2}),
+        (MESSAGES, {"model": "nope"}),
+    ],
+)
+def test_responses_and_messages_refuse_equally(server, plain, path, wrong):
+    asked = {"input": QUESTION} if path == RESPONSES else {"messages": [{"role": "user", "content": QUESTION}]}
+    limit = "max_output_tokens" if path == RESPONSES else "max_tokens"
+    ours, reference = _both(server, plain, path, {"model": "rtap", limit: 40} | asked | wrong)
+    assert ours.status_code == reference.status_code, (ours.text, reference.text)
+    assert ours.status_code >= 400
+
+
 @pytest.mark.parametrize(
     ("name", "finish_reason", "stop_reason"),
     [
@@ -212,6 +319,20 @@ def test_the_fields_above_bind_at_all(server, plain, name, finish_reason, stop_r
     for reply in _both(server, plain, CHAT, _chat(**CHAT_FIELDS[name])):
         choice = _seen(reply)["choices"][0]
         assert (choice["finish_reason"], choice["stop_reason"]) == (finish_reason, stop_reason)
+
+
+def test_a_turn_that_the_client_began_goes_on_where_it_stands(server):
+    """In its thought, or in its answer: then the content is the rest of that answer, and nothing is reasoning."""
+    going_on = {"continue_final_message": True, "add_generation_prompt": False, "rtap": {"policy": "single"}}
+
+    def message(messages):
+        reply = httpx.post(server.url + CHAT, json=_chat(messages=messages, **going_on), timeout=60)
+        return reply.json()["choices"][0]["message"]
+
+    thinking, answering = message(PREFILL), message(IN_ANSWER)
+    assert thinking["reasoning"]
+    assert thinking["content"] == "108"
+    assert (answering["reasoning"], answering["content"]) == (None, "08")
 
 
 @pytest.mark.parametrize("stream", [False, True])

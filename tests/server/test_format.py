@@ -80,6 +80,24 @@ def test_think_preset_without_thought_is_all_answer():
     assert (parser.think, parser.answer) == ("so be it", "done")
 
 
+@pytest.mark.parametrize(
+    ("fmt", "prefix", "text", "read"),
+    [
+        (RTAP, "<think>12*9=", "108</think><answer>108</answer>", ("108", "108")),
+        (RTAP, "<think>12*9=108</think><answer>1", "08</answer>", ("", "08")),
+        (RTAP, "<think>12*9=108</thi", "nk><answer>108</answer>", ("", "108")),
+        (THINK, "<think>12*9=", "108</think>108", ("108", "108")),
+        (THINK, "<think>12*9=108</think>1", "08", ("", "08")),
+        (THINK, "1", "08", ("", "08")),
+    ],
+)
+def test_a_cycle_that_somebody_else_began_is_read_from_there(fmt, prefix, text, read):
+    parser = CycleParser(fmt, prefix=prefix)
+    got = _pieces(parser, [text])
+    assert (got[Channel.THINK], got[Channel.ANSWER]) == read
+    assert (parser.think, parser.answer) == read
+
+
 def test_text_after_the_answer_is_dropped():
     assert parse_cycle("<think>a</think><answer>1</answer>junk<answer>2</answer>", RTAP) == ("a", "1")
 

@@ -14,6 +14,7 @@ from server.wire import (
     effort_of,
     options_from_xargs,
     parse_options,
+    prefix_of,
     reasoning_tokens,
     resolve_limits,
     trajectory_object,
@@ -142,3 +143,26 @@ def test_the_response_object_holds_what_the_design_names():
 def test_reasoning_tokens_are_all_but_the_returned_answers():
     assert reasoning_tokens(_trajectory()) == 20 + 10 - 5
     assert reasoning_tokens(_trajectory(selected=None)) == 30
+
+
+@pytest.mark.parametrize(
+    ("request_", "prefix"),
+    [
+        ({"messages": [{"role": "assistant", "content": "<think>1"}], "continue_final_message": True}, "<think>1"),
+        ({"messages": [{"role": "assistant", "content": "<think>1"}]}, ""),
+        (
+            {
+                "messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"text": "b"}, 3]}],
+                "continue_final_message": True,
+            },
+            "ab",
+        ),
+        ({"messages": [], "continue_final_message": True}, ""),
+        ({"messages": "hello", "continue_final_message": True}, ""),
+        ({"messages": [{"role": "assistant"}], "continue_final_message": True}, ""),
+        ({"messages": ["x"], "continue_final_message": True}, ""),
+        ({"messages": [{"role": "assistant", "content": "x"}], "continue_final_message": "yes"}, ""),
+    ],
+)
+def test_the_prefix_is_the_message_to_go_on_with(request_, prefix):
+    assert prefix_of(request_) == prefix
