@@ -9,7 +9,7 @@ import server.reasoning_parser  # noqa: F401 - registers itself, as its plugin f
 from server.__main__ import _parse
 from server.engines import start_engines
 from server.rtap.errors import ConfigError
-from tests.other_checkpoints import MODELS, save_think
+from tests.other_checkpoints import MODELS, save_adapter, save_think
 
 POLICY = str(MODELS / "policy")
 
@@ -47,6 +47,14 @@ async def test_a_format_that_the_model_has_no_tokens_for_is_refused(tmp_path):
     refusal = await _refusal(str(save_think("policy", tmp_path / "policy")), "--trajectory-format", "rtap")
     assert "has no tokens <answer> </answer>, so it does not write the 'rtap' format" in refusal
     assert "its config.json says 'think'" in refusal
+
+
+async def test_an_adapter_is_told_where_it_belongs(tmp_path):
+    adapter = str(save_adapter(tmp_path / "adapter", seed=1))
+    for flags in ([adapter], [POLICY, "--confidence-model", adapter]):
+        refusal = await _refusal(*flags)
+        assert f"{adapter} is an adapter: serve its base with --enable-lora" in refusal
+        assert "a generator's is merged into it first" in refusal
 
 
 async def test_a_generator_with_another_tokenizer_is_refused(tmp_path):
