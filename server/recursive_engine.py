@@ -170,11 +170,23 @@ class RecursiveEngine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _is_idle(self) -> bool:
+        """Whether a cycle that may be thrown away would take nothing from others."""
+        writing = sum(len(live) for calls in self._live.values() for live in calls)
+        return writing < self._plan.settings.speculate_below
+
     async def _choice(self, call: Call, choice: int, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
         """One trajectory as RequestOutputs."""
-        engine = _Cycles(self._inner, self._plan, call, choice, live)
-        plan, prefix = self._plan, call.exchange.prefix
-        loop = Recursion(engine, plan.format, plan.confidence, plan.count_oops, prefix=prefix, request=call)
+        plan = self._plan
+        loop = Recursion(
+            _Cycles(self._inner, plan, call, choice, live, self._is_idle),
+            plan.format,
+            plan.confidence,
+            plan.count_oops,
+            prefix=call.exchange.prefix,
+            request=call,
+            is_idle=self._is_idle,
+        )
         writer = Writer(call, choice, self._plan.format)
         finished = False
         try:
@@ -212,8 +224,11 @@ class CycleAborted(Exception):
 class _Cycles:
     """The loop's Engine protocol on an AsyncLLM, bound to one choice of one request."""
 
-    def __init__(self, inner: EngineClient, plan: Plan, call: Call, choice: int, live: set[str]) -> None:
+    def __init__(
+        self, inner: EngineClient, plan: Plan, call: Call, choice: int, live: set[str], is_idle: Callable[[], bool]
+    ) -> None:
         self._inner, self._plan, self._call, self._choice, self._live = inner, plan, call, choice, live
+        self._is_idle = is_idle
         self.end_of_turn_ids = plan.end_of_turn_ids
 
     def encode(self, text: str) -> list[int]:
@@ -225,11 +240,12 @@ class _Cycles:
         call, ends = self._call, self._plan.cycle_end_ids
         prompt = call.prompt_with(prompt_token_ids) if index else call.prompt
         name = f"{call.request_id}-c{self._choice}.{index}"
+        params = self._params(index, max_tokens)
         self._live.add(name)
         closing = self._plan.format.answer_close
         try:
             options: dict[str, Any] = {**call.options, "reasoning_ended": False} if call.split else call.options
-            outputs = self._inner.generate(cast(Any, prompt), self._params(index, max_tokens), name, **options)
+            outputs = self._inner.generate(cast(Any, prompt), params, name, **options)
             async with aclosing(outputs):
                 async for output in outputs:
                     part = output.outputs[0]
@@ -269,7 +285,9 @@ class _Cycles:
         elif self._plan.format.answer_close:
             params.stop = [*_as_list(params.stop), self._plan.format.answer_close]
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
-        whole = params.output_kind is RequestOutputKind.FINAL_ONLY and call.limits.deadline_seconds is None
+        # Piece by piece where the cycle may be cut from here: what was written until then is known, and counted.
+        may_be_cut = call.limits.deadline_seconds is not None or (index > 0 and self._is_idle())
+        whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not may_be_cut
         params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
         if self._plan.logprobs is not None and params.logprobs != -1:  # -1 is all of them
             params.logprobs = max(self._plan.logprobs, params.logprobs or 0)

@@ -55,6 +55,12 @@ class Settings(BaseSettings):
         description="generator: checkpoint of a one-label classifier, or address of a vLLM /classify server",
     )
     confidence_timeout_seconds: float = Field(default=10.0, gt=0, description="a slower score degrades the request")
+    speculate_below: int = Field(
+        default=4,
+        ge=0,
+        description="begin the next cycle while the last is being scored, when fewer than this many cycles are being "
+        "written; 0: never",
+    )
     confidence_engine_args: dict[str, Any] = Field(
         default_factory=dict, description="JSON of vLLM engine arguments for the generator's own engine"
     )

@@ -184,6 +184,7 @@ def trajectory_object(trajectory: Trajectory, *, with_think: bool) -> dict[str, 
         "confidence": trajectory.confidence,
         "first_answer_seconds": None if first is None else round(first, 6),
         "confidence_tokens": sum(c.confidence_tokens for c in trajectory.cycles),
+        "discarded_tokens": trajectory.discarded_tokens,
     }
     if trajectory.degraded is not None:
         shown["degraded"] = trajectory.degraded

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from server.rtap import stopping
@@ -24,20 +24,10 @@ from server.rtap.types import (
     Policy,
     Score,
     Select,
-    Step,
     StopReason,
     Trajectory,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class StepEvent:
-    """A piece of a cycle as it is written. ``think``: its thinking text, tags removed; empty inside an answer."""
-
-    index: int
-    step: Step
-    think: str
-    in_answer: bool
+from server.rtap.writing import Draft, StepEvent, Writing, injected, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,55 +48,14 @@ class FinalEvent:
 Event = StepEvent | CycleEvent | FinalEvent
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A cycle while it is being written."""
-
-    index: int
-    parser: CycleParser
-    opening: list[int]
-    started: float
-    steps: list[Step] = field(default_factory=list[Step])
-    timed_out: bool = False
-
-    def add(self, step: Step) -> StepEvent:
-        think = "".join(p.text for p in self.parser.feed(step.text) if p.channel == "think")
-        self.steps.append(step)
-        if step.finished:
-            think += "".join(p.text for p in self.parser.close(ended_by_model=step.ended_turn) if p.channel == "think")
-        return StepEvent(self.index, step, think, self.parser.in_answer)
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [*self.opening, *(i for step in self.steps for i in step.token_ids)]
-
-    @property
-    def truncated(self) -> bool:
-        return bool(self.steps) and self.steps[-1].truncated
-
-    @property
-    def ended_turn(self) -> bool:
-        return bool(self.steps) and self.steps[-1].ended_turn
-
-    @property
-    def has_content(self) -> bool:
-        """Something other than white space and tags has been written."""
-        return bool(self.parser.think.strip() or self.parser.partial_answer)
-
-    @property
-    def is_blank(self) -> bool:
-        """The model ended its turn instead of writing anything."""
-        return self.ended_turn and not self.has_content
-
-
 @dataclass(frozen=True, slots=True)
 class Recursion:
     """The loop and what it works with. One instance serves one request, or all where
     the scorer needs nothing of it.
 
     confidence: None when no generator is loaded. count_oops: Oops tokens in a text. prefix: text at the end of the
-    question that is already the beginning of the turn. request: handed to the scorer as it is.
-    clock: monotonic seconds.
+    question that is already the beginning of the turn. request: handed to the scorer as it is. is_idle: whether the
+    engine has room for a cycle that may not be wanted. clock: monotonic seconds.
     """
 
     engine: Engine
@@ -115,6 +64,7 @@ class Recursion:
     count_oops: Callable[[str], int]
     prefix: str = ""
     request: Any = None
+    is_idle: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
 
     def run(self, question_token_ids: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
@@ -124,62 +74,58 @@ class Recursion:
     async def _recurse(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         requested, started = limits.policy, self.clock()
         deadline = None if limits.deadline_seconds is None else started + limits.deadline_seconds
-        prompt, opening, cycles = list(question), list[int](), list[Cycle]()
-        spent, degraded, held = 0, None, None  # held: a cycle's event while the model may still end its turn there
-        while True:
-            closing = list[int]()
-            parser = CycleParser(self.format, thought_open=True) if cycles else self._parser(question)
-            draft = _Draft(len(cycles), parser, opening, self.clock())
-            if opening:
-                # As an event, so that it is streamed and counted like any other token.
-                yield StepEvent(draft.index, _injected(opening, self.format.cycle_open), "", False)
-            async with aclosing(self._write(draft, prompt + opening, limits, spent, deadline)) as events:
-                async for event in events:
-                    if held is not None and draft.has_content:
-                        yield held  # the model goes on, so the answer before was not its last
-                        held = None
-                    yield event
-            if held is not None and draft.is_blank:
-                cycles[-1] = replace(cycles[-1], tokens=cycles[-1].tokens + len(draft.token_ids))
-                cycle, held, stop = cycles[-1], None, StopReason.MODEL
-            else:
+        prompt, cycles, spent, discarded = list(question), list[Cycle](), 0, 0
+        degraded, held = None, None  # held: a cycle's event while the model may still end its turn there
+        writing, ahead = self._first(question, limits, deadline), None
+        try:
+            while True:
+                draft = writing.draft
+                async with aclosing(writing.events()) as events:
+                    async for event in events:
+                        if held is not None and draft.has_content:
+                            yield held  # the model goes on, so the answer before was not its last
+                            held = None
+                        yield event
+                if held is not None and draft.is_blank:
+                    cycles[-1] = replace(cycles[-1], tokens=cycles[-1].tokens + len(draft.token_ids))
+                    stop = StopReason.MODEL
+                    break
                 if held is not None:
                     yield held
                     held = None
                 closing = self._closing(draft)
-                score, seconds, failure = await self._judge(draft, closing, question, prompt, limits, deadline)
+                context, prompt = prompt, prompt + _without_end(draft.token_ids, self.engine.end_of_turn_ids) + closing
+                spent += len(draft.token_ids) + len(closing)
+                cycle = self._finish(draft)
+                if self._may_write_ahead([*cycles, cycle], draft, limits, spent, deadline):
+                    ahead = self._next(len(cycles) + 1, prompt, limits, spent, deadline)
+                    ahead.start()
+                score, seconds, failure = await self._judge(draft, closing, question, context, limits, deadline)
                 if failure is not None:
                     degraded, limits = failure, replace(limits, policy=Policy.MODEL, select=Select.LAST)
-                cycle = self._finish(draft, score, seconds)
-                cycles.append(cycle)
-                spent += cycle.tokens
-                next_opening = self._opening(limits)
-                stop = stopping.decide(
-                    cycles,
-                    limits,
-                    ended_turn=draft.ended_turn,
-                    truncated=draft.truncated,
-                    no_room=_left(limits, spent + len(closing) + len(next_opening)) == 0,
-                    out_of_time=draft.timed_out or (deadline is not None and self.clock() >= deadline),
-                )
-                # A new list: scorers may keep the old.
-                prompt = prompt + _without_end(draft.token_ids, self.engine.end_of_turn_ids) + closing
-                opening = next_opening
-                if stop is None and closing:
-                    cycles[-1] = cycle = replace(cycle, tokens=cycle.tokens + len(closing))
-                    spent += len(closing)
-            if stop is not None:
-                selected = stopping.choose(cycles, limits.select)
-                final = self._conclude(cycles, selected, stop, degraded, draft, requested, started)
-                yield CycleEvent(final.trajectory.cycles[-1], stop)
-                yield final
-                return
-            if limits.policy is Policy.MODEL:
-                held = CycleEvent(cycle, None)
-            else:
-                yield CycleEvent(cycle, None)
-                if closing:
-                    yield StepEvent(cycle.index, _injected(closing, self.format.answer_close or ""), "", True)
+                cycles.append(self._scored(cycle, draft, score, seconds))
+                stop = self._decide(cycles, draft, limits, spent, deadline)
+                if ahead is not None and (stop is not None or failure is not None):
+                    discarded += await ahead.close()
+                    ahead = None
+                if stop is not None:
+                    break
+                cycles[-1] = replace(cycles[-1], tokens=cycles[-1].tokens + len(closing))
+                if limits.policy is Policy.MODEL:
+                    held = CycleEvent(cycles[-1], None)
+                else:
+                    yield CycleEvent(cycles[-1], None)
+                    if closing:
+                        yield StepEvent(draft.index, injected(closing, self.format.answer_close or ""), "", True)
+                writing, ahead = ahead or self._next(len(cycles), prompt, limits, spent, deadline), None
+            selected = stopping.choose(cycles, limits.select)
+            final = self._conclude(cycles, selected, stop, degraded, draft, requested, started, discarded)
+            yield CycleEvent(final.trajectory.cycles[-1], stop)
+            yield final
+        finally:
+            await writing.close()
+            if ahead is not None:
+                await ahead.close()
 
     async def _vote(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         """Independent single cycles written side by side; events arrive sample by sample, as samples finish."""
@@ -187,17 +133,18 @@ class Recursion:
         deadline = None if limits.deadline_seconds is None else started + limits.deadline_seconds
         failures: list[str] = []
 
-        async def sample(index: int) -> tuple[list[StepEvent], Cycle, _Draft]:
-            draft = _Draft(index, self._parser(question), [], self.clock())
-            events = [e async for e in self._write(draft, question, limits, 0, deadline)]
+        async def sample(index: int) -> tuple[list[StepEvent], Cycle, Draft]:
+            writing = self._first(question, limits, deadline, index=index)
+            draft = writing.draft
+            events = [e async for e in writing.events()]
             closing = self._closing(draft)
             score, seconds, failure = await self._judge(draft, closing, question, question, limits, deadline)
             if failure is not None:
                 failures.append(failure)
-            return events, self._finish(draft, score, seconds), draft
+            return events, self._scored(self._finish(draft), draft, score, seconds), draft
 
         tasks = [asyncio.create_task(sample(i)) for i in range(limits.samples)]
-        cycles, drafts = list[Cycle](), list[_Draft]()
+        cycles, drafts = list[Cycle](), list[Draft]()
         try:
             for done in asyncio.as_completed(tasks):
                 events, cycle, draft = await done
@@ -233,33 +180,51 @@ class Recursion:
         """What makes the model write one more cycle; nothing where the model itself decides."""
         return [] if limits.policy is Policy.MODEL else self.engine.encode(self.format.cycle_open)
 
-    def _closing(self, draft: _Draft) -> list[int]:
+    def _closing(self, draft: Draft) -> list[int]:
         """The end tag that a grammar did not let the model write: scorers and further cycles read whole cycles."""
         return self.engine.encode(self.format.answer_close or "") if draft.parser.owes_close else []
 
-    async def _write(
-        self, draft: _Draft, prompt: Sequence[int], limits: Limits, spent: int, deadline: float | None
-    ) -> AsyncGenerator[StepEvent, None]:
-        max_tokens = _left(limits, spent + len(draft.opening))
-        async with aclosing(self.engine.cycle(prompt, index=draft.index, max_tokens=max_tokens)) as stream:
-            if deadline is None:
-                async for step in stream:
-                    yield draft.add(step)
-                return
-            while True:
-                try:  # only the wait is timed: a timeout around a yield would cancel whoever reads the events
-                    async with asyncio.timeout(max(0.0, deadline - self.clock())):
-                        step = await anext(stream)
-                except StopAsyncIteration:
-                    return
-                except TimeoutError:
-                    draft.timed_out = True
-                    return
-                yield draft.add(step)
+    def _first(self, question: Sequence[int], limits: Limits, deadline: float | None, *, index: int = 0) -> Writing:
+        """A cycle that begins the turn; ``index`` numbers the samples of a vote."""
+        draft = Draft(index, self._parser(question), [], "", self.clock())
+        return self._writing(draft, question, limits, 0, deadline)
+
+    def _next(self, index: int, prompt: list[int], limits: Limits, spent: int, deadline: float | None) -> Writing:
+        """A further cycle, after ``spent`` tokens of the budget."""
+        opening = self._opening(limits)
+        parser = CycleParser(self.format, thought_open=True)
+        draft = Draft(index, parser, opening, self.format.cycle_open if opening else "", self.clock())
+        return self._writing(draft, prompt + opening, limits, spent, deadline)
+
+    def _writing(
+        self, draft: Draft, prompt: Sequence[int], limits: Limits, spent: int, deadline: float | None
+    ) -> Writing:
+        left = _left(limits, spent + len(draft.opening))
+        return Writing(draft, write(self.engine, draft, prompt, max_tokens=left, deadline=deadline, clock=self.clock))
+
+    def _decide(
+        self, cycles: Sequence[Cycle], draft: Draft, limits: Limits, spent: int, deadline: float | None
+    ) -> StopReason | None:
+        return stopping.decide(
+            cycles,
+            limits,
+            ended_turn=draft.ended_turn,
+            truncated=draft.truncated,
+            no_room=_left(limits, spent + len(self._opening(limits))) == 0,
+            out_of_time=draft.timed_out or (deadline is not None and self.clock() >= deadline),
+        )
+
+    def _may_write_ahead(
+        self, cycles: Sequence[Cycle], draft: Draft, limits: Limits, spent: int, deadline: float | None
+    ) -> bool:
+        """Whether the next cycle can begin while the last of ``cycles`` is being scored: there is a score to wait for,
+        a low one would make the loop go on, and the engine has nothing better to do."""
+        waits = limits.policy is Policy.CONFIDENCE and self.confidence is not None and cycles[-1].answer is not None
+        return waits and self._decide(cycles, draft, limits, spent, deadline) is None and self.is_idle()
 
     async def _judge(
         self,
-        draft: _Draft,
+        draft: Draft,
         closing: list[int],
         question: Sequence[int],
         context: Sequence[int],
@@ -285,13 +250,14 @@ class Recursion:
             return None, self.clock() - began, error.reason
         return score, self.clock() - began, None
 
-    def _finish(self, draft: _Draft, score: Score | None, confidence_seconds: float | None) -> Cycle:
+    def _finish(self, draft: Draft) -> Cycle:
+        """The cycle as it was written, not yet scored."""
         first = draft.steps[0] if draft.steps else None
         return Cycle(
             index=draft.index,
             think=draft.parser.think.strip(),
             answer=draft.parser.answer,
-            confidence=None if score is None else score.confidence,
+            confidence=None,
             accepted=False,
             tokens=len(draft.token_ids),
             answer_tokens=self._answer_tokens(draft),
@@ -299,11 +265,20 @@ class Recursion:
             prompt_tokens=first.prompt_tokens if first else 0,
             cached_tokens=first.cached_tokens if first else 0,
             seconds=self.clock() - draft.started,
+            confidence_seconds=None,
+            confidence_tokens=0,
+        )
+
+    def _scored(self, cycle: Cycle, draft: Draft, score: Score | None, confidence_seconds: float | None) -> Cycle:
+        return replace(
+            cycle,
+            confidence=None if score is None else score.confidence,
+            seconds=self.clock() - draft.started,
             confidence_seconds=confidence_seconds,
             confidence_tokens=0 if score is None else score.tokens,
         )
 
-    def _answer_tokens(self, draft: _Draft) -> int:
+    def _answer_tokens(self, draft: Draft) -> int:
         """Tokens of a complete answer with its tags (``think`` preset: all after the thought)."""
         if draft.parser.answer is None:
             return 0
@@ -320,9 +295,10 @@ class Recursion:
         selected: int | None,
         stop: StopReason,
         degraded: str | None,
-        draft: _Draft,
+        draft: Draft,
         policy: Policy,
         started: float,
+        discarded: int = 0,
     ) -> FinalEvent:
         """The finished trajectory, its returned cycle marked."""
         marked = tuple(replace(c, accepted=i == selected) for i, c in enumerate(cycles))
@@ -337,13 +313,9 @@ class Recursion:
             seconds=now,
             finish=draft.steps[-1] if draft.steps else None,
             partial_answer=draft.parser.partial_answer if selected is None else None,
+            discarded_tokens=discarded,
         )
         return FinalEvent(trajectory)
-
-
-def _injected(token_ids: list[int], text: str) -> Step:
-    """A tag that the loop writes, not the model."""
-    return Step(text, token_ids, False, False, False, 0, 0, native=None)
 
 
 def _left(limits: Limits, spent: int) -> int | None:

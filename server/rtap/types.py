@@ -88,6 +88,7 @@ class Trajectory:
     first_answer_seconds: from the start of the request until the returned answer was known.
     finish: the engine's own finish of the last cycle, for ``finish_reason``/``stop_reason`` of the response.
     partial_answer: what there was of an answer when every cycle was cut; None when an answer is complete.
+    discarded_tokens: sampled ahead of a verdict that made them unwanted; in no cycle, and not returned.
     """
 
     policy: Policy
@@ -99,6 +100,7 @@ class Trajectory:
     seconds: float
     finish: "Step | None"
     partial_answer: str | None
+    discarded_tokens: int = 0
 
     @property
     def answer(self) -> str | None:

@@ -5,9 +5,10 @@ from contextlib import aclosing
 
 import pytest
 
+from server.rtap.errors import ConfidenceError
 from server.rtap.format import RTAP, THINK
 from server.rtap.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
-from server.rtap.types import Limits, Policy, Select, StopReason
+from server.rtap.types import Limits, Policy, Score, Select, StopReason
 from tests.server.scripted import EOS, ScriptedConfidence, ScriptedEngine, decode, encode
 
 QUESTION = encode("make 82?")
@@ -123,6 +124,113 @@ async def test_an_answer_that_ended_with_the_turn_is_closed_before_the_loop_goes
     assert told == [*encode(unclosed), EOS, *encode("</answer><think>" + DOUBT)]
     assert sum(c.tokens for c in done.cycles) == len(told)
     assert "".join(e.step.text for e in events if isinstance(e, StepEvent)) == WRONG + "<think>" + DOUBT
+
+
+class _Slow:
+    """Scores by a rule after some time; tells how much the engine had written by then."""
+
+    def __init__(self, engine, rule, seconds):
+        self.engine, self.rule, self.seconds, self.begun = engine, rule, seconds, []
+
+    async def score(self, judged):
+        await asyncio.sleep(self.seconds)
+        self.begun.append(len(self.engine.prompts))
+        confidence = self.rule(decode(judged.cycle_token_ids))
+        if confidence < 0:
+            raise ConfidenceError("no score")
+        return Score(confidence)
+
+
+def _ahead(engine, rule, *, seconds=0.05, is_idle=lambda: True):
+    return Recursion(engine, RTAP, _Slow(engine, rule, seconds), lambda text: text.count("Oops"), is_idle=is_idle)
+
+
+async def _all(loop, limits):
+    events = [event async for event in loop.run(QUESTION, limits)]
+    return events, events[-1].trajectory
+
+
+async def test_the_next_cycle_is_written_while_the_last_is_scored_and_is_the_same():
+    limits = Limits(threshold=0.5)
+    waiting = Recursion(
+        ScriptedEngine([WRONG, DOUBT]), RTAP, ScriptedConfidence(_right_is_confident), lambda t: t.count("Oops")
+    )
+    engine = ScriptedEngine([WRONG, DOUBT, "never wanted" * 50], seconds_per_token=1e-4)
+    loop = _ahead(engine, _right_is_confident)
+    (reference, expected), (events, done) = await _all(waiting, limits), await _all(loop, limits)
+    assert loop.confidence.begun == [2, 3]  # each verdict found the next cycle begun
+    assert engine.closed == 1  # the third, which nobody wanted
+
+    def told(events):
+        return [(e.index, e.step.text, e.think) for e in events if isinstance(e, StepEvent)]
+
+    assert told(events) == told(reference)
+    assert [type(e) for e in events] == [type(e) for e in reference]
+    assert [(c.answer, c.confidence, c.tokens, c.oops_tokens) for c in done.cycles] == [
+        (c.answer, c.confidence, c.tokens, c.oops_tokens) for c in expected.cycles
+    ]
+    assert (expected.discarded_tokens, done.stop_reason, done.answer) == (0, "threshold", "3*25+7")
+    assert 0 < done.discarded_tokens < 600
+
+
+async def test_nothing_is_written_ahead_by_a_busy_engine_or_without_need():
+    for limits, is_idle, calls in (
+        (Limits(threshold=0.5), lambda: False, [1, 2]),
+        (Limits(threshold=0.5, max_cycles=2), lambda: True, [2, 2]),
+        (Limits(threshold=0.5, max_tokens=len(encode(WRONG + "<think>" + DOUBT)) + 1), lambda: True, [2, 2]),
+    ):
+        loop = _ahead(ScriptedEngine([WRONG, DOUBT]), _right_is_confident, is_idle=is_idle)
+        _, done = await _all(loop, limits)
+        assert loop.confidence.begun == calls
+        assert (done.answer, done.discarded_tokens) == ("3*25+7", 0)
+
+
+async def test_a_generator_that_fails_discards_what_was_written_ahead():
+    """The policy model goes on without an opening, so that cycle is another one."""
+    engine = ScriptedEngine([WRONG, DOUBT, "<think>ahead</think>", "$"], seconds_per_token=1e-4)
+    _, done = await _all(_ahead(engine, lambda _: -1.0), Limits(threshold=0.5))
+    assert done.degraded == "error"
+    assert done.discarded_tokens > 0
+    assert engine.prompts[1] == QUESTION + encode(WRONG) + encode("<think>")
+    assert engine.prompts[2] == QUESTION + encode(WRONG)
+
+
+async def test_closing_the_loop_aborts_what_is_written_ahead():
+    engine = ScriptedEngine([WRONG, "x" * 500], seconds_per_token=1e-3)
+    loop = _ahead(engine, _right_is_confident, seconds=30)
+    async with aclosing(loop.run(QUESTION, Limits(threshold=0.5))) as events:
+        reader = asyncio.create_task(_read(events))
+        while len(engine.prompts) < 2:
+            await asyncio.sleep(1e-3)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+    assert engine.closed == 1
+
+
+async def _read(events):
+    async for _ in events:
+        pass
+
+
+async def test_an_engine_that_fails_ahead_fails_where_that_cycle_is_read():
+    class Failing(ScriptedEngine):
+        async def cycle(self, prompt_token_ids, *, index, max_tokens):
+            if index:
+                raise RuntimeError("the engine is gone")
+            async for step in super().cycle(prompt_token_ids, index=index, max_tokens=max_tokens):
+                yield step
+
+    told = []
+
+    async def read():
+        async for event in _ahead(Failing([WRONG]), _right_is_confident).run(QUESTION, Limits(threshold=0.5)):
+            told.append(event)
+
+    with pytest.raises(RuntimeError, match="the engine is gone"):
+        await read()
+    assert isinstance(told[-2], CycleEvent)  # the first cycle was told whole, then the opening of the second
+    _, done = await _all(_ahead(Failing([WRONG]), lambda _: 0.9), Limits(threshold=0.5))
+    assert done.answer == "25*7"
 
 
 async def test_a_last_answer_that_ended_with_the_turn_gets_no_further_token():

@@ -1,5 +1,6 @@
 """RecursiveEngine over a scripted AsyncLLM: what each cycle is asked for, and how the engine's ways out end."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -28,10 +29,12 @@ CLOSE = encode("</answer>")[0]
 
 @dataclass
 class FakeLLM:
-    """Writes the n-th text of ``script`` in the n-th call, whole; remembers calls. finish: the engine's own reason."""
+    """Writes the n-th text of ``script`` after n cycles, whole; remembers calls. finish: the engine's own reason.
+    seconds: before it writes."""
 
     script: list[str]
     finish: str = "stop"
+    seconds: float = 0.0
     calls: list[tuple[Any, SamplingParams, str, dict[str, Any]]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     closed: int = 0
@@ -39,18 +42,19 @@ class FakeLLM:
     async def generate(
         self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        ids = encode(self.script[len(self.calls)])
+        ids = encode(self.script[prompt["prompt_token_ids"].count(CLOSE)])
         self.calls.append((prompt, params, request_id, options))
         part = CompletionOutput(
             index=0, text=decode(ids).removesuffix("</answer>"), token_ids=ids, cumulative_logprob=None, logprobs=None,
             finish_reason=self.finish, stop_reason=CLOSE if self.finish == "stop" else None,
         )  # fmt: skip
         try:
+            await asyncio.sleep(self.seconds)
             yield RequestOutput(
                 request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
                 outputs=[part], finished=True, num_cached_tokens=0,
             )  # fmt: skip
-        except GeneratorExit:
+        except (GeneratorExit, asyncio.CancelledError):
             self.closed += 1
             raise
 
@@ -58,9 +62,10 @@ class FakeLLM:
         self.aborted += request_ids
 
 
-def build(llm: FakeLLM) -> RecursiveEngine:
+def build(llm: FakeLLM, *, speculate_below: int = 0, confidence: Any = None) -> RecursiveEngine:
     plan = Plan(
-        settings=Settings(), format=RTAP, confidence=ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
+        settings=Settings(speculate_below=speculate_below), format=RTAP,
+        confidence=confidence or ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
         generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=encode,
         end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None),
     )  # fmt: skip
@@ -118,7 +123,7 @@ async def test_the_budget_seed_and_stops_of_each_cycle():
 
 
 async def test_choices_have_their_own_seeds_and_come_together():
-    llm = FakeLLM([WRONG, DOUBT, WRONG, DOUBT])
+    llm = FakeLLM([WRONG, DOUBT])
     (output,) = await all_of(ask(build(llm), n=2, seed=1)[0])
     assert [part.index for part in output.outputs] == [0, 1]
     assert {call[1].seed for call in llm.calls} == {1, 2, 1 + 1_000_003, 2 + 1_000_003}
@@ -130,6 +135,46 @@ async def test_patience_ends_a_request_whose_confidence_does_not_rise():
     await all_of(stream)
     assert exchange.trajectories[0].stop_reason == "no_gain"
     assert len(llm.calls) == 2
+
+
+@pytest.mark.parametrize(("speculate_below", "begun"), [(4, 2), (2, 2), (1, 2), (0, 1)])
+async def test_a_cycle_is_begun_ahead_only_below_the_number_that_is_being_written(speculate_below: int, begun: int):
+    """At the verdict on the first cycle nothing else is being written; the second is abandoned at once."""
+    seen: list[int] = []
+
+    class Slow(ScriptedConfidence):
+        async def score(self, judged):
+            await asyncio.sleep(0.01)
+            seen.append(len(llm.calls))
+            return await super().score(judged)
+
+    llm = FakeLLM([DOUBT, WRONG])
+    engine = build(llm, speculate_below=speculate_below, confidence=Slow(lambda _: 0.9))
+    stream, exchange = ask(engine)
+    await all_of(stream)
+    assert seen == [begun]
+    assert exchange.trajectories[0].stop_reason == "threshold"
+    assert (llm.calls[-1][1].output_kind is RequestOutputKind.DELTA) == (begun == 2)  # so that a cut tells its tokens
+
+
+async def test_other_requests_being_written_keep_a_cycle_from_beginning_ahead():
+    seen: list[int] = []
+
+    class Slow(ScriptedConfidence):
+        async def score(self, judged):
+            await asyncio.sleep(0.01)
+            seen.append(len(llm.calls))
+            return await super().score(judged)
+
+    llm = FakeLLM([DOUBT, WRONG], seconds=0.5)
+    engine = build(llm, speculate_below=1, confidence=Slow(lambda _: 0.9))
+    other, _ = ask(engine)
+    waiting = asyncio.create_task(all_of(other))
+    await asyncio.sleep(0.1)
+    llm.seconds = 0.0
+    await all_of(ask(engine)[0])
+    assert seen == [2]
+    await waiting
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])

@@ -122,7 +122,9 @@ def test_confidence_without_generator_is_refused():
 
 def test_the_response_object_holds_what_the_design_names():
     shown = trajectory_object(_trajectory(), with_think=False)
-    assert set(shown) == {"policy", "stop_reason", "cycles", "confidence", "first_answer_seconds", "confidence_tokens"}
+    assert set(shown) == {
+        "policy", "stop_reason", "cycles", "confidence", "first_answer_seconds", "confidence_tokens", "discarded_tokens"
+    }  # fmt: skip
     assert (shown["confidence"], shown["confidence_tokens"]) == (0.75, 80)
     assert shown["cycles"][0] == {
         "index": 0,

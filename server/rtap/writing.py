@@ -1,0 +1,143 @@
+"""One cycle while it is being written, which may begin before the verdict on the cycle before it is known."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from server.rtap.format import CycleParser
+from server.rtap.types import Engine, Step
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """A piece of a cycle as it is written. ``think``: its thinking text, tags removed; empty inside an answer."""
+
+    index: int
+    step: Step
+    think: str
+    in_answer: bool
+
+
+@dataclass(slots=True)
+class Draft:
+    """What there is of a cycle. opening: token ids that the loop wrote to begin it, ``opening_text`` in text."""
+
+    index: int
+    parser: CycleParser
+    opening: list[int]
+    opening_text: str
+    started: float
+    steps: list[Step] = field(default_factory=list[Step])
+    timed_out: bool = False
+
+    def add(self, step: Step) -> StepEvent:
+        """Take the engine's next piece."""
+        think = "".join(p.text for p in self.parser.feed(step.text) if p.channel == "think")
+        self.steps.append(step)
+        if step.finished:
+            think += "".join(p.text for p in self.parser.close(ended_by_model=step.ended_turn) if p.channel == "think")
+        return StepEvent(self.index, step, think, self.parser.in_answer)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All of them, the opening included."""
+        return [*self.opening, *(i for step in self.steps for i in step.token_ids)]
+
+    @property
+    def truncated(self) -> bool:
+        """The token limit cut it."""
+        return bool(self.steps) and self.steps[-1].truncated
+
+    @property
+    def ended_turn(self) -> bool:
+        """The model ended its turn in it."""
+        return bool(self.steps) and self.steps[-1].ended_turn
+
+    @property
+    def has_content(self) -> bool:
+        """Something other than white space and tags has been written."""
+        return bool(self.parser.think.strip() or self.parser.partial_answer)
+
+    @property
+    def is_blank(self) -> bool:
+        """The model ended its turn instead of writing anything."""
+        return self.ended_turn and not self.has_content
+
+
+class Writing:
+    """The events of a draft, written as they are read, or already before that once ``start`` was called."""
+
+    def __init__(self, draft: Draft, steps: AsyncGenerator[StepEvent, None]) -> None:
+        self.draft = draft
+        self._steps = steps
+        self._task: asyncio.Task[None] | None = None
+        self._queue: asyncio.Queue[StepEvent | Exception | None] = asyncio.Queue()
+
+    def start(self) -> None:
+        """Write without waiting for a reader."""
+        self._task = asyncio.create_task(self._write_ahead())
+
+    async def _write_ahead(self) -> None:
+        try:
+            async with aclosing(self._steps) as steps:
+                async for event in steps:
+                    self._queue.put_nowait(event)
+            self._queue.put_nowait(None)
+        except Exception as error:  # the reader's, if there will be one
+            self._queue.put_nowait(error)
+
+    async def events(self) -> AsyncGenerator[StepEvent, None]:
+        """The opening and every step. Raises what the engine raised."""
+        if self.draft.opening:  # as an event, so that it is streamed and counted like any other token
+            opening = injected(self.draft.opening, self.draft.opening_text)
+            yield StepEvent(self.draft.index, opening, "", False)
+        if self._task is None:
+            async with aclosing(self._steps) as steps:
+                async for event in steps:
+                    yield event
+            return
+        while (event := await self._queue.get()) is not None:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    async def close(self) -> int:
+        """Abort what is still being written. Result: tokens that the engine had sampled."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._steps.aclose()
+        return len(self.draft.token_ids) - len(self.draft.opening)
+
+
+async def write(
+    engine: Engine,
+    draft: Draft,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int | None,
+    deadline: float | None,
+    clock: Callable[[], float],
+) -> AsyncGenerator[StepEvent, None]:
+    """Steps of ``draft`` from the engine, until its end or the deadline. ``prompt`` includes the opening."""
+    async with aclosing(engine.cycle(prompt, index=draft.index, max_tokens=max_tokens)) as stream:
+        if deadline is None:
+            async for step in stream:
+                yield draft.add(step)
+            return
+        while True:
+            try:  # only the wait is timed: a timeout around a yield would cancel whoever reads the events
+                async with asyncio.timeout(max(0.0, deadline - clock())):
+                    step = await anext(stream)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                draft.timed_out = True
+                return
+            yield draft.add(step)
+
+
+def injected(token_ids: list[int], text: str) -> Step:
+    """A tag that the loop writes, not the model."""
+    return Step(text, token_ids, False, False, False, 0, 0, native=None)
