@@ -23,7 +23,8 @@ from rich.console import Console
 
 from training.evaluation.client import Load, RtapServer
 from training.evaluation.questions import Question, load_questions
-from training.evaluation.records import CONFIDENCE, RunSpec, write_atomically
+from training.evaluation.records import RunSpec, write_atomically
+from training.evaluation.rules import CONFIDENCE
 from training.evaluation.server_process import running_server, serve_command
 from training.evaluation.statistics import Interval
 from training.tasks import check

@@ -89,10 +89,13 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
 
 
 def _cpu_executor(sizes: Mapping[str, Any]) -> str | None:
-    """The executor of an engine on CPU: in the engine's own process unless the model is split. By its path, because
-    vLLM takes "uni" for its own wish there and starts a worker process."""
-    workers = sizes.get("tensor_parallel_size", 1) * sizes.get("pipeline_parallel_size", 1)
-    return "vllm.v1.executor.uniproc_executor.UniProcExecutor" if workers == 1 else None
+    """The executor of an engine on CPU: in the engine's own process unless the model is split, or is to be bound to
+    cores, which only a worker process is. By its path, because vLLM takes "uni" for its own wish there and starts a
+    worker process."""
+    names = ("tensor", "pipeline", "data", "prefill_context")
+    is_whole = all(sizes.get(f"{name}_parallel_size") in (None, 1) for name in names)
+    is_unbound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind"
+    return "vllm.v1.executor.uniproc_executor.UniProcExecutor" if is_whole and is_unbound else None
 
 
 @asynccontextmanager
@@ -256,13 +259,14 @@ def _plan(
 def _check_tags(fmt: TrajectoryFormat, policy: VllmConfig) -> None:
     """A wrong preset shows at once: the tags are tokens of every model that was trained to use them. A checkpoint that
     declares the format is believed, whatever its tokens."""
-    declared = format_from_config(_rtap_block(policy)).name
+    declared = (_rtap_block(policy) or {}).get("format")
     tags = (fmt.think_open, fmt.think_close, fmt.answer_open, fmt.answer_close)
     missing = [tag for tag in tags if tag is not None and tag not in _vocabulary(policy)]
-    if missing and fmt.name != declared:
+    if missing and fmt.name != (declared or "think"):
+        says = f"says '{declared}'" if declared else "declares none"
         raise ConfigError(
             f"{policy.model_config.model} has no tokens {' '.join(missing)}, so it does not write the '{fmt.name}' "
-            f"format; leave out --trajectory-format (its config.json says '{declared}'), or put "
+            f"format; leave out --trajectory-format (its config.json {says}), or put "
             f'"rtap": {{"format": "{fmt.name}"}} there if it writes these tags as ordinary text'
         )
 

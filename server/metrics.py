@@ -46,7 +46,7 @@ class Metrics:
         self._cycle_seconds = histogram("rtap_cycle_seconds", "Writing and judging one cycle.", _SECONDS)
         self._scoring = histogram("rtap_confidence_seconds", "Waiting for the generator's score.", _SCORING_SECONDS)
         self._confidence_tokens = counter("rtap_confidence_tokens", "Tokens the generator read.")
-        self._discarded = counter("rtap_discarded_tokens", "Tokens sampled ahead of a verdict that made them unwanted.")
+        self._discarded = counter("rtap_discarded_tokens", "Tokens of finished requests that were sampled for nothing.")
         self._cached = counter("rtap_cached_tokens", "Prompt tokens of cycles found in the prefix cache.")
         self._recomputed = counter("rtap_recomputed_tokens", "Prompt tokens of cycles computed again.")
         self._degraded = counter("rtap_degraded", "Trajectories that went on without the generator.", "reason")

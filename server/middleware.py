@@ -56,7 +56,7 @@ class RecursionMiddleware:
             if path in REFUSED_PATHS:
                 raise InvalidRequest(f"{path} does not recurse; send single requests to /v1/chat/completions")
             request, body = self._parse(body)
-            exchange = Exchange(request.pop("rtap_options"), effort_of(request), prefix_of(request))
+            exchange = Exchange(request.pop("rtap_options"), effort_of(request), prefix_of(path, request))
         except InvalidRequest as error:
             self._metrics.rejected("invalid")
             await _reply(send, *describe(error))

@@ -171,7 +171,10 @@ class RecursiveEngine:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _is_idle(self) -> bool:
-        """Whether a cycle that may be thrown away would take nothing from others."""
+        """Whether a cycle that may be thrown away would take nothing from others. Only a classifier's verdict is waited
+        for beside an engine that has nothing to do: yesno asks that same engine, logprob waits for nothing."""
+        if self._plan.settings.confidence_kind not in ("pooling", "remote"):
+            return False
         writing = sum(len(live) for calls in self._live.values() for live in calls)
         return writing < self._plan.settings.speculate_below
 
@@ -179,7 +182,7 @@ class RecursiveEngine:
         """One trajectory as RequestOutputs."""
         plan = self._plan
         loop = Recursion(
-            _Cycles(self._inner, plan, call, choice, live, self._is_idle),
+            _Cycles(self._inner, plan, call, choice, live),
             plan.format,
             plan.confidence,
             plan.count_oops,
@@ -224,23 +227,20 @@ class CycleAborted(Exception):
 class _Cycles:
     """The loop's Engine protocol on an AsyncLLM, bound to one choice of one request."""
 
-    def __init__(
-        self, inner: EngineClient, plan: Plan, call: Call, choice: int, live: set[str], is_idle: Callable[[], bool]
-    ) -> None:
+    def __init__(self, inner: EngineClient, plan: Plan, call: Call, choice: int, live: set[str]) -> None:
         self._inner, self._plan, self._call, self._choice, self._live = inner, plan, call, choice, live
-        self._is_idle = is_idle
         self.end_of_turn_ids = plan.end_of_turn_ids
 
     def encode(self, text: str) -> list[int]:
         return self._plan.encode(text)
 
     async def cycle(
-        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
     ) -> AsyncGenerator[Step, None]:
         call, ends = self._call, self._plan.cycle_end_ids
         prompt = call.prompt_with(prompt_token_ids) if index else call.prompt
         name = f"{call.request_id}-c{self._choice}.{index}"
-        params = self._params(index, max_tokens)
+        params = self._params(index, max_tokens, may_be_cut=may_be_cut)
         self._live.add(name)
         closing = self._plan.format.answer_close
         try:
@@ -267,7 +267,7 @@ class _Cycles:
         finally:
             self._live.discard(name)
 
-    def _params(self, index: int, max_tokens: int | None) -> SamplingParams:
+    def _params(self, index: int, max_tokens: int | None, *, may_be_cut: bool) -> SamplingParams:
         """The request's sampling parameters for one cycle: its own seed, the rest of the budget, the format's end."""
         call, ends = self._call, self._plan.cycle_end_ids
         params = copy.copy(call.params)
@@ -285,8 +285,6 @@ class _Cycles:
         elif self._plan.format.answer_close:
             params.stop = [*_as_list(params.stop), self._plan.format.answer_close]
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
-        # Piece by piece where the cycle may be cut from here: what was written until then is known, and counted.
-        may_be_cut = call.limits.deadline_seconds is not None or (index > 0 and self._is_idle())
         whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not may_be_cut
         params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
         if self._plan.logprobs is not None and params.logprobs != -1:  # -1 is all of them

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from server.rtap.artifact import Artifact
 from server.rtap.errors import InvalidRequest
@@ -100,13 +100,21 @@ def effort_of(request: Mapping[str, Any]) -> str | None:
     return "none" if is_disabled else given if isinstance(given, str) else None
 
 
-def prefix_of(request: Mapping[str, Any]) -> str:
-    """Text that a chat request wants continued; empty for every other request. Wrong types are vLLM's to refuse."""
-    messages: Any = request.get("messages")
-    if request.get("continue_final_message") is not True or not isinstance(messages, list) or not messages:
+def prefix_of(path: str, request: Mapping[str, Any]) -> str:
+    """Text of the assistant's that a request wants continued, where vLLM will continue it; empty for all others. Wrong
+    types are vLLM's to refuse."""
+    items: Any = request.get({"/v1/chat/completions": "messages", "/v1/responses": "input"}.get(path, ""))
+    if not isinstance(items, list) or not items or not isinstance(items[-1], dict):
         return ""
-    last: Any = cast(list[Any], messages)[-1]
-    content: Any = cast(dict[str, Any], last).get("content") if isinstance(last, dict) else None
+    last = cast(dict[str, Any], items[-1])
+    if path == "/v1/responses":
+        is_continued = last.get("status") in ("in_progress", "incomplete") and last.get("type", "message") == "message"
+    else:
+        try:
+            is_continued = _LAX_BOOL.validate_python(request.get("continue_final_message") or False)
+        except ValidationError:
+            is_continued = False
+    content: Any = last.get("content") if is_continued else None
     if isinstance(content, list):
         parts = [cast(dict[str, Any], part) for part in cast(list[Any], content) if isinstance(part, dict)]
         texts: list[Any] = [part.get("text") for part in parts]
@@ -220,6 +228,7 @@ class Exchange:
         return first
 
 
+_LAX_BOOL = TypeAdapter(bool)  # what vLLM takes for one
 _current: ContextVar[Exchange | None] = ContextVar("rtap_exchange", default=None)
 
 

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 
 from server.rtap.errors import ConfigError
+from training.evaluation.rules import OWN_SERVER, RULES
 
 if TYPE_CHECKING:
     from training.evaluation.plan import Settings
 
-OWN_SERVER = ("logprob", "yesno")  # rules that need a server of their own
-RULES = ("confidence", "single", "model", "vote", *OWN_SERVER)
 Value = TypeVar("Value")
 
 

@@ -98,8 +98,10 @@ class CycleParser:
         self._think: list[str] = []
         self._answer: list[str] = []
         if prefix:
-            for _ in self.feed(prefix):
+            begun = prefix.rpartition(fmt.answer_close)[2] if fmt.answer_close else prefix  # after whole cycles
+            for _ in self.feed(begun):
                 pass
+            self._held = "" if self._begun else self._held
             self._think.clear()
             self._answer.clear()
 

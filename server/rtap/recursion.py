@@ -98,19 +98,22 @@ class Recursion:
                 spent += len(draft.token_ids) + len(closing)
                 cycle = self._finish(draft)
                 if self._may_write_ahead([*cycles, cycle], draft, limits, spent, deadline):
-                    ahead = self._next(len(cycles) + 1, prompt, limits, spent, deadline)
+                    ahead = self._next(len(cycles) + 1, prompt, limits, spent, deadline, may_be_cut=True)
                     ahead.start()
                 score, seconds, failure = await self._judge(draft, closing, question, context, limits, deadline)
                 if failure is not None:
                     degraded, limits = failure, replace(limits, policy=Policy.MODEL, select=Select.LAST)
-                cycles.append(self._scored(cycle, draft, score, seconds))
+                cycles.append(self._scored(cycle, score, seconds))
                 stop = self._decide(cycles, draft, limits, spent, deadline)
                 if ahead is not None and (stop is not None or failure is not None):
                     discarded += await ahead.close()
                     ahead = None
                 if stop is not None:
                     break
-                cycles[-1] = replace(cycles[-1], tokens=cycles[-1].tokens + len(closing))
+                if closing:
+                    last = cycles[-1]
+                    tokens, answer_tokens = last.tokens + len(closing), last.answer_tokens + len(closing)
+                    cycles[-1] = replace(last, tokens=tokens, answer_tokens=answer_tokens if last.answer else 0)
                 if limits.policy is Policy.MODEL:
                     held = CycleEvent(cycles[-1], None)
                 else:
@@ -123,9 +126,11 @@ class Recursion:
             yield CycleEvent(final.trajectory.cycles[-1], stop)
             yield final
         finally:
-            await writing.close()
-            if ahead is not None:
-                await ahead.close()
+            try:
+                await writing.close()
+            finally:  # a task that is being cancelled may be so again at every await
+                if ahead is not None:
+                    await ahead.close()
 
     async def _vote(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         """Independent single cycles written side by side; events arrive sample by sample, as samples finish."""
@@ -141,7 +146,7 @@ class Recursion:
             score, seconds, failure = await self._judge(draft, closing, question, question, limits, deadline)
             if failure is not None:
                 failures.append(failure)
-            return events, self._scored(self._finish(draft), draft, score, seconds), draft
+            return events, self._scored(self._finish(draft), score, seconds), draft
 
         tasks = [asyncio.create_task(sample(i)) for i in range(limits.samples)]
         cycles, drafts = list[Cycle](), list[Draft]()
@@ -187,20 +192,39 @@ class Recursion:
     def _first(self, question: Sequence[int], limits: Limits, deadline: float | None, *, index: int = 0) -> Writing:
         """A cycle that begins the turn; ``index`` numbers the samples of a vote."""
         draft = Draft(index, self._parser(question), [], "", self.clock())
-        return self._writing(draft, question, limits, 0, deadline)
+        return self._writing(draft, question, limits, 0, deadline, may_be_cut=False)
 
-    def _next(self, index: int, prompt: list[int], limits: Limits, spent: int, deadline: float | None) -> Writing:
+    def _next(
+        self,
+        index: int,
+        prompt: list[int],
+        limits: Limits,
+        spent: int,
+        deadline: float | None,
+        *,
+        may_be_cut: bool = False,
+    ) -> Writing:
         """A further cycle, after ``spent`` tokens of the budget."""
         opening = self._opening(limits)
         parser = CycleParser(self.format, thought_open=True)
         draft = Draft(index, parser, opening, self.format.cycle_open if opening else "", self.clock())
-        return self._writing(draft, prompt + opening, limits, spent, deadline)
+        return self._writing(draft, prompt + opening, limits, spent, deadline, may_be_cut=may_be_cut)
 
     def _writing(
-        self, draft: Draft, prompt: Sequence[int], limits: Limits, spent: int, deadline: float | None
+        self,
+        draft: Draft,
+        prompt: Sequence[int],
+        limits: Limits,
+        spent: int,
+        deadline: float | None,
+        *,
+        may_be_cut: bool,
     ) -> Writing:
         left = _left(limits, spent + len(draft.opening))
-        return Writing(draft, write(self.engine, draft, prompt, max_tokens=left, deadline=deadline, clock=self.clock))
+        stream = self.engine.cycle(
+            prompt, index=draft.index, max_tokens=left, may_be_cut=may_be_cut or deadline is not None
+        )
+        return Writing(draft, write(stream, draft, deadline=deadline, clock=self.clock))
 
     def _decide(
         self, cycles: Sequence[Cycle], draft: Draft, limits: Limits, spent: int, deadline: float | None
@@ -218,8 +242,9 @@ class Recursion:
         self, cycles: Sequence[Cycle], draft: Draft, limits: Limits, spent: int, deadline: float | None
     ) -> bool:
         """Whether the next cycle can begin while the last of ``cycles`` is being scored: there is a score to wait for,
-        a low one would make the loop go on, and the engine has nothing better to do."""
-        waits = limits.policy is Policy.CONFIDENCE and self.confidence is not None and cycles[-1].answer is not None
+        the lowest would make the loop go on, and the engine has room."""
+        waits = limits.policy is Policy.CONFIDENCE and limits.threshold > 0 and cycles[-1].answer is not None
+        waits = waits and self.confidence is not None
         return waits and self._decide(cycles, draft, limits, spent, deadline) is None and self.is_idle()
 
     async def _judge(
@@ -264,16 +289,16 @@ class Recursion:
             oops_tokens=self.count_oops(draft.parser.think),
             prompt_tokens=first.prompt_tokens if first else 0,
             cached_tokens=first.cached_tokens if first else 0,
-            seconds=self.clock() - draft.started,
+            seconds=draft.seconds,
             confidence_seconds=None,
             confidence_tokens=0,
         )
 
-    def _scored(self, cycle: Cycle, draft: Draft, score: Score | None, confidence_seconds: float | None) -> Cycle:
+    def _scored(self, cycle: Cycle, score: Score | None, confidence_seconds: float | None) -> Cycle:
         return replace(
             cycle,
             confidence=None if score is None else score.confidence,
-            seconds=self.clock() - draft.started,
+            seconds=cycle.seconds + (confidence_seconds or 0.0),
             confidence_seconds=confidence_seconds,
             confidence_tokens=0 if score is None else score.tokens,
         )

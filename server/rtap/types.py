@@ -142,11 +142,12 @@ class Engine(Protocol):
         ...
 
     def cycle(
-        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
     ) -> AsyncGenerator[Step, None]:
         """Continue ``prompt_token_ids`` until the format's end of a cycle, the end of the turn or the limit.
 
-        Closing the generator early aborts the work. ``index`` numbers the cycle (or the sample, for ``vote``)."""
+        Closing the generator early aborts the work. ``index`` numbers the cycle (or the sample, for ``vote``).
+        may_be_cut: the loop may do so, and wants to know what was written until then."""
         ...
 
     def encode(self, text: str) -> list[int]:

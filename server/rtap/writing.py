@@ -1,12 +1,12 @@
 """One cycle while it is being written, which may begin before the verdict on the cycle before it is known."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from server.rtap.format import CycleParser
-from server.rtap.types import Engine, Step
+from server.rtap.types import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,15 @@ class StepEvent:
 
 @dataclass(slots=True)
 class Draft:
-    """What there is of a cycle. opening: token ids that the loop wrote to begin it, ``opening_text`` in text."""
+    """What there is of a cycle. opening: token ids that the loop wrote to begin it, ``opening_text`` in text.
+    seconds: it was written in, once that has ended."""
 
     index: int
     parser: CycleParser
     opening: list[int]
     opening_text: str
     started: float
+    seconds: float = 0.0
     steps: list[Step] = field(default_factory=list[Step])
     timed_out: bool = False
 
@@ -112,30 +114,21 @@ class Writing:
 
 
 async def write(
-    engine: Engine,
-    draft: Draft,
-    prompt: Sequence[int],
-    *,
-    max_tokens: int | None,
-    deadline: float | None,
-    clock: Callable[[], float],
+    stream: AsyncGenerator[Step, None], draft: Draft, *, deadline: float | None, clock: Callable[[], float]
 ) -> AsyncGenerator[StepEvent, None]:
-    """Steps of ``draft`` from the engine, until its end or the deadline. ``prompt`` includes the opening."""
-    async with aclosing(engine.cycle(prompt, index=draft.index, max_tokens=max_tokens)) as stream:
-        if deadline is None:
-            async for step in stream:
-                yield draft.add(step)
-            return
+    """The engine's steps as those of ``draft``, until their end or the deadline."""
+    async with aclosing(stream):
         while True:
             try:  # only the wait is timed: a timeout around a yield would cancel whoever reads the events
-                async with asyncio.timeout(max(0.0, deadline - clock())):
+                async with asyncio.timeout(None if deadline is None else max(0.0, deadline - clock())):
                     step = await anext(stream)
             except StopAsyncIteration:
-                return
+                break
             except TimeoutError:
                 draft.timed_out = True
-                return
+                break
             yield draft.add(step)
+        draft.seconds = clock() - draft.started
 
 
 def injected(token_ids: list[int], text: str) -> Step:

@@ -41,7 +41,7 @@ class ScriptedEngine:
         return encode(text)
 
     async def cycle(
-        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
     ) -> AsyncGenerator[Step, None]:
         text = self.script[len(self.prompts)]
         self.prompts.append(list(prompt_token_ids))

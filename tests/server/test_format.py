@@ -85,7 +85,9 @@ def test_think_preset_without_thought_is_all_answer():
     [
         (RTAP, "<think>12*9=", "108</think><answer>108</answer>", ("108", "108")),
         (RTAP, "<think>12*9=108</think><answer>1", "08</answer>", ("", "08")),
-        (RTAP, "<think>12*9=108</thi", "nk><answer>108</answer>", ("", "108")),
+        (RTAP, "<think>12*9=108</think><answer>108 <", "5</answer>", ("", "5")),
+        (RTAP, "<think>a</think><answer>1</answer><think>b", "c</think><answer>9</answer>", ("c", "9")),
+        (RTAP, "<think>a</think><answer>1</answer>", "<think>c</think><answer>9</answer>", ("c", "9")),
         (THINK, "<think>12*9=", "108</think>108", ("108", "108")),
         (THINK, "<think>12*9=108</think>1", "08", ("", "08")),
         (THINK, "1", "08", ("", "08")),

@@ -207,6 +207,20 @@ async def test_closing_the_loop_aborts_what_is_written_ahead():
     assert engine.closed == 1
 
 
+async def test_a_reader_cancelled_again_and_again_leaves_nothing_written_ahead():
+    """As anyio cancels a stream whose client has left: at every await. Here while a cycle begun ahead is read."""
+    engine = ScriptedEngine([WRONG, WRONG.removeprefix("<think>"), "x" * 500], seconds_per_token=1e-4)
+    loop = _ahead(engine, _right_is_confident, seconds=0.2)
+    reader = asyncio.create_task(_read(loop.run(QUESTION, Limits(threshold=0.5))))
+    while len(engine.prompts) < 3:  # the third is ahead of the verdict on the second
+        await asyncio.sleep(1e-3)
+    while not reader.done():
+        reader.cancel()
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    assert engine.closed == 1
+
+
 async def _read(events):
     async for _ in events:
         pass
@@ -214,10 +228,12 @@ async def _read(events):
 
 async def test_an_engine_that_fails_ahead_fails_where_that_cycle_is_read():
     class Failing(ScriptedEngine):
-        async def cycle(self, prompt_token_ids, *, index, max_tokens):
+        async def cycle(self, prompt_token_ids, *, index, max_tokens, may_be_cut):
             if index:
                 raise RuntimeError("the engine is gone")
-            async for step in super().cycle(prompt_token_ids, index=index, max_tokens=max_tokens):
+            async for step in super().cycle(
+                prompt_token_ids, index=index, max_tokens=max_tokens, may_be_cut=may_be_cut
+            ):
                 yield step
 
     told = []

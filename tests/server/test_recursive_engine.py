@@ -64,7 +64,7 @@ class FakeLLM:
 
 def build(llm: FakeLLM, *, speculate_below: int = 0, confidence: Any = None) -> RecursiveEngine:
     plan = Plan(
-        settings=Settings(speculate_below=speculate_below), format=RTAP,
+        settings=Settings(speculate_below=speculate_below, confidence_model="http://generator"), format=RTAP,
         confidence=confidence or ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
         generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=encode,
         end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None),

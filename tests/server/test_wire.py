@@ -147,24 +147,39 @@ def test_reasoning_tokens_are_all_but_the_returned_answers():
     assert reasoning_tokens(_trajectory(selected=None)) == 30
 
 
+_LAST = {"role": "assistant", "content": "<think>1"}
+_CHAT, _RESPONSES = "/v1/chat/completions", "/v1/responses"
+
+
 @pytest.mark.parametrize(
-    ("request_", "prefix"),
+    ("path", "request_", "prefix"),
     [
-        ({"messages": [{"role": "assistant", "content": "<think>1"}], "continue_final_message": True}, "<think>1"),
-        ({"messages": [{"role": "assistant", "content": "<think>1"}]}, ""),
+        (_CHAT, {"messages": [_LAST], "continue_final_message": True}, "<think>1"),
+        (_CHAT, {"messages": [_LAST], "continue_final_message": "yes"}, "<think>1"),  # a bool to vLLM
+        (_CHAT, {"messages": [_LAST], "continue_final_message": "perhaps"}, ""),
+        (_CHAT, {"messages": [_LAST]}, ""),
         (
+            _CHAT,
             {
                 "messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"text": "b"}, 3]}],
                 "continue_final_message": True,
             },
             "ab",
         ),
-        ({"messages": [], "continue_final_message": True}, ""),
-        ({"messages": "hello", "continue_final_message": True}, ""),
-        ({"messages": [{"role": "assistant"}], "continue_final_message": True}, ""),
-        ({"messages": ["x"], "continue_final_message": True}, ""),
-        ({"messages": [{"role": "assistant", "content": "x"}], "continue_final_message": "yes"}, ""),
+        (_CHAT, {"messages": [], "continue_final_message": True}, ""),
+        (_CHAT, {"messages": "hello", "continue_final_message": True}, ""),
+        (_CHAT, {"messages": [{"role": "assistant"}], "continue_final_message": True}, ""),
+        (_CHAT, {"messages": ["x"], "continue_final_message": True}, ""),
+        ("/v1/messages", {"messages": [_LAST], "continue_final_message": True}, ""),  # which vLLM ignores there
+        (
+            _RESPONSES,
+            {"input": [{"type": "message", "status": "incomplete", "content": [{"type": "output_text", "text": "1"}]}]},
+            "1",
+        ),
+        (_RESPONSES, {"input": [_LAST | {"status": "completed"}]}, ""),
+        (_RESPONSES, {"input": "hello"}, ""),
+        (_RESPONSES, {"input": [{"type": "reasoning", "status": "incomplete", "content": "x"}]}, ""),
     ],
 )
-def test_the_prefix_is_the_message_to_go_on_with(request_, prefix):
-    assert prefix_of(request_) == prefix
+def test_the_prefix_is_the_message_to_go_on_with(path, request_, prefix):
+    assert prefix_of(path, request_) == prefix

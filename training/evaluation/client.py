@@ -111,11 +111,12 @@ class RtapServer:
                 outcomes.append(outcome)
                 on_outcome(outcome)
 
-        start = time.perf_counter()
-        async with self._client() as client, asyncio.TaskGroup() as workers:
-            for _ in range(min(load.concurrency, len(questions))):
-                workers.create_task(work(client))
-        wall_seconds = time.perf_counter() - start
+        async with self._client() as client:
+            start = time.perf_counter()
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(min(load.concurrency, len(questions))):
+                    workers.create_task(work(client))
+            wall_seconds = time.perf_counter() - start
         return Run(task, spec, tuple(sorted(outcomes, key=lambda outcome: outcome.index)), wall_seconds)
 
 

@@ -14,8 +14,9 @@ from rich.console import Console
 from training.evaluation.client import RtapServer
 from training.evaluation.plan import Settings
 from training.evaluation.questions import Question, load_questions
-from training.evaluation.records import GENERATOR, Run
+from training.evaluation.records import Run
 from training.evaluation.results import Results, task_results
+from training.evaluation.rules import GENERATOR
 from training.evaluation.server_process import running_server, serve_command
 from training.evaluation.session import Session
 from training.tasks import check

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from training.evaluation.records import MAJORITY, VOTE, CycleRecord, Run, RunSpec
+from training.evaluation.records import CycleRecord, Run, RunSpec
+from training.evaluation.rules import MAJORITY, VOTE
 from training.evaluation.statistics import (
     Interval,
     WithinQuestion,

@@ -9,7 +9,8 @@ import numpy as np
 
 from server.rtap.errors import ConfigError
 from training.evaluation.client import Load
-from training.evaluation.records import CONFIDENCE, GENERATOR, MODEL, OWN_SERVER, SINGLE, VOTE, Run, RunSpec
+from training.evaluation.records import Run, RunSpec
+from training.evaluation.rules import CONFIDENCE, GENERATOR, MODEL, OWN_SERVER, SINGLE, VOTE
 
 # Quantiles of a model's own confidence taken as thresholds when none are given: its scale is not known beforehand.
 OWN_QUANTILES = (0.25, 0.5, 0.75)
@@ -59,7 +60,8 @@ class Plan:
         limits, kind = config["limits"], config["confidence"]["kind"]
         if load.max_cycles is not None and load.max_cycles > limits["max_cycles"]:
             raise ConfigError(f"--max-cycles {load.max_cycles} is above the server's limit of {limits['max_cycles']}")
-        if VOTE in self.rules and max(self.samples) > limits["samples"]:
+        votes = VOTE in self.rules or (wants != GENERATOR and bool(self.first_on(wants)))
+        if votes and max(self.samples) > limits["samples"]:
             raise ConfigError(f"--samples {max(self.samples)} is above the server's limit of {limits['samples']}")
         if wants != GENERATOR and kind != wants:
             raise ConfigError(f"the {wants} server's confidence is {kind!r}; start it with --confidence {wants}")

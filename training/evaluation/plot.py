@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from training.evaluation.measurement import Measurement
-from training.evaluation.records import CONFIDENCE, GENERATOR, LOGPROB, MAJORITY, MODEL, OWN_SERVER, SINGLE, VOTE, YESNO
 from training.evaluation.results import Results, TaskResults
+from training.evaluation.rules import CONFIDENCE, GENERATOR, LOGPROB, MAJORITY, MODEL, OWN_SERVER, SINGLE, VOTE, YESNO
 
 # Okabe–Ito colours: told apart by colour-blind readers too; markers repeat the distinction in print.
 STYLES: dict[str, tuple[str, str, str]] = {

@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from server.rtap.stopping import normalise_answer
+from training.evaluation.rules import CONFIDENCE, GENERATOR, LOGPROB, MAJORITY, OWN_SERVER, SINGLE, VOTE
 from training.evaluation.statistics import majority
-
-CONFIDENCE, SINGLE, MODEL, VOTE, LOGPROB, YESNO = "confidence", "single", "model", "vote", "logprob", "yesno"
-RULES = (CONFIDENCE, SINGLE, MODEL, VOTE, LOGPROB, YESNO)
-GENERATOR = "generator"  # the server with a confidence generator, where all other rules run
-OWN_SERVER = (LOGPROB, YESNO)  # rules that are a server's kind of confidence, so each needs one of its own
-MAJORITY = "majority"  # plain majority recomputed here from a vote run's samples
 
 
 @dataclass(frozen=True, slots=True)

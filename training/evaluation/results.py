@@ -14,7 +14,8 @@ from training.evaluation.comparison import (
 )
 from training.evaluation.measurement import ConfidenceQuality, Measurement, confidence_quality, measure
 from training.evaluation.questions import Question
-from training.evaluation.records import CONFIDENCE, GENERATOR, LOGPROB, OWN_SERVER, SINGLE, VOTE, Run
+from training.evaluation.records import Run
+from training.evaluation.rules import CONFIDENCE, GENERATOR, LOGPROB, OWN_SERVER, SINGLE, VOTE
 
 
 @dataclass(frozen=True, slots=True)

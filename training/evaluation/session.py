@@ -14,7 +14,8 @@ from server.rtap.errors import ConfigError
 from training.evaluation.client import Checker, Load, RtapServer
 from training.evaluation.measurement import measure
 from training.evaluation.questions import Question
-from training.evaluation.records import SINGLE, Outcome, Run, RunSpec
+from training.evaluation.records import Outcome, Run, RunSpec
+from training.evaluation.rules import SINGLE
 
 
 @dataclass(frozen=True, slots=True)

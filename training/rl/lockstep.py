@@ -58,6 +58,7 @@ class Lockstep:
         self._flush()
 
     def _flush(self) -> None:
+        self._waiting = [item for item in self._waiting if not item[1].done()]  # cancelled with a row that failed
         if not self._waiting or len(self._waiting) < self._num_running:
             return
         batch, self._waiting = sorted(self._waiting, key=lambda item: item[0].row), []  # the same draw every time
@@ -109,9 +110,10 @@ class RowEngine:
         return self.encode_tag(text)
 
     async def cycle(
-        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
     ) -> AsyncGenerator[Step, None]:
         """The whole cycle in one step. ``native`` carries the sampler's log-probabilities."""
+        del may_be_cut  # a batch is generated whole
         del index  # the sampler's random state is the trainer's, not a seed for each cycle
         limit = min(limit for limit in (max_tokens, self.max_cycle_tokens) if limit is not None)
         written = await self.lockstep.write(Request(self.row, list(prompt_token_ids), limit))

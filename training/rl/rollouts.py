@@ -40,7 +40,8 @@ class Dialect:
 
 @dataclass(frozen=True, slots=True)
 class RolledCycle:
-    """One kept cycle. ``ids`` is what a generator scores: opening, thought, answer. ``answer`` is None when cut."""
+    """One kept cycle. ``ids`` is what a generator scores: opening, thought, answer, its end tag also where the policy
+    ended its turn without writing it. ``answer`` is None when cut."""
 
     ids: tuple[int, ...]
     text: str
@@ -54,8 +55,8 @@ class Rollout:
     """One training row.
 
     completion_ids (T,): all cycles, and the end of the turn after a right one. is_boundary (T,): tokens that the cut
-    set, not the policy: the opening of a further cycle and the end of the turn. logps (T,): the sampler's, NaN at
-    boundaries; None where the sampler gives none.
+    set, not the policy: the end tag of an answer that ended with the turn, the opening of a further cycle, and the end
+    of the turn. logps (T,): the sampler's, NaN at boundaries; None where the sampler gives none.
     """
 
     question: str
@@ -114,6 +115,7 @@ async def _collect(asked: Asked, recursion: Recursion, limits: Limits, dialect: 
     """Follow one trajectory's events and keep what was written, with its origin."""
     row = _Row(dialect)
     cycles: list[RolledCycle] = []
+    closing = tuple(dialect.encode(dialect.format.answer_close or ""))
     # A chat template may write the first opening itself; the cycle is read with it.
     opened = dialect.decode(asked.prompt_ids).rstrip().endswith(dialect.format.think_open)
     async for event in recursion.run(asked.prompt_ids, limits):
@@ -124,7 +126,10 @@ async def _collect(asked: Asked, recursion: Recursion, limits: Limits, dialect: 
                 row.open(step.token_ids)
             case CycleEvent(cycle=cycle):
                 ids = row.end_cycle()
-                text = (dialect.format.think_open if opened and not cycles else "") + dialect.decode(ids)
+                written = ids
+                if cycle.answer is not None and closing and ids[-len(closing) :] != closing:
+                    ids = (*ids, *closing)
+                text = (dialect.format.think_open if opened and not cycles else "") + dialect.decode(written)
                 cycles.append(RolledCycle(ids, text, cycle.answer, cycle.confidence == 1.0, cycle.oops_tokens))
             case FinalEvent():
                 row.finish(is_right=cycles[-1].is_right)
@@ -146,7 +151,8 @@ class _Row:
         self._append(ids, logps, is_boundary=False)
 
     def open(self, ids: Sequence[int]) -> None:
-        """A further cycle: the end of turn that the model may have written before it is not part of the row."""
+        """What the loop writes between two cycles: the end of turn that the model may have written before it is not
+        part of the row."""
         while self.ids and self.ids[-1] in self._dialect.end_of_turn_ids:
             self.ids.pop()
             self.is_boundary.pop()

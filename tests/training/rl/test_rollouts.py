@@ -77,6 +77,18 @@ def test_a_row_is_cut_after_its_first_right_cycle_and_ends_the_turn() -> None:
     assert row.is_right
 
 
+def test_an_answer_that_ended_with_the_turn_is_scored_and_followed_as_a_whole_one() -> None:
+    """The loop writes the end tag; the policy is not praised for it, and its own text shows that it was missing."""
+    unclosed = cycle("7").removesuffix("</answer>")
+    (row,), asked = play([[unclosed + "$", again("8")]])
+    assert decode(asked[1][0].prompt_ids) == f"q0:{cycle('7')}<think>"
+    assert decode(row.completion_ids) == f"{cycle('7')}{cycle('8')}$"
+    assert [decode(c.ids) for c in row.cycles] == [cycle("7"), cycle("8")]
+    assert [c.text for c in row.cycles] == [unclosed, cycle("8")]
+    injected = "".join(decode([i]) for i, b in zip(row.completion_ids, row.is_boundary, strict=True) if b)
+    assert injected == "</answer><think>$"
+
+
 def test_only_what_the_cut_wrote_is_a_boundary() -> None:
     (row,), _ = play([[cycle("7"), again("8")]])
     marked = "".join(decode([i]) for i, b in zip(row.completion_ids, row.is_boundary, strict=True) if b)
