@@ -35,10 +35,11 @@ check: ## formatting, lint, strict types, import directions
 	$(VENV)/bin/basedpyright
 	$(VENV)/bin/lint-imports
 
-bench: ## on the bundled models: parity and overhead against plain vllm serve, then `rtap eval ARGS`
+bench: ## on the bundled models: parity and overhead against plain vllm serve, cycles begun ahead, `rtap eval ARGS`
 	@$(SETUP) $(EXTRA) train
 	$(VENV)/bin/python scripts/bench_parity.py
 	$(VENV)/bin/python scripts/bench_overhead.py
+	$(VENV)/bin/python scripts/bench_ahead.py
 	$(VENV)/bin/rtap eval $(ARGS)
 
 train: ## train the bundled models from nothing (ARGS="--install", "--smoke"); `rtap train` has each stage

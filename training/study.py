@@ -136,7 +136,8 @@ def render(suite: Suite, results: Mapping[str, Mapping[str, Figures]], *, comman
     keys = list(dict.fromkeys(k for name in runs for figures in results[name].values() for k in figures))
     lines = [f"# {suite.title}", "", f"{datetime.now(UTC):%Y-%m-%d}, seeds {list(suite.seeds)}, `{command}`", "",
              "Mean over seeds ± half-width of its 95 % Student interval.", "",
-             f"| figure | {' | '.join(runs)} |", f"|---|{'---|' * len(runs)}"]  # fmt: skip
+             f"| figure | {' | '.join(runs)} |", f"|---|{'---|' * len(runs)}",
+             f"| seeds done | {' | '.join(str(len(results[name])) for name in runs)} |"]  # fmt: skip
     for key in keys:
         lines.append(f"| {key} | {' | '.join(_cell(results[name], key) for name in runs)} |")
     lines += ["", f"Difference from `{suite.baseline}`, paired by seed:", "",

@@ -193,6 +193,15 @@ def test_both_reasoning_names_are_accepted_in_history(server):
     [
         ({"structured_outputs": {"regex": "[0-9]{1,4}"}}, r"[0-9]{1,4}"),
         ({"structured_outputs": {"choice": ["yes", "no"]}}, r"yes|no"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"type": "string", "enum": ["yes", "no"]}},
+                }
+            },
+            r'"(yes|no)"',
+        ),
     ],
 )
 def test_a_grammar_binds_every_answer_and_no_thought(server, field, pattern):
