@@ -118,9 +118,12 @@ async def write(
 ) -> AsyncGenerator[StepEvent, None]:
     """The engine's steps as those of ``draft``, until their end or the deadline."""
     async with aclosing(stream):
-        while True:
+        if deadline is None:
+            async for step in stream:
+                yield draft.add(step)
+        while deadline is not None:
             try:  # only the wait is timed: a timeout around a yield would cancel whoever reads the events
-                async with asyncio.timeout(None if deadline is None else max(0.0, deadline - clock())):
+                async with asyncio.timeout(max(0.0, deadline - clock())):
                     step = await anext(stream)
             except StopAsyncIteration:
                 break
