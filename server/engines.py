@@ -260,8 +260,8 @@ def _check_tags(fmt: TrajectoryFormat, policy: VllmConfig) -> None:
     """A wrong preset shows at once: the tags are tokens of every model that was trained to use them. A checkpoint that
     declares the format is believed, whatever its tokens."""
     declared = (_rtap_block(policy) or {}).get("format")
-    tags = (fmt.think_open, fmt.think_close, fmt.answer_open, fmt.answer_close)
-    missing = [tag for tag in tags if tag is not None and tag not in _vocabulary(policy)]
+    tags, known = (fmt.think_open, fmt.think_close, fmt.answer_open, fmt.answer_close), _vocabulary(policy)
+    missing = [tag for tag in tags if tag is not None and tag not in known]
     if missing and fmt.name != (declared or "think"):
         says = f"says '{declared}'" if declared else "declares none"
         raise ConfigError(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-MODELS = Path(__file__).resolve().parents[1] / "deploy" / "models"
+from tests.training.rl.tiny import BUNDLED as MODELS
+
 RANK = 4
 END_ID = 447  # `</answer>` in the bundled tokenizer
 

@@ -17,6 +17,7 @@ from server.metrics import Metrics
 from server.recursive_engine import Plan, RecursiveEngine
 from server.rtap.artifact import Artifact
 from server.rtap.format import RTAP
+from server.rtap.types import Judged, Score
 from server.settings import Settings
 from server.wire import Exchange, RtapOptions, begin_exchange
 from tests.server.scripted import EOS, ScriptedConfidence, decode, encode
@@ -60,6 +61,19 @@ class FakeLLM:
 
     async def abort(self, request_ids: list[str], **options: Any) -> None:
         self.aborted += request_ids
+
+
+@dataclass
+class Slow(ScriptedConfidence):
+    """Takes a moment, and then sees how many cycles had been begun by then."""
+
+    llm: FakeLLM = field(kw_only=True)
+    begun: list[int] = field(default_factory=list)
+
+    async def score(self, judged: Judged) -> Score:
+        await asyncio.sleep(0.01)
+        self.begun.append(len(self.llm.calls))
+        return await super().score(judged)
 
 
 def build(llm: FakeLLM, *, speculate_below: int = 0, confidence: Any = None) -> RecursiveEngine:
@@ -140,40 +154,24 @@ async def test_patience_ends_a_request_whose_confidence_does_not_rise():
 @pytest.mark.parametrize(("speculate_below", "begun"), [(4, 2), (2, 2), (1, 2), (0, 1)])
 async def test_a_cycle_is_begun_ahead_only_below_the_number_that_is_being_written(speculate_below: int, begun: int):
     """At the verdict on the first cycle nothing else is being written; the second is abandoned at once."""
-    seen: list[int] = []
-
-    class Slow(ScriptedConfidence):
-        async def score(self, judged):
-            await asyncio.sleep(0.01)
-            seen.append(len(llm.calls))
-            return await super().score(judged)
-
     llm = FakeLLM([DOUBT, WRONG])
-    engine = build(llm, speculate_below=speculate_below, confidence=Slow(lambda _: 0.9))
+    engine = build(llm, speculate_below=speculate_below, confidence=(scorer := Slow(lambda _: 0.9, llm=llm)))
     stream, exchange = ask(engine)
     await all_of(stream)
-    assert seen == [begun]
+    assert scorer.begun == [begun]
     assert exchange.trajectories[0].stop_reason == "threshold"
     assert (llm.calls[-1][1].output_kind is RequestOutputKind.DELTA) == (begun == 2)  # so that a cut tells its tokens
 
 
 async def test_other_requests_being_written_keep_a_cycle_from_beginning_ahead():
-    seen: list[int] = []
-
-    class Slow(ScriptedConfidence):
-        async def score(self, judged):
-            await asyncio.sleep(0.01)
-            seen.append(len(llm.calls))
-            return await super().score(judged)
-
     llm = FakeLLM([DOUBT, WRONG], seconds=0.5)
-    engine = build(llm, speculate_below=1, confidence=Slow(lambda _: 0.9))
+    engine = build(llm, speculate_below=1, confidence=(scorer := Slow(lambda _: 0.9, llm=llm)))
     other, _ = ask(engine)
     waiting = asyncio.create_task(all_of(other))
     await asyncio.sleep(0.1)
     llm.seconds = 0.0
     await all_of(ask(engine)[0])
-    assert seen == [2]
+    assert scorer.begun == [2]
     await waiting
 
 

@@ -1,7 +1,6 @@
 """Every internal of vLLM that the server leans on, by name. A failure here says what to look at after an upgrade."""
 
 import inspect
-from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
@@ -31,8 +30,9 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from server import reasoning_parser
 from server.recursive_engine import RecursiveEngine
 from server.wire import ANSWER_MARK, REASONING_PARSER
+from tests.other_checkpoints import MODELS
 
-POLICY = str(Path(__file__).parents[2] / "deploy" / "models" / "policy")
+POLICY = str(MODELS / "policy")
 UNI = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
