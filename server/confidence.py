@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import httpx
 from vllm.engine.protocol import EngineClient
@@ -18,11 +18,13 @@ from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server.outputs import Call
+from server.rtap.artifact import Fusion
 from server.rtap.errors import ConfidenceError, ConfigError
-from server.rtap.types import Judged, Score
+from server.rtap.types import Confidence, Judged, Score
 
 # A string every tokenizer has an opinion on: tags, digits, spaces, a letter outside ASCII.
 PROBE = "<think>12 * 9 = 108 é</think><answer>108</answer>"
+Result = TypeVar("Result")
 _LOGPROB_FLOOR = -30.0  # the engine reports -inf for tokens that sampling masked
 
 
@@ -59,6 +61,41 @@ class PoolingConfidence:
                 if result.finished:
                     return float(result.outputs.data[-1])  # one label: P(right); two: P(wrong), P(right)
         raise ConfidenceError("the generator ended without a score")
+
+
+class FusedConfidence:
+    """A generator's score joined with the policy's log-probabilities of what it sampled (``server.rtap.artifact``).
+
+    The log-probabilities come with the steps; of a pair that this server did not write, the policy reads them.
+    """
+
+    def __init__(self, generator: Confidence, fusion: Fusion, policy: EngineClient, timeout_seconds: float) -> None:
+        self._generator, self._fusion, self._policy = generator, fusion, policy
+        self._timeout_seconds = timeout_seconds
+        self._numbers = itertools.count()
+
+    async def score(self, judged: Judged) -> Score:
+        """The generator's forward pass, and for a pair from elsewhere one of the policy."""
+        score = await self._generator.score(judged)
+        sampled = [entry[token_id].logprob for step in judged.steps for token_id, entry in _entries(step.native)]
+        if not sampled:
+            late, failed = "the policy did not read the pair in time", "the policy could not read the pair"
+            sampled = await _in_time(self._read(judged), self._timeout_seconds, late, failed)
+        logprobs = [max(value, _LOGPROB_FLOOR) for value in sampled]
+        return Score(self._fusion.confidence(score.confidence, logprobs), score.tokens)
+
+    async def _read(self, judged: Judged) -> list[float]:
+        token_ids = [*judged.context_token_ids, *judged.cycle_token_ids]
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        prompt = {"type": "token", "prompt_token_ids": token_ids}
+        outputs = self._policy.generate(cast(Any, prompt), params, f"read-{next(self._numbers)}")
+        async with aclosing(outputs):
+            async for output in outputs:
+                entries = cast(list[Any], output.prompt_logprobs)[len(judged.context_token_ids) :]
+                return [e[i].logprob for i, e in zip(judged.cycle_token_ids, entries, strict=True)]
+        raise ConfidenceError("the policy ended without reading the pair")
 
 
 class RemoteConfidence:
@@ -154,7 +191,7 @@ def yes_no_ids(encode: Callable[[str], list[int]], question: str) -> tuple[list[
     return yes[:shared], yes[shared], no[shared]
 
 
-async def _in_time(work: Awaitable[float], timeout_seconds: float, late: str, failed: str) -> float:
+async def _in_time(work: Awaitable[Result], timeout_seconds: float, late: str, failed: str) -> Result:
     """``work`` on an engine of ours; any failure is a ConfidenceError, which degrades a request and never fails it."""
     try:
         async with asyncio.timeout(timeout_seconds):

@@ -26,6 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from server import __version__
 from server.confidence import (
     PROBE,
+    FusedConfidence,
     LogprobConfidence,
     PoolingConfidence,
     RemoteConfidence,
@@ -35,7 +36,7 @@ from server.confidence import (
 from server.feedback import Feedback
 from server.metrics import Metrics
 from server.recursive_engine import Plan
-from server.rtap.artifact import Artifact, read_artifact
+from server.rtap.artifact import Artifact, read_artifact, read_artifact_file
 from server.rtap.errors import ConfigError
 from server.rtap.format import TrajectoryFormat, format_from_config
 from server.rtap.lexicon import DEFAULT_PATH, OopsCounter, load_lexicon
@@ -105,7 +106,7 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     policy_config = _engine_config(policy_args, args.model)
     scorer_args = _scorer_args(args, settings) if settings.confidence_kind == "pooling" else None
     scorer_config = None if scorer_args is None else _engine_config(scorer_args, scorer_args.model)
-    generator = _check_classifier(scorer_config) if scorer_config is not None else Artifact()
+    generator = _artifact(settings, scorer_config)
     fmt = format_from_config(_rtap_block(policy_config), override=settings.trajectory_format)
     _check_tags(fmt, policy_config)
     if scorer_config is not None:
@@ -121,7 +122,9 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
         policy = await asyncio.to_thread(_load, policy_config, log_stats=not policy_args.disable_log_stats)
         await policy.reset_mm_cache()  # the dummy inputs of start-up
         scorer = None if scorer_task is None else await scorer_task
-        confidence = remote or _confidence(settings, policy, scorer)
+        confidence = _confidence(settings, policy, scorer, remote)
+        if confidence is not None and generator.fusion is not None:
+            confidence = FusedConfidence(confidence, generator.fusion, policy, settings.confidence_timeout_seconds)
         yield Engines(policy, _plan(settings, policy, fmt, confidence, generator))
     finally:
         for engine in (policy, await _loaded(scorer_task)):
@@ -184,6 +187,13 @@ def _scorer_args(args: Namespace, settings: Settings) -> AsyncEngineArgs:
         raise ConfigError(f"--confidence-engine-args: {error}") from error
 
 
+def _artifact(settings: Settings, scorer: VllmConfig | None) -> Artifact:
+    """What training has written about the generator; empty where that is not known."""
+    if scorer is not None:
+        return _check_classifier(scorer)
+    return Artifact() if settings.confidence_config is None else read_artifact_file(settings.confidence_config)
+
+
 def _check_classifier(config: VllmConfig) -> Artifact:
     hf = config.model_config.hf_config
     architectures = list(getattr(hf, "architectures", None) or ())
@@ -206,8 +216,10 @@ async def _remote(settings: Settings, policy: VllmConfig, client: httpx.AsyncCli
     return remote
 
 
-def _confidence(settings: Settings, policy: AsyncLLM, scorer: AsyncLLM | None) -> Confidence | None:
-    """Confidence of an engine here; None for a remote one, or for none."""
+def _confidence(
+    settings: Settings, policy: AsyncLLM, scorer: AsyncLLM | None, remote: RemoteConfidence | None
+) -> Confidence | None:
+    """What scores, by itself; None where nothing does."""
     kind, timeout = settings.confidence_kind, settings.confidence_timeout_seconds
     if kind == "pooling":
         assert scorer is not None
@@ -215,7 +227,7 @@ def _confidence(settings: Settings, policy: AsyncLLM, scorer: AsyncLLM | None) -
     if kind == "yesno":
         question, yes, no = yes_no_ids(lambda text: _encode(policy.renderer.tokenizer, text), settings.yesno_question)
         return YesNoConfidence(policy, question, yes, no, timeout)
-    return LogprobConfidence(settings.logprob_top_k) if kind == "logprob" else None
+    return LogprobConfidence(settings.logprob_top_k) if kind == "logprob" else remote
 
 
 def _check_same_tokenizer(policy: VllmConfig, scorer: VllmConfig) -> None:
@@ -252,8 +264,15 @@ def _plan(
         end_of_turn_ids=_end_of_turn_ids(policy),
         metrics=metrics,
         feedback=feedback,
-        logprobs=settings.logprob_top_k if settings.confidence_kind == "logprob" else None,
+        logprobs=_logprobs(settings, generator),
     )
+
+
+def _logprobs(settings: Settings, generator: Artifact) -> int | None:
+    """How many log-probabilities the scorer needs of each sampled token, besides its own; None: not even that."""
+    if settings.confidence_kind == "logprob":
+        return settings.logprob_top_k
+    return None if generator.fusion is None else 0
 
 
 def _check_tags(fmt: TrajectoryFormat, policy: VllmConfig) -> None:

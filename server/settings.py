@@ -54,6 +54,10 @@ class Settings(BaseSettings):
         default=None,
         description="generator: checkpoint of a one-label classifier, or address of a vLLM /classify server",
     )
+    confidence_config: Path | None = Field(
+        default=None,
+        description="config.json of a remote generator: threshold, calibration, fusion (a local one has its own)",
+    )
     confidence_timeout_seconds: float = Field(default=10.0, gt=0, description="a slower score degrades the request")
     speculate_below: int = Field(
         default=4,
@@ -91,6 +95,8 @@ class Settings(BaseSettings):
             raise ValueError(f"confidence=remote needs a http(s) address as confidence_model, not {model!r}")
         if kind == "pooling" and is_url:
             raise ValueError("confidence=pooling needs a checkpoint as confidence_model, not an address")
+        if self.confidence_config is not None and kind != "remote":
+            raise ValueError(f"confidence_config is of a remote generator, and confidence is '{kind}'")
         return self
 
     @property

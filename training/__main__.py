@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from server.rtap.errors import ConfigError, RtapError
-from training.config import BUNDLED, ConfidenceConfig, SftConfig, add_flags, build_config
+from training.config import BUNDLED, ConfidenceConfig, CorrectConfig, SftConfig, add_flags, build_config
 from training.rl.config import CONFIGS
 
 EVAL_COUNT = 600
@@ -21,6 +21,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     sft = commands.add_parser("sft", help="cold start of a policy on Think–Answer traces")
     add_flags(sft, SftConfig)
+    correct = commands.add_parser("correct", help="go on from a policy: right cycles after its own wrong ones")
+    add_flags(correct, CorrectConfig)
     confidence = commands.add_parser("confidence", help="train a confidence generator on a policy's own answers")
     add_flags(confidence, ConfidenceConfig)
     for name, kind in CONFIGS.items():
@@ -83,6 +85,10 @@ def _train(command: str, flags: dict[str, Any]) -> None:
         from training import sft
 
         sft.run(build_config(SftConfig, file, flags))
+    elif command == "correct":
+        from training import corrections
+
+        corrections.run(build_config(CorrectConfig, file, flags))
     elif command == "confidence":
         from training import confidence
 
@@ -93,7 +99,9 @@ def _train(command: str, flags: dict[str, Any]) -> None:
 
         rl.run(config)
     else:
-        raise ConfigError(f"unknown training command {command!r}; known are sft, confidence, {', '.join(CONFIGS)}")
+        raise ConfigError(
+            f"unknown training command {command!r}; known are sft, correct, confidence, {', '.join(CONFIGS)}"
+        )
 
 
 if __name__ == "__main__":

@@ -120,31 +120,36 @@ def sigmoid(logits: Floats) -> Floats:
     return np.exp(-np.logaddexp(0, -logits))
 
 
-def fit_platt(logits: Floats, labels: Bools, *, steps: int = 100) -> tuple[float, float]:
+def fit_platt(logits: Floats, labels: Bools) -> tuple[float, float]:
     """(slope, offset) that minimise the cross-entropy of sigmoid(slope·logit + offset); damped Newton steps.
 
     Targets are smoothed as Platt does, so separable data keeps the slope finite.
     """
+    slope, offset = fit_logistic(np.stack([logits, np.ones_like(logits)], axis=1), labels, np.array([1.0, 0.0]))
+    return float(slope), float(offset)
+
+
+def fit_logistic(features: Floats, labels: Bools, start: Floats, *, steps: int = 100) -> Floats:
+    """Weights (F,) that minimise the cross-entropy of sigmoid(features @ weights); features (N, F). As fit_platt."""
     num_right, num_wrong = int(labels.sum()), int((~labels).sum())
     targets = np.where(labels, (num_right + 1) / (num_right + 2), 1 / (num_wrong + 2))
-    features = np.stack([logits, np.ones_like(logits)], axis=1)  # (N, 2)
 
     def cross_entropy(weights: Floats) -> float:
         margins = features @ weights
         return float(np.mean(np.logaddexp(0, margins) - targets * margins))
 
-    weights: Floats = np.array([1.0, 0.0])
+    weights = start
     for _ in range(steps):
         probabilities = sigmoid(features @ weights)
         gradient = features.T @ (probabilities - targets)
         spread = probabilities * (1 - probabilities)
-        hessian = features.T @ (features * spread[:, None]) + 1e-6 * np.eye(2)
+        hessian = features.T @ (features * spread[:, None]) + 1e-6 * np.eye(len(start))
         move: Floats = np.asarray(np.linalg.solve(hessian, gradient), dtype=np.float64)
         size = 1.0
         while cross_entropy(weights - size * move) > cross_entropy(weights) and size > 1e-9:
             size /= 2  # a full Newton step overshoots where the sigmoid is flat
         weights = weights - size * move
-    return float(weights[0]), float(weights[1])
+    return weights
 
 
 def constant_direction(hidden: Floats, *, ridge: float = 1e-3) -> Floats:

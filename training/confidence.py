@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,46 +16,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from transformers import Qwen3ForSequenceClassification
 
-from server.rtap.artifact import NUM_BINS
+from server.rtap.artifact import NUM_BINS, Fusion
 from server.rtap.errors import ConfigError
-from training.calibration import best_threshold, histogram, sigmoid
+from training.calibration import best_threshold, histogram
 from training.checkpoint import manifest, sha256
 from training.classifier import build_generator, build_scratch, calibrate, logits_of, score
-from training.config import ConfidenceConfig, Init, Loss, SamplerKind, run_dir
+from training.config import ConfidenceConfig, Init, Loss, run_dir
 from training.examples import Example, Row, balance, collect, group, pair_batches, synthetic_texts
 from training.huggingface import cast_to, encode_text, load_policy, save_checkpoint
-from training.judging import GENERATOR, Judged, judge_task, pool, report
+from training.judging import GENERATOR, Judged, judge_task, pool, report, witness
 from training.loop import Loop
 from training.optim import build_muon
+from training.own_cycles import Asked, build_sampler, sample, sample_training, training_problems
 from training.questions import held_out_questions
 from training.reliability import plot_png
-from training.rollout import (
-    Continue,
-    Sampler,
-    Trajectory,
-    TransformersSampler,
-    VllmSampler,
-    encode_question,
-    sample_trajectories,
-    sampler_kind,
-)
+from training.rollout import Sampler, Trajectory, encode_question
 from training.runs import States, check_resumable, plain
 from training.runtime import configure_torch
-from training.samples import header, read_or_sample
 from training.streams import Stream
 from training.tasks import TASKS, parse_mix
-from training.tasks.base import Problem, Split, sample_split
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A policy, and how its cycles come about."""
-
-    policy: Qwen3ForCausalLM
-    tokenizer: PreTrainedTokenizerFast
-    config: ConfidenceConfig
+from training.tasks.base import Problem
 
 
 def run(config: ConfidenceConfig) -> None:
@@ -69,7 +50,8 @@ def run(config: ConfidenceConfig) -> None:
     asked = Asked(*load_policy(config.policy), config)
     problems, questions = training_problems(config)
     with closing(build_sampler(asked)) as sampler:  # all at once: vLLM starts slowly
-        fitting, validation = label(asked, problems, questions, sample_training(asked, sampler, questions))
+        sampled = sample_training(asked, sampler, questions)
+        fitting, validation = label(asked, problems, questions, sampled)
         held_out = sample_held_out(asked, sampler)
     digest = json.dumps([(e.ids, e.is_right, e.count) for e in fitting])
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
@@ -79,13 +61,18 @@ def run(config: ConfidenceConfig) -> None:
     )
     training = train(model, fitting, config, states)
     calibration = calibrate(model, score(model, validation, config.batch_tokens))
-    scored = score(model, validation, config.batch_tokens)
-    threshold = best_threshold(sigmoid(scored.logits), scored.labels)
-    judged = judge(model, asked, held_out)
+    cast_to(model, torch.bfloat16)  # what is saved is what is judged
+    cast_to(model, torch.float32)
+    unseen = [t for t in sampled if t.question < num_validation(config)]
+    known = witness(model, asked.policy, asked.tokenizer, unseen, config.batch_tokens)
+    fusion = known.fit() if config.fuse else None
+    threshold = best_threshold(known.confidences(fusion), known.labels)
+    judged = judge(model, asked, held_out, fusion)
     figures: dict[str, Any] = training | {
-        "threshold": threshold, "calibration": calibration, "examples": len(fitting), "held_out": report(judged),
+        "threshold": threshold, "calibration": calibration, "fusion": None if fusion is None else fusion.model_dump(),
+        "examples": len(fitting), "held_out": report(judged),
     }  # fmt: skip
-    model.config.rtap = artifact(threshold, judged, figures["held_out"]["all"])
+    model.config.rtap = artifact(threshold, fusion, judged, figures["held_out"]["all"])
     write_plot(run_dir(config.output) / "reliability.png", judged)
     record = manifest("rtap train confidence", config, data=digest, seconds=training["seconds"], figures=figures)
     cast_to(model, torch.bfloat16)
@@ -97,34 +84,7 @@ def run(config: ConfidenceConfig) -> None:
 # Samples.
 
 
-def training_problems(config: ConfidenceConfig) -> tuple[list[Problem], list[str]]:
-    """Training problems and a phrasing of each, tasks interleaved."""
-    rng, shares = Random(config.seed), parse_mix(config.tasks)
-    problems: list[Problem] = []
-    questions: list[str] = []
-    for _ in range(config.questions):
-        name = rng.choices(list(shares), list(shares.values()))[0]
-        problem = sample_split(TASKS[name], rng, Split.TRAIN)
-        problems.append(problem)
-        questions.append(problem.phrase(rng))
-    return problems, questions
-
-
-def build_sampler(asked: Asked) -> Sampler:
-    """What the config wants, on this machine."""
-    if sampler_kind(asked.config.sampler) is SamplerKind.VLLM:
-        return VllmSampler(asked.config.policy, threads=asked.config.threads)
-    return TransformersSampler(asked.policy)
-
-
-def sample_training(asked: Asked, sampler: Sampler, questions: Sequence[str]) -> list[Trajectory]:
-    """Trajectories of the training questions, kept in a file until the run has succeeded, or longer if it is named."""
-    config = asked.config
-    file = config.samples_file or run_dir(config.output) / "samples.jsonl"
-    return sample(asked, sampler, file, questions, config.samples, config.seed)
-
-
-def sample_held_out(asked: Asked, sampler: Sampler) -> dict[str, list[Trajectory]]:
+def sample_held_out(asked: Asked[ConfidenceConfig], sampler: Sampler) -> dict[str, list[Trajectory]]:
     """Trajectories of each task's held-out questions, kept in files until the run has succeeded."""
     config = asked.config
     size = f"{config.eval_questions}x{config.eval_samples}"  # may be another when a run is resumed
@@ -136,38 +96,8 @@ def sample_held_out(asked: Asked, sampler: Sampler) -> dict[str, list[Trajectory
     return held_out
 
 
-def sample(
-    asked: Asked, sampler: Sampler, file: Path, questions: Sequence[str], samples: int, seed: int
-) -> list[Trajectory]:
-    """What ``file`` has, and the rest."""
-    kind = sampler_kind(asked.config.sampler)
-    first = header(asked.config, questions, sampler=kind, samples=samples, seed=seed)
-
-    def chunk(indices: Sequence[int], chunk_seed: int) -> list[Trajectory]:
-        return sample_chunk(asked, sampler.seeded(chunk_seed), questions, indices, samples)
-
-    return read_or_sample(file, first, chunk)
-
-
-def sample_chunk(
-    asked: Asked, write: Continue, questions: Sequence[str], indices: Sequence[int], samples: int
-) -> list[Trajectory]:
-    """Trajectories of ``questions[i]`` for i in ``indices``, each with i as its question."""
-
-    def check(index: int, answer: str) -> bool:
-        return any(task.check(questions[indices[index]], answer) for task in TASKS.values())
-
-    trajectories = sample_trajectories(
-        write, asked.tokenizer, [questions[i] for i in indices], check,
-        samples=samples, max_cycles=asked.config.max_cycles, max_positions=asked.policy.config.max_position_embeddings,
-    )  # fmt: skip
-    for trajectory in trajectories:
-        trajectory.question = indices[trajectory.question]
-    return trajectories
-
-
 def label(
-    asked: Asked, problems: Sequence[Problem], questions: Sequence[str], sampled: Sequence[Trajectory]
+    asked: Asked[ConfidenceConfig], problems: Sequence[Problem], questions: Sequence[str], sampled: Sequence[Trajectory]
 ) -> tuple[list[Example], list[Example]]:
     """Weighted examples to fit on, and (sampled ones only) those to calibrate on. Raises ConfigError where either
     has nothing to tell apart."""
@@ -177,20 +107,25 @@ def label(
         raise ConfigError(
             f"{config.policy} finished no cycle of {len(questions)} questions; train it further with `rtap train sft`"
         )
-    num_validation = max(1, round(config.validation_share * len(questions)))
+    validated = num_validation(config)
     synthetic: list[Row] = []
-    for index in range(num_validation, len(questions)):
+    for index in range(validated, len(questions)):
         prompt = encode_question(asked.tokenizer, questions[index])
         for text, is_right in synthetic_texts(problems[index], rng, config.synthetic_pairs):
             synthetic.append((index, (*prompt, *encode_text(asked.tokenizer, text)), is_right))
-    validation = collect(row for row in rows if row[0] < num_validation)
+    validation = collect(row for row in rows if row[0] < validated)
     _check_contrast(validation, "the validation questions", "nothing to calibrate on")
-    fitting = collect([*(row for row in rows if row[0] >= num_validation), *synthetic])
+    fitting = collect([*(row for row in rows if row[0] >= validated), *synthetic])
     _check_contrast(fitting, "the training questions", "nothing to learn")
     mixed = {e.question for e in fitting if e.is_right} & {e.question for e in fitting if not e.is_right}
     if config.loss is Loss.PAIRWISE and not mixed:
         raise ConfigError("no question has right and wrong answers to pair; take more samples, or loss=balanced")
     return balance(fitting, global_weight=config.global_weight), validation
+
+
+def num_validation(config: ConfidenceConfig) -> int:
+    """Questions, the first ones, that are calibrated on and not trained on."""
+    return max(1, round(config.validation_share * config.questions))
 
 
 def _check_contrast(examples: Sequence[Example], whose: str, so: str) -> None:
@@ -257,16 +192,21 @@ def pairwise_loss(logits: Tensor) -> Tensor:
 
 
 def judge(
-    model: Qwen3ForSequenceClassification, asked: Asked, held_out: dict[str, list[Trajectory]]
+    model: Qwen3ForSequenceClassification,
+    asked: Asked[ConfidenceConfig],
+    held_out: dict[str, list[Trajectory]],
+    fusion: Fusion | None,
 ) -> dict[str, Judged]:
-    """By task, on the bf16-rounded weights that are saved."""
-    cast_to(model, torch.bfloat16)
-    cast_to(model, torch.float32)
+    """By task."""
     tokens = asked.config.batch_tokens
-    return {name: judge_task(model, asked.policy, asked.tokenizer, part, tokens) for name, part in held_out.items()}
+    return {
+        name: judge_task(model, asked.policy, asked.tokenizer, part, tokens, fusion) for name, part in held_out.items()
+    }
 
 
-def artifact(threshold: float, judged: dict[str, Judged], figures: dict[str, Any]) -> dict[str, Any]:
+def artifact(
+    threshold: float, fusion: Fusion | None, judged: dict[str, Judged], figures: dict[str, Any]
+) -> dict[str, Any]:
     """The ``rtap`` block that the server reads, and the figures that a reader of ``config.json`` looks for.
 
     The reference is of first cycles, which every stop rule writes alike: a server can compare its own with them."""
@@ -274,7 +214,8 @@ def artifact(threshold: float, judged: dict[str, Judged], figures: dict[str, Any
     firsts = [s for j in judged.values() for question in j.first_cycles for s in question if s.answer is not None]
     reference = histogram(np.array([s.scores[GENERATOR] for s in firsts], dtype=np.float64))
     calibration = {"bins": NUM_BINS, "reference": reference, "held_out": scalars}
-    return {"format": "rtap", "kind": "confidence", "threshold": threshold, "calibration": calibration}
+    fused = {} if fusion is None else {"fusion": fusion.model_dump()}
+    return {"format": "rtap", "kind": "confidence", "threshold": threshold, "calibration": calibration} | fused
 
 
 def write_plot(file: Path, judged: dict[str, Judged]) -> None:

@@ -109,7 +109,7 @@ def synthetic_texts(problem: Problem, rng: Random, pairs: int) -> list[tuple[str
     for _ in range(pairs):
         right = problem.right_attempt(rng)
         wrong = problem.wrong_attempt(rng, [])
-        doubt = problem.doubt(rng, wrong) if wrong and rng.random() < 0.4 else ""
+        doubt = problem.doubt(rng, wrong.value) if wrong and rng.random() < 0.4 else ""
         texts.append((cycle_text(right, doubt), True))
         false = problem.false_attempt(rng) if rng.random() < 0.5 else None
         miss = wrong if false is None else false

@@ -1,6 +1,7 @@
 """Judge a generator on held-out questions: AUROCs, calibration, and the choice among samples against what is free.
 
-What is free: a majority vote, and the policy's own log-probabilities of what it wrote. Not here: the formulas
+The generator is judged as it is served, joined with the policy's log-probabilities where a fusion was fitted, and
+alone. What is free: a majority vote, and the policy's own log-probabilities of what it wrote. Not here: the formulas
 (``training/calibration.py``, ``training/choice.py``) and the judgement under a server (``rtap eval``).
 """
 
@@ -12,14 +13,25 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
+from server.rtap.artifact import CERTAIN, Fusion
 from server.rtap.format import RTAP
-from training.calibration import Bools, Floats, auroc, figures, intervals, within_question_auroc
+from training.calibration import (
+    Bools,
+    Floats,
+    auroc,
+    figures,
+    fit_logistic,
+    intervals,
+    sigmoid,
+    within_question_auroc,
+)
 from training.choice import Sample, compare
 from training.classifier import confidences
-from training.rollout import Trajectory
+from training.rollout import SampledCycle, Trajectory
 from training.tokenizer import token_id
 
-GENERATOR = "generator"
+GENERATOR, ALONE = "generator", "generator_alone"
+"""The confidence that is served, and what the generator says of itself; the same where nothing is fused."""
 LOGPROB_RULES = ("logprob_mean", "logprob_min", "logprob_answer")
 """Mean and smallest log-probability of a cycle's tokens; mean of those between the answer's tags."""
 
@@ -34,30 +46,88 @@ class Judged:
     first_cycles: list[list[Sample]]
 
 
+@dataclass(frozen=True, slots=True)
+class Witnesses:
+    """What is known of each cycle with an answer, in the order of the trajectories: the generator's probability, and
+    the log-probability rules over what the policy sampled in it."""
+
+    cycles: list[tuple[Trajectory, SampledCycle]]
+    probabilities: Floats
+    logprobs: list[dict[str, float]]
+
+    @property
+    def labels(self) -> Bools:
+        """Whether each is right."""
+        return np.array([c.is_right for _, c in self.cycles], dtype=np.bool_)
+
+    def confidences(self, fusion: Fusion | None) -> Floats:
+        """As they are served."""
+        return self.probabilities if fusion is None else sigmoid(self._features() @ _weights(fusion))
+
+    def fit(self) -> Fusion:
+        """The fusion that describes these cycles best; starts from the generator alone."""
+        weights = fit_logistic(self._features(), self.labels, np.array([0.0, 1.0, 0.0, 0.0]))
+        bias, generator, mean, smallest = (round(float(w), 4) for w in weights)
+        return Fusion(bias=bias, generator=generator, logprob_mean=mean, logprob_min=smallest)
+
+    def _features(self) -> Floats:
+        """(N, 4), in the order of ``_weights``."""
+        p = self.probabilities.clip(CERTAIN, 1 - CERTAIN)
+        free = [[known[rule] for rule in ("logprob_mean", "logprob_min")] for known in self.logprobs]
+        return np.column_stack([np.ones_like(p), np.log(p / (1 - p)), np.array(free).reshape(-1, 2)])
+
+
+def _weights(fusion: Fusion) -> Floats:
+    return np.array([fusion.bias, fusion.generator, fusion.logprob_mean, fusion.logprob_min])
+
+
+def witness(
+    model: Qwen3ForSequenceClassification,
+    policy: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    trajectories: Sequence[Trajectory],
+    batch_tokens: int,
+) -> Witnesses:
+    """Score every cycle alone with its question, and read what the policy sampled in it after all that came before."""
+    cycle_open = token_id(tokenizer, RTAP.cycle_open)
+    cycles: list[tuple[Trajectory, SampledCycle]] = []
+    sampled: list[tuple[list[int], tuple[int, ...]]] = []
+    for trajectory in trajectories:
+        context = list(trajectory.prompt)
+        for depth, cycle in enumerate(trajectory.cycles):
+            if cycle.answer is not None:
+                cycles.append((trajectory, cycle))
+                # The loop opens later cycles, so the policy sampled what follows.
+                sampled.append(([*context, cycle_open], cycle.ids[1:]) if depth else (context[:], cycle.ids))
+            context += cycle.ids
+    logprobs = logprob_scores(policy, sampled, token_id(tokenizer, RTAP.answer_open or ""), batch_tokens)
+    probabilities = confidences(model, [(*t.prompt, *c.ids) for t, c in cycles], batch_tokens)
+    return Witnesses(cycles, np.array(probabilities, dtype=np.float64), logprobs)
+
+
 def judge_task(
     model: Qwen3ForSequenceClassification,
     policy: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     trajectories: Sequence[Trajectory],
     batch_tokens: int,
+    fusion: Fusion | None = None,
 ) -> Judged:
-    """Score every cycle alone with its question, and every first cycle by the policy's log-probabilities too."""
-    cycles = [(t, c) for t in trajectories for c in t.cycles if c.answer is not None]
-    scores = confidences(model, [(*t.prompt, *c.ids) for t, c in cycles], batch_tokens)
-    of_cycle = {(t.question, c.ids): score for (t, c), score in zip(cycles, scores, strict=True)}
-    firsts = [(t.prompt, t.cycles[0].ids) for t in trajectories]
-    logprobs = logprob_scores(policy, firsts, token_id(tokenizer, RTAP.answer_open or ""), batch_tokens)
+    """Confidences of all cycles, and every rule's scores of first ones."""
+    known = witness(model, policy, tokenizer, trajectories, batch_tokens)
+    scores = known.confidences(fusion)
+    rules = {
+        id(cycle): free | {GENERATOR: float(score), ALONE: float(alone)}
+        for (_, cycle), free, score, alone in zip(
+            known.cycles, known.logprobs, scores, known.probabilities, strict=True
+        )
+    }
     samples: dict[int, list[Sample]] = {}
-    for trajectory, own in zip(trajectories, logprobs, strict=True):
+    for trajectory in trajectories:
         first = trajectory.cycles[0]
-        known = own | {GENERATOR: of_cycle.get((trajectory.question, first.ids), 0.0)}
-        samples.setdefault(trajectory.question, []).append(Sample(first.answer, first.is_right, known))
-    return Judged(
-        np.array(scores, dtype=np.float64),
-        np.array([c.is_right for _, c in cycles], dtype=np.bool_),
-        [t.question for t, _ in cycles],
-        list(samples.values()),
-    )
+        sample = Sample(first.answer, first.is_right, rules.get(id(first), {}))
+        samples.setdefault(trajectory.question, []).append(sample)
+    return Judged(scores, known.labels, [t.question for t, _ in known.cycles], list(samples.values()))
 
 
 def report(judged: Mapping[str, Judged]) -> dict[str, Any]:
@@ -86,7 +156,7 @@ def _figures(judged: Judged) -> dict[str, Any]:
     return own | {
         "intervals": intervals(judged.scores, judged.labels, judged.questions),
         "first_cycles": _rankings(judged.first_cycles),
-        "choice": compare(judged.first_cycles, generator=GENERATOR, baselines=LOGPROB_RULES),
+        "choice": compare(judged.first_cycles, generator=GENERATOR, baselines=(ALONE, *LOGPROB_RULES)),
     }
 
 
@@ -95,7 +165,7 @@ def _rankings(questions: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     rows = [(index, s) for index, samples in enumerate(questions) for s in samples if s.answer is not None]
     labels = np.array([s.is_right for _, s in rows], dtype=np.bool_)
     ranked: dict[str, Any] = {}
-    for rule in (GENERATOR, *LOGPROB_RULES):
+    for rule in (GENERATOR, ALONE, *LOGPROB_RULES):
         scores = np.array([s.scores[rule] for _, s in rows], dtype=np.float64)
         within, _ = within_question_auroc(scores, labels, [index for index, _ in rows])
         ranked[rule] = {"within_auroc": _known(within), "global_auroc": _known(auroc(scores, labels))}

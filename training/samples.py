@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from server.rtap.errors import ConfigError
 from training.checkpoint import sha256
-from training.config import ConfidenceConfig
 from training.errors import TrainingError
 from training.rollout import SampledCycle, Trajectory
 
@@ -27,16 +26,16 @@ Sample = Callable[[Sequence[int], int], list[Trajectory]]
 
 
 def header(
-    config: ConfidenceConfig, questions: Sequence[str], *, sampler: str, samples: int, seed: int
+    policy: Path, questions: Sequence[str], *, sampler: str, samples: int, max_cycles: int, seed: int
 ) -> dict[str, Any]:
     """What the samples depend on."""
-    weights = (config.policy / "model.safetensors").read_bytes()
+    weights = (policy / "model.safetensors").read_bytes()
     return {
         "format": _FORMAT,
         "policy_sha256": hashlib.sha256(weights).hexdigest(),
         "sampler": sampler,
         "samples": samples,
-        "max_cycles": config.max_cycles,
+        "max_cycles": max_cycles,
         "seed": seed,
         "questions": len(questions),
         "questions_sha256": sha256("\n".join(questions)),

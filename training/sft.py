@@ -60,7 +60,8 @@ def _work(config: SftConfig) -> None:
     training = train(model, tokenizer, config, states)
     if rank() != 0:
         return
-    figures = training | {"held_out": evaluate(model, tokenizer, config)}
+    held_out = evaluate(model, tokenizer, tasks=config.tasks, num_questions=config.eval_questions, seed=config.seed)
+    figures = training | {"held_out": held_out}
     record = manifest("rtap train sft", config, data=data, seconds=training["seconds"], figures=figures) | {
         "parameters": sum(p.numel() for p in model.parameters())
     }
@@ -119,16 +120,18 @@ def train(
     return loop.summary()
 
 
-def evaluate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig) -> dict[str, Any]:
+def evaluate(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, tasks: str, num_questions: int, seed: int
+) -> dict[str, Any]:
     """Held-out accuracy of each task in the mix: the first cycle, by level too, and each later cycle forced open
     after a wrong one."""
     model.eval()
     figures: dict[str, Any] = {}
-    for name in parse_mix(config.tasks):
+    for name in parse_mix(tasks):
         task = TASKS[name]
-        questions = held_out_questions(task, config.eval_questions)
+        questions = held_out_questions(task, num_questions)
         trajectories = sample_trajectories(
-            TransformersSampler(model).seeded(config.seed), tokenizer, [q.question for q in questions],
+            TransformersSampler(model).seeded(seed), tokenizer, [q.question for q in questions],
             lambda index, answer, task=task, asked=questions: task.check(asked[index].question, answer),
             samples=1, max_cycles=EVAL_CYCLES, max_positions=MAX_POSITIONS,
         )  # fmt: skip

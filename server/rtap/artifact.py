@@ -4,13 +4,17 @@ It travels in ``config.json`` because that file comes along wherever a checkpoin
 the way, not refused: an older server must load what a newer trainer wrote.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.rtap.errors import ConfigError
 
+CERTAIN = 1e-6  # probabilities nearer to 0 or 1 count as this near
 NUM_BINS = 20  # equal-width bins of [0, 1] in every calibration figure, the trainer's and the server's
 
 
@@ -25,8 +29,33 @@ class Calibration(BaseModel):
     reference: tuple[float, ...] = ()
 
 
+class Fusion(BaseModel):
+    """One confidence of two witnesses: the generator, which reads a cycle, and the policy, which was more or less sure
+    of each token as it wrote it. The first sees a working that does not check, the second a slip in a sum.
+
+    sigmoid(bias + generator · logit(p) + logprob_mean · mean + logprob_min · smallest), where p is the generator's
+    probability and the log-probabilities are those of the cycle's sampled tokens before temperature and truncation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    bias: float
+    generator: float
+    logprob_mean: float
+    logprob_min: float
+
+    def confidence(self, probability: float, logprobs: Sequence[float]) -> float:
+        """In [0, 1]. ``logprobs``: at least one."""
+        p = min(max(probability, CERTAIN), 1.0 - CERTAIN)
+        mean, smallest = sum(logprobs) / len(logprobs), min(logprobs)
+        margin = self.bias + self.generator * math.log(p / (1.0 - p))
+        margin += self.logprob_mean * mean + self.logprob_min * smallest
+        return 1.0 / (1.0 + math.exp(-max(-700.0, min(700.0, margin))))
+
+
 class Artifact(BaseModel):
-    """The ``rtap`` block. ``threshold`` is the one the trainer found best on held-out questions."""
+    """The ``rtap`` block. threshold: the one the trainer found best on validation questions. fusion: how scores are
+    joined with log-probabilities; None leaves them alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -35,6 +64,18 @@ class Artifact(BaseModel):
     kind: str = "policy"
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)
     calibration: Calibration = Calibration()
+    fusion: Fusion | None = None
+
+
+def read_artifact_file(file: Path) -> Artifact:
+    """The block of a ``config.json`` that is not beside a model here. Raises ConfigError."""
+    try:
+        config: Any = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    if not isinstance(config, dict) or "rtap" not in config:
+        raise ConfigError(f"{file} has no rtap block; give the config.json that `rtap train confidence` wrote")
+    return read_artifact(cast(dict[str, Any], config))
 
 
 def read_artifact(config: Mapping[str, Any]) -> Artifact:

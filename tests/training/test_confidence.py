@@ -3,6 +3,7 @@
 from dataclasses import replace
 from math import log
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from transformers import PreTrainedTokenizerFast
 from server.rtap.errors import ConfigError
 from server.rtap.format import RTAP
 from training.classifier import body_of, build_generator, build_scratch, confidences
-from training.confidence import Asked, balanced_loss, label, pairwise_loss, training_problems
+from training.confidence import balanced_loss, label, pairwise_loss
 from training.config import ConfidenceConfig, Loss, SftConfig
 from training.examples import Example
 from training.huggingface import encode_text
-from training.judging import GENERATOR, LOGPROB_RULES, judge_task, logprob_scores, report
+from training.judging import ALONE, GENERATOR, LOGPROB_RULES, Witnesses, judge_task, logprob_scores, report, witness
+from training.own_cycles import Asked, training_problems
 from training.policy import build_policy
 from training.rollout import SampledCycle, Trajectory
 from training.tokenizer import TAGS, build_tokenizer, token_id
@@ -24,7 +26,7 @@ CONFIG = ConfidenceConfig(questions=10, synthetic_pairs=0, validation_share=0.2)
 
 
 @pytest.fixture(scope="module")
-def asked() -> Asked:
+def asked() -> Asked[ConfidenceConfig]:
     tokenizer = build_tokenizer(["make 82 from 3, 7, 25 user assistant"] * 10, vocab_size=300, max_length=1024)
     torch.manual_seed(0)
     torch.set_num_threads(1)  # two would wait for each other where the machine is busy
@@ -37,7 +39,7 @@ def cycle(tokenizer: PreTrainedTokenizerFast, text: str, right: bool | None) -> 
     return SampledCycle(ids, None if right is None else text, bool(right))
 
 
-def sampled(asked: Asked, rights: list[list[bool | None]]) -> list[Trajectory]:
+def sampled(asked: Asked[ConfidenceConfig], rights: list[list[bool | None]]) -> list[Trajectory]:
     """A trajectory of one cycle for each entry; None: it was cut."""
     return [
         Trajectory(question, [1, 2, question], [cycle(asked.tokenizer, f"{place}{right}", right)], is_open=False)
@@ -56,13 +58,15 @@ def sampled(asked: Asked, rights: list[list[bool | None]]) -> list[Trajectory]:
         ([[True, False]] * 2 + [[None]] * 8, "0 of 0 distinct answers to the training questions.*nothing to learn"),
     ],
 )
-def test_data_without_contrast_is_refused(asked: Asked, rights: list[list[bool | None]], message: str) -> None:
+def test_data_without_contrast_is_refused(
+    asked: Asked[ConfidenceConfig], rights: list[list[bool | None]], message: str
+) -> None:
     problems, questions = training_problems(CONFIG)
     with pytest.raises(ConfigError, match=message):
         label(asked, problems, questions, sampled(asked, rights))
 
 
-def test_pairs_need_a_question_with_both(asked: Asked) -> None:
+def test_pairs_need_a_question_with_both(asked: Asked[ConfidenceConfig]) -> None:
     problems, questions = training_problems(CONFIG)
     rights: list[list[bool | None]] = [[True, False]] * 2 + [[True]] * 4 + [[False]] * 4
     fitting, validation = label(asked, problems, questions, sampled(asked, rights))
@@ -85,7 +89,7 @@ def test_the_level_of_a_question_moves_only_the_balanced_loss() -> None:
     assert pairwise_loss(logits + 5).item() == pytest.approx(pairwise_loss(logits).item())
 
 
-def test_a_generator_starts_from_the_policy_or_from_nothing(asked: Asked) -> None:
+def test_a_generator_starts_from_the_policy_or_from_nothing(asked: Asked[ConfidenceConfig]) -> None:
     def first(model: torch.nn.Module) -> Tensor:
         return model.state_dict()["layers.0.mlp.up_proj.weight"]
 
@@ -96,7 +100,7 @@ def test_a_generator_starts_from_the_policy_or_from_nothing(asked: Asked) -> Non
     assert not first(body_of(scratch)).equal(policy)
 
 
-def test_logprob_rules_are_those_of_the_policy(asked: Asked) -> None:
+def test_logprob_rules_are_those_of_the_policy(asked: Asked[ConfidenceConfig]) -> None:
     """Rows of different length in one batch give what each gives alone, token by token."""
     answer_open = token_id(asked.tokenizer, TAGS[2])
     rows = [([1, 2, 3], cycle(asked.tokenizer, text, True).ids) for text in ("7", "3*25+7", "82")]
@@ -112,7 +116,7 @@ def test_logprob_rules_are_those_of_the_policy(asked: Asked) -> None:
     assert [batched[1][rule] for rule in LOGPROB_RULES] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_report_compares_the_generator_with_what_is_free(asked: Asked) -> None:
+def test_the_report_compares_the_generator_with_what_is_free(asked: Asked[ConfidenceConfig]) -> None:
     rights: list[list[bool | None]] = [[True, False, None, False], [False, True, True, None]] * 3
     trajectories = sampled(asked, rights)
     trajectories[1].cycles.append(cycle(asked.tokenizer, "again", True))  # judged, but no first cycle
@@ -132,4 +136,43 @@ def test_the_report_compares_the_generator_with_what_is_free(asked: Asked) -> No
     assert figures["all"]["choice"]["questions"] == 12
     assert set(figures["all"]["choice"]) == {"questions", "samples", "single", "any_right", "best_of_2", "best_of_4"}
     assert set(figures["countdown"]["intervals"]) == {"within_auroc", "global_auroc", "ece", "brier"}
-    assert set(figures["countdown"]["first_cycles"]) == {GENERATOR, *LOGPROB_RULES}
+    assert set(figures["countdown"]["first_cycles"]) == {GENERATOR, ALONE, *LOGPROB_RULES}
+
+
+def test_what_the_policy_sampled_is_read_after_all_that_came_before(asked: Asked[ConfidenceConfig]) -> None:
+    """And not the opening of a later cycle, which the loop writes."""
+    first, second = (cycle(asked.tokenizer, text, True) for text in ("3*25+7", "82"))
+    known = witness(
+        build_generator(asked.policy, asked.tokenizer), asked.policy, asked.tokenizer,
+        [Trajectory(0, [1, 2], [first, second], is_open=False)], 4096,
+    )  # fmt: skip
+    ids = [1, 2, *first.ids, *second.ids]
+    with torch.inference_mode():
+        logits = asked.policy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    logps = [logits[i - 1, ids[i]].item() for i in range(1, len(ids))]
+    of_second = logps[-len(second.ids) + 1 :]
+    assert known.logprobs[1]["logprob_mean"] == pytest.approx(sum(of_second) / len(of_second), abs=1e-4)
+    assert known.logprobs[1]["logprob_min"] == pytest.approx(min(of_second), abs=1e-4)
+    assert known.logprobs[0]["logprob_mean"] == pytest.approx(sum(logps[1 : 1 + len(first.ids)]) / len(first.ids))
+
+
+def test_a_fusion_finds_the_witness_that_knows_and_is_the_servers(asked: Asked[ConfidenceConfig]) -> None:
+    """Made-up cycles: the generator guesses, the smallest log-probability is right three times in four."""
+    rng = np.random.default_rng(0)
+    right = rng.random(4000) < 0.5
+    knows = rng.random(4000) < 0.75
+    smallest = np.where(right == knows, -0.5, -3.0) + rng.normal(0, 0.05, 4000)
+    labelled = [(Trajectory(0, []), SampledCycle((), "", bool(r))) for r in right]
+    free = [{"logprob_mean": s / 10, "logprob_min": s, "logprob_answer": 0.0} for s in smallest.tolist()]
+    known = Witnesses(labelled, rng.random(4000), free)
+    fusion = known.fit()
+    assert abs(fusion.generator) < 0.1
+    fused = known.confidences(fusion)
+    assert fused[smallest > -1].mean() == pytest.approx(0.75, abs=0.03)
+    assert fused[smallest < -2].mean() == pytest.approx(0.25, abs=0.03)
+    # The server sees tokens, not their mean and smallest.
+    logprobs = [-0.1, -2.0, -0.3]
+    seen = {"logprob_mean": sum(logprobs) / 3, "logprob_min": -2.0, "logprob_answer": 0.0}
+    one = Witnesses(labelled[:1], np.array([0.8]), [seen])
+    assert fusion.confidence(0.8, logprobs) == pytest.approx(one.confidences(fusion)[0])
+    assert one.confidences(None)[0] == 0.8

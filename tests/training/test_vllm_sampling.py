@@ -22,7 +22,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from training.confidence import Asked, build_sampler, sample_chunk
+from training.own_cycles import Asked, build_sampler, sample_chunk
 from training.config import ConfidenceConfig, SamplerKind
 from training.huggingface import load_policy
 from training.questions import held_out_questions

@@ -166,7 +166,11 @@ class ArithmeticProblem:
                 return self._attempt(slipped, slip)
         return None
 
-    def doubt(self, rng: Random, _last: Attempt, /) -> str:
+    def value_of(self, answer: str, /) -> int | None:
+        """The number."""
+        return int(answer) if _ANSWER.fullmatch(answer.strip()) else None
+
+    def doubt(self, rng: Random, _value: int, /) -> str:
         """An Oops before the sum is done again."""
         return rng.choice(_DOUBTS)
 

@@ -92,8 +92,12 @@ class Problem(Protocol):
         """A wrong working that differs from ``earlier``; None when there is none left."""
         ...
 
-    def doubt(self, rng: Random, last: Attempt, /) -> str:
-        """How the cycle after the wrong attempt ``last`` begins."""
+    def value_of(self, answer: str, /) -> int | None:
+        """What an answer arrives at, as the ``value`` of an attempt; None where it is none that can be doubted."""
+        ...
+
+    def doubt(self, rng: Random, value: int, /) -> str:
+        """How the cycle after a wrong attempt that arrived at ``value`` begins."""
         ...
 
     def false_attempt(self, rng: Random, /) -> Attempt | None:

@@ -177,9 +177,14 @@ class CountdownProblem:
         weights = [1 / (5 + abs(c.value - self.target)) for c in misses]
         return _attempt(rng.choices(misses, weights)[0], self._solutions())
 
-    def doubt(self, rng: Random, last: Attempt, /) -> str:
+    def value_of(self, answer: str, /) -> int | None:
+        """What the expression makes; None where that is not whole."""
+        result = evaluate(answer)
+        return int(result.value) if result is not None and result.value.denominator == 1 else None
+
+    def doubt(self, rng: Random, value: int, /) -> str:
         """An Oops that usually names the value reached, which is a true statement."""
-        return rng.choice(_DOUBTS).format(v=last.value, t=self.target)
+        return rng.choice(_DOUBTS).format(v=value, t=self.target)
 
     def false_attempt(self, rng: Random, /) -> Attempt | None:
         """A false last result, foreign or repeated numbers, or an answer that is not what the working computed."""

@@ -130,9 +130,14 @@ class KnightsProblem:
         weights = [3.0 ** -min(_distance(g, n) for n in near) for g in misses]
         return rng.choices(misses, weights)[0] if misses else None
 
-    def doubt(self, rng: Random, last: Attempt, /) -> str:
+    def value_of(self, answer: str, /) -> int | None:
+        """The first speaker whose statement clashes with the guess."""
+        guess = parse_guess(answer, len(self.puzzle))
+        return None if guess is None else first_clash(self.puzzle, guess)
+
+    def doubt(self, rng: Random, value: int, /) -> str:
         """An Oops that usually names the speaker whose statement clashed."""
-        return rng.choice(_DOUBTS).format(p=PEOPLE[last.value])
+        return rng.choice(_DOUBTS).format(p=PEOPLE[value])
 
     def false_attempt(self, rng: Random) -> Attempt | None:
         """A wrong answer whose working looks right: a lie at each clash, the clash left out, the solution evaluated

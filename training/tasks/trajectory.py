@@ -15,7 +15,7 @@ from training.tasks.base import Attempt, Problem, Segment, Split, Task, sample_s
 
 TURN_END = "<|im_end|>"
 CONFIRM_SHARE = 0.05
-_CONFIRMATIONS = ("Let me check again. ", "Let me check. ", "Wait, let me check. ", "Oops, let me check. ", "")
+CONFIRMATIONS = ("Let me check again. ", "Let me check. ", "Wait, let me check. ", "Oops, let me check. ", "")
 _SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are a helpful assistant. Think before you answer.",
@@ -65,12 +65,12 @@ def build_turn(problem: Problem, rng: Random, num_wrong: int, *, is_confirmed: b
         wrong = problem.wrong_attempt(rng, attempts)
         if wrong is None:
             break
-        segments += cycle_segments(wrong, problem.doubt(rng, attempts[-1]) if attempts else "")
+        segments += cycle_segments(wrong, problem.doubt(rng, attempts[-1].value) if attempts else "")
         attempts.append(wrong)
     right = problem.right_attempt(rng)
-    segments += cycle_segments(right, problem.doubt(rng, attempts[-1]) if attempts else "")
+    segments += cycle_segments(right, problem.doubt(rng, attempts[-1].value) if attempts else "")
     if is_confirmed:
-        segments += cycle_segments(right, rng.choice(_CONFIRMATIONS), is_opening_trained=False)
+        segments += cycle_segments(right, rng.choice(CONFIRMATIONS), is_opening_trained=False)
     return (*segments, Segment(TURN_END))
 
 

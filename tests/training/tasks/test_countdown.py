@@ -124,5 +124,5 @@ def test_doubt_names_the_value_reached() -> None:
     problem = CountdownProblem((3, 7, 25), 82)
     last = problem.wrong_attempt(Random(1), [])
     assert last is not None
-    doubts = {problem.doubt(Random(seed), last) for seed in range(50)}
+    doubts = {problem.doubt(Random(seed), last.value) for seed in range(50)}
     assert f"Oops, {last.value} is not 82. " in doubts

@@ -1,0 +1,147 @@
+"""Go on training a policy on its own cycles: after a wrong one, a right one (``rtap train correct``).
+
+A cold start's wrong cycles are made up, so a policy learns to mend faults it does not make, and copies its own into the
+next cycle. Here the wrong cycles are those it samples itself on training questions, never trained on, and what follows
+each is a right working of the task. Its own right cycles are kept in, so that nothing else changes.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from server.rtap.errors import ConfigError
+from server.rtap.format import RTAP
+from training.checkpoint import manifest, sha256
+from training.config import CorrectConfig, run_dir
+from training.data import Batch, Encoded, bucket, pad
+from training.huggingface import encode_text, load_policy
+from training.loop import Loop
+from training.optim import build_muon
+from training.own_cycles import Asked, build_sampler, sample_training, training_problems
+from training.rollout import Trajectory
+from training.runs import States, check_resumable, plain
+from training.runtime import configure_torch
+from training.sft import evaluate, policy_loss, save
+from training.streams import Stream
+from training.tasks.base import Problem
+from training.tasks.trajectory import CONFIRMATIONS, TURN_END, cycle_segments
+from training.tokenizer import pad_id, token_id
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is learnt. mended: a right cycle after wrong ones. kept: the policy's own turns that end right.
+    confirmed: a right cycle once more, after the server's loop has opened one that was not needed."""
+
+    mended: list[Encoded]
+    kept: list[Encoded]
+    confirmed: list[Encoded]
+
+
+def run(config: CorrectConfig) -> None:
+    """Sample, train, evaluate on held-out questions, save, and print the figures.
+
+    Goes on from the run's last state, and from what was sampled, where there is something.
+    """
+    check_resumable(config.output, config)
+    configure_torch(config.threads, config.seed)
+    asked = Asked(*load_policy(config.policy), config)
+    problems, questions = training_problems(config)
+    with closing(build_sampler(asked)) as sampler:
+        sampled = sample_training(asked, sampler, questions)
+    rows = build_rows(asked.tokenizer, problems, sampled, Random(f"{config.seed}:rows"))
+    if not rows.mended:
+        raise ConfigError(
+            f"{config.policy} answered {len(questions)} questions without a fault to correct; take more, or harder ones"
+        )
+    digest = json.dumps([[row.ids for row in part] for part in (rows.mended, rows.kept, rows.confirmed)])
+    states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
+    training = train(asked, rows, states)
+    held_out = evaluate(
+        asked.policy, asked.tokenizer, tasks=config.tasks, num_questions=config.eval_questions, seed=config.seed
+    )
+    counts = {"mended": len(rows.mended), "kept": len(rows.kept), "confirmed": len(rows.confirmed)}
+    figures = training | {"rows": counts, "held_out": held_out}
+    record = manifest("rtap train correct", config, data=digest, seconds=training["seconds"], figures=figures)
+    save(config.output, asked.policy, asked.tokenizer, record)
+    states.remove()
+    for file in states.folder.glob("samples.jsonl"):
+        file.unlink()
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def build_rows(
+    tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], sampled: Sequence[Trajectory], rng: Random
+) -> Rows:
+    """Rows of all trajectories; ``problems[t.question]`` is what trajectory ``t`` answers."""
+    rows = Rows([], [], [])
+    for trajectory in sampled:
+        _add(rows, tokenizer, problems[trajectory.question], trajectory, rng)
+    return rows
+
+
+def _add(rows: Rows, tokenizer: PreTrainedTokenizerFast, problem: Problem, trajectory: Trajectory, rng: Random) -> None:
+    end = token_id(tokenizer, TURN_END)
+    before = Encoded(list(trajectory.prompt), [False] * len(trajectory.prompt))
+    for cycle in trajectory.cycles:
+        if cycle.answer is None:
+            return
+        if cycle.is_right:
+            rows.kept.append(_followed(before, [*cycle.ids, end]))
+            again = _again(tokenizer, list(cycle.ids), rng.choice(CONFIRMATIONS))
+            shown = _followed(_followed(before, list(cycle.ids), is_trained=False), again[:1], is_trained=False)
+            rows.confirmed.append(_followed(shown, [*again[1:], end]))  # the loop writes the opening
+            return
+        before = _followed(before, list(cycle.ids), is_trained=False)
+        value = problem.value_of(cycle.answer)
+        if value is not None:
+            right = cycle_segments(problem.right_attempt(rng), problem.doubt(rng, value))
+            ids = encode_text(tokenizer, "".join(segment.text for segment in right))
+            rows.mended.append(_followed(before, [*ids, end]))
+
+
+def _followed(row: Encoded, ids: list[int], *, is_trained: bool = True) -> Encoded:
+    return Encoded([*row.ids, *ids], [*row.is_trained, *[is_trained] * len(ids)])
+
+
+def _again(tokenizer: PreTrainedTokenizerFast, ids: list[int], doubt: str) -> list[int]:
+    """A cycle once more, begun with ``doubt``. A first cycle may have been opened by its prompt."""
+    opening = encode_text(tokenizer, RTAP.cycle_open)
+    body = ids[len(opening) :] if ids[: len(opening)] == opening else ids
+    return [*opening, *encode_text(tokenizer, doubt), *body]
+
+
+def train(asked: Asked[CorrectConfig], rows: Rows, states: States) -> dict[str, Any]:
+    """Epochs over all that is to be mended, each with a fresh draw of the rest; from the last state where there is
+    one."""
+    config, padding = asked.config, pad_id(asked.tokenizer)
+    optimisers = build_muon(
+        asked.policy.named_parameters(),
+        matrix_rate=config.matrix_rate,
+        learning_rate=config.learning_rate,
+        weight_decay=0.0,
+    )
+
+    def epoch(rng: Random) -> list[Batch]:
+        drawn = list(rows.mended)
+        for part, share in ((rows.kept, config.kept_share), (rows.confirmed, config.confirmed_share)):
+            drawn += rng.sample(part, min(len(part), round(share * len(rows.mended))))
+        rng.shuffle(drawn)
+        groups = bucket(drawn, config.batch_tokens)
+        rng.shuffle(groups)
+        return [pad(group, padding) for group in groups]
+
+    stream = Stream(epoch, seed=config.seed)
+    configure_torch(config.threads, config.seed)  # however much was sampled before
+    asked.policy.train()
+    with Loop("correct", config, states, model=asked.policy, optimisers=optimisers, stream=stream) as loop:
+        while loop.goes_on():
+            batch = next(stream)
+            loop.descend(policy_loss(asked.policy, batch), rows=len(batch.ids), tokens=batch.ids.numel())
+    return loop.summary()
