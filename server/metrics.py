@@ -47,6 +47,7 @@ class Metrics:
         self._scoring = histogram("rtap_confidence_seconds", "Waiting for the generator's score.", _SCORING_SECONDS)
         self._confidence_tokens = counter("rtap_confidence_tokens", "Tokens the generator read.")
         self._discarded = counter("rtap_discarded_tokens", "Tokens of finished requests that were sampled for nothing.")
+        self._probes = counter("rtap_probes", "Answers asked for inside a thought; whether the thought ended.", "ended")
         self._cached = counter("rtap_cached_tokens", "Prompt tokens of cycles found in the prefix cache.")
         self._recomputed = counter("rtap_recomputed_tokens", "Prompt tokens of cycles computed again.")
         self._degraded = counter("rtap_degraded", "Trajectories that went on without the generator.", "reason")
@@ -113,6 +114,8 @@ class Metrics:
         if trajectory.degraded is not None:
             self._degraded.labels(trajectory.degraded).inc()
         self._discarded.inc(trajectory.discarded_tokens)
+        self._probes.labels("true").inc(trajectory.num_stopped)
+        self._probes.labels("false").inc(trajectory.num_probes - trajectory.num_stopped)
         before: float | None = None
         for cycle in trajectory.cycles:
             self._observe_cycle(cycle)

@@ -7,9 +7,10 @@ is an ordinary ``AsyncLLM.generate`` on the token ids so far.
 
 import asyncio
 import copy
+import itertools
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from vllm.engine.protocol import EngineClient
@@ -23,8 +24,9 @@ from server.outputs import Call, Writer
 from server.rtap.artifact import Artifact
 from server.rtap.errors import InvalidRequest
 from server.rtap.format import TrajectoryFormat
+from server.rtap.probing import Probing
 from server.rtap.recursion import CycleEvent, FinalEvent, Recursion
-from server.rtap.types import Confidence, Step
+from server.rtap.types import Confidence, Engine, Policy, Step, Trajectory
 from server.settings import Settings
 from server.wire import Exchange, RtapOptions, current_exchange, options_from_xargs, resolve_limits
 
@@ -178,11 +180,31 @@ class RecursiveEngine:
         writing = sum(len(live) for calls in self._live.values() for live in calls)
         return writing < self._plan.settings.speculate_below
 
+    def _probing(self, engine: Engine, call: Call) -> Probing | None:
+        """``engine`` with probes, where the request wants them and a score can end its thoughts."""
+        plan, limits = self._plan, call.limits
+        if limits.probe_every is None or limits.policy is not Policy.CONFIDENCE or plan.confidence is None:
+            return None
+        if call.exchange.prefix:  # somebody else began the cycle, perhaps its answer
+            return None
+        return Probing(
+            engine,
+            plan.format,
+            plan.confidence,
+            question=call.prompt["prompt_token_ids"],
+            request=call,
+            every=limits.probe_every,
+            threshold=limits.threshold,
+            answer_tokens=plan.settings.probe_answer_tokens,
+        )
+
     async def _choice(self, call: Call, choice: int, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
         """One trajectory as RequestOutputs."""
         plan = self._plan
+        engine = _Cycles(self._inner, plan, call, choice, live)
+        probing = self._probing(engine, call)
         loop = Recursion(
-            _Cycles(self._inner, plan, call, choice, live),
+            engine if probing is None else probing,
             plan.format,
             plan.confidence,
             plan.count_oops,
@@ -199,8 +221,9 @@ class RecursiveEngine:
                         call.exchange.pending.append((call.first_choice + choice, event.cycle))
                     elif isinstance(event, FinalEvent):
                         finished = True
-                        call.exchange.trajectories[call.first_choice + choice] = event.trajectory
-                        self._plan.metrics.observe(event.trajectory)
+                        trajectory = event.trajectory if probing is None else _with_probes(event.trajectory, probing)
+                        call.exchange.trajectories[call.first_choice + choice] = trajectory
+                        self._plan.metrics.observe(trajectory)
                     for output in writer.write(event):
                         yield output
         except CycleAborted as aborted:
@@ -209,6 +232,15 @@ class RecursiveEngine:
         finally:
             if not finished:
                 self._plan.metrics.abandoned(call.limits.policy)
+
+
+def _with_probes(trajectory: Trajectory, probing: Probing) -> Trajectory:
+    return replace(
+        trajectory,
+        discarded_tokens=trajectory.discarded_tokens + probing.discarded_tokens,
+        num_probes=probing.num_probes,
+        num_stopped=probing.num_stopped,
+    )
 
 
 # vLLM asks isinstance(client, EngineClient); delegation by __getattr__ serves the methods, which inheriting the
@@ -229,6 +261,7 @@ class _Cycles:
 
     def __init__(self, inner: EngineClient, plan: Plan, call: Call, choice: int, live: set[str]) -> None:
         self._inner, self._plan, self._call, self._choice, self._live = inner, plan, call, choice, live
+        self._numbers = itertools.count()
         self.end_of_turn_ids = plan.end_of_turn_ids
 
     def encode(self, text: str) -> list[int]:
@@ -238,8 +271,9 @@ class _Cycles:
         self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
     ) -> AsyncGenerator[Step, None]:
         call, ends = self._call, self._plan.cycle_end_ids
-        prompt = call.prompt_with(prompt_token_ids) if index else call.prompt
-        name = f"{call.request_id}-c{self._choice}.{index}"
+        starts = len(prompt_token_ids) == len(call.prompt["prompt_token_ids"])
+        prompt = call.prompt if starts else call.prompt_with(prompt_token_ids)
+        name = f"{call.request_id}-c{self._choice}.{next(self._numbers)}"  # a cycle may be probed while it is written
         params = self._params(index, max_tokens, may_be_cut=may_be_cut)
         self._live.add(name)
         closing = self._plan.format.answer_close

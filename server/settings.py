@@ -43,6 +43,13 @@ class Settings(BaseSettings):
     deadline_seconds: float | None = Field(
         default=None, gt=0, description="answer with the best so far after this long, unless the request says otherwise"
     )
+    probe_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="policy confidence: ask for the answer every so many tokens of a thought, and end the thought when "
+        "two in a row agree and the confidence clears the threshold; default: never",
+    )
+    probe_answer_tokens: int = Field(default=64, ge=1, description="a longer answer to a probe counts as none")
     max_cycles_limit: int = Field(default=16, ge=1, description="ceiling for max_cycles of a request")
     samples_limit: int = Field(default=32, ge=1, description="ceiling for samples of a request")
     deadline_seconds_limit: float = Field(default=600.0, gt=0, description="ceiling for deadline_seconds of a request")

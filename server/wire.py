@@ -59,6 +59,7 @@ class RtapOptions(BaseModel):
     select: Select | None = None
     patience: int | None = Field(default=None, ge=1, strict=True)
     deadline_seconds: float | None = Field(default=None, gt=0, strict=True)
+    probe_every: int | None = Field(default=None, ge=1, strict=True)
     return_cycles: bool = False
 
 
@@ -162,6 +163,7 @@ def resolve_limits(
         patience=options.patience or settings.patience,
         deadline_seconds=options.deadline_seconds or settings.deadline_seconds,
         max_tokens=max_tokens,
+        probe_every=options.probe_every or settings.probe_every,
     )
 
 
@@ -194,6 +196,8 @@ def trajectory_object(trajectory: Trajectory, *, with_think: bool) -> dict[str, 
         "confidence_tokens": sum(c.confidence_tokens for c in trajectory.cycles),
         "discarded_tokens": trajectory.discarded_tokens,
     }
+    if trajectory.num_probes:
+        shown["probes"] = {"asked": trajectory.num_probes, "thoughts_ended": trajectory.num_stopped}
     if trajectory.degraded is not None:
         shown["degraded"] = trajectory.degraded
     return shown

@@ -42,6 +42,7 @@ class Limits:
     samples: independent single cycles of policy ``vote``.
     patience: stop after this many cycles in a row without a new highest confidence; None never stops for it.
     max_tokens: one budget over all cycles, injected tags included; None leaves the engine's own limit.
+    probe_every: tokens of a ``confidence`` thought between probes for its answer (``probing.py``); None never asks.
     """
 
     policy: Policy = Policy.CONFIDENCE
@@ -52,6 +53,7 @@ class Limits:
     patience: int | None = None
     deadline_seconds: float | None = None
     max_tokens: int | None = None
+    probe_every: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ class Trajectory:
     first_answer_seconds: from the start of the request until the returned answer was known.
     finish: the engine's own finish of the last cycle, for ``finish_reason``/``stop_reason`` of the response.
     partial_answer: what there was of an answer when every cycle was cut; None when an answer is complete.
-    discarded_tokens: sampled ahead of a verdict that made them unwanted; in no cycle, and not returned.
+    discarded_tokens: sampled ahead of a verdict that made them unwanted, or in a probe; in no cycle, and not returned.
+    num_probes, num_stopped: probes of its thoughts, and thoughts that they ended.
     """
 
     policy: Policy
@@ -101,6 +104,8 @@ class Trajectory:
     finish: "Step | None"
     partial_answer: str | None
     discarded_tokens: int = 0
+    num_probes: int = 0
+    num_stopped: int = 0
 
     @property
     def answer(self) -> str | None:

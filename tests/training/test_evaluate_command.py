@@ -84,6 +84,7 @@ class FakeServer:
                 "confidence": best["confidence"],
                 "first_answer_seconds": 0.01,
                 "confidence_tokens": tokens + 5,
+                "discarded_tokens": 0,
                 "cycles": sorted(cycles, key=lambda cycle: cycle["answer"]) if policy == "vote" else cycles,
                 **({"degraded": self.degraded} if self.degraded else {}),
             },

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.rtap.errors import ConfigError
+from training.evaluation.client import outcome_of
 from training.evaluation.comparison import VoteSeconds, choose_threshold, compare_with_logprob, compare_with_vote
 from training.evaluation.measurement import confidence_quality, measure
 from training.evaluation.questions import Question, load_questions
@@ -217,3 +218,14 @@ def test_the_logprob_rule_meets_the_curve_at_its_own_tokens() -> None:
     assert (second.curve_accuracy, second.difference) == (None, None)  # the curve never spends 90 policy tokens
     assert second.total_difference is not None
     assert second.total_difference.value == pytest.approx(-0.25)  # at 30 + 60 judged tokens it reaches 0.75
+
+
+def test_what_was_sampled_for_nothing_is_spent_as_well() -> None:
+    reply = {
+        "choices": [{"message": {"content": "4"}}],
+        "usage": {"completion_tokens": 30},
+        "rtap": {"cycles": [], "stop_reason": "threshold", "confidence_tokens": 9, "first_answer_seconds": 1.0,
+                 "discarded_tokens": 7},
+    }  # fmt: skip
+    spent = outcome_of(0, Question("2+2", "4", "sums"), reply, 1.5, lambda _, answer, right: answer == right)
+    assert (spent.is_correct, spent.policy_tokens, spent.generator_tokens) == (True, 37, 9)

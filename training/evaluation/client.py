@@ -17,13 +17,15 @@ Checker = Callable[[str, str, str], bool]  # (question, answer, reference) -> ri
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How a run asks. seed: base of the per-question seeds; max_cycles, max_tokens: None leaves them to the server."""
+    """How a run asks. seed: base of the per-question seeds; max_cycles, max_tokens, probe_every: None leaves them to
+    the server."""
 
     concurrency: int
     temperature: float
     seed: int
     max_cycles: int | None = None
     max_tokens: int | None = None
+    probe_every: int | None = None
 
 
 class RtapServer:
@@ -76,6 +78,8 @@ class RtapServer:
             "seed": question.seed(load.seed),
             "rtap": {**spec.request(max_cycles=load.max_cycles), "return_cycles": True},
         }
+        if load.probe_every is not None:
+            body["rtap"]["probe_every"] = load.probe_every
         if load.max_tokens is not None:
             body["max_completion_tokens"] = load.max_tokens
         start = time.perf_counter()
@@ -146,7 +150,7 @@ def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds
         answer=answer,
         is_correct=is_right(answer),
         stop_reason=rtap["stop_reason"],
-        policy_tokens=reply["usage"]["completion_tokens"],
+        policy_tokens=reply["usage"]["completion_tokens"] + rtap["discarded_tokens"],
         generator_tokens=rtap["confidence_tokens"],
         seconds=seconds,
         first_answer_seconds=rtap["first_answer_seconds"],

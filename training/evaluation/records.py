@@ -63,7 +63,8 @@ class CycleRecord:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one question. index: position in the task's questions. error: why there is no answer; then all
-    other figures are empty. generator_tokens: what the confidence generator read."""
+    other figures are empty. policy_tokens: sampled and injected, those ahead of a verdict or in probes
+    that were not returned included. generator_tokens: what the confidence generator read."""
 
     index: int
     error: str | None = None

@@ -1,0 +1,262 @@
+"""What recursion is worth against what a user would pick instead, under the same load on the same machine.
+
+Two rtap servers live at once: one with the generator, and one without that answers in single passes. On the first run
+``single`` and ``confidence``; on the second a plain majority of 8 and, where an optillm is named, its self_consistency
+and bon approaches through their own proxy, so that every rival samples from the same vLLM. Rules take turns on the same
+questions, in an order that turns with the rounds. Ratios are over a majority of 8, with 95 % intervals by bootstrap
+over rounds (time, tokens) or questions (accuracy). Writes docs/results/rivals/rivals.{json,md}.
+
+optillm's dependencies clash with ours, so it lives in an environment of its own: ``--optillm ENV/bin/python``.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+from bench_servers import MODELS, ROOT, ratio_over_rounds
+from rich.console import Console
+
+from training.evaluation.client import Load, RtapServer
+from training.evaluation.questions import Question, load_questions
+from training.evaluation.records import RunSpec, write_atomically
+from training.evaluation.rules import CONFIDENCE, SINGLE, VOTE
+from training.evaluation.server_process import running_server, serve_command
+from training.evaluation.statistics import Interval, paired_difference, wilson_interval
+from training.tasks import check
+
+REFERENCE = "majority of 8"
+# Starts optillm's proxy with the host and port that our launcher appends to every command.
+OPTILLM = "import sys; sys.argv = ['optillm', *sys.argv[1:]]; from optillm.server import main; main()"
+OPTILLM_APPROACHES = ("self_consistency", "bon")
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One rule on one chunk of questions. rights: of each question, in their order."""
+
+    rights: tuple[bool, ...]
+    tokens: int
+    wall_seconds: float
+    failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One rule at one concurrency, and against the majority."""
+
+    rule: str
+    accuracy: Interval
+    tokens: float
+    seconds: float
+    accuracy_difference: Interval
+    tokens_ratio: Interval
+    seconds_ratio: Interval
+    failed: int
+
+
+Rule = Callable[[Sequence[Question], int], Awaitable[Round]]
+"""(questions, concurrency) -> what became of them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write. Result: 1 when a request failed."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(arguments)
+    console, started = Console(), datetime.now(UTC)
+    questions = load_questions(sorted((MODELS / "eval" / f"{task}.jsonl") for task in args.tasks))
+    logs = ROOT / "build" / "bench"
+    with ExitStack() as stack:
+
+        def start(name: str, command: Sequence[str], ready_path: str = "/ready") -> str:
+            return stack.enter_context(
+                running_server(command, log=logs / f"{name}.log", ready_seconds=300, ready_path=ready_path)
+            )
+
+        scored = start("scored", serve_command(None, None, []))
+        plain = start("plain", serve_command(str(MODELS / "policy"), None, ["--policy", "single"]))
+        proxy = None
+        if args.optillm is not None:
+            os.environ["OPENAI_API_KEY"] = "none"  # optillm wants one
+            proxy = start("optillm", [str(args.optillm), "-c", OPTILLM, "--base-url", f"{plain}/v1"], "/health")
+        rules = asyncio.run(_rules(scored, plain, proxy, args))
+        levels = asyncio.run(_measure(rules, questions, args, console))
+    setting = {
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(UTC) - started).total_seconds()),
+        "command": " ".join(["python", f"scripts/{Path(__file__).name}", *arguments]),
+        "questions a task": args.rounds * args.questions,
+    }
+    content = {"setting": setting, "levels": [{"at": c, "task": t, "rows": list(map(asdict, r))} for c, t, r in levels]}
+    write_atomically(args.output / "rivals.json", json.dumps(content, indent=1) + "\n")
+    report = to_markdown(setting, levels)
+    write_atomically(args.output / "rivals.md", report)
+    console.print(report, markup=False, soft_wrap=True)
+    return int(any(row.failed for _, _, rows in levels for row in rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench_rivals.py")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[32])
+    parser.add_argument("--tasks", nargs="+", default=["arithmetic", "countdown"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--questions", type=int, default=48, help="of each task, in each round and rule")
+    parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--max-cycles", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--probe-every", type=int, help="also with probes every so many tokens of a thought")
+    parser.add_argument("--optillm", type=Path, help="a Python that can import optillm")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "rivals")
+    return parser
+
+
+async def _rules(scored: str, plain: str, proxy: str | None, args: argparse.Namespace) -> dict[str, Rule]:
+    """Everything that is compared, by the name that the report gives it."""
+    rules: dict[str, Rule] = {
+        REFERENCE: _ours(plain, RunSpec(VOTE, samples=8), args),
+        "single": _ours(scored, RunSpec(SINGLE), args),
+    }
+    spec = RunSpec(CONFIDENCE, args.threshold)
+    for cycles in args.max_cycles:
+        rules[f"confidence, {cycles} cycles at most"] = _ours(scored, spec, args, max_cycles=cycles)
+    if args.probe_every is not None:
+        most = args.max_cycles[-1]
+        rules[f"the same with probes every {args.probe_every} tokens"] = _ours(
+            scored, spec, args, max_cycles=most, probe_every=args.probe_every
+        )
+    if proxy is not None:
+        rules |= {f"optillm {name}": _optillm(proxy, name) for name in OPTILLM_APPROACHES}
+    return rules
+
+
+def _ours(url: str, spec: RunSpec, args: argparse.Namespace, **load: int) -> Rule:
+    async def ask(questions: Sequence[Question], concurrency: int) -> Round:
+        server = await RtapServer(url, api_key=None, timeout_seconds=300, concurrency=concurrency).connect()
+        how = Load(concurrency, 1.0, args.seed, **load)
+        run = await server.run(questions[0].task, questions, spec, how, check, on_outcome=lambda _: None)
+        return Round(
+            tuple(outcome.is_correct for outcome in run.outcomes),
+            sum(outcome.policy_tokens for outcome in run.answered),
+            run.wall_seconds or 0.0,
+            len(run.outcomes) - len(run.answered),
+        )
+
+    return ask
+
+
+def _optillm(url: str, approach: str) -> Rule:
+    async def ask(questions: Sequence[Question], concurrency: int) -> Round:
+        rights, tokens, failed, turn = [False] * len(questions), 0, 0, iter(enumerate(questions))
+
+        async def work(client: httpx.AsyncClient) -> None:
+            nonlocal tokens, failed
+            for index, question in turn:
+                messages = [{"role": "user", "content": question.text}]
+                try:
+                    reply = await client.post(
+                        "/v1/chat/completions", json={"model": f"{approach}-rtap", "messages": messages}
+                    )
+                    content = reply.raise_for_status().json()
+                    answer = str(content["choices"][0]["message"]["content"]).strip()
+                    tokens += int(content["usage"]["completion_tokens"])
+                except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
+                    failed += 1
+                    continue
+                rights[index] = check(question.text, answer, question.answer)
+
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+            started = time.perf_counter()
+            await asyncio.gather(*(work(client) for _ in range(concurrency)))
+            return Round(tuple(rights), tokens, time.perf_counter() - started, failed)
+
+    return ask
+
+
+async def _measure(
+    rules: Mapping[str, Rule], questions: Mapping[str, Sequence[Question]], args: argparse.Namespace, console: Console
+) -> list[tuple[int, str, list[Row]]]:
+    levels: list[tuple[int, str, list[Row]]] = []
+    for concurrency in args.concurrency:
+        for task, all_of_task in questions.items():
+            found: dict[str, list[Round]] = {name: [] for name in rules}
+            names = list(rules)
+            for number in range(-1, args.rounds):  # the first warms up, on questions that are not counted
+                first = (number % (args.rounds + 1)) * args.questions
+                chunk = all_of_task[first : first + args.questions]
+                if len(chunk) < args.questions:
+                    raise SystemExit(f"{task} has no {(args.rounds + 1) * args.questions} questions")
+                for name in names[number % len(names) :] + names[: number % len(names)]:
+                    result = await rules[name](chunk, concurrency)
+                    if number >= 0:
+                        found[name].append(result)
+            levels.append((concurrency, task, [_row(name, found[name], found[REFERENCE]) for name in rules]))
+            console.print(f"{task}, {concurrency} at a time: done")
+    return levels
+
+
+def _row(rule: str, rounds: Sequence[Round], reference: Sequence[Round]) -> Row:
+    rights, others = ([right for one in each for right in one.rights] for each in (rounds, reference))
+    return Row(
+        rule,
+        wilson_interval(sum(rights), len(rights)),
+        sum(one.tokens for one in rounds) / len(rights),
+        sum(one.wall_seconds for one in rounds) / len(rights),
+        paired_difference(list(map(float, rights)), list(map(float, others))),
+        ratio_over_rounds(lambda some: sum(one.tokens for one in some), rounds, reference),
+        ratio_over_rounds(lambda some: sum(one.wall_seconds for one in some), rounds, reference),
+        sum(one.failed for one in rounds),
+    )
+
+
+def to_markdown(setting: Mapping[str, Any], levels: Sequence[tuple[int, str, Sequence[Row]]]) -> str:
+    """The report."""
+    lines = [
+        "# Against what a user would pick instead",
+        "",
+        "The same questions for every rule, in turns, on servers that live at once; every rival samples from the same "
+        "policy through the same vLLM. Ratios and differences are against a plain majority of 8 samples, asked for in "
+        "one request of a server without generator. Tokens are the policy's; time is wall-clock a question. "
+        "optillm 0.4.0 with its own defaults: self_consistency draws 5 samples one after the other and "
+        "clusters similar answers, bon draws 3 and lets the model rate them.",
+        "",
+        *(f"- {name}: `{value}`" for name, value in setting.items()),
+    ]
+    for concurrency, task, rows in levels:
+        lines += [
+            "",
+            f"## {task}, {concurrency} at a time",
+            "",
+            "| rule | right [95 %] | against the majority | tokens a question | of the majority's | ms a question "
+            "| of the majority's time | failed |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            cells = [
+                row.rule,
+                _interval(row.accuracy),
+                _interval(row.accuracy_difference, sign="+"),
+                f"{row.tokens:.1f}",
+                _interval(row.tokens_ratio),
+                f"{1000 * row.seconds:.0f}",
+                _interval(row.seconds_ratio),
+                str(row.failed),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(value: Interval, *, sign: str = "") -> str:
+    return f"{value.value:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

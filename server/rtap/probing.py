@@ -1,0 +1,173 @@
+"""Stop a thought whose answer no longer changes: ask for the answer while the thought is being written.
+
+An Engine around an Engine, so the loop does not know. Every ``every`` tokens of a thought, what is there is closed and
+an answer forced after it, on the cached prefix, beside the thought that goes on. Two probes in a row that agree, the
+second of them scored above the threshold, end the thought: the cycle then is what was written so far, and that answer.
+Off unless asked for.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.rtap.errors import ConfidenceError
+from server.rtap.format import CycleParser, TrajectoryFormat
+from server.rtap.stopping import normalise_answer
+from server.rtap.types import Confidence, Engine, Judged, Step
+from server.rtap.writing import injected
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """An answer forced after part of a thought. num_tokens: with the tags before it. answer: None when it was not
+    complete within its limit. confidence: None where nothing scored it."""
+
+    steps: tuple[Step, ...]
+    num_tokens: int
+    answer: str | None
+    confidence: float | None
+
+
+@dataclass(slots=True)
+class Probing:
+    """``engine`` with probes. One instance serves one trajectory.
+
+    question: token ids of the rendered prompt. request: handed to the scorer. every: tokens of a thought between
+    probes. answer_tokens: an answer that is longer counts as none.
+    num_probes, num_stopped: so far. discarded_tokens: sampled in probes that were not taken.
+    """
+
+    engine: Engine
+    format: TrajectoryFormat
+    confidence: Confidence
+    question: Sequence[int]
+    request: Any
+    every: int
+    threshold: float
+    answer_tokens: int
+    num_probes: int = 0
+    num_stopped: int = 0
+    discarded_tokens: int = 0
+    _forced_text: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._forced_text = self.format.think_close + (self.format.answer_open or "")
+
+    @property
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """The engine's."""
+        return self.engine.end_of_turn_ids
+
+    def encode(self, text: str) -> list[int]:
+        """The engine's."""
+        return self.engine.encode(text)
+
+    async def cycle(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        index: int,
+        max_tokens: int | None,
+        may_be_cut: bool,  # noqa: ARG002 - it always may
+    ) -> AsyncGenerator[Step, None]:
+        """The engine's cycle, which may end earlier than the model would have ended it."""
+        prompt, thought = list(prompt_token_ids), _Thought(self.format, is_open=self._is_open(prompt_token_ids, index))
+        last: Probe | None = None
+        task: asyncio.Task[Probe] | None = None
+        next_at = self.every
+        stream = self.engine.cycle(prompt, index=index, max_tokens=max_tokens, may_be_cut=True)
+        try:
+            async with aclosing(stream):
+                async for step in stream:
+                    yield step
+                    thought.add(step)
+                    if not thought.is_open:
+                        continue
+                    if task is not None and task.done():
+                        probe, task = task.result(), None
+                        if self._agree(last, probe) and _has_room(max_tokens, thought.num_tokens, probe):
+                            break
+                        last = probe
+                    if task is None and thought.num_tokens >= next_at:
+                        next_at = thought.num_tokens + self.every
+                        task = asyncio.create_task(self._probe(prompt, index, tuple(thought.steps)))
+                else:
+                    return
+            self.num_stopped += 1
+            self.discarded_tokens -= sum(len(step.token_ids) for step in probe.steps)
+            yield injected(self.encode(self._forced_text), self._forced_text)
+            for step in probe.steps:
+                yield step
+        finally:
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    def _is_open(self, prompt: Sequence[int], index: int) -> bool:
+        """Whether the prompt has begun the thought: the loop does for every cycle but the first."""
+        opening = self.encode(self.format.think_open)
+        return index > 0 or list(prompt[-len(opening) :]) == opening
+
+    def _agree(self, last: Probe | None, probe: Probe) -> bool:
+        if last is None or last.answer is None or probe.answer is None or probe.confidence is None:
+            return False
+        same = normalise_answer(last.answer) == normalise_answer(probe.answer)
+        return same and probe.confidence >= self.threshold
+
+    async def _probe(self, prompt: list[int], index: int, thought: tuple[Step, ...]) -> Probe:
+        """The answer after ``thought`` as it is, and what the scorer thinks of it: nothing, where it fails."""
+        self.num_probes += 1
+        forced = self.encode(self._forced_text)
+        ids = [i for step in thought for i in step.token_ids] + forced
+        parser = CycleParser(self.format, thought_open=True)
+        steps: list[Step] = []
+        stream = self.engine.cycle([*prompt, *ids], index=index, max_tokens=self.answer_tokens, may_be_cut=False)
+        async with aclosing(stream):
+            async for step in stream:
+                steps.append(step)
+                self.discarded_tokens += len(step.token_ids)
+        for text in (self._forced_text, *(step.text for step in steps)):
+            deque(parser.feed(text), maxlen=0)
+        deque(parser.close(ended_by_model=bool(steps) and steps[-1].ended_turn), maxlen=0)
+        num_tokens = len(forced) + sum(len(step.token_ids) for step in steps)
+        confidence = None
+        if parser.answer is not None:
+            ids += [i for step in steps for i in step.token_ids if i not in self.end_of_turn_ids]
+            opening = self.encode(self.format.cycle_open)
+            own = opening if index and prompt[-len(opening) :] == opening else []  # the cycle's own, in the prompt
+            context = prompt[: len(prompt) - len(own)]
+            judged = Judged(self.question, [*own, *ids], context, (*thought, *steps), self.request)
+            with suppress(ConfidenceError):
+                confidence = (await self.confidence.score(judged)).confidence
+        return Probe(tuple(steps), num_tokens, parser.answer, confidence)
+
+
+class _Thought:
+    """What has been written of a cycle, and whether it is thinking still."""
+
+    def __init__(self, fmt: TrajectoryFormat, *, is_open: bool) -> None:
+        self.steps: list[Step] = []
+        self.num_tokens = 0
+        self.is_open = is_open
+        self._opening, self._ends = fmt.think_open, (fmt.think_close, fmt.answer_open or fmt.think_close)
+        self._tail = ""
+
+    def add(self, step: Step) -> None:
+        """The next piece; a tag may come in several."""
+        self.steps.append(step)
+        self.num_tokens += len(step.token_ids)
+        text = self._tail + step.text
+        self._tail = text[-max(map(len, (self._opening, *self._ends))) :]
+        if self._opening in text:
+            self.is_open = True
+        if step.finished or any(tag in text for tag in self._ends):
+            self.is_open = False
+            self._tail = ""
+
+
+def _has_room(max_tokens: int | None, num_written: int, probe: Probe) -> bool:
+    """Whether the answer of a probe fits into the budget of the cycle, its tags too."""
+    return max_tokens is None or num_written + probe.num_tokens <= max_tokens
