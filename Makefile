@@ -12,11 +12,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench train clean
+.PHONY: help setup serve test check bench bench-check train clean
 
 help: ## list the commands
 	@echo "make COMMAND [EXTRA=cuda] [MODEL=...] [ARGS='...']"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 15
 
 setup: ## create .venv and install what serving needs (EXTRA=cuda on CUDA machines)
 	@$(SETUP) $(EXTRA)
@@ -35,12 +35,18 @@ check: ## formatting, lint, strict types, import directions
 	$(VENV)/bin/basedpyright
 	$(VENV)/bin/lint-imports
 
-bench: ## on the bundled models: parity and overhead against plain vllm serve, cycles begun ahead, `rtap eval ARGS`
+bench: ## on the bundled models: parity, overhead, cycles begun ahead, rivals (docs/results), then `rtap eval ARGS`
 	@$(SETUP) $(EXTRA) train
 	$(VENV)/bin/python scripts/bench_parity.py
 	$(VENV)/bin/python scripts/bench_overhead.py
 	$(VENV)/bin/python scripts/bench_ahead.py
+	$(VENV)/bin/python scripts/bench_where.py
+	$(VENV)/bin/python scripts/bench_rivals.py
 	$(VENV)/bin/rtap eval $(ARGS)
+
+bench-check: ## measure the committed ratios again, shorter, and fail where one has become worse
+	@$(SETUP) $(EXTRA) train
+	$(VENV)/bin/python scripts/bench_check.py $(ARGS)
 
 train: ## train the bundled models from nothing (ARGS="--install", "--smoke"); `rtap train` has each stage
 	@$(SETUP) $(EXTRA) train

@@ -216,3 +216,22 @@ def test_a_grammar_binds_every_answer_and_no_thought(server, field, pattern):
     assert all(re.fullmatch(pattern, answer) for answer in answers), cycles
     assert "=" in cycles[0]["think"]
     assert re.fullmatch(pattern, reply.choices[0].message.content)
+
+
+def test_probes_end_thoughts_whose_answer_no_longer_changes(server):
+    """Threshold 0: two probes that agree are enough. What is returned adds up; what was asked in vain is told apart."""
+    asked = ended = 0
+    for question in questions(12):
+        whole = _ask(server, question, seed=2, rtap={"max_cycles": 1, "threshold": 0.0})
+        reply = _ask(server, question, seed=2, rtap={"max_cycles": 1, "threshold": 0.0, "probe_every": 3})
+        probes, cycle = reply.rtap["probes"], reply.rtap["cycles"][0]
+        assert reply.usage.completion_tokens == cycle["tokens"]
+        assert reply.rtap["discarded_tokens"] >= probes["asked"] - probes["thoughts_ended"]
+        if not probes["thoughts_ended"]:  # probes change nothing of what is sampled
+            assert reply.choices[0].message.reasoning == whole.choices[0].message.reasoning
+        elif cycle["answer"] == whole.rtap["cycles"][0]["answer"]:
+            assert cycle["tokens"] < whole.usage.completion_tokens
+        asked, ended = asked + probes["asked"], ended + probes["thoughts_ended"]
+    assert asked > 12
+    assert ended > 0
+    assert server.metrics()["rtap_probes_total{ended=true}"] >= ended

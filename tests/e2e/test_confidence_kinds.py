@@ -6,7 +6,7 @@ import signal
 import httpx
 import pytest
 
-from tests.e2e.conftest import free_port, rtap_command, running, vllm_command
+from tests.e2e.conftest import MODELS, free_port, rtap_command, running, vllm_command
 
 QUESTION = "make 82 from 3, 7, 25"
 
@@ -22,7 +22,15 @@ def test_remote_scores_like_the_local_engine_and_its_death_degrades(server, tmp_
     generator_port, port = free_port(), free_port()
     command = vllm_command("confidence", generator_port, "--runner", "pooling", "--kv-cache-memory-bytes", str(2**28))
     with running(command, generator_port, "/health", tmp_path) as generator:
-        flags = ["--confidence-model", generator.url, "--confidence-timeout-seconds", "2"]
+        config = str(MODELS / "confidence" / "config.json")
+        flags = [
+            "--confidence-model",
+            generator.url,
+            "--confidence-timeout-seconds",
+            "2",
+            "--confidence-config",
+            config,
+        ]
         with running(rtap_command(port, *flags), port, "/ready", tmp_path) as started:
             local, remote = (_ask(s, max_cycles=1)["rtap"]["cycles"][0] for s in (server, started))
             assert remote["answer"] == local["answer"]

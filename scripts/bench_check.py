@@ -1,0 +1,102 @@
+"""Regression guard: measure the ratios that are committed under docs/results again, shorter, and compare.
+
+Ratios only, never absolute times, so that a slower machine passes. A ratio fails when its whole 95 % interval is worse
+than the committed value by more than the tolerance: a short measurement is noisy, and noise must not fail it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bench_overhead
+import bench_rivals
+from bench_servers import ROOT
+from rich.console import Console
+
+COMMITTED = ROOT / "docs" / "results"
+MEASURED = ROOT / "build" / "bench" / "check"
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A ratio under its name. higher_is_better: of throughputs; times and tokens are the other way round."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A ratio as it is committed and as it is now."""
+
+    committed: Ratio
+    now: Ratio
+    is_worse: bool
+
+
+def overhead_ratios(report: Mapping[str, Any]) -> Iterator[Ratio]:
+    """Of ``overhead.json``: throughput and median time to first text, at each concurrency."""
+    for level in report["levels"]:
+        for figure in level["figures"]:
+            if figure["bound"] is not None:
+                name = f"overhead, {level['concurrency']} at a time: {figure['name']}"
+                yield Ratio(name, **figure["ratio"], higher_is_better=figure["bound"].startswith(">="))
+
+
+def rivals_ratios(report: Mapping[str, Any]) -> Iterator[Ratio]:
+    """Of ``rivals.json``: tokens and time of our rules over those of a majority of 8."""
+    for level in report["levels"]:
+        for row in level["rows"]:
+            if row["rule"].startswith(("single", "confidence")):
+                for what in ("tokens", "seconds"):
+                    name = f"{level['task']}, {level['at']} at a time: {row['rule']}, {what} over a majority of 8"
+                    yield Ratio(name, **row[f"{what}_ratio"], higher_is_better=False)
+
+
+def compare(committed: Sequence[Ratio], now: Sequence[Ratio], *, tolerance: float) -> list[Verdict]:
+    """Every ratio that both have."""
+    known = {ratio.name: ratio for ratio in committed}
+    verdicts: list[Verdict] = []
+    for ratio in now:
+        before = known.get(ratio.name)
+        if before is not None:
+            if ratio.higher_is_better:
+                is_worse = ratio.high < before.value * (1 - tolerance)
+            else:
+                is_worse = ratio.low > before.value * (1 + tolerance)
+            verdicts.append(Verdict(before, ratio, is_worse))
+    return verdicts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and compare. Result: 1 when a ratio is worse, or when there is nothing to compare."""
+    parser = argparse.ArgumentParser(prog="bench_check.py", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--tolerance", type=float, default=0.1, help="share by which a ratio may be worse")
+    args = parser.parse_args(argv)
+    bench_overhead.main(["--rounds", "4", "--seconds", "2", "--concurrency", "8", "32", "--output", str(MEASURED)])
+    bench_rivals.main(["--rounds", "3", "--questions", "32", "--output", str(MEASURED)])
+    verdicts: list[Verdict] = []
+    for file, ratios in (("overhead.json", overhead_ratios), ("rivals/rivals.json", rivals_ratios)):
+        before, now = (
+            list(ratios(json.loads(path.read_text("utf-8")))) for path in (COMMITTED / file, MEASURED / Path(file).name)
+        )
+        verdicts += compare(before, now, tolerance=args.tolerance)
+    console = Console()
+    for verdict in verdicts:
+        word = "WORSE" if verdict.is_worse else "ok"
+        now = f"{verdict.now.value:.3f} [{verdict.now.low:.3f}, {verdict.now.high:.3f}]"
+        console.print(f"{word:>5}  {verdict.committed.value:.3f} -> {now}  {verdict.now.name}", markup=False)
+    worse = sum(verdict.is_worse for verdict in verdicts)
+    console.print(f"{worse} of {len(verdicts)} ratios are worse by more than {args.tolerance:.0%}")
+    return int(worse > 0 or not verdicts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Where the time of a request goes: queue, prefill, decode, scoring, our Python, HTTP; at 1 and at 32 concurrent.
+
+No profiler: the sums of the server's own histograms before and after a load, vLLM's for each cycle and ours for each
+request, and the client's clock around both. Writes docs/results/where/where.{json,md}.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+from bench_servers import MODELS, ROOT
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from training.evaluation.client import Load, RtapServer
+from training.evaluation.questions import Question, load_questions
+from training.evaluation.records import RunSpec, write_atomically
+from training.evaluation.rules import CONFIDENCE, SINGLE
+from training.evaluation.server_process import running_server, serve_command
+from training.tasks import check
+
+QUEUE, PREFILL, DECODE, CYCLES, SCORING, REQUESTS = SUMS = (
+    "vllm:request_queue_time_seconds_sum",
+    "vllm:request_prefill_time_seconds_sum",
+    "vllm:request_decode_time_seconds_sum",
+    "vllm:e2e_request_latency_seconds_sum",
+    "rtap_confidence_seconds_sum",
+    "rtap_request_seconds_sum",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Mean milliseconds of a request. engine: what vLLM spent on its cycles beside queue, prefill and decode (its own
+    front: from arrival to the queue, and from the last token to our loop). ours: the loop and its events. http: all
+    between the client's clock and the loop's: sockets, parsing, chat template, JSON."""
+
+    policy: str
+    concurrency: int
+    requests: int
+    cycles: float
+    tokens: float
+    queue: float
+    prefill: float
+    decode: float
+    engine: float
+    scoring: float
+    ours: float
+    http: float
+
+    @property
+    def total(self) -> float:
+        """As the client saw it."""
+        return self.queue + self.prefill + self.decode + self.engine + self.scoring + self.ours + self.http
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write. Result: 1 when a request failed."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="bench_where.py")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--requests", type=int, nargs="+", default=[60, 480], help="for each concurrency")
+    parser.add_argument("--max-cycles", type=int, default=4)
+    parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "where")
+    args = parser.parse_args(arguments)
+    console, started = Console(), datetime.now(UTC)
+    questions = next(iter(load_questions([MODELS / "eval" / "countdown.jsonl"]).values()))
+    # Ahead of the verdict two things happen at once, and sums could not be told apart.
+    command = serve_command(None, None, ["--speculate-below", "0"])
+    with running_server(command, log=ROOT / "build" / "bench" / "where.log", ready_seconds=300) as url:
+        splits = asyncio.run(_measure(url, questions, args))
+    setting = {
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(UTC) - started).total_seconds()),
+        "command": " ".join(["python", f"scripts/{Path(__file__).name}", *arguments]),
+    }
+    content = {"setting": setting, "splits": [asdict(split) for split in splits]}
+    write_atomically(args.output / "where.json", json.dumps(content, indent=1) + "\n")
+    report = to_markdown(setting, splits)
+    write_atomically(args.output / "where.md", report)
+    console.print(report, markup=False, soft_wrap=True)
+    return 0
+
+
+async def _measure(url: str, questions: Sequence[Question], args: argparse.Namespace) -> list[Split]:
+    splits: list[Split] = []
+    for concurrency, count in zip(args.concurrency, args.requests, strict=True):
+        server = await RtapServer(url, api_key=None, timeout_seconds=120, concurrency=concurrency).connect()
+        chosen = [questions[i % len(questions)] for i in range(count)]
+        load = Load(concurrency, 1.0, 0, args.max_cycles)
+        for spec in (RunSpec(SINGLE), RunSpec(CONFIDENCE, args.threshold)):
+            await server.run("warm-up", chosen[: 2 * concurrency], spec, load, check, on_outcome=lambda _: None)
+            before = _sums(url)
+            run = await server.run("countdown", chosen, spec, load, check, on_outcome=lambda _: None)
+            spent = {name: 1000 * (after - before[name]) / count for name, after in _sums(url).items()}
+            if len(run.answered) < count:
+                raise SystemExit(f"{count - len(run.answered)} of {count} requests failed")
+            engine = spent[CYCLES] - spent[QUEUE] - spent[PREFILL] - spent[DECODE]
+            splits.append(
+                Split(
+                    policy=spec.rule,
+                    concurrency=concurrency,
+                    requests=count,
+                    cycles=sum(len(o.cycles) for o in run.answered) / count,
+                    tokens=sum(o.policy_tokens for o in run.answered) / count,
+                    queue=spent[QUEUE],
+                    prefill=spent[PREFILL],
+                    decode=spent[DECODE],
+                    engine=engine,
+                    scoring=spent[SCORING],
+                    ours=spent[REQUESTS] - spent[CYCLES] - spent[SCORING],
+                    http=1000 * sum(o.seconds for o in run.answered) / count - spent[REQUESTS],
+                )
+            )
+    return splits
+
+
+def _sums(url: str) -> dict[str, float]:
+    samples = [s for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text) for s in family.samples]
+    return {name: sum(s.value for s in samples if s.name == name) for name in SUMS}
+
+
+def to_markdown(setting: Mapping[str, Any], splits: Sequence[Split]) -> str:
+    """The report."""
+    parts = ("queue", "prefill", "decode", "engine", "scoring", "ours", "http")
+    lines = [
+        "# Where the time of a request goes",
+        "",
+        "Mean milliseconds of a request and its share, from the server's own histograms and the client's clock. "
+        "Client, server and both engines share two cores. *engine*: vLLM's own front, from arrival to its queue and from the "
+        "engine's last token to our loop. *ours*: the loop, its events and outputs. *http*: sockets, request parsing, "
+        "chat template, JSON, of vLLM's routes and our middleware. The next cycle does not begin ahead of the verdict here, "
+        "so that the parts add up.",
+        "",
+        *(f"- {name}: `{value}`" for name, value in setting.items()),
+        "",
+        f"| policy | at a time | cycles | tokens | total | {' | '.join(parts)} | ms a token |",
+        f"|---|---|---|---|---|{'---|' * len(parts)}---|",
+    ]
+    for split in splits:
+        shares = [f"{getattr(split, part):.1f} ({getattr(split, part) / split.total:.1%})" for part in parts]
+        cells = [split.policy, str(split.concurrency), f"{split.cycles:.2f}", f"{split.tokens:.1f}"]
+        lines.append(f"| {' | '.join([*cells, f'{split.total:.1f}', *shares])} | {split.total / split.tokens:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
