@@ -135,10 +135,10 @@ def to_markdown(setting: Mapping[str, Any], splits: Sequence[Split]) -> str:
         "# Where the time of a request goes",
         "",
         "Mean milliseconds of a request and its share, from the server's own histograms and the client's clock. "
-        "Client, server and both engines share two cores. *engine*: vLLM's own front, from arrival to its queue and from the "
-        "engine's last token to our loop. *ours*: the loop, its events and outputs. *http*: sockets, request parsing, "
-        "chat template, JSON, of vLLM's routes and our middleware. The next cycle does not begin ahead of the verdict here, "
-        "so that the parts add up.",
+        "Client, server and both engines share two cores. *engine*: vLLM's own front, from arrival to its queue and "
+        "from the engine's last token to our loop. *ours*: the loop, its events and outputs. *http*: sockets, request "
+        "parsing, chat template, JSON, of vLLM's routes and our middleware. The next cycle does not begin ahead of the "
+        "verdict here, so that the parts add up.",
         "",
         *(f"- {name}: `{value}`" for name, value in setting.items()),
         "",
