@@ -45,7 +45,7 @@ class Rows:
 
 
 def run(config: CorrectConfig) -> None:
-    """Sample, train, evaluate on held-out questions, save, and print the figures.
+    """Sample, train, evaluate on held-out questions before and after, save, and print the figures.
 
     Goes on from the run's last state, and from what was sampled, where there is something.
     """
@@ -62,18 +62,23 @@ def run(config: CorrectConfig) -> None:
         )
     digest = json.dumps([[row.ids for row in part] for part in (rows.mended, rows.kept, rows.confirmed)])
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
+    before = _evaluate(asked)
     training = train(asked, rows, states)
-    held_out = evaluate(
-        asked.policy, asked.tokenizer, tasks=config.tasks, num_questions=config.eval_questions, seed=config.seed
-    )
     counts = {"mended": len(rows.mended), "kept": len(rows.kept), "confirmed": len(rows.confirmed)}
-    figures = training | {"rows": counts, "held_out": held_out}
+    figures = training | {"rows": counts, "before": before, "held_out": _evaluate(asked)}
     record = manifest("rtap train correct", config, data=digest, seconds=training["seconds"], figures=figures)
     save(config.output, asked.policy, asked.tokenizer, record)
     states.remove()
     for file in states.folder.glob("samples.jsonl"):
         file.unlink()
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def _evaluate(asked: Asked[CorrectConfig]) -> dict[str, Any]:
+    config = asked.config
+    return evaluate(
+        asked.policy, asked.tokenizer, tasks=config.tasks, num_questions=config.eval_questions, seed=config.seed
+    )
 
 
 def build_rows(

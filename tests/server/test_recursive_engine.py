@@ -1,6 +1,7 @@
 """RecursiveEngine over a scripted AsyncLLM: what each cycle is asked for, and how the engine's ways out end."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -212,3 +213,44 @@ def test_what_cannot_recurse_is_a_400_before_anything_is_generated():
     with pytest.raises(VLLMValidationError, match="give the rtap options once"):
         ask(build(llm), extra_args={"rtap_threshold": 0.9})
     assert not llm.calls
+
+
+class Streaming(FakeLLM):
+    """Writes a token at a time, as vLLM does where somebody reads along."""
+
+    async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **options: Any):
+        ids = encode(self.script[prompt["prompt_token_ids"].count(CLOSE)])
+        assert params.output_kind is RequestOutputKind.DELTA
+        for at, token_id in enumerate(ids):
+            is_last = at == len(ids) - 1
+            part = CompletionOutput(
+                index=0, text="" if is_last else decode([token_id]), token_ids=[token_id], cumulative_logprob=None,
+                logprobs=None, finish_reason="stop" if is_last else None, stop_reason=CLOSE if is_last else None,
+            )  # fmt: skip
+            yield RequestOutput(
+                request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
+                outputs=[part], finished=is_last, num_cached_tokens=0,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("split", [True, False])
+async def test_a_token_costs_the_same_however_many_came_before(split: bool):
+    """Parser, loop and writer over two cycles of each length; 4x the tokens may cost 4x the time."""
+
+    async def seconds(size: int) -> float:
+        script = [f"<think>{'x' * size}</think><answer>1</answer>", f"{'y' * size}</think><answer>82</answer>"]
+        best = float("inf")
+        for _ in range(3):
+            options = {"reasoning_parser_kwargs": {}} if split else {}
+            began = time.perf_counter()
+            stream, exchange = ask(
+                build(Streaming(script)), output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
+            )
+            outputs = await all_of(stream)
+            best = min(best, time.perf_counter() - began)
+            assert exchange.trajectories[0].answer == "82"
+            assert sum(len(o.outputs[0].token_ids) for o in outputs) > 2 * size
+        return best
+
+    short, long = await seconds(3_000), await seconds(12_000)
+    assert long < 8 * short  # quadratic would be 16 times; a margin for a noisy machine

@@ -96,6 +96,7 @@ def test_the_command_mends_and_leaves_a_policy_that_is_served(
     figures = json.loads(capsys.readouterr().out)
     assert figures["steps"] == 4
     assert figures["rows"]["mended"] > 5  # it is wrong more often than right
+    assert figures["before"].keys() == figures["held_out"].keys() == {"countdown"}
     record = json.loads((output / "manifest.json").read_text())
     assert record["command"] == "rtap train correct"
     before, after = load_policy(POLICY)[0].state_dict(), load_policy(output)[0].state_dict()
