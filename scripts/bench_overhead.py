@@ -99,12 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     questions = bench_questions(args.questions)
     generator = None if args.without_generator else args.confidence_model
     console.print("starting both servers")
+    plain_flags = ["--reasoning-parser", args.reasoning_parser] if args.reasoning_parser else []
     with both_servers(
-        model=args.model, confidence_model=generator, max_model_len=args.max_model_len, logs=ROOT / "build" / "bench"
+        model=args.model,
+        confidence_model=generator,
+        max_model_len=args.max_model_len,
+        logs=ROOT / "build" / "bench",
+        plain_flags=plain_flags,
     ) as servers:
         levels = uvloop.run(_measure(servers, questions, args, console))
         described = setting(servers, [f"scripts/{Path(__file__).name}", *arguments], started)
     described |= {"seed": args.seed, "generator beside ours": str(generator)}
+    described |= {"flags of the plain one": " ".join(plain_flags) or "none further"}
     results = {"setting": described, "levels": [asdict(level) for level in levels]}
     write_atomically(args.output / "overhead.json", json.dumps(results, indent=1) + "\n")
     markdown = to_markdown(described, levels)
@@ -118,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_overhead.py", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=MODELS / "policy")
     parser.add_argument("--confidence-model", type=Path, default=MODELS / "confidence")
+    parser.add_argument("--reasoning-parser", help="of the plain server, e.g. deepseek_r1; ours always has one")
     parser.add_argument("--without-generator", action="store_true", help="ours without a (here idle) generator")
     parser.add_argument("--questions", type=Path, nargs="+", default=[], help="default: the bundled ones")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 64])

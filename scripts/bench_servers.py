@@ -58,7 +58,13 @@ class Servers:
 
 @contextmanager
 def both_servers(
-    *, model: Path, confidence_model: Path | None, max_model_len: int, logs: Path, ready_seconds: float = 300.0
+    *,
+    model: Path,
+    confidence_model: Path | None,
+    max_model_len: int,
+    logs: Path,
+    plain_flags: Sequence[str] = (),
+    ready_seconds: float = 300.0,
 ) -> Generator[Servers]:
     """Both servers, ready; they end with the context. No confidence_model: ours runs without a generator."""
     flags, environment = common_defaults()
@@ -66,7 +72,7 @@ def both_servers(
     os.environ.update(environment)  # inherited by both
     generator = str(confidence_model) if confidence_model is not None else None
     ours = serve_command(str(model), generator, flags)
-    plain = [sys.executable, "-m", VLLM_SERVE, "--model", str(model), *flags]
+    plain = [sys.executable, "-m", VLLM_SERVE, "--model", str(model), *flags, *plain_flags]
     with ExitStack() as stack:
         # one after the other: each looks at the free memory while it starts
         rtap_url = stack.enter_context(running_server(ours, log=logs / "rtap.log", ready_seconds=ready_seconds))

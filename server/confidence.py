@@ -66,7 +66,7 @@ class PoolingConfidence:
 class FusedConfidence:
     """A generator's score joined with the policy's log-probabilities of what it sampled (``server.rtap.artifact``).
 
-    The log-probabilities come with the steps; of a pair that this server did not write, the policy reads them.
+    The log-probabilities come with the cycle; of a pair that this server did not write, the policy reads them.
     """
 
     def __init__(self, generator: Confidence, fusion: Fusion, policy: EngineClient, timeout_seconds: float) -> None:
@@ -77,7 +77,7 @@ class FusedConfidence:
     async def score(self, judged: Judged) -> Score:
         """The generator's forward pass, and for a pair from elsewhere one of the policy."""
         score = await self._generator.score(judged)
-        sampled = [entry[token_id].logprob for step in judged.steps for token_id, entry in _entries(step.native)]
+        sampled = [entry[token_id].logprob for token_id, entry in judged.logprobs]
         if not sampled:
             late, failed = "the policy did not read the pair in time", "the policy could not read the pair"
             sampled = await _in_time(self._read(judged), self._timeout_seconds, late, failed)
@@ -224,7 +224,7 @@ class LogprobConfidence:
     async def score(self, judged: Judged) -> Score:
         """From log-probabilities that the engine was asked to return."""
         rule = self._sampled if self._top_k == 1 else self._top
-        values = [rule(token_id, entry) for step in judged.steps for token_id, entry in _entries(step.native)]
+        values = [rule(token_id, entry) for token_id, entry in judged.logprobs]
         if not values:
             raise ConfidenceError("the engine returned no log-probabilities", reason="no_logprobs")
         mean = sum(values) / len(values)
@@ -237,11 +237,3 @@ class LogprobConfidence:
         # The engine adds the sampled token to its top k when it is not among them; rank tells them apart.
         top = [e.logprob for e in entry.values() if e.rank is not None and e.rank <= self._top_k]
         return -sum(max(v, _LOGPROB_FLOOR) for v in top) / len(top)
-
-
-def _entries(native: Any) -> list[tuple[int, Mapping[int, Logprob]]]:
-    """(sampled id, log-probabilities by id) of each token of an engine output; nothing for injected tokens."""
-    if native is None:
-        return []
-    part = native.outputs[0]
-    return list(zip(part.token_ids, part.logprobs or (), strict=False))

@@ -297,6 +297,7 @@ class _Cycles:
                         prompt_tokens=len(output.prompt_token_ids or ()),
                         cached_tokens=output.num_cached_tokens or 0,
                         native=output,
+                        logprobs=cast(Any, part.logprobs),
                     )
         finally:
             self._live.discard(name)

@@ -8,7 +8,7 @@ Off unless asked for.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,12 +88,14 @@ class Probing:
                         continue
                     if task is not None and task.done():
                         probe, task = task.result(), None
-                        if self._agree(last, probe) and _has_room(max_tokens, thought.num_tokens, probe):
+                        if self._agree(last, probe) and _has_room(max_tokens, len(thought.token_ids), probe):
                             break
                         last = probe
-                    if task is None and thought.num_tokens >= next_at:
-                        next_at = thought.num_tokens + self.every
-                        task = asyncio.create_task(self._probe(prompt, index, tuple(thought.steps)))
+                    if task is None and len(thought.token_ids) >= next_at:
+                        next_at = len(thought.token_ids) + self.every
+                        task = asyncio.create_task(
+                            self._probe(prompt, index, list(thought.token_ids), list(thought.logprobs))
+                        )
                 else:
                     return
             self.num_stopped += 1
@@ -117,17 +119,20 @@ class Probing:
         same = normalise_answer(last.answer) == normalise_answer(probe.answer)
         return same and probe.confidence >= self.threshold
 
-    async def _probe(self, prompt: list[int], index: int, thought: tuple[Step, ...]) -> Probe:
+    async def _probe(
+        self, prompt: list[int], index: int, thought: list[int], logprobs: list[tuple[int, Mapping[int, Any]]]
+    ) -> Probe:
         """The answer after ``thought`` as it is, and what the scorer thinks of it: nothing, where it fails."""
         self.num_probes += 1
         forced = self.encode(self._forced_text)
-        ids = [i for step in thought for i in step.token_ids] + forced
+        ids = thought + forced
         parser = CycleParser(self.format, thought_open=True)
         steps: list[Step] = []
         stream = self.engine.cycle([*prompt, *ids], index=index, max_tokens=self.answer_tokens, may_be_cut=False)
         async with aclosing(stream):
             async for step in stream:
                 steps.append(step)
+                logprobs.extend(zip(step.token_ids, step.logprobs or (), strict=False))
                 self.discarded_tokens += len(step.token_ids)
         for text in (self._forced_text, *(step.text for step in steps)):
             deque(parser.feed(text), maxlen=0)
@@ -139,7 +144,7 @@ class Probing:
             opening = self.encode(self.format.cycle_open)
             own = opening if index and prompt[-len(opening) :] == opening else []  # the cycle's own, in the prompt
             context = prompt[: len(prompt) - len(own)]
-            judged = Judged(self.question, [*own, *ids], context, (*thought, *steps), self.request)
+            judged = Judged(self.question, [*own, *ids], context, logprobs, self.request)
             with suppress(ConfidenceError):
                 confidence = (await self.confidence.score(judged)).confidence
         return Probe(tuple(steps), num_tokens, parser.answer, confidence)
@@ -149,16 +154,16 @@ class _Thought:
     """What has been written of a cycle, and whether it is thinking still."""
 
     def __init__(self, fmt: TrajectoryFormat, *, is_open: bool) -> None:
-        self.steps: list[Step] = []
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
+        self.logprobs: list[tuple[int, Mapping[int, Any]]] = []
         self.is_open = is_open
         self._opening, self._ends = fmt.think_open, (fmt.think_close, fmt.answer_open or fmt.think_close)
         self._tail = ""
 
     def add(self, step: Step) -> None:
         """The next piece; a tag may come in several."""
-        self.steps.append(step)
-        self.num_tokens += len(step.token_ids)
+        self.token_ids.extend(step.token_ids)
+        self.logprobs.extend(zip(step.token_ids, step.logprobs or (), strict=False))
         text = self._tail + step.text
         self._tail = text[-max(map(len, (self._opening, *self._ends))) :]
         if self._opening in text:

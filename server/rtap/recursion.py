@@ -264,7 +264,7 @@ class Recursion:
             return None, None, None
         began = self.clock()
         cycle = _without_end(draft.token_ids, self.engine.end_of_turn_ids) + closing
-        judged = Judged(question, cycle, context, draft.steps, self.request)
+        judged = Judged(question, cycle, context, draft.logprobs, self.request)
         try:
             async with asyncio.timeout(None if deadline is None else max(0.0, deadline - began)):
                 score = await self.confidence.score(judged)
@@ -277,7 +277,7 @@ class Recursion:
 
     def _finish(self, draft: Draft) -> Cycle:
         """The cycle as it was written, not yet scored."""
-        first = draft.steps[0] if draft.steps else None
+        first = draft.first
         return Cycle(
             index=draft.index,
             think=draft.parser.think.strip(),
@@ -336,7 +336,7 @@ class Recursion:
             degraded=degraded,
             first_answer_seconds=None if selected is None else now,
             seconds=now,
-            finish=draft.steps[-1] if draft.steps else None,
+            finish=draft.last,
             partial_answer=draft.parser.partial_answer if selected is None else None,
             discarded_tokens=discarded,
         )

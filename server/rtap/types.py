@@ -1,6 +1,6 @@
 """The nouns of a recursive trajectory, and the two protocols the loop runs over. Values only: no I/O, no engine."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -126,6 +126,7 @@ class Step:
     truncated: the token limit cut it. ended_turn: the model (or a stop string of the user's) ended the turn,
     as opposed to the format's own end of a cycle.
     native: the engine's own output object, handed back untouched to whoever drives the loop.
+    logprobs: log-probabilities by token id at each of ``token_ids``, where the engine was asked for them.
     """
 
     text: str
@@ -136,6 +137,7 @@ class Step:
     prompt_tokens: int
     cached_tokens: int
     native: Any
+    logprobs: Sequence[Mapping[int, Any]] | None = None
 
 
 class Engine(Protocol):
@@ -166,14 +168,15 @@ class Judged:
 
     question_token_ids: the rendered prompt of the request. cycle_token_ids: opening, think, answer, closing tag.
     context_token_ids: all before the cycle, earlier cycles included; for scorers that go on where the policy stopped.
-    steps: the engine's pieces, for scorers that read log-probabilities.
+    logprobs: (sampled id, log-probabilities by id there) of each token that the engine told them of; injected tags are
+    not among them.
     request: what the driver of the loop hands to its scorers (the server: its own call, with images and adapter).
     """
 
     question_token_ids: Sequence[int]
     cycle_token_ids: Sequence[int]
     context_token_ids: Sequence[int]
-    steps: Sequence[Step] = ()
+    logprobs: Sequence[tuple[int, Mapping[int, Any]]] = ()
     request: Any = None
 
 

@@ -1,9 +1,10 @@
 """One cycle while it is being written, which may begin before the verdict on the cycle before it is known."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from server.rtap.format import CycleParser
 from server.rtap.types import Step
@@ -22,7 +23,8 @@ class StepEvent:
 @dataclass(slots=True)
 class Draft:
     """What there is of a cycle. opening: token ids that the loop wrote to begin it, ``opening_text`` in text.
-    seconds: it was written in, once that has ended."""
+    seconds: it was written in, once that has ended. token_ids: all of them, the opening included. first, last: of its
+    steps; those between are not kept, because an engine's objects would fill the memory in a long thought."""
 
     index: int
     parser: CycleParser
@@ -30,31 +32,35 @@ class Draft:
     opening_text: str
     started: float
     seconds: float = 0.0
-    steps: list[Step] = field(default_factory=list[Step])
     timed_out: bool = False
+    token_ids: list[int] = field(init=False)
+    logprobs: list[tuple[int, Mapping[int, Any]]] = field(init=False)
+    first: Step | None = None
+    last: Step | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids, self.logprobs = list(self.opening), []
 
     def add(self, step: Step) -> StepEvent:
         """Take the engine's next piece."""
         think = "".join(p.text for p in self.parser.feed(step.text) if p.channel == "think")
-        self.steps.append(step)
+        self.token_ids.extend(step.token_ids)
+        if step.logprobs is not None:
+            self.logprobs.extend(zip(step.token_ids, step.logprobs, strict=False))
+        self.first, self.last = self.first or step, step
         if step.finished:
             think += "".join(p.text for p in self.parser.close(ended_by_model=step.ended_turn) if p.channel == "think")
         return StepEvent(self.index, step, think, self.parser.in_answer)
 
     @property
-    def token_ids(self) -> list[int]:
-        """All of them, the opening included."""
-        return [*self.opening, *(i for step in self.steps for i in step.token_ids)]
-
-    @property
     def truncated(self) -> bool:
         """The token limit cut it."""
-        return bool(self.steps) and self.steps[-1].truncated
+        return self.last is not None and self.last.truncated
 
     @property
     def ended_turn(self) -> bool:
         """The model ended its turn in it."""
-        return bool(self.steps) and self.steps[-1].ended_turn
+        return self.last is not None and self.last.ended_turn
 
     @property
     def has_content(self) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from server.confidence import FusedConfidence
 from server.rtap.artifact import Fusion
 from server.rtap.errors import ConfidenceError
-from server.rtap.types import Judged, Score, Step
+from server.rtap.types import Judged, Score
 
 FUSION = Fusion(bias=0.1, generator=1.5, logprob_mean=2.0, logprob_min=0.5)
 
@@ -40,19 +40,10 @@ class _Policy:
         yield SimpleNamespace(prompt_logprobs=entries)
 
 
-def _step(ids: list[int], logprobs: list[float] | None) -> Step:
-    entries = (
-        None if logprobs is None else [{i: SimpleNamespace(logprob=v)} for i, v in zip(ids, logprobs, strict=True)]
-    )
-    native = SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, logprobs=entries)])
-    return Step("", ids, False, False, False, 0, 0, native)
-
-
-async def test_what_was_sampled_counts_and_injected_tags_do_not():
-    injected = Step("<think>", [9], False, False, False, 0, 0, None)
-    steps = [injected, _step([5], [-0.2]), _step([6, 7], [-1.0, float("-inf")])]
+async def test_what_was_sampled_counts():
+    known = [(i, {i: SimpleNamespace(logprob=v)}) for i, v in ((5, -0.2), (6, -1.0), (7, float("-inf")))]
     policy = _Policy()
-    score = await FusedConfidence(_Generator(), FUSION, policy, 1.0).score(Judged([1], [9, 5, 6, 7], [1], steps))
+    score = await FusedConfidence(_Generator(), FUSION, policy, 1.0).score(Judged([1], [9, 5, 6, 7], [1], known))
     assert score == Score(FUSION.confidence(0.7, [-0.2, -1.0, -30.0]), 4)  # a floor under what a grammar masked
     assert policy.asked == []
 

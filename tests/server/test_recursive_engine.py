@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -254,3 +255,22 @@ async def test_a_token_costs_the_same_however_many_came_before(split: bool):
 
     short, long = await seconds(3_000), await seconds(12_000)
     assert long < 8 * short  # quadratic would be 16 times; a margin for a noisy machine
+
+
+async def test_a_long_thought_does_not_keep_what_the_engine_told_of_each_token():
+    """An engine's objects weigh a thousand times what a token id does."""
+    told: list[weakref.ref[RequestOutput]] = []
+
+    class Watched(Streaming):
+        async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **options: Any):
+            async for output in super().generate(prompt, params, request_id, **options):
+                told.append(weakref.ref(output))
+                yield output
+
+    script = [f"<think>{'x' * 500}</think><answer>1</answer>", f"{'y' * 500}</think><answer>82</answer>"]
+    stream, _ = ask(build(Watched(script)), output_kind=RequestOutputKind.DELTA, max_tokens=None)
+    most = 0
+    async for _ in stream:
+        most = max(most, sum(ref() is not None for ref in told))
+    assert len(told) > 1000
+    assert most < 10
