@@ -1,7 +1,8 @@
 """Regression guard: measure the ratios that are committed under docs/results again, shorter, and compare.
 
 Ratios only, never absolute times, so that a slower machine passes. A ratio fails when its whole 95 % interval is worse
-than the committed value by more than the tolerance: a short measurement is noisy, and noise must not fail it.
+than the committed value by more than the tolerance: a short measurement is noisy, and noise alone should not fail it.
+Failed requests fail the check whatever the ratios.
 """
 
 import argparse
@@ -60,6 +61,13 @@ def rivals_ratios(report: Mapping[str, Any]) -> Iterator[Ratio]:
                     yield Ratio(name, **row[f"{what}_ratio"], higher_is_better=False)
 
 
+def failed_requests(report: Mapping[str, Any]) -> int:
+    """Of either report: requests without an answer."""
+    return sum(
+        level.get("errors", 0) + sum(row["failed"] for row in level.get("rows", ())) for level in report["levels"]
+    )
+
+
 def compare(committed: Sequence[Ratio], now: Sequence[Ratio], *, tolerance: float) -> list[Verdict]:
     """Every ratio that both have."""
     known = {ratio.name: ratio for ratio in committed}
@@ -76,26 +84,28 @@ def compare(committed: Sequence[Ratio], now: Sequence[Ratio], *, tolerance: floa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and compare. Result: 1 when a ratio is worse, or when there is nothing to compare."""
+    """Measure and compare. Result: 1 when a ratio is worse, where a request failed, or there is nothing to compare."""
     parser = argparse.ArgumentParser(prog="bench_check.py", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--tolerance", type=float, default=0.1, help="share by which a ratio may be worse")
     args = parser.parse_args(argv)
+    kinds = (("overhead.json", overhead_ratios), ("rivals/rivals.json", rivals_ratios))
+    committed = [list(ratios(json.loads((COMMITTED / file).read_text("utf-8")))) for file, ratios in kinds]
     bench_overhead.main(["--rounds", "4", "--seconds", "2", "--concurrency", "8", "32", "--output", str(MEASURED)])
-    bench_rivals.main(["--rounds", "3", "--questions", "32", "--output", str(MEASURED)])
+    bench_rivals.main(["--rounds", "4", "--output", str(MEASURED)])
     verdicts: list[Verdict] = []
-    for file, ratios in (("overhead.json", overhead_ratios), ("rivals/rivals.json", rivals_ratios)):
-        before, now = (
-            list(ratios(json.loads(path.read_text("utf-8")))) for path in (COMMITTED / file, MEASURED / Path(file).name)
-        )
-        verdicts += compare(before, now, tolerance=args.tolerance)
+    failed = 0
+    for (file, ratios), before in zip(kinds, committed, strict=True):
+        report = json.loads((MEASURED / Path(file).name).read_text("utf-8"))
+        failed += failed_requests(report)
+        verdicts += compare(before, list(ratios(report)), tolerance=args.tolerance)
     console = Console()
     for verdict in verdicts:
         word = "WORSE" if verdict.is_worse else "ok"
         now = f"{verdict.now.value:.3f} [{verdict.now.low:.3f}, {verdict.now.high:.3f}]"
         console.print(f"{word:>5}  {verdict.committed.value:.3f} -> {now}  {verdict.now.name}", markup=False)
     worse = sum(verdict.is_worse for verdict in verdicts)
-    console.print(f"{worse} of {len(verdicts)} ratios are worse by more than {args.tolerance:.0%}")
-    return int(worse > 0 or not verdicts)
+    console.print(f"{worse} of {len(verdicts)} ratios are worse by over {args.tolerance:.0%}; {failed} requests failed")
+    return int(worse > 0 or failed > 0 or not verdicts)
 
 
 if __name__ == "__main__":

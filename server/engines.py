@@ -107,6 +107,11 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     scorer_args = _scorer_args(args, settings) if settings.confidence_kind == "pooling" else None
     scorer_config = None if scorer_args is None else _engine_config(scorer_args, scorer_args.model)
     generator = _artifact(settings, scorer_config)
+    if generator.fusion is not None and policy_args.logprobs_mode != "raw_logprobs":
+        raise ConfigError(
+            f"--logprobs-mode {policy_args.logprobs_mode}: this generator is joined with raw log-probabilities, "
+            "as it was fitted to; leave the flag out"
+        )
     fmt = format_from_config(_rtap_block(policy_config), override=settings.trajectory_format)
     _check_tags(fmt, policy_config)
     if scorer_config is not None:

@@ -114,6 +114,7 @@ class Metrics:
         if trajectory.degraded is not None:
             self._degraded.labels(trajectory.degraded).inc()
         self._discarded.inc(trajectory.discarded_tokens)
+        self._confidence_tokens.inc(trajectory.confidence_tokens)
         self._probes.labels("true").inc(trajectory.num_stopped)
         self._probes.labels("false").inc(trajectory.num_probes - trajectory.num_stopped)
         before: float | None = None
@@ -131,7 +132,6 @@ class Metrics:
         self._cycle_seconds.observe(cycle.seconds)
         self._cached.inc(cycle.cached_tokens)
         self._recomputed.inc(max(0, cycle.prompt_tokens - cycle.cached_tokens))
-        self._confidence_tokens.inc(cycle.confidence_tokens)
         if cycle.confidence is not None:
             self._confidence.labels(number).observe(cycle.confidence)
         if cycle.confidence_seconds is not None:

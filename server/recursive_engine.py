@@ -26,6 +26,7 @@ from server.rtap.errors import InvalidRequest
 from server.rtap.format import TrajectoryFormat
 from server.rtap.probing import Probing
 from server.rtap.recursion import CycleEvent, FinalEvent, Recursion
+from server.rtap.stopping import needs_score
 from server.rtap.types import Confidence, Engine, Policy, Step, Trajectory
 from server.settings import Settings
 from server.wire import Exchange, RtapOptions, current_exchange, options_from_xargs, resolve_limits
@@ -185,7 +186,8 @@ class RecursiveEngine:
         plan, limits = self._plan, call.limits
         if limits.probe_every is None or limits.policy is not Policy.CONFIDENCE or plan.confidence is None:
             return None
-        if call.exchange.prefix:  # somebody else began the cycle, perhaps its answer
+        # Somebody else began the cycle, perhaps its answer; or a grammar binds answers, from a tag the model writes.
+        if call.exchange.prefix or call.params.structured_outputs is not None:
             return None
         return Probing(
             engine,
@@ -238,6 +240,7 @@ def _with_probes(trajectory: Trajectory, probing: Probing) -> Trajectory:
     return replace(
         trajectory,
         discarded_tokens=trajectory.discarded_tokens + probing.discarded_tokens,
+        probe_confidence_tokens=probing.confidence_tokens,
         num_probes=probing.num_probes,
         num_stopped=probing.num_stopped,
     )
@@ -274,7 +277,7 @@ class _Cycles:
         starts = len(prompt_token_ids) == len(call.prompt["prompt_token_ids"])
         prompt = call.prompt if starts else call.prompt_with(prompt_token_ids)
         name = f"{call.request_id}-c{self._choice}.{next(self._numbers)}"  # a cycle may be probed while it is written
-        params = self._params(index, max_tokens, may_be_cut=may_be_cut)
+        params = self._params(index, max_tokens, is_continued=not starts, may_be_cut=may_be_cut)
         self._live.add(name)
         closing = self._plan.format.answer_close
         try:
@@ -302,7 +305,7 @@ class _Cycles:
         finally:
             self._live.discard(name)
 
-    def _params(self, index: int, max_tokens: int | None, *, may_be_cut: bool) -> SamplingParams:
+    def _params(self, index: int, max_tokens: int | None, *, is_continued: bool, may_be_cut: bool) -> SamplingParams:
         """The request's sampling parameters for one cycle: its own seed, the rest of the budget, the format's end."""
         call, ends = self._call, self._plan.cycle_end_ids
         params = copy.copy(call.params)
@@ -310,7 +313,7 @@ class _Cycles:
         params.skip_clone = False  # this copy shares what AsyncLLM may change
         if params.seed is not None:
             params.seed = (params.seed + self._choice + index * _SEED_STRIDE) % _SEED_RANGE
-        if index and call.limits.policy != "vote":
+        if is_continued:
             params.min_tokens, params.prompt_logprobs, params.skip_reading_prefix_cache = 0, None, False
         elif params.max_tokens is not None:
             params.min_tokens = min(params.min_tokens, params.max_tokens)
@@ -322,7 +325,7 @@ class _Cycles:
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
         whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not may_be_cut
         params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
-        if self._plan.logprobs is not None and params.logprobs != -1:  # -1 is all of them
+        if self._plan.logprobs is not None and needs_score(call.limits) and params.logprobs != -1:  # -1 is all of them
             params.logprobs = max(self._plan.logprobs, params.logprobs or 0)
         return params
 

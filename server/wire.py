@@ -193,7 +193,7 @@ def trajectory_object(trajectory: Trajectory, *, with_think: bool) -> dict[str, 
         "cycles": [cycle_object(c, with_think=with_think) for c in trajectory.cycles],
         "confidence": trajectory.confidence,
         "first_answer_seconds": None if first is None else round(first, 6),
-        "confidence_tokens": sum(c.confidence_tokens for c in trajectory.cycles),
+        "confidence_tokens": trajectory.confidence_tokens,
         "discarded_tokens": trajectory.discarded_tokens,
     }
     if trajectory.num_probes:

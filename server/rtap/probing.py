@@ -9,7 +9,7 @@ Off unless asked for.
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from server.rtap.errors import ConfidenceError
 from server.rtap.format import CycleParser, TrajectoryFormat
 from server.rtap.stopping import normalise_answer
 from server.rtap.types import Confidence, Engine, Judged, Step
-from server.rtap.writing import injected
+from server.rtap.writing import injected, thought_is_open
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Probing:
 
     question: token ids of the rendered prompt. request: handed to the scorer. every: tokens of a thought between
     probes. answer_tokens: an answer that is longer counts as none.
-    num_probes, num_stopped: so far. discarded_tokens: sampled in probes that were not taken.
+    num_probes, num_stopped: so far. discarded_tokens: sampled in probes that were not taken. confidence_tokens: read by
+    the generator for probes.
     """
 
     engine: Engine
@@ -51,7 +52,9 @@ class Probing:
     num_probes: int = 0
     num_stopped: int = 0
     discarded_tokens: int = 0
+    confidence_tokens: int = 0
     _forced_text: str = field(init=False)
+    _is_off: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._forced_text = self.format.think_close + (self.format.answer_open or "")
@@ -74,7 +77,8 @@ class Probing:
         may_be_cut: bool,  # noqa: ARG002 - it always may
     ) -> AsyncGenerator[Step, None]:
         """The engine's cycle, which may end earlier than the model would have ended it."""
-        prompt, thought = list(prompt_token_ids), _Thought(self.format, is_open=self._is_open(prompt_token_ids, index))
+        prompt = list(prompt_token_ids)
+        thought = _Thought(self.format, has_begun=index > 0 or thought_is_open(prompt, self, self.format))
         last: Probe | None = None
         task: asyncio.Task[Probe] | None = None
         next_at = self.every
@@ -91,11 +95,9 @@ class Probing:
                         if self._agree(last, probe) and _has_room(max_tokens, len(thought.token_ids), probe):
                             break
                         last = probe
-                    if task is None and len(thought.token_ids) >= next_at:
+                    if task is None and not self._is_off and len(thought.token_ids) >= next_at:
                         next_at = len(thought.token_ids) + self.every
-                        task = asyncio.create_task(
-                            self._probe(prompt, index, list(thought.token_ids), list(thought.logprobs))
-                        )
+                        task = asyncio.create_task(self._probe(prompt, index, thought.copy()))
                 else:
                     return
             self.num_stopped += 1
@@ -108,69 +110,83 @@ class Probing:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    def _is_open(self, prompt: Sequence[int], index: int) -> bool:
-        """Whether the prompt has begun the thought: the loop does for every cycle but the first."""
-        opening = self.encode(self.format.think_open)
-        return index > 0 or list(prompt[-len(opening) :]) == opening
-
     def _agree(self, last: Probe | None, probe: Probe) -> bool:
         if last is None or last.answer is None or probe.answer is None or probe.confidence is None:
             return False
         same = normalise_answer(last.answer) == normalise_answer(probe.answer)
         return same and probe.confidence >= self.threshold
 
-    async def _probe(
-        self, prompt: list[int], index: int, thought: list[int], logprobs: list[tuple[int, Mapping[int, Any]]]
-    ) -> Probe:
-        """The answer after ``thought`` as it is, and what the scorer thinks of it: nothing, where it fails."""
+    async def _probe(self, prompt: list[int], index: int, thought: "_Thought") -> Probe:
+        """The answer after ``thought`` as it is, and what the scorer thinks of it. Where the engine gives none, there
+        is none; where the scorer fails, no further probe is made: the loop goes on without it as well."""
         self.num_probes += 1
         forced = self.encode(self._forced_text)
-        ids = thought + forced
         parser = CycleParser(self.format, thought_open=True)
+        thought.token_ids += forced
         steps: list[Step] = []
-        stream = self.engine.cycle([*prompt, *ids], index=index, max_tokens=self.answer_tokens, may_be_cut=False)
-        async with aclosing(stream):
-            async for step in stream:
-                steps.append(step)
-                logprobs.extend(zip(step.token_ids, step.logprobs or (), strict=False))
-                self.discarded_tokens += len(step.token_ids)
+        stream = self.engine.cycle(
+            [*prompt, *thought.token_ids], index=index, max_tokens=self.answer_tokens, may_be_cut=True
+        )
+        try:
+            async with aclosing(stream):
+                async for step in stream:
+                    steps.append(step)
+                    thought.add(step)
+                    self.discarded_tokens += len(step.token_ids)
+        except Exception:  # no room, or an answer that the engine gave up; what is wrong with it the thought meets too
+            return Probe((), 0, None, None)
         for text in (self._forced_text, *(step.text for step in steps)):
             deque(parser.feed(text), maxlen=0)
         deque(parser.close(ended_by_model=bool(steps) and steps[-1].ended_turn), maxlen=0)
         num_tokens = len(forced) + sum(len(step.token_ids) for step in steps)
-        confidence = None
-        if parser.answer is not None:
-            ids += [i for step in steps for i in step.token_ids if i not in self.end_of_turn_ids]
-            opening = self.encode(self.format.cycle_open)
-            own = opening if index and prompt[-len(opening) :] == opening else []  # the cycle's own, in the prompt
-            context = prompt[: len(prompt) - len(own)]
-            judged = Judged(self.question, [*own, *ids], context, logprobs, self.request)
-            with suppress(ConfidenceError):
-                confidence = (await self.confidence.score(judged)).confidence
-        return Probe(tuple(steps), num_tokens, parser.answer, confidence)
+        if parser.answer is None:
+            return Probe(tuple(steps), num_tokens, None, None)
+        opening = self.encode(self.format.cycle_open)
+        own = opening if index and prompt[-len(opening) :] == opening else []  # the cycle's own, in the prompt
+        closing = self.encode(self.format.answer_close or "") if parser.owes_close else []
+        written = [i for i in thought.token_ids if i not in self.end_of_turn_ids]
+        context = prompt[: len(prompt) - len(own)]
+        judged = Judged(self.question, [*own, *written, *closing], context, thought.logprobs, self.request)
+        try:
+            score = await self.confidence.score(judged)
+        except ConfidenceError:
+            self._is_off = True
+            return Probe(tuple(steps), num_tokens, parser.answer, None)
+        self.confidence_tokens += score.tokens
+        return Probe(tuple(steps), num_tokens, parser.answer, score.confidence)
 
 
 class _Thought:
-    """What has been written of a cycle, and whether it is thinking still."""
+    """What has been written of a cycle, and whether it is thinking still: begun, and not over."""
 
-    def __init__(self, fmt: TrajectoryFormat, *, is_open: bool) -> None:
+    def __init__(self, fmt: TrajectoryFormat, *, has_begun: bool) -> None:
         self.token_ids: list[int] = []
         self.logprobs: list[tuple[int, Mapping[int, Any]]] = []
-        self.is_open = is_open
-        self._opening, self._ends = fmt.think_open, (fmt.think_close, fmt.answer_open or fmt.think_close)
+        self._format, self._has_begun, self._is_over = fmt, has_begun, False
         self._tail = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more of the thought may come."""
+        return self._has_begun and not self._is_over
+
+    def copy(self) -> "_Thought":
+        """What is there now, to go on with otherwise."""
+        other = _Thought(self._format, has_begun=self._has_begun)
+        other.token_ids, other.logprobs = list(self.token_ids), list(self.logprobs)
+        return other
 
     def add(self, step: Step) -> None:
         """The next piece; a tag may come in several."""
         self.token_ids.extend(step.token_ids)
         self.logprobs.extend(zip(step.token_ids, step.logprobs or (), strict=False))
-        text = self._tail + step.text
-        self._tail = text[-max(map(len, (self._opening, *self._ends))) :]
-        if self._opening in text:
-            self.is_open = True
-        if step.finished or any(tag in text for tag in self._ends):
-            self.is_open = False
-            self._tail = ""
+        if self._is_over:
+            return
+        fmt, text = self._format, self._tail + step.text
+        ends = (fmt.think_close, fmt.answer_open or fmt.think_close)
+        self._tail = text[-max(map(len, (fmt.think_open, *ends))) :]
+        self._has_begun = self._has_begun or fmt.think_open in text
+        self._is_over = step.finished or any(tag in text for tag in ends)
 
 
 def _has_room(max_tokens: int | None, num_written: int, probe: Probe) -> bool:

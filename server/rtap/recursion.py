@@ -27,7 +27,7 @@ from server.rtap.types import (
     StopReason,
     Trajectory,
 )
-from server.rtap.writing import Draft, StepEvent, Writing, injected, write
+from server.rtap.writing import Draft, StepEvent, Writing, injected, thought_is_open, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +176,7 @@ class Recursion:
 
     def _parser(self, question: Sequence[int]) -> CycleParser:
         """A parser for a first cycle, which begins where the client or the chat template began it."""
-        open_ids, close_ids = self.engine.encode(self.format.think_open), self.engine.encode(self.format.think_close)
-        tail = list(question[-len(open_ids) - 1 :])  # a template may write a newline after the tag
-        opened = open_ids in (tail[1:], tail[:-1]) and tail[-1:] != close_ids[-1:]
+        opened = thought_is_open(question, self.engine, self.format)
         return CycleParser(self.format, thought_open=opened, prefix=self.prefix)
 
     def _opening(self, limits: Limits) -> list[int]:
@@ -257,10 +255,7 @@ class Recursion:
         deadline: float | None,
     ) -> tuple[Score | None, float | None, str | None]:
         """(score, seconds waited, why it failed). Nothing is scored that no decision needs, nor a cut cycle."""
-        needed = limits.policy in (Policy.CONFIDENCE, Policy.VOTE) or (
-            limits.policy is Policy.MODEL and limits.select is Select.BEST
-        )
-        if self.confidence is None or not needed or draft.parser.answer is None:
+        if self.confidence is None or not stopping.needs_score(limits) or draft.parser.answer is None:
             return None, None, None
         began = self.clock()
         cycle = _without_end(draft.token_ids, self.engine.end_of_turn_ids) + closing

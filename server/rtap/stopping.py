@@ -30,6 +30,13 @@ def decide(
     return StopReason.MAX_TOKENS if no_room else None
 
 
+def needs_score(limits: Limits) -> bool:
+    """Whether anything is decided by the confidence of a cycle."""
+    if limits.policy is Policy.MODEL:
+        return limits.select is Select.BEST
+    return limits.policy in (Policy.CONFIDENCE, Policy.VOTE)
+
+
 def max_cycles(limits: Limits) -> int:
     """Cycles a trajectory may have: ``single`` is one pass whatever the request says."""
     return 1 if limits.policy is Policy.SINGLE else limits.max_cycles

@@ -91,7 +91,8 @@ class Trajectory:
     finish: the engine's own finish of the last cycle, for ``finish_reason``/``stop_reason`` of the response.
     partial_answer: what there was of an answer when every cycle was cut; None when an answer is complete.
     discarded_tokens: sampled ahead of a verdict that made them unwanted, or in a probe; in no cycle, and not returned.
-    num_probes, num_stopped: probes of its thoughts, and thoughts that they ended.
+    num_probes, num_stopped: probes of its thoughts, and thoughts that they ended. probe_confidence_tokens: what the
+    generator read for them.
     """
 
     policy: Policy
@@ -104,8 +105,14 @@ class Trajectory:
     finish: "Step | None"
     partial_answer: str | None
     discarded_tokens: int = 0
+    probe_confidence_tokens: int = 0
     num_probes: int = 0
     num_stopped: int = 0
+
+    @property
+    def confidence_tokens(self) -> int:
+        """All that the generator read."""
+        return sum(c.confidence_tokens for c in self.cycles) + self.probe_confidence_tokens
 
     @property
     def answer(self) -> str | None:

@@ -1,13 +1,13 @@
 """One cycle while it is being written, which may begin before the verdict on the cycle before it is known."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.rtap.format import CycleParser
-from server.rtap.types import Step
+from server.rtap.format import CycleParser, TrajectoryFormat
+from server.rtap.types import Engine, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,13 @@ async def write(
                 break
             yield draft.add(step)
         draft.seconds = clock() - draft.started
+
+
+def thought_is_open(prompt: Sequence[int], engine: Engine, fmt: TrajectoryFormat) -> bool:
+    """Whether ``prompt`` ends by beginning a thought; a template may write a newline after the tag."""
+    opening, closing = engine.encode(fmt.think_open), engine.encode(fmt.think_close)
+    tail = list(prompt[-len(opening) - 1 :])
+    return opening in (tail[1:], tail[:-1]) and tail[-1:] != closing[-1:]
 
 
 def injected(token_ids: list[int], text: str) -> Step:

@@ -29,6 +29,9 @@ def test_committed_reports_have_ratios_to_guard(guard):
         "tokens over a majority of 8",
         "seconds over a majority of 8",
     }
+    assert guard.failed_requests(overhead) == guard.failed_requests(rivals) == 0
+    rivals["levels"][0]["rows"][0]["failed"] = 2
+    assert guard.failed_requests(rivals) == 2
     names = [r.name for r in (*first, *second)]
     assert len(names) == len(set(names)) > 8
 

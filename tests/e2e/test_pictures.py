@@ -22,13 +22,13 @@ from training.rl import command
 from training.rl.config import RtapConfig
 
 JUDGE = "Answer"  # of all words, one after which this model is not entirely sure of yes or no
-QUESTION = "make 82 from 3, 7, 25"
+QUESTION = "Make 800 with 25, 23, 9."  # hard enough that what else it sees moves what it writes
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    rows = [{"question": QUESTION, "answer": "25*3+7", "image": encoded(shade)} for shade in range(0, 200, 20)]
+    rows = [{"question": QUESTION, "answer": "(23+9)*25", "image": encoded(shade)} for shade in range(0, 200, 20)]
     (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RtapConfig(
         policy=save_vlm(folder / "model"), confidence=None, rewards="format,answer", output=folder / "out",

@@ -60,7 +60,7 @@ async def test_otherwise_the_thought_goes_on(probes, score):
     )
     assert trajectory.answer == "9"
     assert text == LONG
-    assert probing.num_probes >= 2
+    assert probing.num_probes >= (1 if score < 0 else 2)
     assert probing.num_stopped == 0
     assert probing.discarded_tokens > 0
 
@@ -102,3 +102,36 @@ async def test_leaving_ends_the_thought_and_its_probe():
     await stream.aclose()
     await asyncio.sleep(0)
     assert engine.closed == 2
+
+
+class Refusing(ScriptedEngine):
+    """Has no room for anything but the thought itself."""
+
+    async def cycle(self, prompt_token_ids, *, index, max_tokens, may_be_cut):
+        if self.prompts:
+            self.prompts.append(list(prompt_token_ids))
+            raise ValueError("longer than the context")
+        async for step in super().cycle(prompt_token_ids, index=index, max_tokens=max_tokens, may_be_cut=may_be_cut):
+            yield step
+
+
+async def test_a_probe_that_the_engine_refuses_is_no_answer_and_costs_the_request_nothing():
+    engine = Refusing([LONG], seconds_per_token=0.002)
+    confidence = ScriptedConfidence(lambda _: 0.9)
+    loop = Recursion(_probing(engine, confidence), RTAP, confidence, lambda _: 0)
+    events = [e async for e in loop.run(QUESTION, Limits(threshold=0.5, max_cycles=1))]
+    assert events[-1].trajectory.answer == "9"
+    assert len(engine.prompts) > 2
+
+
+async def test_a_scorer_that_fails_is_not_asked_again_by_probes():
+    _, _, probing, _, confidence = await _run([LONG, *["7</answer>"] * 8], lambda _: -1)
+    assert probing.num_probes == 1
+    assert len(confidence.judged) == 2  # by the probe, and by the loop
+
+
+async def test_tags_inside_an_answer_begin_no_thought():
+    text = "<think>aaaa</think><answer>a tag: <think>, bbbbbbbbbbbbbbbbbbbbbbbbbbbbbb</answer>"
+    trajectory, _, probing, _, _ = await _run([text], lambda _: 0.9)
+    assert trajectory.answer == "a tag: <think>, bbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    assert probing.num_probes == 0

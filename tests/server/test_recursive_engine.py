@@ -5,7 +5,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -122,6 +122,26 @@ async def test_every_cycle_is_the_same_request_on_more_tokens():
     assert output.outputs[0].text == WRONG + "<think>" + DOUBT
     assert list(output.outputs[0].token_ids) == encode(WRONG + "<think>" + DOUBT)
     assert exchange.trajectories[0].answer == "3*25+7"
+
+
+@pytest.mark.parametrize(
+    ("rtap", "wanted", "asked"),
+    [
+        ({}, None, 0),
+        ({}, 3, 3),
+        ({"policy": "single"}, None, None),  # nothing scores it
+        ({"policy": "model"}, 2, 2),
+        ({"policy": "model", "select": "best"}, None, 0),
+        ({"policy": "vote", "samples": 2}, None, 0),
+    ],
+)
+async def test_log_probabilities_are_asked_for_where_a_scorer_reads_them(rtap, wanted, asked):
+    llm = FakeLLM([WRONG.replace("25*7<", "82<")] * 3)
+    engine = build(llm)
+    engine._plan = replace(engine._plan, logprobs=0)
+    outputs = await all_of(ask(engine, rtap={"max_cycles": 1} | rtap, logprobs=wanted)[0])
+    assert {call[1].logprobs for call in llm.calls} == {asked}
+    assert (outputs[-1].outputs[0].logprobs is None) == (wanted is None)  # the client sees what it asked for
 
 
 async def test_the_budget_seed_and_stops_of_each_cycle():

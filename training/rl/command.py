@@ -196,9 +196,10 @@ def _save(
     if trainer.parts.generator is not None:
         output = config.confidence_output or config.output.with_name(f"{config.output.name}-confidence")
         generator = trainer.parts.generator.model
-        # Fitted to the log-probabilities of a policy that is no more.
+        # Fitted to a policy that is no more; a fresh fit is `rtap train confidence`.
         block = cast(dict[str, Any], getattr(generator.config, "rtap", None) or {})
-        block.pop("fusion", None)
+        for name in ("fusion", "threshold", "calibration"):
+            block.pop(name, None)
         write_model(output, generator, generator.state_dict(), loaded.tokenizer, record)
 
 

@@ -178,9 +178,10 @@ class CountdownProblem:
         return _attempt(rng.choices(misses, weights)[0], self._solutions())
 
     def value_of(self, answer: str, /) -> int | None:
-        """What the expression makes; None where that is not whole."""
+        """What the expression makes; None where that is not whole, or is the target: then the numbers are wrong."""
         result = evaluate(answer)
-        return int(result.value) if result is not None and result.value.denominator == 1 else None
+        is_miss = result is not None and result.value.denominator == 1 and result.value != self.target
+        return int(result.value) if result is not None and is_miss else None
 
     def doubt(self, rng: Random, value: int, /) -> str:
         """An Oops that usually names the value reached, which is a true statement."""

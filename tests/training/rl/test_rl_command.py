@@ -71,7 +71,9 @@ def test_policy_and_generator_are_written_in_the_layout_of_the_server(finished: 
     assert (config["dtype"], config["rtap"]) == ("bfloat16", {"format": "rtap"})
     assert isinstance(load_tokenizer(finished.output), PreTrainedTokenizerFast)
     beside = finished.output.with_name("out-confidence")
-    assert Qwen3ForSequenceClassification.from_pretrained(beside).config.num_labels == 1
+    generator = Qwen3ForSequenceClassification.from_pretrained(beside).config
+    assert generator.num_labels == 1
+    assert generator.rtap == {"format": "rtap", "kind": "confidence"}  # what was fitted to the policy before is gone
     assert {"model.safetensors", "tokenizer.json", "manifest.json"} <= {p.name for p in beside.iterdir()}
 
 
