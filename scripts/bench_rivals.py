@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from bench_servers import MODELS, ROOT, ratio_over_rounds
+from bench_servers import MODELS, ROOT, SERVED_NAME, ratio_over_rounds
 from rich.console import Console
 
 from training.evaluation.client import Load, RtapServer
@@ -37,6 +37,7 @@ from training.tasks import check
 REFERENCE = "majority of 8"
 # Starts optillm's proxy with the host and port that our launcher appends to every command.
 OPTILLM = "import sys; sys.argv = ['optillm', *sys.argv[1:]]; from optillm.server import main; main()"
+MAX_TOKENS = 512  # optillm asks for 4096 unless told, which is more than the bundled models read
 OPTILLM_APPROACHES = ("self_consistency", "bon")
 
 
@@ -83,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
 
         scored = start("scored", serve_command(None, None, []))
-        plain = start("plain", serve_command(str(MODELS / "policy"), None, ["--policy", "single"]))
+        plain = start(
+            "plain",
+            serve_command(str(MODELS / "policy"), None, ["--policy", "single", "--served-model-name", SERVED_NAME]),
+        )
         proxy = None
         if args.optillm is not None:
             os.environ["OPENAI_API_KEY"] = "none"  # optillm wants one
@@ -163,7 +167,8 @@ def _optillm(url: str, approach: str) -> Rule:
                 messages = [{"role": "user", "content": question.text}]
                 try:
                     reply = await client.post(
-                        "/v1/chat/completions", json={"model": f"{approach}-rtap", "messages": messages}
+                        "/v1/chat/completions",
+                        json={"model": f"{approach}-{SERVED_NAME}", "messages": messages, "max_tokens": MAX_TOKENS},
                     )
                     content = reply.raise_for_status().json()
                     answer = str(content["choices"][0]["message"]["content"]).strip()
