@@ -2,6 +2,7 @@
 
 import re
 
+import httpx
 import pytest
 
 from tests.e2e.conftest import Running
@@ -219,17 +220,20 @@ def test_a_grammar_binds_every_answer_and_no_thought(server, field, pattern):
 
 
 def test_probes_end_thoughts_whose_answer_no_longer_changes(server):
-    """Threshold 0: two probes that agree are enough. What is returned adds up; what was asked in vain is told apart."""
-    asked = ended = discarded = 0
-    for question in questions(12):
-        whole = _ask(server, question, seed=2, rtap={"max_cycles": 1, "threshold": 0.0})
-        reply = _ask(server, question, seed=2, rtap={"max_cycles": 1, "threshold": 0.0, "probe_every": 3})
-        probes, cycle = reply.rtap.get("probes", {"asked": 0, "thoughts_ended": 0}), reply.rtap["cycles"][0]
+    """Thoughts that the model cannot end itself, and a threshold of 0: two probes that agree are enough."""
+    body = {"prompt": "</think><answer>", "add_special_tokens": False}
+    tags = httpx.post(f"{server.url}/tokenize", json=body).json()["tokens"]
+    options = {"temperature": 0, "max_tokens": 200, "logit_bias": dict.fromkeys(map(str, tags), -100)}
+    endless = _ask(server, "37*48+65", rtap={"max_cycles": 1, "threshold": 0.0}, **options)
+    assert endless.rtap["cycles"][0]["answer"] is None
+    ended = discarded = 0
+    for question in questions(6):
+        reply = _ask(server, question, rtap={"max_cycles": 1, "threshold": 0.0, "probe_every": 4}, **options)
+        probes, cycle = reply.rtap["probes"], reply.rtap["cycles"][0]
         assert reply.usage.completion_tokens == cycle["tokens"]
-        assert reply.rtap["confidence_tokens"] >= whole.rtap["confidence_tokens"] * (probes["asked"] > 2)
-        asked, ended = asked + probes["asked"], ended + probes["thoughts_ended"]
-        discarded += reply.rtap["discarded_tokens"]
-    assert asked > 12
+        assert (cycle["answer"] is not None) == (probes["thoughts_ended"] == 1)
+        assert probes["asked"] > 1
+        ended, discarded = ended + probes["thoughts_ended"], discarded + reply.rtap["discarded_tokens"]
     assert ended > 0
     assert discarded > 0
     assert server.metrics()["rtap_probes_total{ended=true}"] >= ended

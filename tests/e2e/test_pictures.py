@@ -22,13 +22,14 @@ from training.rl import command
 from training.rl.config import RtapConfig
 
 JUDGE = "Answer"  # of all words, one after which this model is not entirely sure of yes or no
-QUESTION = "Make 800 with 25, 23, 9."  # hard enough that what else it sees moves what it writes
+QUESTION = "make 82 from 3, 7, 25"
+UNSURE = "How do I get 207 from 9, 22, 1?"  # hard enough that what else it sees moves what it writes
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    rows = [{"question": QUESTION, "answer": "(23+9)*25", "image": encoded(shade)} for shade in range(0, 200, 20)]
+    rows = [{"question": QUESTION, "answer": "25*3+7", "image": encoded(shade)} for shade in range(0, 200, 20)]
     (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RtapConfig(
         policy=save_vlm(folder / "model"), confidence=None, rewards="format,answer", output=folder / "out",
@@ -51,18 +52,18 @@ def serving(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield started
 
 
-def ask(serving: Running, shade: int, **rtap: Any) -> dict[str, Any]:
+def ask(serving: Running, shade: int, question: str = QUESTION, **rtap: Any) -> dict[str, Any]:
     image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded(shade)}"}}
-    message = {"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}
+    message = {"role": "user", "content": [image, {"type": "text", "text": question}]}
     body = {"model": "rtap", "messages": [message], "temperature": 0, "max_tokens": 160, "logprobs": True}
     reply = httpx.post(f"{serving.url}/v1/chat/completions", json=body | {"rtap": rtap}, timeout=120)
     assert reply.status_code == 200, reply.text
     return reply.json()
 
 
-def inputs_of(processor: Any, shade: int) -> Any:
+def inputs_of(processor: Any, shade: int, question: str = QUESTION) -> Any:
     """The prompt of ``ask`` as transformers reads it."""
-    parts = [{"type": "image", "image": picture(shade)}, {"type": "text", "text": QUESTION}]
+    parts = [{"type": "image", "image": picture(shade)}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
@@ -75,10 +76,10 @@ def test_answers_about_images_are_those_of_transformers(trained: Path, serving: 
     model = LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32)
     scores: list[float] = []
     for shade in (9, 250):
-        reply = ask(serving, shade, policy="single")
+        reply = ask(serving, shade, UNSURE, policy="single")
         message, tokens = reply["choices"][0]["message"], reply["choices"][0]["logprobs"]["content"]
         text = RTAP.render_cycle(message["reasoning"], message["content"])
-        inputs = inputs_of(processor, shade)
+        inputs = inputs_of(processor, shade, UNSURE)
         length = inputs["input_ids"].shape[1]
         result = model.generate(
             **inputs, max_new_tokens=len(tokens), do_sample=False, output_logits=True, return_dict_in_generate=True

@@ -83,7 +83,7 @@ def test_rejected_answers_are_reasoning_and_the_best_is_content(server):
 def test_an_adapter_is_a_model_whose_every_cycle_is_its_own(server):
     def written(model):
         reply = server.client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": "Make 800 with 25, 23, 9."}], temperature=0,
+            model=model, messages=[{"role": "user", "content": "Make 72 from 2, 6 and 10"}], temperature=0,
             max_tokens=300, extra_body={"rtap": EAGER | {"return_cycles": True}},
         )  # fmt: skip
         assert reply.model == model
