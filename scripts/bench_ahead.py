@@ -15,9 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
-from bench_servers import MODELS, ROOT, ratio_over_rounds
-from prometheus_client.parser import text_string_to_metric_families
+from bench_servers import MODELS, ROOT, interval_text, ratio_over_rounds, run_of, sums
 from rich.console import Console
 
 from training.evaluation.client import Load, RtapServer
@@ -77,11 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, flags in (("ahead", []), ("waiting", ["--speculate-below", "0"]))
         }
         levels = asyncio.run(_measure(urls, questions, args, console))
-    setting = {
-        "date": started.isoformat(timespec="seconds"),
-        "seconds": round((datetime.now(UTC) - started).total_seconds()),
-        "command": " ".join(["python", f"scripts/{Path(__file__).name}", *arguments]),
-    }
+    setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started)
     content = {"setting": setting, "levels": [asdict(level) for level in levels]}
     write_atomically(args.output / "ahead.json", json.dumps(content, indent=1) + "\n")
     report = to_markdown(setting, levels)
@@ -115,9 +109,9 @@ async def _measure(
 
 
 async def _round(url: str, server: RtapServer, questions: Sequence[Question], spec: RunSpec, load: Load) -> Round:
-    before = _sums(url)
+    before = sums(url, SUMS)
     run = await server.run("countdown", questions, spec, load, check, on_outcome=lambda _: None)
-    waited, seconds, discarded = (after - b for after, b in zip(_sums(url), before, strict=True))
+    waited, seconds, discarded = (after - before[name] for name, after in sums(url, SUMS).items())
     return Round(
         first_answer_seconds=sum(o.first_answer_seconds or o.seconds for o in run.answered),
         wall_seconds=run.wall_seconds or 0.0,
@@ -127,11 +121,6 @@ async def _round(url: str, server: RtapServer, questions: Sequence[Question], sp
         discarded_tokens=discarded,
         failed=len(run.outcomes) - len(run.answered),
     )
-
-
-def _sums(url: str) -> list[float]:
-    samples = [s for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text) for s in family.samples]
-    return [sum(s.value for s in samples if s.name == name) for name in SUMS]
 
 
 def summarise(concurrency: int, ahead: Sequence[Round], waiting: Sequence[Round]) -> Level:
@@ -166,13 +155,9 @@ def to_markdown(setting: Mapping[str, Any], levels: Sequence[Level]) -> str:
             for rounds in (level.waiting, level.ahead)
         )
         discarded = sum(r.discarded_tokens for r in level.ahead) / sum(r.returned_tokens for r in level.ahead)
-        cells = [str(level.concurrency), *map(_interval, (level.first_answer, level.wall))]
+        cells = [str(level.concurrency), *map(interval_text, (level.first_answer, level.wall))]
         lines.append(f"| {' | '.join([*cells, *(f'{w:.1%}' for w in waits), f'{discarded:.1%}'])} |")
     return "\n".join(lines) + "\n"
-
-
-def _interval(value: Interval) -> str:
-    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 if __name__ == "__main__":

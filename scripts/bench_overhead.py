@@ -19,7 +19,17 @@ import aiohttp
 import numpy as np
 import uvloop
 from bench_load import Load, load
-from bench_servers import MODELS, ROOT, Servers, bench_questions, both_servers, chat_body, ratio_over_rounds, setting
+from bench_servers import (
+    MODELS,
+    ROOT,
+    Servers,
+    bench_questions,
+    both_servers,
+    chat_body,
+    interval_text,
+    ratio_over_rounds,
+    setting,
+)
 from rich.console import Console
 from rich.progress import Progress
 
@@ -236,8 +246,9 @@ def to_markdown(setting: dict[str, Any], levels: Sequence[Level]) -> str:
         ]
         for f in level.figures:
             met = "" if f.is_met is None else "yes" if f.is_met else "**no**"
-            ratio = f"{f.ratio.value:.3f} [{f.ratio.low:.3f}, {f.ratio.high:.3f}]"
-            lines.append(f"| {f.name} | {f.ours:,.1f} | {f.plain:,.1f} | {ratio} | {f.bound or ''} | {met} |")
+            lines.append(
+                f"| {f.name} | {f.ours:,.1f} | {f.plain:,.1f} | {interval_text(f.ratio)} | {f.bound or ''} | {met} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from bench_servers import MODELS, ROOT, SERVED_NAME, ratio_over_rounds
+from bench_servers import MODELS, ROOT, SERVED_NAME, interval_text, ratio_over_rounds, run_of
 from rich.console import Console
 
 from training.evaluation.client import Load, RtapServer
@@ -94,11 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             proxy = start("optillm", [str(args.optillm), "-c", OPTILLM, "--base-url", f"{plain}/v1"], "/health")
         rules = asyncio.run(_rules(scored, plain, proxy, args))
         levels = asyncio.run(_measure(rules, questions, args, console))
-    setting = {
-        "date": started.isoformat(timespec="seconds"),
-        "seconds": round((datetime.now(UTC) - started).total_seconds()),
-        "command": " ".join(["python", f"scripts/{Path(__file__).name}", *arguments]),
-        "questions a task": args.rounds * args.questions,
+    setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started) | {
+        "questions a task": args.rounds * args.questions
     }
     content = {"setting": setting, "levels": [{"at": c, "task": t, "rows": list(map(asdict, r))} for c, t, r in levels]}
     write_atomically(args.output / "rivals.json", json.dumps(content, indent=1) + "\n")
@@ -247,20 +244,16 @@ def to_markdown(setting: Mapping[str, Any], levels: Sequence[tuple[int, str, Seq
         for row in rows:
             cells = [
                 row.rule,
-                _interval(row.accuracy),
-                _interval(row.accuracy_difference, sign="+"),
+                interval_text(row.accuracy),
+                interval_text(row.accuracy_difference, sign="+"),
                 f"{row.tokens:.1f}",
-                _interval(row.tokens_ratio),
+                interval_text(row.tokens_ratio),
                 f"{1000 * row.seconds:.0f}",
-                _interval(row.seconds_ratio),
+                interval_text(row.seconds_ratio),
                 str(row.failed),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _interval(value: Interval, *, sign: str = "") -> str:
-    return f"{value.value:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
 
 
 if __name__ == "__main__":

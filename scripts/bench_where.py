@@ -14,9 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
-from bench_servers import MODELS, ROOT
-from prometheus_client.parser import text_string_to_metric_families
+from bench_servers import MODELS, ROOT, run_of, sums
 from rich.console import Console
 
 from training.evaluation.client import Load, RtapServer
@@ -77,11 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = serve_command(None, None, ["--speculate-below", "0"])
     with running_server(command, log=ROOT / "build" / "bench" / "where.log", ready_seconds=300) as url:
         splits = asyncio.run(_measure(url, questions, args))
-    setting = {
-        "date": started.isoformat(timespec="seconds"),
-        "seconds": round((datetime.now(UTC) - started).total_seconds()),
-        "command": " ".join(["python", f"scripts/{Path(__file__).name}", *arguments]),
-    }
+    setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started)
     content = {"setting": setting, "splits": [asdict(split) for split in splits]}
     write_atomically(args.output / "where.json", json.dumps(content, indent=1) + "\n")
     report = to_markdown(setting, splits)
@@ -98,9 +92,9 @@ async def _measure(url: str, questions: Sequence[Question], args: argparse.Names
         load = Load(concurrency, 1.0, 0, args.max_cycles)
         for spec in (RunSpec(SINGLE), RunSpec(CONFIDENCE, args.threshold)):
             await server.run("warm-up", chosen[: 2 * concurrency], spec, load, check, on_outcome=lambda _: None)
-            before = _sums(url)
+            before = sums(url, SUMS)
             run = await server.run("countdown", chosen, spec, load, check, on_outcome=lambda _: None)
-            spent = {name: 1000 * (after - before[name]) / count for name, after in _sums(url).items()}
+            spent = {name: 1000 * (after - before[name]) / count for name, after in sums(url, SUMS).items()}
             if len(run.answered) < count:
                 raise SystemExit(f"{count - len(run.answered)} of {count} requests failed")
             engine = spent[CYCLES] - spent[QUEUE] - spent[PREFILL] - spent[DECODE]
@@ -121,11 +115,6 @@ async def _measure(url: str, questions: Sequence[Question], args: argparse.Names
                 )
             )
     return splits
-
-
-def _sums(url: str) -> dict[str, float]:
-    samples = [s for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text) for s in family.samples]
-    return {name: sum(s.value for s in samples if s.name == name) for name in SUMS}
 
 
 def to_markdown(setting: Mapping[str, Any], splits: Sequence[Split]) -> str:

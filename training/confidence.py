@@ -29,7 +29,7 @@ from training.huggingface import cast_to, encode_text, load_policy, save_checkpo
 from training.judging import GENERATOR, Judged, judge_task, pool, report, witness
 from training.loop import Loop
 from training.optim import build_muon
-from training.own_cycles import Asked, build_sampler, sample, sample_training, training_problems
+from training.own_cycles import Asked, build_sampler, clean_up, sample, sample_training, training_problems
 from training.questions import held_out_questions
 from training.reliability import plot_png
 from training.rollout import Sampler, Trajectory, encode_question
@@ -223,10 +223,3 @@ def write_plot(file: Path, judged: dict[str, Judged]) -> None:
     parts = judged | {"all": pool(list(judged.values()))}
     png = plot_png({name: (p.scores, p.labels) for name, p in parts.items()}, "held-out questions, all cycles")
     file.write_bytes(png)
-
-
-def clean_up(states: States) -> None:
-    """After success: states and samples go, logs and plot stay."""
-    states.remove()
-    for file in (*states.folder.glob("samples.jsonl"), *states.folder.glob("held_out-*.jsonl")):
-        file.unlink()

@@ -23,7 +23,7 @@ from training.data import Batch, Encoded, bucket, pad
 from training.huggingface import encode_text, load_policy
 from training.loop import Loop
 from training.optim import build_muon
-from training.own_cycles import Asked, build_sampler, sample_training, training_problems
+from training.own_cycles import Asked, build_sampler, clean_up, sample_training, training_problems
 from training.rollout import Trajectory
 from training.runs import States, check_resumable, plain
 from training.runtime import configure_torch
@@ -68,9 +68,7 @@ def run(config: CorrectConfig) -> None:
     figures = training | {"rows": counts, "before": before, "held_out": _evaluate(asked)}
     record = manifest("rtap train correct", config, data=digest, seconds=training["seconds"], figures=figures)
     save(config.output, asked.policy, asked.tokenizer, record)
-    states.remove()
-    for file in states.folder.glob("samples.jsonl"):
-        file.unlink()
+    clean_up(states)
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 

@@ -18,6 +18,7 @@ from training.rollout import (
     sample_trajectories,
     sampler_kind,
 )
+from training.runs import States
 from training.samples import header, read_or_sample
 from training.tasks import TASKS, parse_mix
 from training.tasks.base import Problem, Split, sample_split
@@ -117,3 +118,10 @@ def sample_chunk(
     for trajectory in trajectories:
         trajectory.question = indices[trajectory.question]
     return trajectories
+
+
+def clean_up(states: States) -> None:
+    """After success: states and samples go, logs and plot stay."""
+    states.remove()
+    for file in (*states.folder.glob("samples.jsonl"), *states.folder.glob("held_out-*.jsonl")):
+        file.unlink()
