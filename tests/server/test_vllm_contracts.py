@@ -1,8 +1,10 @@
 """Every internal of vLLM that the server leans on, by name. A failure here says what to look at after an upgrade."""
 
 import inspect
+from typing import get_type_hints
 
 import pytest
+import torch
 from starlette.applications import Starlette
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -15,6 +17,7 @@ from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs.engine import TokensInput
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.parser.abstract_parser import DelegatingParser
 from vllm.pooling_params import PoolingParams
@@ -82,6 +85,11 @@ def test_on_a_cpu_an_executor_stays_in_process_only_by_its_path(executor, become
         assert Executor.get_class(config) is UniProcExecutor
 
 
+def test_torch_tells_what_the_cpu_can_compute():
+    found = torch.cpu.get_capabilities()
+    assert found["architecture"] != "x86_64" or {"avx512_bf16", "amx_bf16"} <= set(found)
+
+
 def test_recursive_engine_passes_for_an_engine_client():
     class Inner:
         is_running = True
@@ -101,6 +109,10 @@ def test_outputs_have_the_fields_that_are_written():
     names = ("prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "metrics", "num_cached_tokens")
     assert set(names) <= set(_parameters(RequestOutput.__init__))
     assert {k.name for k in RequestOutputKind} == {"CUMULATIVE", "DELTA", "FINAL_ONLY"}
+
+
+def test_what_a_prompt_says_of_its_first_part_has_these_names():
+    assert {"prompt", "prompt_token_offsets", "arrival_time", "cache_salt"} <= set(get_type_hints(TokensInput))
 
 
 def test_sampling_params_have_the_fields_that_are_set_per_cycle():

@@ -100,6 +100,16 @@ def test_a_generator_starts_from_the_policy_or_from_nothing(asked: Asked[Confide
     assert not first(body_of(scratch)).equal(policy)
 
 
+def test_a_generator_may_have_only_the_first_layers_of_the_policy(asked: Asked[ConfidenceConfig]) -> None:
+    model = build_generator(asked.policy, asked.tokenizer, 1)
+    assert model.config.num_hidden_layers == len(model.config.layer_types) == len(body_of(model).layers) == 1
+    assert body_of(model).layers[0].state_dict().keys() == asked.policy.model.layers[0].state_dict().keys()
+    assert body_of(model).norm.weight.equal(asked.policy.model.norm.weight)
+    assert torch.isfinite(torch.tensor(confidences(model, [(1, 2, 3)], 64))).all()
+    with pytest.raises(ConfigError, match="num_layers=9 is more than the policy's"):
+        build_scratch(asked.policy, 9)
+
+
 def test_logprob_rules_are_those_of_the_policy(asked: Asked[ConfidenceConfig]) -> None:
     """Rows of different length in one batch give what each gives alone, token by token."""
     answer_open = token_id(asked.tokenizer, TAGS[2])
