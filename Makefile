@@ -42,6 +42,7 @@ bench: ## on the bundled models: parity, overhead, cycles begun ahead, rivals (d
 	$(VENV)/bin/python scripts/bench_ahead.py
 	$(VENV)/bin/python scripts/bench_where.py
 	$(VENV)/bin/python scripts/bench_rivals.py
+	$(VENV)/bin/python scripts/bench_report.py
 	$(VENV)/bin/rtap eval $(ARGS)
 
 bench-check: ## measure the committed ratios again, shorter, and fail where one has become worse

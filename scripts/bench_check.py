@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = (("overhead.json", overhead_ratios), ("rivals/rivals.json", rivals_ratios))
     committed = [list(ratios(json.loads((COMMITTED / file).read_text("utf-8")))) for file, ratios in kinds]
     bench_overhead.main(["--rounds", "4", "--seconds", "2", "--concurrency", "8", "32", "--output", str(MEASURED)])
-    bench_rivals.main(["--rounds", "4", "--output", str(MEASURED)])
+    only_ours = ["--samples", "--logprob-thresholds"]
+    bench_rivals.main(["--concurrency", "32", "--questions", "64", *only_ours, "--output", str(MEASURED)])
     verdicts: list[Verdict] = []
     failed = 0
     for (file, ratios), before in zip(kinds, committed, strict=True):

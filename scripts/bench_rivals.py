@@ -1,10 +1,11 @@
 """What recursion is worth against what a user would pick instead, under the same load on the same machine.
 
-Two rtap servers live at once: one with the generator, and one without that answers in single passes. On the first run
-``single`` and ``confidence``; on the second a plain majority of 8 and, where an optillm is named, its self_consistency
-and bon approaches through their own proxy, so that every rival samples from the same vLLM. Rules take turns on the same
-questions, in an order that turns with the rounds. Ratios are over a majority of 8, with 95 % intervals by bootstrap
-over rounds (time, tokens) or questions (accuracy). Writes docs/results/rivals/rivals.{json,md}.
+Three rtap servers live at once: with the generator (``single``, ``confidence``), with the policy's own
+log-probabilities instead of one (``logprob``), and one that answers in single passes, for plain majorities and, where
+an optillm is named, its self_consistency and bon approaches through their own proxy: every rival samples from the same
+policy in the same vLLM. Rules take turns on the same questions, in an order that turns with the rounds. Ratios are over
+a majority of 8, with 95 % intervals by bootstrap over rounds (time, tokens) or questions (accuracy). All rules run at
+the first concurrency, only those of the server itself at the others. Writes docs/results/rivals/rivals.{json,md}.
 
 optillm's dependencies clash with ours, so it lives in an environment of its own: ``--optillm ENV/bin/python``.
 """
@@ -39,6 +40,7 @@ REFERENCE = "majority of 8"
 OPTILLM = "import sys; sys.argv = ['optillm', *sys.argv[1:]]; from optillm.server import main; main()"
 MAX_TOKENS = 512  # optillm asks for 4096 unless told, which is more than the bundled models read
 OPTILLM_APPROACHES = ("self_consistency", "bon")
+LOGPROB_FLAGS = ["--confidence", "logprob", "--logprob-top-k", "1", "--served-model-name", SERVED_NAME]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Row:
     """One rule at one concurrency, and against the majority."""
 
     rule: str
+    questions: int
     accuracy: Interval
     tokens: float
     seconds: float
@@ -88,15 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "plain",
             serve_command(str(MODELS / "policy"), None, ["--policy", "single", "--served-model-name", SERVED_NAME]),
         )
+        own = start("logprob", serve_command(str(MODELS / "policy"), None, LOGPROB_FLAGS))
         proxy = None
         if args.optillm is not None:
             os.environ["OPENAI_API_KEY"] = "none"  # optillm wants one
             proxy = start("optillm", [str(args.optillm), "-c", OPTILLM, "--base-url", f"{plain}/v1"], "/health")
-        rules = asyncio.run(_rules(scored, plain, proxy, args))
-        levels = asyncio.run(_measure(rules, questions, args, console))
-    setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started) | {
-        "questions a task": args.rounds * args.questions
-    }
+        rules = _rules(scored, plain, args)
+        others = _other_rules(scored, plain, own, proxy, args)
+        levels = asyncio.run(_measure(rules, others, questions, args, console))
+    setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started)
     content = {"setting": setting, "levels": [{"at": c, "task": t, "rows": list(map(asdict, r))} for c, t, r in levels]}
     write_atomically(args.output / "rivals.json", json.dumps(content, indent=1) + "\n")
     report = to_markdown(setting, levels)
@@ -107,12 +110,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_rivals.py")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[32])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[32, 1, 8, 64])
     parser.add_argument("--tasks", nargs="+", default=["arithmetic", "countdown"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--questions", type=int, default=48, help="of each task, in each round and rule")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--questions", type=int, default=96,
+        help="of each task, in each round and rule; where few are asked at a time, fewer",
+    )  # fmt: skip
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--max-cycles", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--samples", type=int, nargs="*", default=[2, 4, 16], help="of further plain majorities")
+    parser.add_argument(
+        "--logprob-thresholds", type=float, nargs="*", default=[0.9, 0.95],
+        help="of the logprob rule: the mean probability of the tokens that were sampled",
+    )  # fmt: skip
     parser.add_argument("--probe-every", type=int, help="also with probes every so many tokens of a thought")
     parser.add_argument("--optillm", type=Path, help="a Python that can import optillm")
     parser.add_argument("--seed", type=int, default=0)
@@ -120,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _rules(scored: str, plain: str, proxy: str | None, args: argparse.Namespace) -> dict[str, Rule]:
-    """Everything that is compared, by the name that the report gives it."""
+def _rules(scored: str, plain: str, args: argparse.Namespace) -> dict[str, Rule]:
+    """What is compared at every concurrency, by the name that the report gives it."""
     rules: dict[str, Rule] = {
         REFERENCE: _ours(plain, RunSpec(VOTE, samples=8), args),
         "single": _ours(scored, RunSpec(SINGLE), args),
@@ -129,10 +140,19 @@ async def _rules(scored: str, plain: str, proxy: str | None, args: argparse.Name
     spec = RunSpec(CONFIDENCE, args.threshold)
     for cycles in args.max_cycles:
         rules[f"confidence, {cycles} cycles at most"] = _ours(scored, spec, args, max_cycles=cycles)
+    return rules
+
+
+def _other_rules(scored: str, plain: str, own: str, proxy: str | None, args: argparse.Namespace) -> dict[str, Rule]:
+    """What is compared at the first concurrency alone."""
+    most = args.max_cycles[-1]
+    rules = {f"majority of {count}": _ours(plain, RunSpec(VOTE, samples=count), args) for count in args.samples}
+    for threshold in args.logprob_thresholds:
+        spec = RunSpec(CONFIDENCE, threshold)
+        rules[f"logprob {threshold:g}, {most} cycles at most"] = _ours(own, spec, args, max_cycles=most)
     if args.probe_every is not None:
-        most = args.max_cycles[-1]
         rules[f"the same with probes every {args.probe_every} tokens"] = _ours(
-            scored, spec, args, max_cycles=most, probe_every=args.probe_every
+            scored, RunSpec(CONFIDENCE, args.threshold), args, max_cycles=most, probe_every=args.probe_every
         )
     if proxy is not None:
         rules |= {f"optillm {name}": _optillm(proxy, name) for name in OPTILLM_APPROACHES}
@@ -184,18 +204,24 @@ def _optillm(url: str, approach: str) -> Rule:
 
 
 async def _measure(
-    rules: Mapping[str, Rule], questions: Mapping[str, Sequence[Question]], args: argparse.Namespace, console: Console
+    always: Mapping[str, Rule],
+    others: Mapping[str, Rule],
+    questions: Mapping[str, Sequence[Question]],
+    args: argparse.Namespace,
+    console: Console,
 ) -> list[tuple[int, str, list[Row]]]:
     levels: list[tuple[int, str, list[Row]]] = []
     for concurrency in args.concurrency:
+        rules = {**always, **others} if concurrency == args.concurrency[0] else always
+        size = min(args.questions, max(16, 2 * concurrency))
         for task, all_of_task in questions.items():
             found: dict[str, list[Round]] = {name: [] for name in rules}
             names = list(rules)
             for number in range(-1, args.rounds):  # the first warms up, on questions that are not counted
-                first = (number % (args.rounds + 1)) * args.questions
-                chunk = all_of_task[first : first + args.questions]
-                if len(chunk) < args.questions:
-                    raise SystemExit(f"{task} has no {(args.rounds + 1) * args.questions} questions")
+                first = (number % (args.rounds + 1)) * size
+                chunk = all_of_task[first : first + size]
+                if len(chunk) < size:
+                    raise SystemExit(f"{task} has no {(args.rounds + 1) * size} questions")
                 for name in names[number % len(names) :] + names[: number % len(names)]:
                     result = await rules[name](chunk, concurrency)
                     if number >= 0:
@@ -209,6 +235,7 @@ def _row(rule: str, rounds: Sequence[Round], reference: Sequence[Round]) -> Row:
     rights, others = ([right for one in each for right in one.rights] for each in (rounds, reference))
     return Row(
         rule,
+        len(rights),
         wilson_interval(sum(rights), len(rights)),
         sum(one.tokens for one in rounds) / len(rights),
         sum(one.wall_seconds for one in rounds) / len(rights),
@@ -226,7 +253,8 @@ def to_markdown(setting: Mapping[str, Any], levels: Sequence[tuple[int, str, Seq
         "",
         "The same questions for every rule, in turns, on servers that live at once; every rival samples from the same "
         "policy through the same vLLM. Ratios and differences are against a plain majority of 8 samples, asked for in "
-        "one request of a server without generator. Tokens are the policy's; time is wall-clock a question. "
+        "one request of a server without generator. logprob: the mean probability of the sampled tokens in the "
+        "generator's place. Tokens are the policy's; time is wall-clock a question. "
         "optillm 0.4.0 with its own defaults: self_consistency draws 5 samples one after the other and "
         "clusters similar answers, bon draws 3 and lets the model rate them.",
         "",
@@ -235,7 +263,7 @@ def to_markdown(setting: Mapping[str, Any], levels: Sequence[tuple[int, str, Seq
     for concurrency, task, rows in levels:
         lines += [
             "",
-            f"## {task}, {concurrency} at a time",
+            f"## {task}, {concurrency} at a time, {rows[0].questions} questions",
             "",
             "| rule | right [95 %] | against the majority | tokens a question | of the majority's | ms a question "
             "| of the majority's time | failed |",

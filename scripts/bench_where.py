@@ -1,4 +1,5 @@
-"""Where the time of a request goes: queue, prefill, decode, scoring, our Python, HTTP; at 1 and at 32 concurrent.
+"""Where the time of a request goes: queue, prefill, decode, scoring, our Python, HTTP; at 1 and at 32 concurrent. And
+what cycle k costs: trajectories that no score ends, one at a time.
 
 No profiler: the sums of the server's own histograms before and after a load, vLLM's for each cycle and ours for each
 request, and the client's clock around both. Writes docs/results/where/where.{json,md}.
@@ -8,22 +9,25 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from bench_servers import MODELS, ROOT, run_of, sums
 from rich.console import Console
 
 from training.evaluation.client import Load, RtapServer
 from training.evaluation.questions import Question, load_questions
-from training.evaluation.records import RunSpec, write_atomically
+from training.evaluation.records import CycleRecord, RunSpec, write_atomically
 from training.evaluation.rules import CONFIDENCE, SINGLE
 from training.evaluation.server_process import running_server, serve_command
 from training.tasks import check
 
+IDLE_SECONDS = 10.0
 QUEUE, PREFILL, DECODE, CYCLES, SCORING, REQUESTS = SUMS = (
     "vllm:request_queue_time_seconds_sum",
     "vllm:request_prefill_time_seconds_sum",
@@ -59,6 +63,29 @@ class Split:
         return self.queue + self.prefill + self.decode + self.engine + self.scoring + self.ours + self.http
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """ready_seconds: from the command to /ready. gibibytes: resident, of all processes. idle_share: of one core, over
+    ten seconds without a request."""
+
+    ready_seconds: float
+    gibibytes: float
+    idle_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class CycleCost:
+    """Means of the k-th cycle (from 1) over requests. recomputed: prompt tokens that were not in the prefix cache.
+    write_ms: until its last token; score_ms: until its verdict."""
+
+    cycle: int
+    tokens: float
+    prompt_tokens: float
+    recomputed: float
+    write_ms: float
+    score_ms: float
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write. Result: 1 when a request failed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -66,19 +93,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--requests", type=int, nargs="+", default=[60, 480], help="for each concurrency")
     parser.add_argument("--max-cycles", type=int, default=4)
+    parser.add_argument("--cost-cycles", type=int, default=8, help="cycles whose cost is measured")
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "where")
     args = parser.parse_args(arguments)
     console, started = Console(), datetime.now(UTC)
     questions = next(iter(load_questions([MODELS / "eval" / "countdown.jsonl"]).values()))
+    launched = time.perf_counter()
     # Ahead of the verdict two things happen at once, and sums could not be told apart.
     command = serve_command(None, None, ["--speculate-below", "0"])
     with running_server(command, log=ROOT / "build" / "bench" / "where.log", ready_seconds=300) as url:
+        start = _start(url, time.perf_counter() - launched)
         splits = asyncio.run(_measure(url, questions, args))
+        costs = asyncio.run(_costs(url, questions, args.cost_cycles, args.requests[0]))
     setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started)
-    content = {"setting": setting, "splits": [asdict(split) for split in splits]}
+    content = {
+        "setting": setting,
+        "start": asdict(start),
+        "splits": list(map(asdict, splits)),
+        "cycles": list(map(asdict, costs)),
+    }
     write_atomically(args.output / "where.json", json.dumps(content, indent=1) + "\n")
-    report = to_markdown(setting, splits)
+    report = to_markdown(setting, start, splits, costs)
     write_atomically(args.output / "where.md", report)
     console.print(report, markup=False, soft_wrap=True)
     return 0
@@ -117,7 +153,47 @@ async def _measure(url: str, questions: Sequence[Question], args: argparse.Names
     return splits
 
 
-def to_markdown(setting: Mapping[str, Any], splits: Sequence[Split]) -> str:
+def _start(url: str, ready_seconds: float) -> Start:
+    port = f"--port {url.rpartition(':')[2]}"
+    parent = next(p for p in psutil.process_iter(["cmdline"]) if port in " ".join(p.info["cmdline"] or ()))
+    processes = [parent, *parent.children(recursive=True)]
+
+    def busy() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    before = busy()
+    time.sleep(IDLE_SECONDS)
+    resident = sum(process.memory_info().rss for process in processes)
+    return Start(ready_seconds, resident / 2**30, (busy() - before) / IDLE_SECONDS)
+
+
+async def _costs(url: str, questions: Sequence[Question], cycles: int, count: int) -> list[CycleCost]:
+    server = await RtapServer(url, api_key=None, timeout_seconds=120, concurrency=1).connect()
+    spec, load = RunSpec(CONFIDENCE, 1.0), Load(1, 1.0, 0, cycles)  # nothing is sure enough to stop
+    run = await server.run("countdown", questions[:count], spec, load, check, on_outcome=lambda _: None)
+    costs: list[CycleCost] = []
+    for index in range(cycles):
+        found = [o.cycles[index] for o in run.answered if len(o.cycles) > index]
+        if not found:  # none had room for it
+            break
+
+        def mean(figure: Callable[[CycleRecord], float], found: Sequence[CycleRecord] = found) -> float:
+            return sum(map(figure, found)) / len(found)
+
+        costs.append(
+            CycleCost(
+                cycle=index + 1,
+                tokens=mean(lambda c: c.tokens),
+                prompt_tokens=mean(lambda c: c.prompt_tokens),
+                recomputed=mean(lambda c: c.prompt_tokens - (c.cached_tokens or 0)),
+                write_ms=1000 * mean(lambda c: c.seconds - c.confidence_seconds),
+                score_ms=1000 * mean(lambda c: c.confidence_seconds),
+            )
+        )
+    return costs
+
+
+def to_markdown(setting: Mapping[str, Any], start: Start, splits: Sequence[Split], costs: Sequence[CycleCost]) -> str:
     """The report."""
     parts = ("queue", "prefill", "decode", "engine", "scoring", "ours", "http")
     lines = [
@@ -130,6 +206,8 @@ def to_markdown(setting: Mapping[str, Any], splits: Sequence[Split]) -> str:
         "verdict here, so that the parts add up.",
         "",
         *(f"- {name}: `{value}`" for name, value in setting.items()),
+        f"- ready after {start.ready_seconds:.0f} s, {start.gibibytes:.1f} GiB resident in all processes, "
+        f"{start.idle_share:.1%} of one core while idle",
         "",
         f"| policy | at a time | cycles | tokens | total | {' | '.join(parts)} | ms a token |",
         f"|---|---|---|---|---|{'---|' * len(parts)}---|",
@@ -138,6 +216,21 @@ def to_markdown(setting: Mapping[str, Any], splits: Sequence[Split]) -> str:
         shares = [f"{getattr(split, part):.1f} ({getattr(split, part) / split.total:.1%})" for part in parts]
         cells = [split.policy, str(split.concurrency), f"{split.cycles:.2f}", f"{split.tokens:.1f}"]
         lines.append(f"| {' | '.join([*cells, f'{split.total:.1f}', *shares])} | {split.total / split.tokens:.2f} |")
+    lines += [
+        "",
+        "## What cycle k costs",
+        "",
+        "One request at a time, with a threshold that no score reaches. *recomputed*: tokens of its prompt that were "
+        "not in the prefix cache.",
+        "",
+        "| cycle | tokens | prompt | recomputed | ms to write | ms a token | ms to score |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {c.cycle} | {c.tokens:.1f} | {c.prompt_tokens:.1f} | {c.recomputed:.1f} | {c.write_ms:.1f} "
+        f"| {c.write_ms / c.tokens:.2f} | {c.score_ms:.1f} |"
+        for c in costs
+    ]
     return "\n".join(lines) + "\n"
 
 

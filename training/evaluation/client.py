@@ -140,6 +140,8 @@ def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds
             oops_tokens=cycle["oops_tokens"],
             prompt_tokens=cycle["prompt_tokens"],
             cached_tokens=cycle["cached_tokens"],
+            seconds=cycle["seconds"],
+            confidence_seconds=cycle["confidence_seconds"] or 0.0,
         )
         # samples of a vote are listed as they finish, short ones first: a prefix of that order would be no fair sample
         for cycle in sorted(rtap["cycles"], key=lambda cycle: cycle["index"])

@@ -49,7 +49,7 @@ class RunSpec:
 @dataclass(frozen=True, slots=True)
 class CycleRecord:
     """One cycle (or vote sample). answer, confidence: None when the cycle has none. Counts are tokens;
-    cached_tokens: None when the server does not tell."""
+    cached_tokens: None when the server does not tell. seconds: with its score, which took confidence_seconds."""
 
     answer: str | None
     is_correct: bool
@@ -58,6 +58,8 @@ class CycleRecord:
     oops_tokens: int
     prompt_tokens: int
     cached_tokens: int | None
+    seconds: float = 0.0
+    confidence_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

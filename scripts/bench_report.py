@@ -1,0 +1,179 @@
+"""One report of what the benchmarks measured: each goal with its figure, and three pictures.
+
+Reads docs/results/{overhead,rivals/rivals,where/where}.json as the benchmarks wrote them, measures nothing, and writes
+docs/results/report.{md,json,png}.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib
+from bench_servers import ROOT
+from rich.console import Console
+
+from training.evaluation.records import write_atomically
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+REPORTS = ("overhead.json", "rivals/rivals.json", "where/where.json")
+PARTS = ("queue", "prefill", "decode", "engine", "scoring", "ours", "http")
+SCORING_SHARE, READY_SECONDS = 0.03, 60.0
+TOKENS_SHARE, TIME_SHARE = 0.25, 0.33
+LATER_CYCLES = 1.05  # milliseconds a token of the last cycle over the first: what "independent" may mean
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What was asked for, what was measured, and whether it suffices."""
+
+    name: str
+    bound: str
+    measured: str
+    is_met: bool
+
+
+def goals(overhead: Mapping[str, Any], rivals: Mapping[str, Any], where: Mapping[str, Any]) -> Iterator[Goal]:
+    """Every goal that the three reports can answer."""
+    for level in overhead["levels"]:
+        for figure in level["figures"]:
+            if figure["bound"] is not None and figure["name"] != "tokens/s":
+                name = f"`single` over plain vLLM, {level['concurrency']} at a time: {figure['name']}"
+                yield Goal(name, figure["bound"], _interval(figure["ratio"]), figure["is_met"])
+    first = rivals["levels"][0]["at"]
+    for level in rivals["levels"]:
+        if level["at"] == first:
+            yield from _against_rivals(level)
+    for split in where["splits"]:
+        if split["policy"] == "confidence":
+            share = split["scoring"] / sum(split[part] for part in PARTS)
+            name = f"share of a request that waits for scores, {split['concurrency']} at a time"
+            yield Goal(name, f"<= {SCORING_SHARE:.0%}", f"{share:.1%}", share <= SCORING_SHARE)
+    cycles = where["cycles"]
+    ratio = (cycles[-1]["write_ms"] / cycles[-1]["tokens"]) / (cycles[0]["write_ms"] / cycles[0]["tokens"])
+    name = f"time a token of cycle {cycles[-1]['cycle']} over cycle 1"
+    yield Goal(name, f"<= {LATER_CYCLES}", f"{ratio:.3f}", ratio <= LATER_CYCLES)
+    ready = where["start"]["ready_seconds"]
+    yield Goal("seconds from command to ready", f"<= {READY_SECONDS:.0f}", f"{ready:.0f}", ready <= READY_SECONDS)
+
+
+def _against_rivals(level: Mapping[str, Any]) -> Iterator[Goal]:
+    """Of our rules that reach the majority's accuracy the quickest; against optillm, in accuracy, tokens and time."""
+    rows = {row["rule"]: row for row in level["rows"]}
+    ours = [row for rule, row in rows.items() if rule.startswith("confidence")]
+    reaching = [row for row in ours if row["accuracy_difference"]["value"] >= 0]
+    task = f"{level['task']}, {level['at']} at a time"
+    if not reaching:
+        yield Goal(f"{task}: accuracy of a majority of 8", ">= 0", "reached by no rule", False)
+        return
+    best = min(reaching, key=lambda row: row["seconds_ratio"]["value"])
+    for what, bound in (("tokens", TOKENS_SHARE), ("seconds", TIME_SHARE)):
+        ratio = best[f"{what}_ratio"]
+        name = f"{task}: {what} of a majority of 8, for its accuracy ({best['rule']})"
+        yield Goal(name, f"<= {bound}", _interval(ratio), ratio["value"] <= bound)
+    for rule, row in rows.items():
+        if rule.startswith("optillm"):
+            ahead = [better(best) >= better(row) for better in (_per_token, _per_second)]
+            values = (best["accuracy"]["value"], row["accuracy"]["value"])
+            measured = f"{_per_token(best) / _per_token(row):.1f} and {_per_second(best) / _per_second(row):.1f} times"
+            name = f"{task}: right answers a token and a second over {rule} ({values[0]:.1%} and {values[1]:.1%} right)"
+            yield Goal(name, "> 1", measured, all(ahead))
+
+
+def _per_token(row: Mapping[str, Any]) -> float:
+    return row["accuracy"]["value"] / row["tokens"]
+
+
+def _per_second(row: Mapping[str, Any]) -> float:
+    return row["accuracy"]["value"] / row["seconds"]
+
+
+def _interval(value: Mapping[str, float]) -> str:
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def to_markdown(found: Sequence[Goal], settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The report."""
+    lines = ["# What speed was asked for, and what was measured", ""]
+    lines += [f"- {file}: {s['date']}, `{s['command']}`" for file, s in settings.items()]
+    lines += ["", "![accuracy, scaling, shares](report.png)", "", "| goal | bound | measured [95 %] | met |",
+              "|---|---|---|---|"]  # fmt: skip
+    lines += [f"| {g.name} | {g.bound} | {g.measured} | {'yes' if g.is_met else '**no**'} |" for g in found]
+    return "\n".join(lines) + "\n"
+
+
+def draw(rivals: Mapping[str, Any], where: Mapping[str, Any], file: Path) -> None:
+    """Accuracy against time, time over a majority against concurrency, and the parts of a request."""
+    tasks = list(dict.fromkeys(level["task"] for level in rivals["levels"]))
+    figure, axes = plt.subplots(2, len(tasks) + 1, figsize=(5 * (len(tasks) + 1), 8), squeeze=False)
+    for column, task in enumerate(tasks):
+        levels = [level for level in rivals["levels"] if level["task"] == task]
+        _draw_accuracy(axes[0, column], levels[0])
+        _draw_scaling(axes[1, column], sorted(levels, key=lambda level: level["at"]))
+    _draw_parts(axes[0, -1], where["splits"])
+    _draw_cycles(axes[1, -1], where["cycles"])
+    figure.tight_layout()
+    partial = file.with_name(f".{file.name}")
+    cast(Any, figure).savefig(partial, dpi=110, format="png")
+    partial.replace(file)
+    plt.close(figure)
+
+
+def _draw_accuracy(axis: Any, level: Mapping[str, Any]) -> None:
+    for row in level["rows"]:
+        axis.plot(1000 * row["seconds"], 100 * row["accuracy"]["value"], "o")
+        axis.annotate(row["rule"], (1000 * row["seconds"], 100 * row["accuracy"]["value"]), fontsize=7)
+    axis.set(title=f"{level['task']}, {level['at']} at a time", xlabel="ms a question", ylabel="right, %")
+    axis.margins(x=0.3)
+
+
+def _draw_scaling(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
+    for rule in [row["rule"] for row in levels[0]["rows"]]:
+        found = [(level["at"], row["seconds"]) for level in levels for row in level["rows"] if row["rule"] == rule]
+        axis.plot(*zip(*((at, 1 / seconds) for at, seconds in found), strict=True), "o-", label=rule)
+    axis.set(title=levels[0]["task"], xlabel="requests at a time", ylabel="questions a second", xscale="log")
+    axis.legend(fontsize=7)
+
+
+def _draw_parts(axis: Any, splits: Sequence[Mapping[str, Any]]) -> None:
+    names = [f"{split['policy']}\n{split['concurrency']} at a time" for split in splits]
+    left = [0.0] * len(splits)
+    for part in PARTS:
+        shares = [100 * split[part] / sum(split[p] for p in PARTS) for split in splits]
+        axis.barh(names, shares, left=left, label=part)
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    axis.set(title="where the time of a request goes", xlabel="%")
+    axis.legend(fontsize=7)
+
+
+def _draw_cycles(axis: Any, cycles: Sequence[Mapping[str, Any]]) -> None:
+    numbers = [cycle["cycle"] for cycle in cycles]
+    axis.plot(numbers, [cycle["write_ms"] / cycle["tokens"] for cycle in cycles], "o-", label="ms a token")
+    axis.plot(numbers, [cycle["recomputed"] for cycle in cycles], "s-", label="recomputed prompt tokens")
+    axis.set(title="what cycle k costs", xlabel="cycle", ylim=(0, None))
+    axis.legend(fontsize=7)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read, and write the report. Result: 0; whether goals are met is the report's business."""
+    parser = argparse.ArgumentParser(prog="bench_report.py")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    args = parser.parse_args(argv)
+    overhead, rivals, where = (json.loads((args.results / file).read_text("utf-8")) for file in REPORTS)
+    found = list(goals(overhead, rivals, where))
+    settings = {file: report["setting"] for file, report in zip(REPORTS, (overhead, rivals, where), strict=True)}
+    draw(rivals, where, args.results / "report.png")
+    write_atomically(args.results / "report.json", json.dumps(list(map(asdict, found)), indent=1) + "\n")
+    report = to_markdown(found, settings)
+    write_atomically(args.results / "report.md", report)
+    Console().print(report, markup=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
