@@ -4,14 +4,17 @@ import asyncio
 import hashlib
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from server.confidence import PoolingConfidence
 from server.gate import Gate, current_visit, salted
 from server.keys import Key, KeyRing
 from server.limits import KeyLimits
 from server.metrics import Metrics
+from server.rtap.types import Judged
 
 
 class Inner:
@@ -197,6 +200,30 @@ async def test_every_key_has_a_cache_salt_of_its_own_whatever_its_client_says():
             await door.gate(scope | {"state": state}, None, _nowhere)
         visits.append(door.inner.salts[-3:])
     assert len({*visits[0], *visits[1], first, other}) == 8
+
+
+async def test_the_generators_cache_is_divided_too():
+    """How long a score takes is in the reply, so it must not tell what another key has asked."""
+    asked = []
+
+    class Generator:
+        async def encode(self, prompt, params, request_id):
+            asked.append(prompt)
+            yield SimpleNamespace(finished=True, outputs=SimpleNamespace(data=[0.5]))
+
+    scorer = PoolingConfidence(Generator(), 10.0, 100)  # type: ignore[arg-type]
+    door = Door(key_of("a"), key_of("b"))
+
+    async def score(scope, receive, send) -> None:
+        await scorer.score(Judged([1], [2], [1]))
+        await door.inner(scope, receive, send)
+
+    door.gate._app = score
+    for key in ("a", "b"):
+        assert (await door.ask(x_api_key=key))[0] == 200
+    assert [prompt["cache_salt"] for prompt in asked] == door.inner.salts
+    await scorer.score(Judged([1], [2], [1]))
+    assert asked[-1] == {"prompt_token_ids": [1, 2]}
 
 
 async def test_without_keys_a_prompt_keeps_the_salt_it_has():
