@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from server.rtap.errors import ConfigError, RtapError
-from training.config import BUNDLED, ConfidenceConfig, CorrectConfig, SftConfig, add_flags, build_config
+from training.config import (
+    BUNDLED,
+    ConfidenceConfig,
+    CorrectConfig,
+    ImitateConfig,
+    SftConfig,
+    add_flags,
+    build_config,
+)
 from training.rl.config import CONFIGS
 
 EVAL_COUNT = 600
@@ -23,6 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(sft, SftConfig)
     correct = commands.add_parser("correct", help="go on from a policy: right cycles after its own wrong ones")
     add_flags(correct, CorrectConfig)
+    imitate = commands.add_parser("imitate", help="teach a student what its teacher samples right")
+    add_flags(imitate, ImitateConfig)
     confidence = commands.add_parser("confidence", help="train a confidence generator on a policy's own answers")
     add_flags(confidence, ConfidenceConfig)
     for name, kind in CONFIGS.items():
@@ -89,6 +99,10 @@ def _train(command: str, flags: dict[str, Any]) -> None:
         from training import corrections
 
         corrections.run(build_config(CorrectConfig, file, flags))
+    elif command == "imitate":
+        from training import imitation
+
+        imitation.run(build_config(ImitateConfig, file, flags))
     elif command == "confidence":
         from training import confidence
 
@@ -100,7 +114,7 @@ def _train(command: str, flags: dict[str, Any]) -> None:
         rl.run(config)
     else:
         raise ConfigError(
-            f"unknown training command {command!r}; known are sft, correct, confidence, {', '.join(CONFIGS)}"
+            f"unknown training command {command!r}; known are sft, correct, imitate, confidence, {', '.join(CONFIGS)}"
         )
 
 

@@ -105,15 +105,15 @@ class SftConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class CorrectConfig:
-    """Correcting a policy's own wrong cycles.
+class SampledTurnsConfig:
+    """What ``correct`` and ``imitate`` have in common: sample turns, then learn from them.
 
-    Neither paper has this stage: all defaults are ours, for 3 M parameters on two cores (deploy/models).
+    Neither paper has these stages: all defaults are ours, for 3 M parameters on two cores (deploy/models).
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE | {"samples_file"}
-    policy: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to sample and to go on from"))
-    output: Path = field(default=Path("runs/corrected"), metadata=_help("where the checkpoint is written"))
+    policy: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to go on from"))
+    output: Path = field(default=Path("runs/policy"), metadata=_help("where the checkpoint is written"))
     samples_file: Path | None = field(default=None, metadata=_help("file that keeps the sampled cycles"))
     seed: int = field(default=4, metadata=_help("seed of questions, sampling and training order"))
     tasks: str = field(default=TASK_MIX, metadata=_help("share of each task, as NAME=WEIGHT with commas between"))
@@ -130,8 +130,6 @@ class CorrectConfig:
     matrix_rate: float = field(default=0.003, metadata=_help("peak rate of Muon (warm-up, cosine to a tenth)"))
     learning_rate: float = field(default=1.5e-3, metadata=_help("peak rate of AdamW (embeddings, norms)"))
     warmup_share: float = field(default=0.05, metadata=_help("share of the budget spent warming up"))
-    kept_share: float = field(default=0.5, metadata=_help("own right turns an epoch, for each one mended"))
-    confirmed_share: float = field(default=0.15, metadata=_help("right cycles told twice, for each one mended"))
     eval_questions: int = field(default=300, metadata=_help("held-out questions a task, one sample each"))
     save_steps: int = field(default=0, metadata=_help("steps between states to resume from (0: by minutes alone)"))
     save_minutes: float = field(default=5.0, metadata=_help("minutes between them; a kill costs no more"))
@@ -140,10 +138,32 @@ class CorrectConfig:
         for name in ("max_cycles", "questions", "samples", "eval_questions", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.kept_share < 0 or self.confirmed_share < 0:
-            raise ConfigError(f"kept_share={self.kept_share} and confirmed_share={self.confirmed_share} must be >= 0")
         parse_mix(self.tasks)
         _check_loop(self)
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectConfig(SampledTurnsConfig):
+    """Correcting a policy's own wrong cycles."""
+
+    output: Path = field(default=Path("runs/corrected"), metadata=_help("where the checkpoint is written"))
+    kept_share: float = field(default=0.5, metadata=_help("own right turns an epoch, for each one mended"))
+    confirmed_share: float = field(default=0.15, metadata=_help("right cycles told twice, for each one mended"))
+
+    def __post_init__(self) -> None:
+        SampledTurnsConfig.__post_init__(self)  # super() is not there in a dataclass with slots
+        if self.kept_share < 0 or self.confirmed_share < 0:
+            raise ConfigError(f"kept_share={self.kept_share} and confirmed_share={self.confirmed_share} must be >= 0")
+
+
+@dataclass(frozen=True, slots=True)
+class ImitateConfig(SampledTurnsConfig):
+    """Learning a teacher's right turns: what RLAD is compared with."""
+
+    policy: Path = field(default=BUNDLED / "student", metadata=_help("student to go on from"))
+    teacher: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint that is sampled"))
+    output: Path = field(default=Path("runs/imitated"), metadata=_help("where the student is written"))
+    max_cycles: int = field(default=1, metadata=_help("cycles a turn; forced open after wrong ones"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +223,7 @@ class ConfidenceConfig:
         _check_loop(self)
 
 
-def _check_loop(config: SftConfig | CorrectConfig | ConfidenceConfig) -> None:
+def _check_loop(config: SftConfig | SampledTurnsConfig | ConfidenceConfig) -> None:
     if config.minutes <= 0 or config.save_minutes <= 0 or config.batch_tokens < 256:
         raise ConfigError("minutes and save_minutes must be positive and batch_tokens at least 256")
     if config.max_steps < 0 or config.save_steps < 0:

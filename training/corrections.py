@@ -19,19 +19,17 @@ from server.rtap.errors import ConfigError
 from server.rtap.format import RTAP
 from training.checkpoint import manifest, sha256
 from training.config import CorrectConfig, run_dir
-from training.data import Batch, Encoded, bucket, pad
+from training.data import Encoded
 from training.huggingface import encode_text, load_policy
-from training.loop import Loop
-from training.optim import build_muon
 from training.own_cycles import Asked, build_sampler, clean_up, sample_training, training_problems
 from training.rollout import Trajectory
+from training.rows import train_on_rows
 from training.runs import States, check_resumable, plain
 from training.runtime import configure_torch
-from training.sft import evaluate, policy_loss, save
-from training.streams import Stream
+from training.sft import evaluate, save
 from training.tasks.base import Problem
 from training.tasks.trajectory import CONFIRMATIONS, TURN_END, cycle_segments
-from training.tokenizer import pad_id, token_id
+from training.tokenizer import token_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,28 +121,12 @@ def _again(tokenizer: PreTrainedTokenizerFast, ids: list[int], doubt: str) -> li
 def train(asked: Asked[CorrectConfig], rows: Rows, states: States) -> dict[str, Any]:
     """Epochs over all that is to be mended, each with a fresh draw of the rest; from the last state where there is
     one."""
-    config, padding = asked.config, pad_id(asked.tokenizer)
-    optimisers = build_muon(
-        asked.policy.named_parameters(),
-        matrix_rate=config.matrix_rate,
-        learning_rate=config.learning_rate,
-        weight_decay=0.0,
-    )
+    config = asked.config
 
-    def epoch(rng: Random) -> list[Batch]:
+    def draw(rng: Random) -> list[Encoded]:
         drawn = list(rows.mended)
         for part, share in ((rows.kept, config.kept_share), (rows.confirmed, config.confirmed_share)):
             drawn += rng.sample(part, min(len(part), round(share * len(rows.mended))))
-        rng.shuffle(drawn)
-        groups = bucket(drawn, config.batch_tokens)
-        rng.shuffle(groups)
-        return [pad(group, padding) for group in groups]
+        return drawn
 
-    stream = Stream(epoch, seed=config.seed)
-    configure_torch(config.threads, config.seed)  # however much was sampled before
-    asked.policy.train()
-    with Loop("correct", config, states, model=asked.policy, optimisers=optimisers, stream=stream) as loop:
-        while loop.goes_on():
-            batch = next(stream)
-            loop.descend(policy_loss(asked.policy, batch), rows=len(batch.ids), tokens=batch.ids.numel())
-    return loop.summary()
+    return train_on_rows("correct", asked.policy, asked.tokenizer, config, states, draw)

@@ -19,7 +19,7 @@ from scipy import stats  # pyright: ignore[reportMissingTypeStubs] - comes with 
 
 from server.rtap.errors import ConfigError
 from training.checkpoint import git_commit, versions
-from training.config import build_config
+from training.config import ImitateConfig, build_config
 from training.questions import held_out_questions
 from training.rl.config import CONFIGS
 from training.tasks import TASKS
@@ -81,11 +81,18 @@ def run(file: Path, output: Path) -> None:
 
 
 def _train_and_measure(suite: Suite, name: str, seed: int, folder: Path) -> Figures:
-    settings = {**suite.common, **suite.runs[name]}
+    own = suite.runs[name]
+    # What the runs have in common are settings of RL, of which a supervised one knows only where it starts.
+    settings = {"policy": suite.common["policy"], **own} if own.get("method") == "imitate" else {**suite.common, **own}
     method = settings.pop("method", None)
     own_generator = None
     policy = Path(settings["policy"])
-    if method is not None:
+    if method == "imitate":
+        from training import imitation
+
+        imitation.run(build_config(ImitateConfig, None, settings | {"seed": seed, "output": str(folder)}))
+        policy = folder
+    elif method is not None:
         from training.rl import command
 
         config = build_config(CONFIGS[method], None, settings | {"seed": seed, "output": str(folder)})
