@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+from server.keys import KeyRing, load_keys
 from server.rtap.errors import ConfigError
 from server.settings import Settings, add_flags, load_settings
 
@@ -72,10 +73,15 @@ def _use_reasoning_parser(args: Namespace) -> None:
 
 
 def _refuse_unsupported(args: Namespace) -> None:
-    """Ways of vllm serve to start something other than one API process over its engines."""
+    """Ways of vllm serve to start something other than one API process over its engines; a key that others can read."""
     if args.headless or args.grpc or (args.api_server_count or 1) > 1:
         raise ConfigError(
             "rtap runs one API process: leave out --headless, --grpc and --api-server-count; scale with replicas"
+        )
+    if args.api_key:
+        raise ConfigError(
+            "leave out --api-key, which every user of the machine can read: put keys into the variable RTAP_API_KEYS "
+            "or into the file of --api-keys-file"
         )
 
 
@@ -94,6 +100,7 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
 
     from server.engines import cpu_defaults
 
+    keys = load_keys(settings.api_keys_file, os.environ)
     cpu_defaults(args, bundled=bundled)
     args.host = args.host or "127.0.0.1"  # vLLM's default is every interface; here that is asked for, not given
     try:
@@ -106,7 +113,7 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
         signal.signal(number, _leave_start)
     with sock:
         print(f"rtap serve: loading {args.model}", file=sys.stderr)  # noqa: T201
-        uvloop.run(_serve(args, settings, sock, address))
+        uvloop.run(_serve(args, settings, sock, address, keys))
     return 0
 
 
@@ -117,7 +124,7 @@ def _leave_start(number: int, _: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str) -> None:
+async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str, keys: KeyRing) -> None:
     from vllm import envs
     from vllm.entrypoints.launchers.launcher import serve_http
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config  # pyright: ignore[reportUnknownVariableType]
@@ -126,7 +133,7 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
     from server.engines import start_engines
 
     async with start_engines(args, settings) as engines:
-        app = await create_app(engines.policy, args, settings, engines.plan)
+        app = await create_app(engines.policy, args, settings, engines.plan, keys)
         print(f"rtap serve: ready at {address}", file=sys.stderr)  # noqa: T201
         log_config = cast(dict[str, Any] | None, get_uvicorn_log_config(args))
         uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}

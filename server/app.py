@@ -1,5 +1,6 @@
 """Build the service: vLLM's own app on a RecursiveEngine, our routes beside its, one middleware inside its stack."""
 
+import secrets
 from argparse import Namespace
 from typing import cast
 
@@ -8,8 +9,12 @@ from starlette.middleware import Middleware
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from server.errors import install_handlers
+from server.gate import Gate
+from server.keys import KeyRing
+from server.limits import Admission
 from server.middleware import RecursionMiddleware
 from server.recursive_engine import Plan, RecursiveEngine
 from server.routes.ops import ops_router
@@ -17,7 +22,7 @@ from server.routes.rtap import ChatRenderer, rtap_router
 from server.settings import Settings
 
 
-async def create_app(engine: EngineClient, args: Namespace, settings: Settings, plan: Plan) -> FastAPI:
+async def create_app(engine: EngineClient, args: Namespace, settings: Settings, plan: Plan, keys: KeyRing) -> FastAPI:
     """The complete app. ``engine`` is the policy's AsyncLLM; routes of vLLM see it only through the recursion."""
     recursive = cast(EngineClient, RecursiveEngine(engine, plan))
     tasks = await engine.get_supported_tasks()
@@ -29,10 +34,21 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
     app.include_router(ops_router(engine))
     app.include_router(rtap_router(plan, settings, tokenizer, names))
     install_handlers(app)
-    # Outermost first. vLLM's own (CORS, keys, request ids, metrics) are already there and stay outside ours, so a
-    # request without a key is refused before its body is read.
+    # Outermost first. vLLM's own (CORS, request ids, metrics) are already there and stay outside ours. Its check of
+    # keys leaves most routes open and knows one key only; the gate stands in its place, before any body is read.
+    app.user_middleware = [m for m in app.user_middleware if cast(object, m.cls) is not AuthenticationMiddleware]
+    if not keys.is_empty:
+        app.user_middleware += [Middleware(Gate, keys=keys, metrics=plan.metrics, secret=secrets.token_bytes(32))]
+    admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
     app.user_middleware += [
-        Middleware(RecursionMiddleware, settings=settings, metrics=plan.metrics, feedback=plan.feedback)
+        Middleware(
+            RecursionMiddleware,
+            settings=settings,
+            metrics=plan.metrics,
+            feedback=plan.feedback,
+            admission=admission,
+            max_model_len=engine.model_config.max_model_len,
+        )
     ]
     app.middleware_stack = app.build_middleware_stack()  # build_app has built one already, without ours
     return app

@@ -17,6 +17,7 @@ from vllm.logprobs import Logprob
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from server.gate import salted
 from server.outputs import Call
 from server.rtap.artifact import Fusion
 from server.rtap.errors import ConfidenceError, ConfigError
@@ -52,7 +53,7 @@ class PoolingConfidence:
 
     async def _classify(self, token_ids: list[int]) -> float:
         outputs = self._engine.encode(
-            cast(Any, {"prompt_token_ids": token_ids}),
+            cast(Any, salted({"prompt_token_ids": token_ids})),
             PoolingParams(task="classify", use_activation=True),
             f"score-{next(self._numbers)}",
         )
@@ -89,7 +90,7 @@ class FusedConfidence:
         params = SamplingParams(
             max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        prompt = {"type": "token", "prompt_token_ids": token_ids}
+        prompt = salted({"type": "token", "prompt_token_ids": token_ids})
         outputs = self._policy.generate(cast(Any, prompt), params, f"read-{next(self._numbers)}")
         async with aclosing(outputs):
             async for output in outputs:

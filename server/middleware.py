@@ -11,13 +11,14 @@ import msgspec
 from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import describe, error_body
+from server.errors import error_body, response_to
 from server.feedback import Feedback
+from server.limits import Admission
 from server.metrics import Metrics
-from server.rtap.errors import InvalidRequest
+from server.rtap.errors import InvalidRequest, Overloaded
 from server.settings import Settings
 from server.stream import EventStream, Told, annotate_reply
-from server.wire import Exchange, begin_exchange, effort_of, parse_options, prefix_of
+from server.wire import Exchange, begin_exchange, effort_of, parse_options, prefix_of, tokens_of
 
 RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 # Other ways into generation that vLLM mounts: their replies would show everything as reasoning.
@@ -31,8 +32,18 @@ class _ClientLeft(Exception):
 class RecursionMiddleware:
     """Around every POST: cap its body. Around a recursive one: open an Exchange and rewrite the reply."""
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics, feedback: Feedback) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        settings: Settings,
+        metrics: Metrics,
+        feedback: Feedback,
+        admission: Admission,
+        max_model_len: int,
+    ) -> None:
         self._app, self._settings, self._metrics, self._feedback = app, settings, metrics, feedback
+        self._admission, self._max_model_len = admission, max_model_len
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -40,7 +51,13 @@ class RecursionMiddleware:
             return
         path = get_route_path(scope)
         try:
+            if path in RECURSIVE_PATHS:
+                self._admission.check()
             body = await self._read(scope, receive)
+        except Overloaded as error:
+            self._metrics.rejected("overloaded")
+            await response_to(error)(scope, receive, send)
+            return
         except _ClientLeft:
             return
         if body is None:
@@ -57,16 +74,19 @@ class RecursionMiddleware:
                 raise InvalidRequest(f"{path} does not recurse; send single requests to /v1/chat/completions")
             request, body = self._parse(body)
             exchange = Exchange(request.pop("rtap_options"), effort_of(request), prefix_of(path, request))
-        except InvalidRequest as error:
-            self._metrics.rejected("invalid")
-            await _reply(send, *describe(error))
+            tokens = tokens_of(request, exchange.options, self._settings, max_model_len=self._max_model_len)
+            place = self._admission.admit(tokens)
+        except (InvalidRequest, Overloaded) as error:
+            self._metrics.rejected("invalid" if isinstance(error, InvalidRequest) else "overloaded")
+            await response_to(error)(scope, receive, send)
             return
         begin_exchange(exchange)
 
         def told(reply_id: str) -> None:
             self._feedback.remember(reply_id, exchange.trajectories)
 
-        await self._app(scope, _replay(body, receive), _Rewriter(send, path, request, exchange, told))
+        with place:
+            await self._app(scope, _replay(body, receive), _Rewriter(send, path, request, exchange, told))
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None as soon as it is known to be too large. Raises _ClientLeft."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from server.gate import Visit
 from server.rtap.format import TrajectoryFormat
 from server.rtap.recursion import CycleEvent, Event, StepEvent
 from server.rtap.types import Cycle, Limits, StopReason, Trajectory
@@ -18,7 +19,8 @@ from server.wire import ANSWER_MARK, Exchange
 class Call:
     """One ``generate`` call of vLLM's routes. options: its keyword arguments, handed to every cycle.
 
-    split: the caller parses reasoning, so text is written as reasoning, ANSWER_MARK, content; otherwise as it is."""
+    split: the caller parses reasoning, so text is written as reasoning, ANSWER_MARK, content; otherwise as it is.
+    visit: of the key that asks, where keys are asked for."""
 
     exchange: Exchange
     first_choice: int
@@ -28,6 +30,7 @@ class Call:
     options: dict[str, Any]
     limits: Limits
     split: bool
+    visit: Visit | None = None
 
     def prompt_with(self, token_ids: Sequence[int]) -> dict[str, Any]:
         """The prompt continued to ``token_ids``, with its images and cache salt. Its text is of the first part only, so

@@ -19,6 +19,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server.feedback import Feedback
+from server.gate import Visit, current_visit, salted
 from server.metrics import Metrics
 from server.outputs import Call, Writer
 from server.rtap.artifact import Artifact
@@ -75,9 +76,12 @@ class RecursiveEngine:
         """Outputs of one request over all its cycles, in the request's own output kind.
 
         Raises VLLMValidationError (400) before anything is generated when the request cannot recurse as asked."""
-        exchange = current_exchange()
+        exchange, visit = current_exchange(), current_visit()
+        if visit is not None and isinstance(prompt, dict):
+            prompt = salted(cast(dict[str, Any], prompt))
         if exchange is None:
-            return self._inner.generate(prompt, sampling_params, request_id, **options)
+            outputs = self._inner.generate(prompt, sampling_params, request_id, **options)
+            return outputs if visit is None else _metered(outputs, visit, sampling_params.output_kind)
         try:
             call = self._call(exchange, prompt, sampling_params, request_id, options)
         except InvalidRequest as error:
@@ -115,6 +119,7 @@ class RecursiveEngine:
             options=options,
             limits=limits,
             split=options.get("reasoning_parser_kwargs") is not None,
+            visit=current_visit(),
         )
 
     async def _outputs(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
@@ -283,6 +288,8 @@ class _Cycles:
         try:
             options: dict[str, Any] = {**call.options, "reasoning_ended": False} if call.split else call.options
             outputs = self._inner.generate(cast(Any, prompt), params, name, **options)
+            if call.visit is not None:
+                outputs = _metered(outputs, call.visit, params.output_kind)
             async with aclosing(outputs):
                 async for output in outputs:
                     part = output.outputs[0]
@@ -328,6 +335,23 @@ class _Cycles:
         if self._plan.logprobs is not None and needs_score(call.limits) and params.logprobs != -1:  # -1 is all of them
             params.logprobs = max(self._plan.logprobs, params.logprobs or 0)
         return params
+
+
+async def _metered(
+    outputs: AsyncGenerator[RequestOutput, None], visit: Visit, kind: RequestOutputKind
+) -> AsyncGenerator[RequestOutput, None]:
+    """``outputs`` as they come; what was sampled, and read outside the prefix cache, is charged to the visit."""
+    is_read, written = False, dict[int, int]()
+    async with aclosing(outputs):
+        async for output in outputs:
+            if not is_read:
+                is_read = True
+                visit.spent_tokens += len(output.prompt_token_ids or ()) - (output.num_cached_tokens or 0)
+            for part in output.outputs:
+                before = 0 if kind is RequestOutputKind.DELTA else written.get(part.index, 0)
+                written[part.index] = len(part.token_ids)
+                visit.spent_tokens += written[part.index] - before
+            yield output
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:

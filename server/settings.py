@@ -18,6 +18,7 @@ from server.rtap.errors import ConfigError
 from server.rtap.types import Policy, Select
 
 ENV_PREFIX = "RTAP_"
+SECRETS = ("RTAP_API_KEYS",)  # variables without a flag, since others can read a command line (server/keys.py)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -84,6 +85,19 @@ class Settings(BaseSettings):
 
     trajectory_format: str | None = Field(default=None, description="rtap or think; default: the checkpoint's own")
     oops_lexicon: Path | None = Field(default=None, description="file of self-doubt phrases; default: built in")
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="TOML file of API keys, their limits and scope, read again when it changes; keys without limits "
+        "may also be in RTAP_API_KEYS, comma separated",
+    )
+    max_in_flight_requests: int = Field(
+        default=512, ge=1, description="recursive requests answered at a time; more are answered with 503"
+    )
+    max_in_flight_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens that these may write at a time: max_tokens x n, x samples of a vote; default: no limit",
+    )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="larger request bodies are answered with 413")
 
     @model_validator(mode="after")
@@ -145,7 +159,7 @@ def load_settings(args: Mapping[str, Any], environ: Mapping[str, str]) -> Settin
 
     Raises ConfigError with the flag, the value and the rule."""
     known = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields]
-    unknown = sorted(k for k in environ if k.startswith(ENV_PREFIX) and k not in known)
+    unknown = sorted(k for k in environ if k.startswith(ENV_PREFIX) and k not in (*known, *SECRETS))
     if unknown:
         raise ConfigError(
             f"unknown settings in the environment: {', '.join(unknown)}; known: {', '.join(sorted(known))}"

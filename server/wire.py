@@ -129,6 +129,33 @@ def options_from_xargs(extra_args: Mapping[str, Any] | None, settings: Settings)
     return parse_options(found, settings, where="vllm_xargs.rtap_*") if found else None
 
 
+def tokens_of(
+    request: Mapping[str, Any], options: RtapOptions | None, settings: Settings, *, max_model_len: int
+) -> int:
+    """How many tokens a request to any of the four endpoints may write: its max_tokens (else the model's length, in
+    tokens) for each sample of each choice of each prompt. Wrong types are vLLM's to refuse.
+
+    Raises InvalidRequest for wrong options in ``vllm_xargs``."""
+
+    def count(name: str) -> int | None:
+        try:
+            return max(1, _LAX_INT.validate_python(request.get(name)))
+        except ValidationError:
+            return None
+
+    names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+    given = next((tokens for name in names if (tokens := count(name)) is not None), max_model_len)
+    xargs: Any = request.get("vllm_xargs")
+    by_xargs = options_from_xargs(cast(dict[str, Any], xargs), settings) if isinstance(xargs, dict) else None
+    options = by_xargs or options or RtapOptions()
+    is_vote = (options.policy or settings.policy) is Policy.VOTE
+    samples = (options.samples or settings.samples) if is_vote else 1
+    prompt: Any = request.get("prompt")
+    items = cast(list[Any], prompt) if isinstance(prompt, list) else []
+    prompts = 1 if items and isinstance(items[0], int) else max(1, len(items))  # of token ids, one prompt
+    return min(given, max_model_len) * (count("n") or 1) * samples * prompts
+
+
 def resolve_limits(
     options: RtapOptions,
     settings: Settings,
@@ -233,6 +260,7 @@ class Exchange:
 
 
 _LAX_BOOL = TypeAdapter(bool)  # what vLLM takes for one
+_LAX_INT = TypeAdapter(int)
 _current: ContextVar[Exchange | None] = ContextVar("rtap_exchange", default=None)
 
 

@@ -4,6 +4,9 @@ RtapError
 ├── ConfigError        wrong settings or checkpoints, found at start
 ├── InvalidRequest     a request that can never work (400)
 ├── UnknownRequest     feedback on an answer that this server does not remember (404)
+├── Unauthorized       no key, or none that opens this route (401)
+├── RateLimited        a limit of this key (429)
+├── Overloaded         a limit of this server (503)
 └── ConfidenceError    the confidence generator failed or was too slow (degrades a request, never fails it)
 """
 
@@ -26,6 +29,26 @@ class InvalidRequest(RtapError):
 
 class UnknownRequest(RtapError):
     """An id that names no answer of this server, or one that is forgotten by now."""
+
+
+class Unauthorized(RtapError):
+    """A request without a key, or with one that does not open what it asks for."""
+
+
+class RateLimited(RtapError):
+    """A key has used up what it may have. retry_after_seconds: whole seconds, at least 1."""
+
+    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Overloaded(RtapError):
+    """The server has as much work as it takes at once. retry_after_seconds: whole seconds, at least 1."""
+
+    def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class ConfidenceError(RtapError):

@@ -15,6 +15,9 @@ from server.__main__ import main
         (["--confidence", "remote", "--confidence-model", "/m"], {}, "confidence=remote needs a http(s) address"),
         (["--api-server-count", "2"], {}, "rtap runs one API process"),
         (["--headless"], {}, "rtap runs one API process"),
+        (["--api-key", "secret"], {}, "leave out --api-key, which every user of the machine can read"),
+        (["--api-keys-file", "/nowhere/keys"], {}, "cannot read the API keys file /nowhere/keys: No such file"),
+        ([], {"RTAP_API_KEYS": ","}, "RTAP_API_KEYS must be keys of printable ASCII"),
         (["--reasoning-parser", "qwen3"], {}, "leave out --reasoning-parser qwen3"),
     ],
 )
@@ -25,3 +28,4 @@ def test_mistakes_are_one_sentence(flags, environ, sentence, monkeypatch, capsys
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rtap serve: ")]
     assert len(lines) == 1
     assert sentence in lines[0]
+    assert "secret" not in lines[0]

@@ -15,8 +15,9 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server.feedback import Feedback
+from server.gate import Visit, _visit
 from server.metrics import Metrics
-from server.recursive_engine import Plan, RecursiveEngine
+from server.recursive_engine import Plan, RecursiveEngine, _metered
 from server.rtap.artifact import Artifact
 from server.rtap.format import RTAP
 from server.rtap.types import Judged, Score
@@ -295,3 +296,44 @@ async def test_a_long_thought_does_not_keep_what_the_engine_told_of_each_token()
         most = max(most, sum(ref() is not None for ref in told))
     assert len(told) > 1000
     assert most < 10
+
+
+async def test_a_key_pays_for_what_was_sampled_and_read_even_when_its_client_leaves():
+    """Two cycles: the question, what was written and the injected tag are read; the script is what was sampled."""
+    llm = FakeLLM([WRONG, DOUBT])
+    visit = Visit(b"salt")
+    _visit.set(visit)
+    try:
+        stream, _ = ask(build(llm), output_kind=RequestOutputKind.DELTA)
+        async for _ in stream:
+            break  # after the first cycle
+        await stream.aclose()
+        once = len(QUESTION) + len(encode(WRONG))
+        assert visit.spent_tokens == once
+        await all_of(ask(build(llm))[0])
+    finally:
+        _visit.set(None)
+    second = len(QUESTION) + len(encode(WRONG + "<think>")) + len(encode(DOUBT))
+    assert visit.spent_tokens == once + once + second
+    assert {call[0]["cache_salt"] for call in llm.calls} == {visit.salt_with(None)}
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+async def test_tokens_are_counted_once_in_every_kind_of_output(kind):
+    def output(n: int, index: int, ids: list[int]) -> RequestOutput:
+        part = CompletionOutput(index, "", ids, None, None)
+        return RequestOutput("r", None, [1, 2, 3], None, [part], finished=n == 3, num_cached_tokens=1)
+
+    async def outputs() -> AsyncGenerator[RequestOutput, None]:
+        """Four tokens in two choices."""
+        if kind is RequestOutputKind.FINAL_ONLY:
+            yield output(3, 0, [7, 8])
+            yield output(3, 1, [7, 8])
+            return
+        for n, (index, first, second) in enumerate([(0, 7, 8), (1, 7, 8)]):
+            yield output(2 * n, index, [first])
+            yield output(2 * n + 1, index, [second] if kind is RequestOutputKind.DELTA else [first, second])
+
+    visit = Visit(b"salt")
+    assert len([o async for o in _metered(outputs(), visit, kind)]) >= 2
+    assert visit.spent_tokens == 2 + 4

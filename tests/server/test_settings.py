@@ -33,6 +33,13 @@ def test_every_field_has_a_flag_and_a_variable(monkeypatch):
     assert _load([], {"RTAP_POLICY": "vote"}, monkeypatch).policy is Policy.VOTE
 
 
+def test_keys_have_a_variable_and_no_flag(monkeypatch):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser)
+    assert "--api-keys" not in parser._option_string_actions
+    assert _load([], {"RTAP_API_KEYS": "a,b"}, monkeypatch).api_keys_file is None
+
+
 def test_an_unknown_variable_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"unknown settings in the environment: RTAP_TRESHOLD; known: RTAP_"):
         _load([], {"RTAP_TRESHOLD": "0.5"}, monkeypatch)

@@ -17,6 +17,7 @@ from server.wire import (
     prefix_of,
     reasoning_tokens,
     resolve_limits,
+    tokens_of,
     trajectory_object,
 )
 
@@ -183,3 +184,37 @@ _CHAT, _RESPONSES = "/v1/chat/completions", "/v1/responses"
 )
 def test_the_prefix_is_the_message_to_go_on_with(path, request_, prefix):
     assert prefix_of(path, request_) == prefix
+
+
+@pytest.mark.parametrize(
+    ("request_", "options", "tokens"),
+    [
+        ({}, None, 1000),
+        ({"max_tokens": 50}, None, 50),
+        ({"max_tokens": 50, "max_completion_tokens": 40}, None, 40),
+        ({"max_output_tokens": 30}, None, 30),
+        ({"max_tokens": 5000}, None, 1000),
+        ({"max_tokens": "50", "n": "3"}, None, 150),  # vLLM takes these for numbers
+        ({"max_tokens": None, "n": None}, None, 1000),
+        ({"max_tokens": -5, "n": 0}, None, 1),
+        ({"max_tokens": [], "n": {}}, None, 1000),
+        ({"max_tokens": 10, "n": 2}, {"policy": "vote", "samples": 5}, 100),
+        ({"max_tokens": 10}, {"policy": "vote"}, 80),
+        ({"max_tokens": 10}, {"policy": "single", "samples": 5}, 10),
+        ({"max_tokens": 10, "vllm_xargs": {"rtap_policy": "vote", "rtap_samples": 5}}, None, 50),
+        ({"max_tokens": 10, "vllm_xargs": []}, None, 10),
+        ({"max_tokens": 10, "prompt": ["a", "b", "c"]}, None, 30),
+        ({"max_tokens": 10, "prompt": [[1, 2], [3]]}, None, 20),
+        ({"max_tokens": 10, "prompt": [1, 2, 3]}, None, 10),
+        ({"max_tokens": 10, "prompt": []}, None, 10),
+    ],
+)
+def test_how_many_tokens_a_request_may_write(request_, options, tokens):
+    given = None if options is None else RtapOptions(**options)
+    assert tokens_of(request_, given, SETTINGS, max_model_len=1000) == tokens
+
+
+def test_a_server_whose_policy_is_vote_writes_samples_for_everyone():
+    settings = Settings(policy=Policy.VOTE, samples=4)
+    assert tokens_of({"max_tokens": 10}, None, settings, max_model_len=1000) == 40
+    assert tokens_of({"max_tokens": 10}, RtapOptions(policy=Policy.MODEL), settings, max_model_len=1000) == 10

@@ -1,0 +1,127 @@
+"""Limits of a key and of the server: laws of the bucket, and what is refused when."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.limits import Account, Admission, Bucket, KeyLimits
+from server.rtap.errors import InvalidRequest, Overloaded, RateLimited
+
+STEPS = st.lists(st.tuples(st.floats(0, 300), st.integers(0, 5_000)), max_size=40)
+
+
+@given(rate=st.integers(1, 10_000), steps=STEPS)
+def test_a_bucket_gives_what_it_had_and_what_came_since_never_more(rate, steps):
+    bucket, now, taken = Bucket(rate), 0.0, 0
+    for seconds, amount in steps:
+        now += seconds
+        if bucket.level(now) >= amount:
+            bucket.take(amount, now)
+            taken += amount
+        assert -1e-6 <= bucket.level(now) <= rate
+    assert taken <= rate + rate * now / 60 + 1e-6
+
+
+@given(rate=st.integers(1, 10_000), overdrawn=st.integers(0, 100_000), level=st.integers(0, 1))
+def test_a_bucket_has_what_is_waited_for_when_it_says_so(rate, overdrawn, level):
+    bucket = Bucket(rate)
+    bucket.take(rate + overdrawn, 5.0)
+    wait = bucket.seconds_until(level, 5.0)
+    assert bucket.level(5.0 + wait) == pytest.approx(level, abs=1e-6)
+    assert wait == pytest.approx((overdrawn + level) * 60 / rate)
+
+
+@given(rate=st.integers(1, 100), seconds=st.lists(st.floats(0, 20), max_size=60))
+def test_who_comes_again_when_told_is_let_in(rate, seconds):
+    account, now = Account("k", KeyLimits(requests_per_minute=rate, tokens_per_minute=rate)), 0.0
+    waits = list[int]()
+    for step in seconds:
+        now += step
+        try:
+            account.enter(now)
+        except RateLimited as refused:
+            now += refused.retry_after_seconds
+            waits.append(refused.retry_after_seconds)
+            account.enter(now)
+        account.leave(7, now)
+    assert account.in_flight == 0
+    assert all(wait >= 1 for wait in waits)
+
+
+def test_requests_of_a_minute_and_then_one_when_one_has_come():
+    account = Account("team a", KeyLimits(requests_per_minute=2))
+    for _ in range(2):
+        account.enter(0.0)
+        account.leave(1_000_000, 0.0)
+    with pytest.raises(
+        RateLimited, match=r"^the key 'team a' may have 2 requests a minute; try again in 30 s$"
+    ) as told:
+        account.enter(0.0)
+    assert told.value.retry_after_seconds == 30
+    account.enter(30.0)
+
+
+def test_tokens_are_charged_afterwards_and_waited_for():
+    account = Account("k", KeyLimits(tokens_per_minute=60))
+    account.enter(0.0)
+    account.leave(60, 0.0)
+    account.enter(0.0)  # nothing is left, but nothing is owed
+    account.leave(90, 0.0)
+    with pytest.raises(RateLimited, match="60 tokens a minute") as told:
+        account.enter(0.0)
+    assert told.value.retry_after_seconds == 90
+    account.enter(90.0)
+
+
+def test_so_many_at_a_time_and_a_refusal_takes_nothing():
+    account = Account("k", KeyLimits(requests_per_minute=3, concurrent=2))
+    account.enter(0.0)
+    account.enter(0.0)
+    for _ in range(5):
+        with pytest.raises(RateLimited, match="2 requests at a time") as told:
+            account.enter(0.0)
+        assert told.value.retry_after_seconds == 1
+    account.leave(0, 0.0)
+    account.enter(0.0)  # the third of three
+    assert account.in_flight == 2
+
+
+@given(weights=st.lists(st.integers(1, 50), max_size=30))
+def test_admission_is_never_above_its_limits_and_ends_at_nothing(weights):
+    admission, held = Admission(requests=5, tokens=100), []
+    for weight in weights:
+        try:
+            place = admission.admit(weight)
+        except Overloaded:
+            full = admission.requests_in_flight == 5
+            assert full or admission.tokens_in_flight + weight > 100
+            if held:
+                held.pop().__exit__(None, None, None)
+            continue
+        place.__enter__()
+        held.append(place)
+        assert admission.requests_in_flight <= 5
+        assert admission.tokens_in_flight <= 100
+    for place in held:
+        place.__exit__(None, None, None)
+    assert (admission.requests_in_flight, admission.tokens_in_flight) == (0, 0)
+
+
+def test_an_error_inside_frees_the_place():
+    admission = Admission(requests=1)
+
+    def fail() -> None:
+        with admission.admit(10**9):
+            with pytest.raises(Overloaded, match="1 requests at a time") as told:
+                admission.check()
+            assert told.value.retry_after_seconds >= 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    admission.check()
+
+
+def test_what_would_never_fit_is_no_overload():
+    with pytest.raises(InvalidRequest, match="may write 101 tokens, and this server writes 100 at a time"):
+        Admission(requests=5, tokens=100).admit(101)
