@@ -48,6 +48,7 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
             feedback=plan.feedback,
             admission=admission,
             max_model_len=engine.model_config.max_model_len,
+            allows_media_urls=bool(args.allowed_media_domains),
         )
     ]
     app.middleware_stack = app.build_middleware_stack()  # build_app has built one already, without ours

@@ -11,6 +11,7 @@ import msgspec
 from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.caps import Caps
 from server.errors import error_body, response_to
 from server.feedback import Feedback
 from server.limits import Admission
@@ -41,9 +42,13 @@ class RecursionMiddleware:
         feedback: Feedback,
         admission: Admission,
         max_model_len: int,
+        allows_media_urls: bool,
     ) -> None:
         self._app, self._settings, self._metrics, self._feedback = app, settings, metrics, feedback
         self._admission, self._max_model_len = admission, max_model_len
+        self._caps = Caps(
+            settings.n_limit, settings.messages_limit, settings.allow_request_templates, allows_media_urls
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -114,6 +119,7 @@ class RecursionMiddleware:
         if not isinstance(request, dict):
             raise InvalidRequest("the request body must be a JSON object")
         fields = cast(dict[str, Any], request)
+        self._caps.check(fields)
         if fields.get("use_beam_search"):
             raise InvalidRequest(
                 "beam search has no cycles to stop; leave out use_beam_search", param="use_beam_search"

@@ -98,6 +98,13 @@ class Settings(BaseSettings):
         ge=1,
         description="tokens that these may write at a time: max_tokens x n, x samples of a vote; default: no limit",
     )
+    n_limit: int = Field(default=16, ge=1, description="ceiling for n of a request")
+    messages_limit: int = Field(
+        default=1024, ge=1, description="messages of a chat, items of an input or prompts of a completion at most"
+    )
+    allow_request_templates: bool = Field(
+        default=False, description="take chat_template and chat_template_kwargs from requests"
+    )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="larger request bodies are answered with 413")
 
     @model_validator(mode="after")
@@ -151,7 +158,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, field in Settings.model_fields.items():
         names = [f"--{name.replace('_', '-')}", *([ALIASES[name]] if name in ALIASES else [])]
         default = "" if field.default in (None, ...) or field.default_factory else f" [{field.default}]"
-        group.add_argument(*names, dest=f"rtap_{name}", metavar="VALUE", help=f"{field.description}{default}")
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        group.add_argument(*names, dest=f"rtap_{name}", metavar="VALUE", help=f"{field.description}{default}", **switch)
 
 
 def load_settings(args: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:

@@ -1,0 +1,120 @@
+"""What a request may ask for, looked at before anything is tokenised: counts, depth, templates, addresses.
+
+Pure functions on the decoded body. What is of a wrong type is left to vLLM's own validation, which says so in its
+words; what has the right type and is too much of it is refused here.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from server.rtap.errors import InvalidRequest
+
+STOPS, STOP_CHARACTERS, BIASES, DEPTH = 16, 256, 1024, 64
+_LISTS = {"messages": "messages", "input": "items", "prompt": "prompts"}
+_TEMPLATES = ("chat_template", "chat_template_kwargs")
+_MEDIA = ("image_url", "audio_url", "video_url")
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """n: choices of a request. messages: of a chat, items of an input, or prompts of a completion.
+    allows_templates: requests bring their own. allows_media_urls: media may be named by an address."""
+
+    n: int
+    messages: int
+    allows_templates: bool
+    allows_media_urls: bool
+
+    def check(self, request: Mapping[str, Any]) -> None:
+        """Raise InvalidRequest, with the field, for what is too much or not allowed."""
+        if is_deeper(request, DEPTH):
+            raise InvalidRequest(f"the request body is nested more than {DEPTH} deep")
+        self._counts(request)
+        _stops(request)
+        if not self.allows_templates:
+            for name in _TEMPLATES:
+                if request.get(name):
+                    raise InvalidRequest(
+                        f"{name} of a request is not allowed here: a template is code that the server runs "
+                        "(--allow-request-templates)",
+                        param=name,
+                    )
+        if not self.allows_media_urls:
+            for name in ("messages", "input"):
+                for address in _addresses(request.get(name)):
+                    if not address.startswith("data:"):
+                        raise InvalidRequest(
+                            "media must come as data: URLs; this server fetches nothing (--allowed-media-domains)",
+                            param=name,
+                        )
+
+    def _counts(self, request: Mapping[str, Any]) -> None:
+        n = _whole(request.get("n"))
+        if n is not None and n > self.n:
+            raise InvalidRequest(f"n is {n}, and at most {self.n} choices are written", param="n")
+        for name, what in _LISTS.items():
+            given = request.get(name)
+            if not isinstance(given, list):
+                continue
+            given = cast(list[Any], given)
+            if len(given) > self.messages and not isinstance(given[0], int):  # ids of one prompt have their own limit
+                raise InvalidRequest(f"{len(given)} {what} are more than {self.messages}", param=name)
+        biases = request.get("logit_bias")
+        if isinstance(biases, dict) and len(cast(dict[str, Any], biases)) > BIASES:
+            raise InvalidRequest(f"logit_bias has more than {BIASES} entries", param="logit_bias")
+
+
+def _stops(request: Mapping[str, Any]) -> None:
+    for name in ("stop", "stop_sequences", "stop_token_ids", "bad_words"):
+        given = request.get(name)
+        stops = cast(list[Any], given) if isinstance(given, list) else [given]
+        if len(stops) > STOPS:
+            raise InvalidRequest(f"{name} has {len(stops)} entries, and at most {STOPS} are looked for", param=name)
+        if any(isinstance(stop, str) and len(stop) > STOP_CHARACTERS for stop in stops):
+            raise InvalidRequest(f"an entry of {name} is longer than {STOP_CHARACTERS} characters", param=name)
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether objects and lists are nested more than ``depth`` deep in it. No recursion, so no depth harms it."""
+    level: list[Any] = [value]
+    for _ in range(depth + 1):
+        nested = [cast(dict[str, Any] | list[Any], part) for part in level if isinstance(part, dict | list)]
+        if not nested:
+            return False
+        level = [inner for outer in nested for inner in _inside(outer)]
+    return True
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _addresses(value: Any) -> Iterator[str]:
+    """Addresses of media anywhere in messages: OpenAI's ``image_url`` and its like, Anthropic's ``source``."""
+    level = [value]
+    while level:
+        found: list[Any] = []
+        for part in level:
+            if not isinstance(part, dict | list):
+                continue
+            found += _inside(cast(dict[str, Any] | list[Any], part))
+            if not isinstance(part, dict):
+                continue
+            fields = cast(dict[str, Any], part)
+            for name in _MEDIA:
+                named = fields.get(name)
+                address = cast(dict[str, Any], named).get("url") if isinstance(named, dict) else named
+                if isinstance(address, str):
+                    yield address
+            if fields.get("type") == "url" and isinstance(fields.get("url"), str):
+                yield fields["url"]
+        level = found
+
+
+def _whole(value: Any) -> int | None:
+    """A number as vLLM reads one; None for what it will refuse itself."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None

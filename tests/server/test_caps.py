@@ -1,0 +1,118 @@
+"""What a request may ask for: refused with the field's name, at once, and without a copy of what was sent."""
+
+import contextlib
+import json
+import time
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.caps import BIASES, DEPTH, STOP_CHARACTERS, STOPS, Caps, is_deeper
+from server.rtap.errors import InvalidRequest
+
+CAPS = Caps(16, 20, allows_templates=False, allows_media_urls=False)
+IMAGE = {"type": "image_url", "image_url": {"url": "https://x/a.png"}}
+
+
+def said(parts):
+    return {"messages": [{"role": "user", "content": parts}]}
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "sentence"),
+    [
+        ({"n": 17}, "n", "n is 17, and at most 16 choices"),
+        ({"n": 10**12}, "n", "at most 16"),
+        ({"n": "1000"}, "n", "at most 16"),  # vLLM takes it for a number
+        ({"messages": [{}] * 21}, "messages", "21 messages are more than 20"),
+        ({"input": [{}] * 21}, "input", "21 items"),
+        ({"prompt": ["a"] * 21}, "prompt", "21 prompts"),
+        ({"stop": ["a"] * (STOPS + 1)}, "stop", "17 entries"),
+        ({"stop": "a" * (STOP_CHARACTERS + 1)}, "stop", "longer than 256 characters"),
+        ({"stop_sequences": ["a" * 300]}, "stop_sequences", "longer than 256"),
+        ({"stop_token_ids": list(range(100))}, "stop_token_ids", "100 entries"),
+        ({"bad_words": ["a"] * 100}, "bad_words", "100 entries"),
+        ({"logit_bias": {str(i): 1 for i in range(BIASES + 1)}}, "logit_bias", "more than 1024 entries"),
+        ({"metadata": nested(DEPTH)}, None, "nested more than 64 deep"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template", "a template is code"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "--allow-request-templates"),
+        (said([IMAGE]), "messages", "--allowed-media-domains"),
+        (said([{"type": "image_url", "image_url": "file:///etc/passwd"}]), "messages", "data: URLs"),
+        (said([{"type": "audio_url", "audio_url": {"url": "\\\\host/a"}}]), "messages", "data: URLs"),
+        ({"input": [{"content": [{"type": "input_image", "image_url": "http://x"}]}]}, "input", "data: URLs"),
+        (said([{"type": "image", "source": {"type": "url", "url": "http://x"}}]), "messages", "data: URLs"),
+    ],
+)
+def test_too_much_is_refused_with_its_name(request_, param, sentence):
+    with pytest.raises(InvalidRequest) as refused:
+        CAPS.check(request_)
+    assert refused.value.param == param
+    assert sentence in str(refused.value)
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"n": 16, "messages": [{}] * 20, "stop": ["a" * STOP_CHARACTERS] * STOPS, "logit_bias": {"1": 1}},
+        {"n": None, "messages": "hi", "stop": None, "logit_bias": None, "chat_template": None},
+        {"n": [], "logit_bias": [], "prompt": [], "input": "hi"},
+        {"n": 1e400, "prompt": [1, 2, 3] * 100},  # ids of one prompt
+        {"metadata": nested(DEPTH - 1)},
+        said([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]),
+        {"tools": [{"parameters": {"properties": {"image_url": {"type": "string"}}}}]},
+        said("https://x/a.png is only text"),
+    ],
+)
+def test_what_is_not_too_much_is_vllms_business(request_):
+    CAPS.check(request_)
+
+
+def test_what_a_flag_allows_passes():
+    Caps(16, 20, allows_templates=True, allows_media_urls=True).check({"chat_template": "{{ 1 }}", **said([IMAGE])})
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_depth_is_that_of_the_brackets(value):
+    def slow(value):
+        if isinstance(value, dict):
+            return 1 + max(map(slow, value.values()), default=0)
+        return 1 + max(map(slow, value), default=0) if isinstance(value, list) else 0
+
+    depth = slow(value)
+    assert not is_deeper(value, depth)
+    assert depth == 0 or is_deeper(value, depth - 1)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"stop": ["a" * 200] * 5_000},
+        {"metadata": nested(100_000)},
+        {"messages": [{"role": "user", "content": "x"}] * 30_000},
+        {"logit_bias": {str(i): 1 for i in range(80_000)}},
+        {"tools": json.loads(json.dumps([{"a": [[]] * 20}] * 8_000))},
+    ],
+    ids=["stop strings", "deep", "messages", "biases", "wide"],
+)
+def test_a_megabyte_is_looked_through_at_once_and_in_little_memory(request_):
+    began = time.perf_counter()
+    with contextlib.suppress(InvalidRequest):
+        CAPS.check(request_)
+    assert time.perf_counter() - began < 0.5  # 20 ms of a core of its own
+    tracemalloc.start()
+    with contextlib.suppress(InvalidRequest):
+        CAPS.check(request_)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
