@@ -109,7 +109,7 @@ def test_a_megabyte_is_looked_through_at_once_and_in_little_memory(request_):
     began = time.perf_counter()
     with contextlib.suppress(InvalidRequest):
         CAPS.check(request_)
-    assert time.perf_counter() - began < 0.5  # 20 ms of a core of its own
+    assert time.perf_counter() - began < 0.5  # a tenth of a second on a busy core
     tracemalloc.start()
     with contextlib.suppress(InvalidRequest):
         CAPS.check(request_)
