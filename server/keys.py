@@ -6,8 +6,8 @@ log line says anything of a key but the name that its owner gave it.
 
 import hashlib
 import hmac
-import logging
 import re
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,6 @@ _VLLM_VARIABLE = "VLLM_API_KEY"
 _LOOK_EVERY_SECONDS = 1.0
 _Text = Annotated[str, Field(pattern=r"^[!-~]+$")]  # what a header carries unchanged
 _Count = Annotated[int, Field(ge=1, strict=True)]
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,8 @@ class KeyRing:
         try:
             self._keys = self._with(self._file)
         except ConfigError as error:
-            _log.warning("%s; the keys before it still count", error)
+            # Not by a logger: vLLM's configuration of logging switches off those that are there before it.
+            print(f"rtap serve: {error}; the keys before it still count", file=sys.stderr)  # noqa: T201
 
     def _with(self, file: Path) -> tuple[Key, ...]:
         """The fixed keys, then those of the file, whose limits win where one is in both."""
