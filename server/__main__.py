@@ -56,8 +56,10 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
     args.model_tag = args.model = model
     _use_reasoning_parser(args)
     _refuse_unsupported(args)
+    settings = load_settings(values, environ)
+    args.trust_request_chat_template = args.trust_request_chat_template or settings.allow_request_templates
     validate_parsed_serve_args(args)
-    return args, load_settings(values, environ), bundled
+    return args, settings, bundled
 
 
 def _use_reasoning_parser(args: Namespace) -> None:

@@ -28,10 +28,10 @@ class Caps:
 
     def check(self, request: Mapping[str, Any]) -> None:
         """Raise InvalidRequest, with the field, for what is too much or not allowed."""
-        if is_deeper(request, DEPTH):
-            raise InvalidRequest(f"the request body is nested more than {DEPTH} deep")
         self._counts(request)
         _stops(request)
+        if is_deeper(request, DEPTH):
+            raise InvalidRequest(f"the request body is nested more than {DEPTH} deep")
         if not self.allows_templates:
             for name in _TEMPLATES:
                 if request.get(name):

@@ -22,8 +22,15 @@ from server.stream import EventStream, Told, annotate_reply
 from server.wire import Exchange, begin_exchange, effort_of, parse_options, prefix_of, tokens_of
 
 RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
-# Other ways into generation that vLLM mounts: their replies would show everything as reasoning.
-REFUSED_PATHS = frozenset({"/v1/chat/completions/batch", "/invocations"})
+_NOT_RECURSIVE = "it does not recurse; send single requests to /v1/chat/completions"
+# Of vLLM's routes that it mounts whatever its flags: other ways into generation, whose replies would show everything as
+# reasoning, and the one that restarts engines.
+REFUSED_PATHS = {
+    "/v1/chat/completions/batch": _NOT_RECURSIVE,
+    "/invocations": _NOT_RECURSIVE,
+    "/scale_elastic_ep": "this server scales by replicas",
+    "/is_scaling_elastic_ep": "this server scales by replicas",
+}
 
 
 class _ClientLeft(Exception):
@@ -76,7 +83,7 @@ class RecursionMiddleware:
             return
         try:
             if path in REFUSED_PATHS:
-                raise InvalidRequest(f"{path} does not recurse; send single requests to /v1/chat/completions")
+                raise InvalidRequest(f"{path} is closed: {REFUSED_PATHS[path]}")
             request, body = self._parse(body)
             exchange = Exchange(request.pop("rtap_options"), effort_of(request), prefix_of(path, request))
             tokens = tokens_of(request, exchange.options, self._settings, max_model_len=self._max_model_len)

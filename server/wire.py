@@ -73,11 +73,12 @@ def parse_options(raw: Any, settings: Settings, *, where: str = "rtap") -> RtapO
         options = RtapOptions.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = _shortened(".".join(str(part) for part in first["loc"]))
         if first["type"] == "extra_forbidden":
             known = ", ".join(RtapOptions.model_fields)
             raise InvalidRequest(f"unknown field {where}.{name}; known: {known}", param=f"{where}.{name}") from error
-        raise InvalidRequest(f"{where}.{name}={first['input']!r}: {first['msg']}", param=f"{where}.{name}") from error
+        given = _shortened(repr(first["input"]))
+        raise InvalidRequest(f"{where}.{name}={given}: {first['msg']}", param=f"{where}.{name}") from error
     for name in ("max_cycles", "samples", "deadline_seconds"):
         value, limit = getattr(options, name), getattr(settings, f"{name}_limit")
         if value is not None and value > limit:
@@ -85,6 +86,11 @@ def parse_options(raw: Any, settings: Settings, *, where: str = "rtap") -> RtapO
                 f"{where}.{name}={value} is above this server's limit of {limit}", param=f"{where}.{name}"
             )
     return options
+
+
+def _shortened(text: str) -> str:
+    """What an error may repeat of a request."""
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def effort_of(request: Mapping[str, Any]) -> str | None:

@@ -249,3 +249,17 @@ async def test_the_server_takes_so_many_tokens_at_a_time(service):
     never = await service.ask("/v1/chat/completions", "key-b", json=CHAT | {"max_tokens": 101})
     assert never.status_code == 400
     assert "may write 101 tokens, and this server writes 100 at a time" in never.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/scale_elastic_ep", "/is_scaling_elastic_ep", "/invocations", "/v1/chat/completions/batch"]
+)
+async def test_routes_that_vllm_always_mounts_and_nobody_asked_for_are_closed(service, path):
+    reply = await service.ask(path, "key-a", json={"new_data_parallel_size": 1})
+    assert reply.status_code == 400
+    assert f"{path} is closed: " in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/sleep", "/wake_up", "/reset_prefix_cache", "/start_profile", "/collective_rpc"])
+async def test_routes_of_vllms_dev_mode_are_not_there(service, path):
+    assert (await service.ask(path, "key-a", json={})).status_code == 404

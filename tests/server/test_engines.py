@@ -93,3 +93,9 @@ def test_bfloat16_is_not_computed_where_a_cpu_emulates_it(monkeypatch, capabilit
     args, _, _ = _parse([POLICY, "--dtype", "bfloat16"])
     cpu_defaults(args, bundled=False)
     assert args.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_one_flag_allows_templates_of_requests_in_vllm_too(allowed):
+    args, settings, _ = _parse([POLICY, *(["--allow-request-templates"] if allowed else [])])
+    assert settings.allow_request_templates is args.trust_request_chat_template is allowed

@@ -218,3 +218,11 @@ def test_a_server_whose_policy_is_vote_writes_samples_for_everyone():
     settings = Settings(policy=Policy.VOTE, samples=4)
     assert tokens_of({"max_tokens": 10}, None, settings, max_model_len=1000) == 40
     assert tokens_of({"max_tokens": 10}, RtapOptions(policy=Policy.MODEL), settings, max_model_len=1000) == 10
+
+
+@pytest.mark.parametrize("raw", [{"policy": "C" * 5000}, {"C" * 5000: 1}, {"threshold": ["C"] * 5000}])
+def test_an_error_does_not_repeat_a_long_value(raw):
+    with pytest.raises(InvalidRequest) as refused:
+        parse_options(raw, SETTINGS)
+    assert len(str(refused.value)) < 500
+    assert len(refused.value.param or "") < 150
