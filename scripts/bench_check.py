@@ -15,8 +15,10 @@ from typing import Any
 
 import bench_overhead
 import bench_rivals
-from bench_servers import ROOT
+from bench_servers import ROOT, interval_text
 from rich.console import Console
+
+from training.evaluation.statistics import Interval
 
 COMMITTED = ROOT / "docs" / "results"
 MEASURED = ROOT / "build" / "bench" / "check"
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     for verdict in verdicts:
         word = "WORSE" if verdict.is_worse else "ok"
-        now = f"{verdict.now.value:.3f} [{verdict.now.low:.3f}, {verdict.now.high:.3f}]"
+        now = interval_text(Interval(verdict.now.value, verdict.now.low, verdict.now.high))
         console.print(f"{word:>5}  {verdict.committed.value:.3f} -> {now}  {verdict.now.name}", markup=False)
     worse = sum(verdict.is_worse for verdict in verdicts)
     console.print(f"{worse} of {len(verdicts)} ratios are worse by over {args.tolerance:.0%}; {failed} requests failed")

@@ -5,6 +5,7 @@ docs/results/report.{md,json,png}.
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import matplotlib
-from bench_servers import ROOT
+from bench_servers import ROOT, interval_text
+from bench_where import PARTS, Split
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from training.evaluation.records import write_atomically
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
+from training.evaluation.statistics import Interval
 
 REPORTS = ("overhead.json", "rivals/rivals.json", "where/where.json")
-PARTS = ("queue", "prefill", "decode", "engine", "scoring", "ours", "http")
 SCORING_SHARE, READY_SECONDS = 0.03, 60.0
 TOKENS_SHARE, TIME_SHARE = 0.25, 0.33
 LATER_CYCLES = 1.05  # milliseconds a token of the last cycle over the first: what "independent" may mean
@@ -49,10 +48,10 @@ def goals(overhead: Mapping[str, Any], rivals: Mapping[str, Any], where: Mapping
     for level in rivals["levels"]:
         if level["at"] == first:
             yield from _against_rivals(level)
-    for split in where["splits"]:
-        if split["policy"] == "confidence":
-            share = split["scoring"] / sum(split[part] for part in PARTS)
-            name = f"share of a request that waits for scores, {split['concurrency']} at a time"
+    for split in _splits(where):
+        if split.policy == "confidence":
+            share = split.scoring / split.total
+            name = f"share of a request that waits for scores, {split.concurrency} at a time"
             yield Goal(name, f"<= {SCORING_SHARE:.0%}", f"{share:.1%}", share <= SCORING_SHARE)
     cycles = where["cycles"]
     ratio = (cycles[-1]["write_ms"] / cycles[-1]["tokens"]) / (cycles[0]["write_ms"] / cycles[0]["tokens"])
@@ -94,7 +93,11 @@ def _per_second(row: Mapping[str, Any]) -> float:
 
 
 def _interval(value: Mapping[str, float]) -> str:
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    return interval_text(Interval(**value))
+
+
+def _splits(where: Mapping[str, Any]) -> list[Split]:
+    return [Split(**split) for split in where["splits"]]
 
 
 def to_markdown(found: Sequence[Goal], settings: Mapping[str, Mapping[str, Any]]) -> str:
@@ -107,21 +110,20 @@ def to_markdown(found: Sequence[Goal], settings: Mapping[str, Mapping[str, Any]]
     return "\n".join(lines) + "\n"
 
 
-def draw(rivals: Mapping[str, Any], where: Mapping[str, Any], file: Path) -> None:
-    """Accuracy against time, time over a majority against concurrency, and the parts of a request."""
+def plot_png(rivals: Mapping[str, Any], where: Mapping[str, Any]) -> bytes:
+    """Accuracy against time, questions a second against concurrency, the parts of a request, what cycle k costs."""
     tasks = list(dict.fromkeys(level["task"] for level in rivals["levels"]))
-    figure, axes = plt.subplots(2, len(tasks) + 1, figsize=(5 * (len(tasks) + 1), 8), squeeze=False)
+    figure = Figure(figsize=(5 * (len(tasks) + 1), 8), dpi=110, layout="constrained")
+    axes = figure.subplots(2, len(tasks) + 1, squeeze=False)
     for column, task in enumerate(tasks):
         levels = [level for level in rivals["levels"] if level["task"] == task]
         _draw_accuracy(axes[0, column], levels[0])
         _draw_scaling(axes[1, column], sorted(levels, key=lambda level: level["at"]))
-    _draw_parts(axes[0, -1], where["splits"])
+    _draw_parts(axes[0, -1], _splits(where))
     _draw_cycles(axes[1, -1], where["cycles"])
-    figure.tight_layout()
-    partial = file.with_name(f".{file.name}")
-    cast(Any, figure).savefig(partial, dpi=110, format="png")
-    partial.replace(file)
-    plt.close(figure)
+    output = io.BytesIO()
+    cast(Any, figure).savefig(output, format="png")
+    return output.getvalue()
 
 
 def _draw_accuracy(axis: Any, level: Mapping[str, Any]) -> None:
@@ -140,11 +142,11 @@ def _draw_scaling(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
     axis.legend(fontsize=7)
 
 
-def _draw_parts(axis: Any, splits: Sequence[Mapping[str, Any]]) -> None:
-    names = [f"{split['policy']}\n{split['concurrency']} at a time" for split in splits]
+def _draw_parts(axis: Any, splits: Sequence[Split]) -> None:
+    names = [f"{split.policy}\n{split.concurrency} at a time" for split in splits]
     left = [0.0] * len(splits)
     for part in PARTS:
-        shares = [100 * split[part] / sum(split[p] for p in PARTS) for split in splits]
+        shares = [100 * getattr(split, part) / split.total for split in splits]
         axis.barh(names, shares, left=left, label=part)
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axis.set(title="where the time of a request goes", xlabel="%")
@@ -167,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overhead, rivals, where = (json.loads((args.results / file).read_text("utf-8")) for file in REPORTS)
     found = list(goals(overhead, rivals, where))
     settings = {file: report["setting"] for file, report in zip(REPORTS, (overhead, rivals, where), strict=True)}
-    draw(rivals, where, args.results / "report.png")
+    write_atomically(args.results / "report.png", plot_png(rivals, where))
     write_atomically(args.results / "report.json", json.dumps(list(map(asdict, found)), indent=1) + "\n")
     report = to_markdown(found, settings)
     write_atomically(args.results / "report.md", report)

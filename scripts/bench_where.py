@@ -27,6 +27,7 @@ from training.evaluation.rules import CONFIDENCE, SINGLE
 from training.evaluation.server_process import running_server, serve_command
 from training.tasks import check
 
+PARTS = ("queue", "prefill", "decode", "engine", "scoring", "ours", "http")
 IDLE_SECONDS = 10.0
 QUEUE, PREFILL, DECODE, CYCLES, SCORING, REQUESTS = SUMS = (
     "vllm:request_queue_time_seconds_sum",
@@ -60,7 +61,7 @@ class Split:
     @property
     def total(self) -> float:
         """As the client saw it."""
-        return self.queue + self.prefill + self.decode + self.engine + self.scoring + self.ours + self.http
+        return sum(getattr(self, part) for part in PARTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,6 @@ async def _costs(url: str, questions: Sequence[Question], cycles: int, count: in
 
 def to_markdown(setting: Mapping[str, Any], start: Start, splits: Sequence[Split], costs: Sequence[CycleCost]) -> str:
     """The report."""
-    parts = ("queue", "prefill", "decode", "engine", "scoring", "ours", "http")
     lines = [
         "# Where the time of a request goes",
         "",
@@ -209,11 +209,11 @@ def to_markdown(setting: Mapping[str, Any], start: Start, splits: Sequence[Split
         f"- ready after {start.ready_seconds:.0f} s, {start.gibibytes:.1f} GiB resident in all processes, "
         f"{start.idle_share:.1%} of one core while idle",
         "",
-        f"| policy | at a time | cycles | tokens | total | {' | '.join(parts)} | ms a token |",
-        f"|---|---|---|---|---|{'---|' * len(parts)}---|",
+        f"| policy | at a time | cycles | tokens | total | {' | '.join(PARTS)} | ms a token |",
+        f"|---|---|---|---|---|{'---|' * len(PARTS)}---|",
     ]
     for split in splits:
-        shares = [f"{getattr(split, part):.1f} ({getattr(split, part) / split.total:.1%})" for part in parts]
+        shares = [f"{getattr(split, part):.1f} ({getattr(split, part) / split.total:.1%})" for part in PARTS]
         cells = [split.policy, str(split.concurrency), f"{split.cycles:.2f}", f"{split.tokens:.1f}"]
         lines.append(f"| {' | '.join([*cells, f'{split.total:.1f}', *shares])} | {split.total / split.tokens:.2f} |")
     lines += [

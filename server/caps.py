@@ -4,11 +4,13 @@ Pure functions on the decoded body. What is of a wrong type is left to vLLM's ow
 words; what has the right type and is too much of it is refused here.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 from server.rtap.errors import InvalidRequest
+from server.wire import lax_int
 
 STOPS, STOP_CHARACTERS, BIASES, DEPTH = 16, 256, 1024, 64
 _LISTS = {"messages": "messages", "input": "items", "prompt": "prompts"}
@@ -33,24 +35,22 @@ class Caps:
         if is_deeper(request, DEPTH):
             raise InvalidRequest(f"the request body is nested more than {DEPTH} deep")
         if not self.allows_templates:
-            for name in _TEMPLATES:
-                if request.get(name):
-                    raise InvalidRequest(
-                        f"{name} of a request is not allowed here: a template is code that the server runs "
-                        "(--allow-request-templates)",
-                        param=name,
-                    )
+            for name in filter(request.get, _TEMPLATES):
+                raise InvalidRequest(
+                    f"{name} of a request is not allowed here: a template is code that the server runs "
+                    "(--allow-request-templates)",
+                    param=name,
+                )
         if not self.allows_media_urls:
             for name in ("messages", "input"):
-                for address in _addresses(request.get(name)):
-                    if not address.startswith("data:"):
-                        raise InvalidRequest(
-                            "media must come as data: URLs; this server fetches nothing (--allowed-media-domains)",
-                            param=name,
-                        )
+                if not all(address.startswith("data:") for address in _addresses(request.get(name))):
+                    raise InvalidRequest(
+                        "media must come as data: URLs; this server fetches nothing (--allowed-media-domains)",
+                        param=name,
+                    )
 
     def _counts(self, request: Mapping[str, Any]) -> None:
-        n = _whole(request.get("n"))
+        n = lax_int(request.get("n"))
         if n is not None and n > self.n:
             raise InvalidRequest(f"n is {n}, and at most {self.n} choices are written", param="n")
         for name, what in _LISTS.items():
@@ -76,45 +76,25 @@ def _stops(request: Mapping[str, Any]) -> None:
 
 
 def is_deeper(value: Any, depth: int) -> bool:
-    """Whether objects and lists are nested more than ``depth`` deep in it. No recursion, so no depth harms it."""
+    """Whether objects and lists are nested more than ``depth`` deep in it."""
+    return next(islice(_levels(value), depth, None), None) is not None
+
+
+def _levels(value: Any) -> Iterator[list[dict[str, Any] | list[Any]]]:
+    """The objects and lists in it, those of one depth at a time. No recursion, so no depth harms it."""
     level: list[Any] = [value]
-    for _ in range(depth + 1):
-        nested = [cast(dict[str, Any] | list[Any], part) for part in level if isinstance(part, dict | list)]
-        if not nested:
-            return False
-        level = [inner for outer in nested for inner in _inside(outer)]
-    return True
-
-
-def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
+    while nested := [cast(dict[str, Any] | list[Any], part) for part in level if isinstance(part, dict | list)]:
+        yield nested
+        level = [inner for outer in nested for inner in (outer.values() if isinstance(outer, dict) else outer)]
 
 
 def _addresses(value: Any) -> Iterator[str]:
     """Addresses of media anywhere in messages: OpenAI's ``image_url`` and its like, Anthropic's ``source``."""
-    level = [value]
-    while level:
-        found: list[Any] = []
-        for part in level:
-            if not isinstance(part, dict | list):
-                continue
-            found += _inside(cast(dict[str, Any] | list[Any], part))
-            if not isinstance(part, dict):
-                continue
-            fields = cast(dict[str, Any], part)
-            for name in _MEDIA:
-                named = fields.get(name)
-                address = cast(dict[str, Any], named).get("url") if isinstance(named, dict) else named
-                if isinstance(address, str):
-                    yield address
-            if fields.get("type") == "url" and isinstance(fields.get("url"), str):
-                yield fields["url"]
-        level = found
-
-
-def _whole(value: Any) -> int | None:
-    """A number as vLLM reads one; None for what it will refuse itself."""
-    try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
+    for fields in (part for level in _levels(value) for part in level if isinstance(part, dict)):
+        for name in _MEDIA:
+            named = fields.get(name)
+            address = cast(dict[str, Any], named).get("url") if isinstance(named, dict) else named
+            if isinstance(address, str):
+                yield address
+        if fields.get("type") == "url" and isinstance(fields.get("url"), str):
+            yield fields["url"]

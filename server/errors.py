@@ -6,6 +6,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from server.rtap.errors import (
+    BodyTooLarge,
     ConfidenceError,
     InvalidRequest,
     Overloaded,
@@ -20,6 +21,7 @@ STATUS: dict[type[RtapError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
     Unauthorized: (401, "authentication_error"),
     UnknownRequest: (404, "not_found_error"),
+    BodyTooLarge: (413, "invalid_request_error"),
     RateLimited: (429, "rate_limit_error"),
     Overloaded: (503, "overloaded_error"),
     ConfidenceError: (503, "confidence_unavailable"),

@@ -12,11 +12,11 @@ from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.caps import Caps
-from server.errors import error_body, response_to
+from server.errors import response_to
 from server.feedback import Feedback
 from server.limits import Admission
 from server.metrics import Metrics
-from server.rtap.errors import InvalidRequest, Overloaded
+from server.rtap.errors import BodyTooLarge, InvalidRequest, Overloaded
 from server.settings import Settings
 from server.stream import EventStream, Told, annotate_reply
 from server.wire import Exchange, begin_exchange, effort_of, parse_options, prefix_of, tokens_of
@@ -76,7 +76,7 @@ class RecursionMiddleware:
             self._metrics.rejected("body_too_large")
             limit = self._settings.max_body_bytes
             message = f"the request body is larger than {limit} bytes; shorten it or raise --max-body-bytes"
-            await _reply(send, 413, error_body(message, status=413, type_="invalid_request_error"))
+            await response_to(BodyTooLarge(message))(scope, receive, send)
             return
         if path not in RECURSIVE_PATHS and path not in REFUSED_PATHS:
             await self._app(scope, _replay(body, receive), send)
@@ -192,10 +192,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-async def _reply(send: Send, status: int, body: dict[str, Any]) -> None:
-    content = msgspec.json.encode(body)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content, "more_body": False})

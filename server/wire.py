@@ -135,6 +135,14 @@ def options_from_xargs(extra_args: Mapping[str, Any] | None, settings: Settings)
     return parse_options(found, settings, where="vllm_xargs.rtap_*") if found else None
 
 
+def lax_int(value: Any) -> int | None:
+    """A number as vLLM takes one; None for what it will refuse itself."""
+    try:
+        return _LAX_INT.validate_python(value)
+    except ValidationError:
+        return None
+
+
 def tokens_of(
     request: Mapping[str, Any], options: RtapOptions | None, settings: Settings, *, max_model_len: int
 ) -> int:
@@ -144,10 +152,8 @@ def tokens_of(
     Raises InvalidRequest for wrong options in ``vllm_xargs``."""
 
     def count(name: str) -> int | None:
-        try:
-            return max(1, _LAX_INT.validate_python(request.get(name)))
-        except ValidationError:
-            return None
+        value = lax_int(request.get(name))
+        return None if value is None else max(1, value)
 
     names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
     given = next((tokens for name in names if (tokens := count(name)) is not None), max_model_len)

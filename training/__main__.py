@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,28 @@ from training.rl.config import CONFIGS
 
 EVAL_COUNT = 600
 RECIPE = Path("training/recipes/bundled.yaml")
+# Supervised stages: the module whose ``run`` does it, its config, its help.
+STAGES: dict[str, tuple[str, type[Any], str]] = {
+    "sft": ("training.sft", SftConfig, "cold start of a policy on Think–Answer traces"),
+    "correct": (
+        "training.corrections",
+        CorrectConfig,
+        "go on from a policy: right cycles after its own wrong ones",
+    ),
+    "imitate": ("training.imitation", ImitateConfig, "teach a student what its teacher samples right"),
+    "confidence": (
+        "training.confidence",
+        ConfidenceConfig,
+        "train a confidence generator on a policy's own answers",
+    ),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rtap train", description="Train what rtap serves.")
     commands = parser.add_subparsers(dest="command", required=True)
-    sft = commands.add_parser("sft", help="cold start of a policy on Think–Answer traces")
-    add_flags(sft, SftConfig)
-    correct = commands.add_parser("correct", help="go on from a policy: right cycles after its own wrong ones")
-    add_flags(correct, CorrectConfig)
-    imitate = commands.add_parser("imitate", help="teach a student what its teacher samples right")
-    add_flags(imitate, ImitateConfig)
-    confidence = commands.add_parser("confidence", help="train a confidence generator on a policy's own answers")
-    add_flags(confidence, ConfidenceConfig)
+    for name, (_, kind, what) in STAGES.items():
+        add_flags(commands.add_parser(name, help=what), kind)
     for name, kind in CONFIGS.items():
         add_flags(commands.add_parser(name, help=(kind.__doc__ or "").splitlines()[0]), kind)
     study = commands.add_parser("study", help="train and measure the runs of a suite over seeds, and tabulate them")
@@ -91,31 +101,16 @@ def _run(command: str, flags: dict[str, Any]) -> None:
 def _train(command: str, flags: dict[str, Any]) -> None:
     """One training stage; ``config`` among the flags is a YAML file."""
     file: Path | None = flags.pop("config", None)
-    if command == "sft":
-        from training import sft
-
-        sft.run(build_config(SftConfig, file, flags))
-    elif command == "correct":
-        from training import corrections
-
-        corrections.run(build_config(CorrectConfig, file, flags))
-    elif command == "imitate":
-        from training import imitation
-
-        imitation.run(build_config(ImitateConfig, file, flags))
-    elif command == "confidence":
-        from training import confidence
-
-        confidence.run(build_config(ConfidenceConfig, file, flags))
+    if command in STAGES:
+        module, kind, _ = STAGES[command]
+        import_module(module).run(build_config(kind, file, flags))
     elif command in CONFIGS:
         config = build_config(CONFIGS[command], file, flags)
         from training.rl import command as rl
 
         rl.run(config)
     else:
-        raise ConfigError(
-            f"unknown training command {command!r}; known are sft, correct, imitate, confidence, {', '.join(CONFIGS)}"
-        )
+        raise ConfigError(f"unknown training command {command!r}; known are {', '.join([*STAGES, *CONFIGS])}")
 
 
 if __name__ == "__main__":

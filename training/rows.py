@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from training.config import SampledTurnsConfig
 from training.data import Batch, Encoded, bucket, pad
-from training.loop import Loop, LoopConfig
+from training.loop import Loop
 from training.optim import build_muon
 from training.runs import States
 from training.runtime import configure_torch
@@ -16,26 +17,11 @@ from training.streams import Stream
 from training.tokenizer import pad_id
 
 
-class RowsConfig(LoopConfig, Protocol):
-    """Settings of the training."""
-
-    @property
-    def seed(self) -> int: ...
-    @property
-    def threads(self) -> int: ...
-    @property
-    def batch_tokens(self) -> int: ...
-    @property
-    def matrix_rate(self) -> float: ...
-    @property
-    def learning_rate(self) -> float: ...
-
-
 def train_on_rows(
     name: str,
     policy: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    config: RowsConfig,
+    config: SampledTurnsConfig,
     states: States,
     draw: Callable[[Random], list[Encoded]],
 ) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 RtapError
 ├── ConfigError        wrong settings or checkpoints, found at start
 ├── InvalidRequest     a request that can never work (400)
+├── BodyTooLarge       more bytes than the server reads (413)
 ├── UnknownRequest     feedback on an answer that this server does not remember (404)
 ├── Unauthorized       no key, or none that opens this route (401)
 ├── RateLimited        a limit of this key (429)
@@ -25,6 +26,10 @@ class InvalidRequest(RtapError):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class BodyTooLarge(RtapError):
+    """A request body that is longer than the server reads."""
 
 
 class UnknownRequest(RtapError):
