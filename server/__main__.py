@@ -80,6 +80,11 @@ def _refuse_unsupported(args: Namespace) -> None:
         raise ConfigError(
             "rtap runs one API process: leave out --headless, --grpc and --api-server-count; scale with replicas"
         )
+    from vllm.entrypoints.launchers.utils import constants
+
+    h11_defaults = (constants.H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT, constants.H11_MAX_HEADER_COUNT_DEFAULT)
+    if (args.h11_max_incomplete_event_size, args.h11_max_header_count) != h11_defaults:
+        raise ConfigError("leave out --h11-…: here --max-header-bytes and --max-header-fields bound a request's head")
     if args.api_key:
         raise ConfigError(
             "leave out --api-key, which every user of the machine can read: put keys into the variable RTAP_API_KEYS "
@@ -132,7 +137,9 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config  # pyright: ignore[reportUnknownVariableType]
 
     from server.app import create_app
+    from server.edge import new_request_id
     from server.engines import start_engines
+    from server.head import HeadLimits, bounded_http
 
     async with start_engines(args, settings) as engines:
         app = await create_app(engines.policy, args, settings, engines.plan, keys)
@@ -153,8 +160,7 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
             ssl_ca_certs=args.ssl_ca_certs,
             ssl_cert_reqs=args.ssl_cert_reqs,
             ssl_ciphers=args.ssl_ciphers,
-            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-            h11_max_header_count=args.h11_max_header_count,
+            http=bounded_http(HeadLimits(settings.max_header_bytes, settings.max_header_fields), new_request_id),
             **uvicorn_options,
         )
     await stopped

@@ -52,6 +52,7 @@ class Metrics:
         self._recomputed = counter("rtap_recomputed_tokens", "Prompt tokens of cycles computed again.")
         self._degraded = counter("rtap_degraded", "Trajectories that went on without the generator.", "reason")
         self._rejected = counter("rtap_rejected", "Requests refused before any work.", "reason")
+        self._joined = counter("rtap_idempotent", "Requests answered by the run of an earlier one.", "run")
         self._in_flight = Gauge("rtap_in_flight", "Requests being answered.", registry=registry)
         self._feedback = counter("rtap_feedback", "Verdicts of users on answers.", "correct")
         self._verdicts = Gauge("rtap_calibration_verdicts", "Verdicts that the calibration is of.", registry=registry)
@@ -96,6 +97,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """A request was refused; ``reason`` is one of a few words of ours."""
         self._rejected.labels(reason).inc()
+
+    def joined(self, run: str) -> None:
+        """A request with an Idempotency-Key found its run, ``going`` or ``done``."""
+        self._joined.labels(run).inc()
 
     def abandoned(self, policy: Policy) -> None:
         """A trajectory ended without an answer to anyone."""

@@ -276,8 +276,8 @@ _LAX_INT = TypeAdapter(int)
 _current: ContextVar[Exchange | None] = ContextVar("rtap_exchange", default=None)
 
 
-def begin_exchange(exchange: Exchange) -> None:
-    """Make ``exchange`` the one of the running task and all it starts."""
+def begin_exchange(exchange: Exchange | None) -> None:
+    """Make ``exchange`` the one of the running task and all it starts; None: it has none."""
     _current.set(exchange)
 
 
