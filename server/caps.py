@@ -13,6 +13,7 @@ from server.rtap.errors import InvalidRequest
 from server.wire import lax_int
 
 STOPS, STOP_CHARACTERS, BIASES, DEPTH = 16, 256, 1024, 64
+CHARACTERS = 64
 _LISTS = {"messages": "messages", "input": "items", "prompt": "prompts"}
 _IDS = ("prompt", "tokens", "token_ids")
 _TEMPLATES = ("chat_template", "chat_template_kwargs")
@@ -28,8 +29,9 @@ _DOMAINS, _FILES = ("http", "https"), ("file",)
 @dataclass(frozen=True, slots=True)
 class Caps:
     """n: choices of a request. messages: of a chat, items of an input, or prompts of a completion. ids: tokens of a
-    prompt that comes as such. allows_templates: requests bring their own. media_schemes: how an address of media may
-    begin, besides ``data:``; vLLM then looks at what follows."""
+    prompt that comes as such; texts may have CHARACTERS for each of them where vLLM does not count itself.
+    allows_templates: requests bring their own. media_schemes: how an address of media may begin, besides ``data:``;
+    vLLM then looks at what follows."""
 
     n: int
     messages: int
@@ -60,6 +62,15 @@ class Caps:
                         "(--allowed-media-domains, --allowed-local-media-path)",
                         param=name,
                     )
+
+    def check_length(self, request: Mapping[str, Any]) -> None:
+        """Raise InvalidRequest for more text than any prompt could have. For the routes that would read it all: they
+        have no limit of their own, as generation has."""
+        length, most = sum(len(text) for text in texts(request) if not text.startswith("data:")), self.ids * CHARACTERS
+        if length > most:
+            raise InvalidRequest(
+                f"{length} characters are more than {most}, {CHARACTERS} for each of the model's tokens"
+            )
 
     def _counts(self, request: Mapping[str, Any]) -> None:
         n = lax_int(request.get("n"))
@@ -111,6 +122,15 @@ def _levels(value: Any) -> Iterator[list[dict[str, Any] | list[Any]]]:
     while nested := [cast(dict[str, Any] | list[Any], part) for part in level if isinstance(part, dict | list)]:
         yield nested
         level = [inner for outer in nested for inner in (outer.values() if isinstance(outer, dict) else outer)]
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text among the values in it."""
+    if isinstance(value, str):
+        yield value
+    for level in _levels(value):
+        for part in level:
+            yield from (v for v in (part.values() if isinstance(part, dict) else part) if isinstance(v, str))
 
 
 def _addresses(value: Any) -> Iterator[str]:

@@ -4,7 +4,7 @@ Errors that others wrote (vLLM's routes, the router) are brought into the same s
 server's inside.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -69,6 +69,14 @@ def response_to(error: RtapError) -> JSONResponse:
     return JSONResponse(body, status_code=status, headers=headers)
 
 
+def shaped_event(data: bytes) -> bytes:
+    """The error that ends a stream, in our shape."""
+    told: Any = msgspec.json.decode(data)
+    code: Any = told["error"].get("code")
+    is_status = isinstance(code, int) and code in set(HTTPStatus)
+    return shaped_error(code if is_status else HTTPStatus.INTERNAL_SERVER_ERROR, data, str) or data
+
+
 def shaped_error(status: int, body: bytes, clean: Callable[[str], str]) -> bytes | None:
     """An error reply in our shape, or None where it tells no error (a probe, say, or nothing at all).
 
@@ -124,11 +132,17 @@ def install_handlers(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError) -> InvalidRequest:
-    """The first thing that is wrong, by its field and the rule; pydantic's own text has the value in it."""
-    first: dict[str, Any] = error.errors()[0]
-    cause: Any = first.get("ctx", {}).get("error")
-    parts = [str(part) for part in first["loc"] if part != "body"]
-    path = ".".join(part for part in parts if part.replace("_", "").isalnum() and part not in _BRANCHES)
-    param = getattr(cause, "parameter", None) or path or None
-    rule = str(first["msg"]).removeprefix("Value error, ")
+    """One thing that is wrong, by its field and the rule; pydantic's own text has the value in it."""
+    wrong = max(error.errors(), key=lambda one: len(_fields(one["loc"])))  # of a union, the branch that went furthest
+    cause: Any = wrong.get("ctx", {}).get("error")
+    param = getattr(cause, "parameter", None) or ".".join(_fields(wrong["loc"])) or None
+    rule = str(wrong["msg"]).removeprefix("Value error, ")
     return InvalidRequest(f"{param}: {rule}" if param else rule, param=param)
+
+
+def _fields(where: Sequence[str | int]) -> list[str]:
+    """Names and numbers on the way to a value, without the branches of unions that pydantic went."""
+    parts = [str(part) for part in where if part != "body"]
+    return [
+        part for part in parts if part.replace("_", "").isalnum() and part == part.lower() and part not in _BRANCHES
+    ]

@@ -16,7 +16,7 @@ from server.errors import response_to
 from server.rtap.errors import HeadTooLarge, InvalidRequest, RtapError
 
 _LINGER_SECONDS = 1.0  # for a client that is still sending to read why; a close at once would take the answer with it
-_FIELD_BYTES = 4  # the colon, the space and the line's end
+_FIELD_BYTES, _LINE_BYTES = 4, 16  # besides name and value; besides the target, in a request line
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +47,27 @@ class BoundedHttp(HttpToolsProtocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._bytes = self._fields = 0  # of the request that is being read
-        self._unfinished_bytes = 0  # of a part that the parser still gathers
-        self._has_moved = self._is_refused = False
+        self._open_bytes = 0  # what the parser was given and has not told of: a field without its end, say
+        self._told_bytes = 0  # of the bytes that are being parsed
+        self._is_in_head = self._is_refused = False
         self._why: RtapError | None = None
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the connection, as they come."""
         if self._is_refused:
             return
-        self._has_moved = False
+        self._told_bytes = 0
         super().data_received(data)
-        self._unfinished_bytes = 0 if self._has_moved else self._unfinished_bytes + len(data)
-        if self._unfinished_bytes > self.limits.max_bytes:
+        if self._is_in_head:
+            self._open_bytes = max(0, self._open_bytes + len(data) - self._told_bytes)
+        else:  # a body, whose own framing and trailers the parser does not tell of
+            self._open_bytes = 0 if self._told_bytes else self._open_bytes + len(data)
+        if self._open_bytes > self.limits.max_bytes and not self._is_refused:
             self._refuse(self._too_long())
 
     def on_message_begin(self) -> None:
         """A further request of this connection."""
-        self._has_moved, self._bytes, self._fields = True, 0, 0
+        self._is_in_head, self._bytes, self._fields = True, 0, 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -76,22 +80,23 @@ class BoundedHttp(HttpToolsProtocol):
         self._count(len(name) + len(value) + _FIELD_BYTES, 1)
         super().on_header(name, value)
 
+    def on_headers_complete(self) -> None:
+        """The end of the head; the application begins."""
+        self._is_in_head = False
+        self._told_bytes += _LINE_BYTES
+        super().on_headers_complete()
+
     def on_body(self, body: bytes) -> None:
         """A part of the body; how much of that is taken is the application's to say."""
-        self._has_moved = True
+        self._told_bytes += len(body)
         super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """The end of a request."""
-        self._has_moved = True
-        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words are for its own log
         """Called for all that stops the parser, what is raised here included."""
         self._refuse(self._why or InvalidRequest("this is not a valid HTTP/1.1 request"))
 
     def _count(self, size: int, fields: int) -> None:
-        self._has_moved = True
+        self._told_bytes += size
         self._bytes += size
         self._fields += fields
         if self._bytes > self.limits.max_bytes:

@@ -79,6 +79,8 @@ class Intake:
         is_json = path in RECURSIVE_PATHS or (bool(raw) and not kind.startswith(_NO_JSON))
         fields = parse(raw) if is_json else {}
         self._caps.check(fields)
+        if path not in RECURSIVE_PATHS:
+            self._caps.check_length(fields)
         return Body(raw, fields)
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:

@@ -79,6 +79,11 @@ class RecursionMiddleware:
             raise InvalidRequest(
                 "beam search has no cycles to stop; leave out use_beam_search", param="use_beam_search"
             )
+        if request.get("background"):
+            raise InvalidRequest(
+                "a response in the background would be outside this server's limits; leave out background",
+                param="background",
+            )
         options = parse_options(request.pop("rtap"), self._settings) if "rtap" in request else None
         owned = _owned(request) if path == RESPONSES_PATH else {}
         if owned or "rtap" in given.fields:
