@@ -119,7 +119,7 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 def _check_pieces(raw: bytes) -> None:
     containers = 0
-    for pieces, piece in enumerate(_PIECES.finditer(raw)):
+    for pieces, piece in enumerate(_PIECES.finditer(raw), 1):
         containers += raw[piece.start()] != 0x22  # a quote
         if containers > MOST_CONTAINERS or pieces - containers > MOST_STRINGS:
             raise InvalidRequest(

@@ -18,7 +18,7 @@ from server.gate import current_owner, current_visit
 from server.intake import Body, body_of, replay
 from server.limits import Admission
 from server.metrics import Metrics
-from server.routing import ABORT_PATH, RECURSIVE_PATHS, RESPONSES, RESPONSES_PATH, WORKING_PATHS
+from server.routing import ABORT_PATHS, RECURSIVE_PATHS, RESPONSES, RESPONSES_PATH, WORKING_PATHS
 from server.rtap.errors import InvalidRequest, Overloaded, RtapError, UnknownRequest
 from server.rtap.types import Policy
 from server.settings import Settings
@@ -118,7 +118,7 @@ def _check_owner(path: str) -> None:
         return
     if path.startswith(RESPONSES) and not visit.owns_response(path.removeprefix(RESPONSES).partition("/")[0]):
         raise UnknownRequest("this key has no such response")
-    if path == ABORT_PATH:
+    if path in ABORT_PATHS:
         raise InvalidRequest("requests of other keys have ids too: close the connection of the one that is to stop")
 
 

@@ -16,9 +16,11 @@ _MOST_STRINGS, _STRING_CHARACTERS, _MOST_CHARACTERS = 10_000, 4096, 2**18  # of 
 _LEAST = 6  # a shorter value is a word of the language more often than one of the request's own
 _RUN, _STEP = 12, 4  # a run of so many characters, looked for at every so many: 15 in a row do not pass
 _WORDS_OF_THE_API = frozenset({"model", "role", "type"})  # their values say which, not what
+_WORD = re.compile(r"[\w./:-]{1,64}")
 _CUT = "…"
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}")
 _FRAME = re.compile(r'\s*File "[^"]*", line \d+.*|\s*Traceback \(most recent call last\):?')
+_INPUT = re.compile(r"\s*\[type=\w+, input_value=.*?, input_type=\w+\]|\s*For further information visit \S+", re.DOTALL)
 _PATH = re.compile(r"(?<![\w/:.])(?:file:/*)?/(?!v\d+/|inference/)[\w.~-]+(?:/[\w.~-]+)+")
 
 _TALKATIVE = ("entrypoints", "renderers", "multimodal", "tool_parsers", "reasoning", "parser", "tokenizers", "inputs")
@@ -49,8 +51,9 @@ def without(message: str, texts: list[str]) -> str:
 
 
 def without_internals(message: str) -> str:
-    """``message`` with no file, no address and no stack trace in it."""
-    return _PATH.sub("<path>", _ADDRESS.sub("<address>", _FRAME.sub("", message))).strip()
+    """``message`` with no file, no address, no stack trace and none of pydantic's echoes in it."""
+    told = _INPUT.sub("", _FRAME.sub("", message))
+    return _PATH.sub("<path>", _ADDRESS.sub("<address>", told)).strip()
 
 
 def _strings(request: Mapping[str, Any]) -> Iterator[str]:
@@ -62,10 +65,14 @@ def _strings(request: Mapping[str, Any]) -> Iterator[str]:
         for part in level:
             if isinstance(part, dict):
                 fields = cast(dict[str, Any], part)
-                inner += [value for name, value in fields.items() if name not in _WORDS_OF_THE_API]
+                inner += [value for name, value in fields.items() if not _is_word(name, value)]
             elif isinstance(part, list):
                 inner += cast(list[Any], part)
         level = inner
+
+
+def _is_word(name: str, value: object) -> bool:
+    return name in _WORDS_OF_THE_API and isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
 def keep_logs_private() -> None:

@@ -38,6 +38,7 @@ LIGHT_PATHS = frozenset(
         "/v1/chat/completions/derender",
         "/v1/completions/derender",
         "/v1/responses/{response_id}/cancel",
+        "/inference/v1/abort_requests",
         "/v1/rtap/feedback",
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
@@ -55,4 +56,4 @@ REFUSED_PATHS = {
     "/is_scaling_elastic_ep": "this server scales by replicas",
 }
 RESPONSES_PATH, RESPONSES = "/v1/responses", "/v1/responses/"
-ABORT_PATH = "/abort_requests"  # of vLLM's dev mode
+ABORT_PATHS = frozenset({"/abort_requests", "/inference/v1/abort_requests"})  # by ids that clients may choose
