@@ -64,7 +64,12 @@ def _around_work(args: Namespace, settings: Settings, plan: Plan, max_model_len:
         allows_templates=settings.allow_request_templates,
         media_schemes=media_schemes(args.allowed_media_domains, args.allowed_local_media_path),
     )
-    store = Store(settings.idempotency_seconds, settings.idempotency_results, settings.idempotency_bytes)
+    store = Store(
+        settings.idempotency_seconds,
+        settings.idempotency_grace_seconds,
+        settings.idempotency_results,
+        settings.idempotency_bytes,
+    )
     return [
         Middleware(
             Intake, max_body_bytes=settings.max_body_bytes, caps=caps, admission=admission, metrics=plan.metrics

@@ -50,16 +50,19 @@ class State(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One run of a request, and its reply so far. digest: of the request."""
+    """One run of a request, and its reply so far. digest: of the request. grace_seconds: how long it goes on when
+    everybody has left, so that who comes again finds it."""
 
     digest: bytes
     began: float
+    grace_seconds: float = 0.0
     state: State = State.GOING
     messages: list[Message] = field(default_factory=list[Message])
     size: int = 0
     readers: int = 0
     _news: asyncio.Event = field(default_factory=asyncio.Event)
-    left: asyncio.Event = field(default_factory=asyncio.Event)  # by everybody who read it
+    left: asyncio.Event = field(default_factory=asyncio.Event)  # by everybody who read it, for good
+    _leaving: asyncio.TimerHandle | None = None
 
     def add(self, message: Message) -> None:
         """Append what the application sends."""
@@ -73,8 +76,11 @@ class Run:
         self._tell()
 
     async def read(self) -> AsyncGenerator[Message]:
-        """The reply from its beginning, as it comes. The last reader who goes before its end ends the run."""
+        """The reply from its beginning, as it comes. When the last reader has gone before its end, and none
+        has come, the run ends."""
         self.readers += 1
+        if self._leaving is not None:
+            self._leaving.cancel()
         try:
             position = 0
             while True:
@@ -86,8 +92,8 @@ class Run:
                 await self._news.wait()
         finally:
             self.readers -= 1
-            if not self.readers:
-                self.left.set()
+            if not self.readers and self.state is State.GOING:
+                self._leaving = asyncio.get_running_loop().call_later(self.grace_seconds, self.left.set)
 
     def _tell(self) -> None:
         """Wake all who wait; who comes later waits for the next."""
@@ -107,9 +113,11 @@ class Run:
 
 @dataclass(slots=True)
 class Store:
-    """Runs by name. seconds: how long one is kept after it began. results, size: how many and of how many bytes."""
+    """Runs by name. seconds: how long one is kept after it began. grace_seconds: of each run. results, size: how many
+    runs are kept, and of how many bytes."""
 
     seconds: float
+    grace_seconds: float
     results: int
     size: int
     clock: Callable[[], float] = time.monotonic
@@ -128,7 +136,7 @@ class Store:
 
     def begin(self, name: Name, digest: bytes) -> Run:
         """A new run of that name."""
-        run = self._runs[name] = Run(digest, self.clock())
+        run = self._runs[name] = Run(digest, self.clock(), self.grace_seconds)
         return run
 
     def tidy(self) -> None:

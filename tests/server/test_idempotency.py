@@ -59,10 +59,10 @@ class Application:
 class Service:
     """A server around an application. ``ask`` is a whole exchange; ``open`` one that can be left."""
 
-    def __init__(self, seconds: float = 600.0) -> None:
+    def __init__(self, seconds: float = 600.0, grace_seconds: float = 0.0) -> None:
         self.application, self.now, self.registry = Application(), 0.0, CollectorRegistry()
         metrics = Metrics(self.registry)
-        self.store = Store(seconds, 8, 100_000, lambda: self.now)
+        self.store = Store(seconds, grace_seconds, 8, 100_000, lambda: self.now)
         app = Idempotency(self.application, store=self.store, metrics=metrics)
         caps, admission = Caps(1, 9, 9, allows_templates=False), Admission(100)
         intake = Intake(app, max_body_bytes=10_000, caps=caps, admission=admission, metrics=metrics)
@@ -166,6 +166,21 @@ def test_when_all_have_left_the_run_ends_within_a_second_and_the_next_one_begins
     service.application.allow(PARTS)
     assert service.ask().headers["x-run"] == "2"
     assert service.counted("done") == 0
+
+
+def test_who_comes_again_in_time_finds_the_run_and_who_does_not_begins_anew():
+    made = Service(grace_seconds=0.3)
+    with serving(made.gate) as port:
+        made.url = f"http://127.0.0.1:{port}"
+        with made.open():
+            pass
+        with made.open():
+            assert made.counted("going") == 1
+            time.sleep(0.5)  # longer than the grace, but somebody is here
+            assert made.application.left == 0
+        until(lambda: made.application.left == 1)
+        made.application.allow(PARTS)
+        assert made.ask().headers["x-run"] == "2"
 
 
 def test_another_body_or_path_under_the_same_name_is_a_conflict(service):
@@ -280,7 +295,7 @@ def message(size: int):
 
 
 async def test_the_store_is_bounded_in_results_and_bytes():
-    store = Store(60, 3, 10_000, lambda: 0.0)
+    store = Store(60, 0, 3, 10_000, lambda: 0.0)
     for number in range(5):
         run = store.begin((b"", b"%d" % number), b"d")
         run.add({"type": "http.response.start", "status": 200, "headers": []})
@@ -323,7 +338,7 @@ async def test_a_run_is_told_whole_to_readers_that_come_at_any_time():
 
 
 async def test_a_conflict_says_nothing_of_the_other_request():
-    store = Store(60, 3, 10_000, lambda: 0.0)
+    store = Store(60, 0, 3, 10_000, lambda: 0.0)
     store.begin((b"", b"name"), b"one")
     with pytest.raises(Conflict) as refused:
         store.find((b"", b"name"), b"two")

@@ -63,7 +63,7 @@ def test_a_large_request_takes_no_time():
         ('Traceback (most recent call last):\n  File "/a/b.py", line 3, in f\nValueError: bad', "ValueError: bad"),
         ("use /v1/chat/completions or /inference/v1/generate", "use /v1/chat/completions or /inference/v1/generate"),
         ("audio/wav and/or 1/2", "audio/wav and/or 1/2"),
-        ("bad [type=missing, input_value={'a': ']'}, input_type=dict]\n    For further information visit https://x/y", "bad"),
+        ("bad [type=a, input_value={'a': ']'}, input_type=dict]\n    For further information visit http://x/y", "bad"),
     ],
 )  # fmt: skip
 def test_the_inside_of_the_server_is_not_told(message, shown):
