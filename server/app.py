@@ -28,7 +28,9 @@ from server.routes.rtap import ChatRenderer, rtap_router
 from server.settings import Settings
 
 
-async def create_app(engine: EngineClient, args: Namespace, settings: Settings, plan: Plan, keys: KeyRing) -> FastAPI:
+async def create_app(
+    engine: EngineClient, args: Namespace, settings: Settings, plan: Plan, keys: KeyRing, admission: Admission
+) -> FastAPI:
     """The complete app. ``engine`` is the policy's AsyncLLM; routes of vLLM see it only through the recursion."""
     recursive = cast(EngineClient, RecursiveEngine(engine, plan))
     tasks = await engine.get_supported_tasks()
@@ -37,7 +39,7 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
 
     names = [m.name for m in app.state.openai_serving_models.base_model_paths]
     tokenizer = cast(ChatRenderer, engine.renderer.tokenizer)
-    app.include_router(ops_router(engine))
+    app.include_router(ops_router(engine, plan.drain))
     app.include_router(rtap_router(plan, settings, tokenizer, names))
     install_handlers(app)
     # Outermost first. vLLM's own (CORS, metrics) are already there and stay outside ours. Its check of keys leaves most
@@ -47,16 +49,17 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
     app.user_middleware = [m for m in app.user_middleware if cast(object, m.cls) not in replaced]
     if not keys.is_empty:
         app.user_middleware += [Middleware(Gate, keys=keys, metrics=plan.metrics, secret=secrets.token_bytes(32))]
-    app.user_middleware += _around_work(args, settings, plan, engine.model_config.max_model_len)
+    app.user_middleware += _around_work(args, settings, plan, admission, engine.model_config.max_model_len)
     app.middleware_stack = Edge(app.build_middleware_stack())  # build_app has built one already, without ours
     if not args.enable_log_requests:
         keep_logs_private()
     return app
 
 
-def _around_work(args: Namespace, settings: Settings, plan: Plan, max_model_len: int) -> list[Middleware]:
+def _around_work(
+    args: Namespace, settings: Settings, plan: Plan, admission: Admission, max_model_len: int
+) -> list[Middleware]:
     """What is done with a POST before a route of vLLM's sees it, outermost first."""
-    admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
     caps = Caps(
         n=settings.n_limit,
         messages=settings.messages_limit,
@@ -72,7 +75,12 @@ def _around_work(args: Namespace, settings: Settings, plan: Plan, max_model_len:
     )
     return [
         Middleware(
-            Intake, max_body_bytes=settings.max_body_bytes, caps=caps, admission=admission, metrics=plan.metrics
+            Intake,
+            max_body_bytes=settings.max_body_bytes,
+            caps=caps,
+            admission=admission,
+            drain=plan.drain,
+            metrics=plan.metrics,
         ),
         Middleware(Idempotency, store=store, metrics=plan.metrics),
         Middleware(

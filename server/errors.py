@@ -18,6 +18,7 @@ from server.rtap.errors import (
     BodyTooLarge,
     ConfidenceError,
     Conflict,
+    Draining,
     HeadTooLarge,
     InvalidRequest,
     Overloaded,
@@ -66,6 +67,8 @@ def response_to(error: RtapError) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, Conflict):
         headers["x-should-retry"] = "false"  # OpenAI's clients repeat a 409 by themselves
+    if isinstance(error, Draining):  # so that a client's next try finds another server
+        headers["Connection"] = "close"
     return JSONResponse(body, status_code=status, headers=headers)
 
 

@@ -13,13 +13,14 @@ from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.caps import Caps
+from server.drain import Drain
 from server.edge import ErrorShaper
 from server.errors import response_to
 from server.limits import Admission
 from server.metrics import Metrics
 from server.privacy import texts_of, without
 from server.routing import RECURSIVE_PATHS, REFUSED_PATHS
-from server.rtap.errors import BodyTooLarge, InvalidRequest, Overloaded, RtapError
+from server.rtap.errors import BodyTooLarge, Draining, InvalidRequest, Overloaded, RtapError
 
 # Decoding, walking and checking cost by the value, not by the byte: of eight megabytes of "[]," they take seconds.
 MOST_CONTAINERS, MOST_STRINGS = 20_000, 50_000
@@ -44,10 +45,17 @@ class Intake:
     """Around every POST."""
 
     def __init__(
-        self, app: ASGIApp, *, max_body_bytes: int, caps: Caps, admission: Admission, metrics: Metrics
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        caps: Caps,
+        admission: Admission,
+        drain: Drain,
+        metrics: Metrics,
     ) -> None:
         self._app, self._max_body_bytes, self._caps = app, max_body_bytes, caps
-        self._admission, self._metrics = admission, metrics
+        self._admission, self._drain, self._metrics = admission, drain, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -69,6 +77,8 @@ class Intake:
 
     async def _take(self, scope: Scope, receive: Receive) -> Body:
         path, headers = get_route_path(scope), dict(scope["headers"])
+        if self._drain.has_begun:
+            raise Draining("the server is about to end and takes nothing new; try again, another one may answer")
         if path in REFUSED_PATHS:
             raise InvalidRequest(f"{path} is closed: {REFUSED_PATHS[path]}")
         # A full server says so before it reads; to whoever may only want what is there already, after that.
@@ -149,5 +159,6 @@ def replay(body: bytes, receive: Receive) -> Receive:
 _REASONS: dict[type[RtapError], str] = {
     InvalidRequest: "invalid",
     BodyTooLarge: "body_too_large",
+    Draining: "draining",
     Overloaded: "overloaded",
 }

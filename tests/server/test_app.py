@@ -210,3 +210,19 @@ async def test_routes_that_vllm_always_mounts_and_nobody_asked_for_are_closed(se
 @pytest.mark.parametrize("path", ["/sleep", "/wake_up", "/reset_prefix_cache", "/start_profile", "/collective_rpc"])
 async def test_routes_of_vllms_dev_mode_are_not_there(service, path):
     assert (await service.ask(path, "key-a", json={})).status_code == 404
+
+
+async def test_a_server_that_is_leaving_says_so_and_takes_nothing_new(service):
+    before, drain = service.rejected("draining"), service.drain
+    drain.has_begun = True
+    try:
+        for path, body in BODIES.items():
+            reply = await service.ask(path, "key-a", json=body)
+            assert (reply.status_code, reply.headers["retry-after"], reply.headers["connection"]) == (503, "1", "close")
+            assert "another one may answer" in reply.json()["error"]["message"]
+        ready, live = [await service.ask(path, method="GET") for path in ("/ready", "/live")]
+        assert (ready.status_code, ready.json(), live.status_code) == (503, {"status": "draining"}, 200)
+    finally:
+        drain.has_begun = False
+    assert service.rejected("draining") - before == len(BODIES)
+    assert (await service.ask("/ready", method="GET")).status_code == 200

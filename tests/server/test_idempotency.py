@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from server.caps import Caps
+from server.drain import Drain
 from server.gate import Gate
 from server.idempotency import Idempotency, Run, State, Store
 from server.intake import Intake
@@ -65,7 +66,7 @@ class Service:
         self.store = Store(seconds, grace_seconds, 8, 100_000, lambda: self.now)
         app = Idempotency(self.application, store=self.store, metrics=metrics)
         caps, admission = Caps(1, 9, 9, allows_templates=False), Admission(100)
-        intake = Intake(app, max_body_bytes=10_000, caps=caps, admission=admission, metrics=metrics)
+        intake = Intake(app, max_body_bytes=10_000, caps=caps, admission=admission, drain=Drain(), metrics=metrics)
         keys = [Key(text, hashlib.sha256(text.encode()).digest()) for text in ("a", "b")]
         self.gate = Gate(intake, keys=KeyRing(keys, None), metrics=metrics, secret=b"s" * 32)
         self.url = ""

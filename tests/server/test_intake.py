@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from server.caps import Caps
+from server.drain import Drain
 from server.intake import MOST_CONTAINERS, MOST_STRINGS, Intake, body_of, parse
 from server.limits import Admission
 from server.metrics import Metrics
@@ -38,7 +39,10 @@ class Taken:
         self.bodies = []
         caps, metrics = Caps(16, 1024, 1000, allows_templates=False), Metrics(CollectorRegistry())
         self.admission = Admission(1)
-        self.intake = Intake(self, max_body_bytes=limit, caps=caps, admission=self.admission, metrics=metrics)
+        self.drain = Drain()
+        self.intake = Intake(
+            self, max_body_bytes=limit, caps=caps, admission=self.admission, drain=self.drain, metrics=metrics
+        )
 
     async def __call__(self, scope, receive, send) -> None:
         self.bodies.append((body_of(scope), (await receive())["body"]))
@@ -164,7 +168,13 @@ def test_so_many_texts_are_taken(count, passes):
             parse(raw)
 
 
-@settings(max_examples=50)
-@given(st.dictionaries(st.text(), st.recursive(st.none() | st.integers(-(2**53), 2**53) | st.text(), st.lists)))
+TEXTS = st.text(max_size=20)
+VALUES = st.recursive(
+    st.none() | st.integers(-(2**53), 2**53) | TEXTS, lambda inner: st.lists(inner, max_size=4), max_leaves=8
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(TEXTS, VALUES, max_size=4))
 def test_what_is_json_is_read_as_json_reads_it(value):
     assert parse(json.dumps(value).encode()) == value

@@ -19,8 +19,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 import server.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
 from server.__main__ import _parse
 from server.app import create_app
+from server.drain import Drain
 from server.feedback import Feedback
 from server.keys import load_keys
+from server.limits import Admission
 from server.metrics import Metrics
 from server.recursive_engine import Plan
 from server.rtap.artifact import Artifact
@@ -95,8 +97,8 @@ class Engine:
 class Service:
     """The app and what stands behind it."""
 
-    def __init__(self, app: FastAPI, engine: Engine, registry: CollectorRegistry) -> None:
-        self.app, self.engine, self.registry = app, engine, registry
+    def __init__(self, app: FastAPI, engine: Engine, registry: CollectorRegistry, drain: Drain) -> None:
+        self.app, self.engine, self.registry, self.drain = app, engine, registry, drain
 
     async def ask(self, path: str, key: str | None = None, method: str = "POST", **options: Any) -> httpx.Response:
         headers = options.pop("headers", {}) | ({} if key is None else {"authorization": f"Bearer {key}"})
@@ -122,7 +124,9 @@ def make_service(file: Path, settings: Settings, *flags: str, confidence: Confid
         plan = Plan(
             settings=settings, format=RTAP, confidence=confidence, generator=Artifact(), count_oops=len,
             encode=engine.encode_text, end_of_turn_ids=frozenset(), metrics=Metrics(registry), feedback=Feedback(),
+            drain=Drain(),
         )  # fmt: skip
+        admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
         keys = load_keys(file, {"VLLM_API_KEY": "key-vllm"})
-        app = asyncio.run(create_app(engine, args, settings, plan, keys))  # type: ignore[arg-type]
-    return Service(app, engine, registry)
+        app = asyncio.run(create_app(engine, args, settings, plan, keys, admission))  # type: ignore[arg-type]
+    return Service(app, engine, registry, plan.drain)
