@@ -10,8 +10,8 @@ import hashlib
 import re
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -76,20 +76,24 @@ class Run:
         self._tell()
 
     async def read(self) -> AsyncGenerator[Message]:
-        """The reply from its beginning, as it comes. When the last reader has gone before its end, and none
-        has come, the run ends."""
+        """The reply from its beginning, as it comes."""
+        position = 0
+        while True:
+            while position < len(self.messages):
+                yield self.messages[position]
+                position += 1
+            if self.state is not State.GOING:
+                return
+            await self._news.wait()
+
+    @contextmanager
+    def reader(self) -> Generator[None]:
+        """Around one client's reading. When the last has left before the end, and none has come, the run ends."""
         self.readers += 1
         if self._leaving is not None:
             self._leaving.cancel()
         try:
-            position = 0
-            while True:
-                while position < len(self.messages):
-                    yield self.messages[position]
-                    position += 1
-                if self.state is not State.GOING:
-                    return
-                await self._news.wait()
+            yield
         finally:
             self.readers -= 1
             if not self.readers and self.state is State.GOING:
@@ -226,14 +230,15 @@ async def _tell(run: Run, receive: Receive, send: Send, *fields: tuple[bytes, by
                 await send({**message, "headers": [*message["headers"], *fields]} if is_head else message)
         return is_begun
 
-    tasks = telling, _ = asyncio.create_task(pass_on()), asyncio.create_task(leave())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        has_left = not telling.done()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with run.reader():  # from the moment on that the run was found: nothing is awaited in between
+        tasks = telling, _ = asyncio.create_task(pass_on()), asyncio.create_task(leave())
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            has_left = not telling.done()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     return has_left or telling.result()
 
 
