@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 Result = TypeVar("Result")
+GRACE_SECONDS = 3.0  # of a run with an Idempotency-Key that everybody has left
 START_SECONDS = 240  # generous: two test servers may be starting on two busy cores
 
 
@@ -156,6 +157,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, P
     folder, port = tmp_path_factory.mktemp("keyed"), free_port()
     file = folder / "keys.toml"
     file.write_text(KEYS)
-    flags = ["--confidence", "yesno", "--api-keys-file", str(file), "--uvicorn-log-level", "debug"]
+    flags = ["--confidence", "yesno", "--api-keys-file", str(file), "--uvicorn-log-level", "debug",
+             "--idempotency-grace-seconds", str(GRACE_SECONDS)]  # fmt: skip
     with running(rtap_command(port, *flags), port, "/ready", folder, VLLM_LOGGING_LEVEL="DEBUG") as started:
         yield started, file
