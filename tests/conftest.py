@@ -1,14 +1,27 @@
-"""How tests are spread over `make test`'s two processes."""
+"""How tests are spread over `make test`'s processes."""
 
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
-HERE = Path(__file__).parent
+# Files of e2e that start servers of their own and ask none of the shared ones.
+OWN_SERVERS = {"test_keys", "test_pictures", "test_remote_teacher", "test_think_format", "test_two_witnesses"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files stay whole, so that their fixtures are made once. Those that share servers stay in one process."""
-    for item in items:
-        group = item.path.relative_to(HERE)
-        item.add_marker(pytest.mark.xdist_group("e2e" if group.parts[0] == "e2e" else str(group)))
+def group_of(nodeid: str) -> str:
+    """Tests of one group run in one process. Files stay whole, so that their fixtures are made once; so do all that
+    share servers."""
+    path = PurePosixPath(nodeid.partition("::")[0])
+    return "e2e" if "e2e" in path.parts and path.stem not in OWN_SERVERS else str(path)
+
+
+class ByGroup(LoadScopeScheduling):
+    """xdist's own `--dist loadgroup` does not see its marks under this pytest: every process then starts every server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config) -> ByGroup:
+    return ByGroup(config)
