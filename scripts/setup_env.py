@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from setup_pip import SetupError, install_locked, install_within, say, torch_source
+from setup_pip import SetupError, compile_modules, install_locked, install_within, say, torch_source
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "deploy" / "requirements-cpu.lock"
@@ -217,6 +217,7 @@ def install(venv: Path, wanted: Stamp, torch_version: str, lock: str) -> None:
         install_locked(python, ROOT, pins, source, env)
     else:
         install_within(python, f"{ROOT}[{names}]", pins, source, env)
+    compile_modules(python, env)
     say(f"done in {time.monotonic() - started:.0f} s; {venv} takes {disk_bytes(venv) / 1e9:.1f} GB")
 
 

@@ -63,7 +63,7 @@ def torch_source(python: Path, extras: set[str], version: str, env: Mapping[str,
 
 def run_pip_install(python: Path, arguments: Sequence[str], env: Mapping[str, str]) -> None:
     """pip install, told in a line every few seconds; all of pip's last output if it fails."""
-    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
+    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", "--no-compile", *arguments]
     tail: list[str] = []
     started = told = time.monotonic()
     collected = 0
@@ -123,6 +123,12 @@ def install_within(
     with listed([pin.split()[0] for pin in pins]) as file:
         run_pip_install(python, [*source, "--constraint", str(file), "--editable", project], env)
     remove_broken_torchvision(python, env)
+
+
+def compile_modules(python: Path, env: Mapping[str, str]) -> None:
+    """What pip would do one file after the other, on all cores. What is no Python is passed over."""
+    code = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
+    subprocess.run([python, "-c", code], env=env, check=True)
 
 
 @contextlib.contextmanager

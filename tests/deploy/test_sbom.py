@@ -1,4 +1,4 @@
-"""What `make sbom` writes, by the command it would run; only the check against CycloneDX's schema, 17 s, is left out."""
+"""What `make sbom` writes, by the command it would run, without its check against CycloneDX's schema (17 s)."""
 
 import json
 import shlex
