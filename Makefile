@@ -29,10 +29,7 @@ lock: ## write deploy/requirements-cpu.lock for pyproject.toml as it is (ARGS=--
 
 sbom: ## list what is installed, with versions and licences, in build/sbom.json (CycloneDX)
 	@$(SETUP) $(EXTRA) dev
-	@mkdir -p build
-	@$(VENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON \
-		--output-file build/sbom.json $(VENV)/bin/python
-	@echo build/sbom.json
+	@$(VENV)/bin/python scripts/sbom.py
 
 serve: setup ## install if needed, then serve MODEL, or the bundled models, at http://127.0.0.1:8000
 	@exec $(VENV)/bin/rtap serve $(MODEL) $(ARGS)

@@ -4,10 +4,10 @@ import platform
 import re
 import sys
 from collections.abc import Callable
-from importlib import metadata
 
 import lock
 import pytest
+import sbom
 import setup_env
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -36,7 +36,7 @@ KNOWN_PTH = {"distutils-precedence.pth"}
 
 def installed() -> dict[str, str]:
     """Version of every distribution in this environment."""
-    return {str(canonicalize_name(found.name)): found.version for found in metadata.distributions()}
+    return {name: distribution.version for name, distribution in sbom.installed().items()}
 
 
 def locked() -> dict[str, str]:
@@ -46,7 +46,7 @@ def locked() -> dict[str, str]:
 
 def of_installed() -> dict[str, list[str]]:
     """What every distribution here requires; this project's as pyproject.toml has it now."""
-    requires = {str(canonicalize_name(d.name)): list(d.requires or ()) for d in metadata.distributions()}
+    requires = {name: list(distribution.requires or ()) for name, distribution in sbom.installed().items()}
     return {**requires, "rtap": lock.project_requires(setup_env.read_pyproject(setup_env.ROOT))}
 
 
@@ -124,8 +124,8 @@ def test_no_locked_package_runs_code_at_every_start_of_python() -> None:
     names = locked()
     found = {
         file.name
-        for distribution in metadata.distributions()
-        if canonicalize_name(distribution.name) in names
+        for name, distribution in sbom.installed().items()
+        if name in names
         for file in distribution.files or ()
         if file.suffix == ".pth"
     }
