@@ -5,6 +5,7 @@ Names, versions, licences and requirements are those that the packages state the
 
 import sys
 import sysconfig
+from email.message import Message
 from importlib import metadata
 from typing import Any, cast
 
@@ -34,8 +35,8 @@ def installed() -> dict[str, metadata.Distribution]:
 
 def component(name: str, distribution: metadata.Distribution) -> Any:
     """One package. Its licence is an SPDX expression where it states one, else the first line of what it says."""
-    stated = distribution.metadata.get("License-Expression") or distribution.metadata.get("License") or ""
-    lines = cast(str, stated).strip().splitlines()
+    told = cast(Message, distribution.metadata)  # what it is, though its protocol does not say so
+    lines = str(told.get("License-Expression") or told.get("License") or "").strip().splitlines()
     return Component(
         type=ComponentType.APPLICATION if name == "rtap" else ComponentType.LIBRARY,
         name=name,
