@@ -6,11 +6,13 @@ import signal
 import socket
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 from server.keys import KeyRing, load_keys
+from server.logs import announce, use_json
 from server.rtap.errors import ConfigError
 from server.settings import Settings, add_flags, load_settings
 
@@ -59,6 +61,10 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
     settings = load_settings(values, environ)
     args.trust_request_chat_template = args.trust_request_chat_template or settings.allow_request_templates
     validate_parsed_serve_args(args)
+    if settings.log_format == "json":
+        _log_as_json(args)
+    if args.otlp_traces_endpoint:
+        os.environ.setdefault("OTEL_SERVICE_NAME", "rtap")  # of vLLM's spans and ours
     return args, settings, bundled
 
 
@@ -85,6 +91,19 @@ def _refuse_unsupported(args: Namespace) -> None:
             "leave out --api-key, which every user of the machine can read: put keys into the variable RTAP_API_KEYS "
             "or into the file of --api-keys-file"
         )
+
+
+def _log_as_json(args: Namespace) -> None:
+    """vLLM has JSON logs of its own and hands them on to its engines; ours take the same shape."""
+    from vllm.config.logging import LoggingConfig
+    from vllm.logging_utils.formatter import JSON_FORMAT
+
+    config: LoggingConfig = getattr(args, "logging_config", None) or LoggingConfig()
+    if getattr(args, "log_config_file", None) or config.pylogging_config_file:
+        raise ConfigError("--log-format json and a logging configuration file: leave out one of them")
+    args.logging_config = replace(config, formatter="json")
+    args.disable_uvicorn_access_log = True  # its lines have whole paths, and tell less than ours
+    use_json(JSON_FORMAT)
 
 
 def _bundled(name: str) -> str:
@@ -114,7 +133,7 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave_start)
     with sock:
-        print(f"rtap serve: loading {args.model}", file=sys.stderr)  # noqa: T201
+        announce(f"loading {args.model}")
         uvloop.run(_serve(args, settings, sock, address, keys))
     return 0
 
@@ -136,7 +155,7 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
 
     async with start_engines(args, settings) as engines:
         app = await create_app(engines.policy, args, settings, engines.plan, keys)
-        print(f"rtap serve: ready at {address}", file=sys.stderr)  # noqa: T201
+        announce(f"ready at {address}")
         log_config = cast(dict[str, Any] | None, get_uvicorn_log_config(args))
         uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}
         stopped = await serve_http(

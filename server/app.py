@@ -1,30 +1,38 @@
-"""Build the service: vLLM's own app on a RecursiveEngine, our routes beside its, one middleware inside its stack."""
+"""Build the service: vLLM's own app on a RecursiveEngine, our routes beside its, our middleware inside its stack."""
 
 import secrets
 from argparse import Namespace
-from typing import cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.middleware import Middleware
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 
 from server.errors import install_handlers
 from server.gate import Gate
 from server.keys import KeyRing
 from server.limits import Admission
+from server.logs import RequestLog
 from server.middleware import RecursionMiddleware
 from server.recursive_engine import Plan, RecursiveEngine
 from server.routes.ops import ops_router
 from server.routes.rtap import ChatRenderer, rtap_router
 from server.settings import Settings
 
+if TYPE_CHECKING:
+    from server.tracing import Tracing
+
 
 async def create_app(engine: EngineClient, args: Namespace, settings: Settings, plan: Plan, keys: KeyRing) -> FastAPI:
     """The complete app. ``engine`` is the policy's AsyncLLM; routes of vLLM see it only through the recursion."""
-    recursive = cast(EngineClient, RecursiveEngine(engine, plan))
+    tracing = _tracing(args)
+    recursive = cast(EngineClient, RecursiveEngine(engine, replace(plan, tracing=tracing)))
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(recursive, app.state, args, tasks)
@@ -36,9 +44,19 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
     install_handlers(app)
     # Outermost first. vLLM's own (CORS, request ids, metrics) are already there and stay outside ours. Its check of
     # keys leaves most routes open and knows one key only; the gate stands in its place, before any body is read.
-    app.user_middleware = [m for m in app.user_middleware if cast(object, m.cls) is not AuthenticationMiddleware]
+    replaced: list[object] = [AuthenticationMiddleware]
+    if settings.log_format == "json":
+        replaced.append(XRequestIdMiddleware)  # the log has the same id as the reply
+    app.user_middleware = [m for m in app.user_middleware if cast(object, m.cls) not in replaced]
+    if settings.log_format == "json":
+        quiet = [route.strip() for route in (args.disable_access_log_for_endpoints or "").split(",")]
+        app.user_middleware.append(Middleware(RequestLog, quiet_routes=quiet))
     if not keys.is_empty:
         app.user_middleware += [Middleware(Gate, keys=keys, metrics=plan.metrics, secret=secrets.token_bytes(32))]
+    if tracing is not None:
+        from server.tracing import TracingMiddleware
+
+        app.user_middleware.append(Middleware(TracingMiddleware, tracer=tracing.tracer))
     admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
     app.user_middleware += [
         Middleware(
@@ -51,5 +69,28 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
             allows_media_urls=bool(args.allowed_media_domains),
         )
     ]
+    _keep_http_series(app)
     app.middleware_stack = app.build_middleware_stack()  # build_app has built one already, without ours
     return app
+
+
+def _tracing(args: Namespace) -> "Tracing | None":
+    """Spans of ours, where vLLM has been told to send its own: the engine has set up the way there."""
+    if not args.otlp_traces_endpoint:
+        return None
+    from opentelemetry.trace import get_tracer
+
+    from server.tracing import Tracing
+
+    return Tracing(get_tracer("rtap"), (args.served_model_name or [args.model])[0])
+
+
+def _keep_http_series(app: FastAPI) -> None:
+    """The ``http_*`` series are registered when a stack is built. A second one would find them there, and its
+    middleware would then count nothing; it takes the counters of the first."""
+    layer: Any = app.middleware_stack
+    while layer is not None and not isinstance(layer, PrometheusInstrumentatorMiddleware):
+        layer = getattr(layer, "app", None)
+    for middleware in app.user_middleware:
+        if layer is not None and cast(object, middleware.cls) is PrometheusInstrumentatorMiddleware:
+            middleware.kwargs["instrumentations"] = layer.instrumentations

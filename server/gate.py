@@ -72,6 +72,7 @@ class Gate:
             else:
                 await response_to(error)(scope, receive, send)
             return
+        scope["rtap.key"] = key.name
         visit = Visit(hmac.digest(self._secret, key.digest, "sha256"))
         _visit.set(visit)
         try:

@@ -85,7 +85,13 @@ class RecursionMiddleware:
             if path in REFUSED_PATHS:
                 raise InvalidRequest(f"{path} is closed: {REFUSED_PATHS[path]}")
             request, body = self._parse(body)
-            exchange = Exchange(request.pop("rtap_options"), effort_of(request), prefix_of(path, request))
+            model: Any = request.get("model")
+            exchange = Exchange(
+                request.pop("rtap_options"),
+                effort_of(request),
+                prefix_of(path, request),
+                model if isinstance(model, str) else "",
+            )
             tokens = tokens_of(request, exchange.options, self._settings, max_model_len=self._max_model_len)
             place = self._admission.admit(tokens)
         except (InvalidRequest, Overloaded) as error:
@@ -93,6 +99,7 @@ class RecursionMiddleware:
             await response_to(error)(scope, receive, send)
             return
         begin_exchange(exchange)
+        scope["rtap.exchange"] = exchange  # for what looks on from outside: logs.py, tracing.py
 
         def told(reply_id: str) -> None:
             self._feedback.remember(reply_id, exchange.trajectories)

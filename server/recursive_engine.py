@@ -11,7 +11,7 @@ import itertools
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
@@ -32,6 +32,9 @@ from server.rtap.types import Confidence, Engine, Policy, Step, Trajectory
 from server.settings import Settings
 from server.wire import Exchange, RtapOptions, current_exchange, options_from_xargs, resolve_limits
 
+if TYPE_CHECKING:
+    from server.tracing import CycleSpans, Tracing
+
 # Cycle seeds of one request are spread by a prime so that n choices (seed + index, as vLLM does) never meet them.
 _SEED_STRIDE = 1_000_003
 _SEED_RANGE = 2**63
@@ -39,7 +42,7 @@ _SEED_RANGE = 2**63
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What every request shares: the format, the scorer, defaults, counters."""
+    """What every request shares: the format, the scorer, defaults, counters; spans, where they are asked for."""
 
     settings: Settings
     format: TrajectoryFormat
@@ -51,6 +54,7 @@ class Plan:
     metrics: Metrics
     feedback: Feedback
     logprobs: int | None = None
+    tracing: "Tracing | None" = None
 
     @property
     def cycle_end_ids(self) -> list[int]:
@@ -208,7 +212,8 @@ class RecursiveEngine:
     async def _choice(self, call: Call, choice: int, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
         """One trajectory as RequestOutputs."""
         plan = self._plan
-        engine = _Cycles(self._inner, plan, call, choice, live)
+        spans = None if plan.tracing is None else plan.tracing.cycles(call, choice)
+        engine = _Cycles(self._inner, plan, call, choice, live, spans)
         probing = self._probing(engine, call)
         loop = Recursion(
             engine if probing is None else probing,
@@ -226,6 +231,8 @@ class RecursiveEngine:
                 async for event in events:
                     if isinstance(event, CycleEvent):
                         call.exchange.pending.append((call.first_choice + choice, event.cycle))
+                        if spans is not None:
+                            spans.judged(event.cycle)
                     elif isinstance(event, FinalEvent):
                         finished = True
                         trajectory = event.trajectory if probing is None else _with_probes(event.trajectory, probing)
@@ -237,6 +244,8 @@ class RecursiveEngine:
             for output in writer.abort(aborted.finish_reason):
                 yield output
         finally:
+            if spans is not None:
+                spans.close()
             if not finished:
                 self._plan.metrics.abandoned(call.limits.policy)
 
@@ -267,8 +276,17 @@ class CycleAborted(Exception):
 class _Cycles:
     """The loop's Engine protocol on an AsyncLLM, bound to one choice of one request."""
 
-    def __init__(self, inner: EngineClient, plan: Plan, call: Call, choice: int, live: set[str]) -> None:
+    def __init__(
+        self,
+        inner: EngineClient,
+        plan: Plan,
+        call: Call,
+        choice: int,
+        live: set[str],
+        spans: "CycleSpans | None" = None,
+    ) -> None:
         self._inner, self._plan, self._call, self._choice, self._live = inner, plan, call, choice, live
+        self._spans = spans
         self._numbers = itertools.count()
         self.end_of_turn_ids = plan.end_of_turn_ids
 
@@ -287,6 +305,8 @@ class _Cycles:
         closing = self._plan.format.answer_close
         try:
             options: dict[str, Any] = {**call.options, "reasoning_ended": False} if call.split else call.options
+            if self._spans is not None:
+                options = {**options, "trace_headers": self._spans.headers(index)}
             outputs = self._inner.generate(cast(Any, prompt), params, name, **options)
             if call.visit is not None:
                 outputs = _metered(outputs, call.visit, params.output_kind)

@@ -105,6 +105,9 @@ class Settings(BaseSettings):
     allow_request_templates: bool = Field(
         default=False, description="take chat_template and chat_template_kwargs from requests"
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="json: every log line an object, and one line a request"
+    )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="larger request bodies are answered with 413")
 
     @model_validator(mode="after")

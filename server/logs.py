@@ -1,0 +1,116 @@
+"""Structured logs (``--log-format json``): one JSON object a line for vLLM, uvicorn and us, and one line a request.
+
+The shape is that of vLLM's own JSON formatter. A request's line has fields of its own, from a fixed list; nothing of a
+prompt, an answer, a query string or a key is among them, and of a path only the route that took it.
+"""
+
+import logging
+import re
+import sys
+import time
+import uuid
+from collections.abc import Collection
+from dataclasses import asdict
+from typing import Any
+
+from pythonjsonlogger.json import JsonFormatter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.outcome import outcome
+from server.wire import Exchange
+
+LOGGER = "rtap"
+REQUESTS = "rtap.requests"
+# Asked for every few seconds by what watches a server; told only where the answer is not 200.
+_PROBED = frozenset({"/live", "/ready", "/health", "/metrics"})
+_REQUEST_ID = b"x-request-id"
+_PLAIN_ID = re.compile(rb"[\w.:-]{1,128}")
+_CLIENT_LEFT = 499  # nginx's number for a request whose client did not wait for its reply
+_TRACE_ID = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-")
+
+
+def announce(message: str, level: int = logging.INFO) -> None:
+    """One of the command's own sentences: on stderr as it is, or as a line of the JSON log where there is one."""
+    logger = logging.getLogger(LOGGER)
+    if logger.handlers:
+        logger.log(level, message)
+    else:
+        print(f"rtap serve: {message}", file=sys.stderr)  # noqa: T201 - the command's own message
+
+
+def use_json(fields: str) -> None:
+    """Make the lines of this process that are neither vLLM's nor uvicorn's JSON objects. fields: of every line, as a
+    logging format names them."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonFormatter(fields))
+    ours, root = logging.getLogger(LOGGER), logging.getLogger()
+    ours.handlers, root.handlers = [handler], [handler]  # root: every other library, warnings among them
+    ours.propagate = False
+    ours.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+class RequestLog:
+    """Around everything: one line when a request is over, and an ``x-request-id`` that its reply and vLLM have too."""
+
+    def __init__(self, app: ASGIApp, *, quiet_routes: Collection[str] = ()) -> None:
+        """quiet_routes: routes that are never told."""
+        self._app, self._quiet = app, frozenset(quiet_routes)
+        self._logger = logging.getLogger(REQUESTS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, request_id, status = time.perf_counter(), _identify(scope), None
+
+        async def told(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (_REQUEST_ID, request_id.encode())]
+            await send(message)
+
+        is_failed = True
+        try:
+            await self._app(scope, receive, told)
+            is_failed = False
+        except Exception:
+            status = 500  # what the server answers outside of us, or has cut off
+            raise
+        finally:
+            if status is None:
+                status = 500 if is_failed else _CLIENT_LEFT
+            self._tell(scope, request_id, status, time.perf_counter() - began)
+
+    def _tell(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        route = _route(scope)
+        if route in self._quiet or (route in _PROBED and status == 200):
+            return
+        fields: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
+        fields["seconds"] = round(seconds, 6)
+        if "rtap.key" in scope:
+            fields["key"] = scope["rtap.key"]
+        trace = next((_TRACE_ID.match(value) for name, value in scope["headers"] if name == b"traceparent"), None)
+        if trace is not None:
+            fields["trace_id"] = trace[1].decode()
+        exchange: Exchange | None = scope.get("rtap.exchange")
+        result = None if exchange is None else outcome(exchange)
+        if result is not None:
+            fields |= {name: value for name, value in asdict(result).items() if value is not None}
+        self._logger.info("%s %s %d", scope["method"], route, status, extra=fields)
+
+
+def _identify(scope: Scope) -> str:
+    """The client's own id where it is short and plain, else a new one, which the headers then have in its place."""
+    given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
+    if _PLAIN_ID.fullmatch(given):
+        return given.decode()
+    made = uuid.uuid4().hex
+    scope["headers"] = [*(h for h in scope["headers"] if h[0] != _REQUEST_ID), (_REQUEST_ID, made.encode())]
+    return made
+
+
+def _route(scope: Scope) -> str:
+    """The pattern of the route that took a request: what a client may write into a path is its own."""
+    return str(getattr(scope.get("route"), "path", None) or "unknown")
