@@ -14,10 +14,11 @@ from dataclasses import asdict
 from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.outcome import outcome
-from server.wire import Exchange
+from server.wire import RECURSIVE_PATHS, Exchange
 
 LOGGER = "rtap"
 REQUESTS = "rtap.requests"
@@ -112,5 +113,6 @@ def _identify(scope: Scope) -> str:
 
 
 def _route(scope: Scope) -> str:
-    """The pattern of the route that took a request: what a client may write into a path is its own."""
-    return str(getattr(scope.get("route"), "path", None) or "unknown")
+    """The pattern of the route that took a request, or would have: what a client may write into a path is its own."""
+    path = get_route_path(scope)
+    return path if path in RECURSIVE_PATHS else str(getattr(scope.get("route"), "path", None) or "unknown")

@@ -19,9 +19,8 @@ from server.metrics import Metrics
 from server.rtap.errors import BodyTooLarge, InvalidRequest, Overloaded
 from server.settings import Settings
 from server.stream import EventStream, Told, annotate_reply
-from server.wire import Exchange, begin_exchange, effort_of, parse_options, prefix_of, tokens_of
+from server.wire import RECURSIVE_PATHS, Exchange, begin_exchange, effort_of, parse_options, prefix_of, tokens_of
 
-RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 _NOT_RECURSIVE = "it does not recurse; send single requests to /v1/chat/completions"
 # Of vLLM's routes that it mounts whatever its flags: other ways into generation, whose replies would show everything as
 # reasoning, and the one that restarts engines.

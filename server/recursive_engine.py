@@ -237,7 +237,7 @@ class RecursiveEngine:
                         finished = True
                         trajectory = event.trajectory if probing is None else _with_probes(event.trajectory, probing)
                         call.exchange.trajectories[call.first_choice + choice] = trajectory
-                        self._plan.metrics.observe(trajectory)
+                        self._plan.metrics.observe(trajectory, max_cycles=call.limits.max_cycles)
                     for output in writer.write(event):
                         yield output
         except CycleAborted as aborted:

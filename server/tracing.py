@@ -15,11 +15,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.middleware import RECURSIVE_PATHS
 from server.outcome import Outcome, outcome
 from server.outputs import Call
 from server.rtap.types import Cycle
-from server.wire import Exchange
+from server.wire import RECURSIVE_PATHS, Exchange
 
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _WORKFLOW = "invoke_workflow"

@@ -16,6 +16,7 @@ from server.rtap.errors import InvalidRequest
 from server.rtap.types import Cycle, Limits, Policy, Select, Trajectory
 from server.settings import Settings
 
+RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 XARGS_PREFIX = "rtap_"
 # Separates reasoning from content in the text that RecursiveEngine hands to vLLM's chat layers. The engine removes it
 # from model text, so only the engine can write it.

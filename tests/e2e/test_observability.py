@@ -1,0 +1,215 @@
+"""What an operator sees of a live server: spans at an OTLP receiver, the log, and series in a real Prometheus."""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.e2e.conftest import Running, free_port, rtap_command, running
+
+SECRET = "sk-observed-4242"
+CANARY = "zebra"
+KEYS = f'[[keys]]\nname = "team"\nkey = "{SECRET}"\n'
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+CHAT = {
+    "model": "rtap",
+    "messages": [{"role": "user", "content": f"make 82 from 3, 7, 25 {CANARY}"}],
+    "rtap": {"threshold": 1.0, "max_cycles": 2},
+}
+
+
+@dataclass
+class Receiver:
+    """Takes what an OTLP/HTTP exporter sends. bodies: as they came; spans: (attributes and all) as plain values."""
+
+    bodies: list[bytes] = field(default_factory=list)
+
+    @property
+    def spans(self) -> list[dict[str, Any]]:
+        found = []
+        for body in self.bodies:
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                service = {a.key: a.value.string_value for a in resource.resource.attributes}.get("service.name")
+                found += [_plain(span, service) for scope in resource.scope_spans for span in scope.spans]
+        return found
+
+    def of_trace(self, trace: str, count: int) -> list[dict[str, Any]]:
+        """The spans of one trace, once there are ``count``."""
+        deadline = time.monotonic() + 20
+        while len(found := [s for s in self.spans if s["trace"] == trace]) < count and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
+
+def _plain(span: Any, service: str | None) -> dict[str, Any]:
+    values = {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
+    return {
+        "service": service, "name": span.name, "kind": span.kind, "trace": span.trace_id.hex(),
+        "id": span.span_id.hex(), "parent": span.parent_span_id.hex(), "values": values,
+        "start": span.start_time_unix_nano, "end": span.end_time_unix_nano, "error": span.status.code == 2,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[tuple[Receiver, str]]:
+    received = Receiver()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.bodies.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield received, f"http://127.0.0.1:{httpd.server_address[1]}/v1/traces"
+        httpd.shutdown()
+
+
+@pytest.fixture(scope="module")
+def observed(receiver, tmp_path_factory) -> Iterator[Running]:
+    """A server with keys, JSON logs and traces; confidence from log-probabilities, so that one engine is enough."""
+    folder, port = tmp_path_factory.mktemp("observed"), free_port()
+    (folder / "keys.toml").write_text(KEYS)
+    command = rtap_command(
+        port, "--confidence", "logprob", "--api-keys-file", str(folder / "keys.toml"), "--log-format", "json",
+        "--otlp-traces-endpoint", receiver[1],
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        with running(command, port, "/ready", folder) as started:
+            yield started
+
+
+def _chat(server: Running, body: dict[str, Any] | None = None, **headers: str) -> httpx.Response:
+    sent = {"authorization": f"Bearer {SECRET}"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body or CHAT, headers=sent, timeout=60)
+
+
+def _lines(server: Running) -> list[dict[str, Any]]:
+    """Lines of requests in the log."""
+    told = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in told if line["name"] == "rtap.requests"]
+
+
+def _line(server: Running, request_id: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 10
+    while True:
+        found = [line for line in _lines(server) if line["request_id"] == request_id]
+        if found or time.monotonic() > deadline:
+            (line,) = found
+            return line
+        time.sleep(0.05)
+
+
+def test_a_request_is_one_span_its_cycles_children_and_the_engines_work_grandchildren(observed, receiver):
+    reply = _chat(observed, traceparent=PARENT)
+    rtap, trace = reply.json()["rtap"], PARENT.split("-")[1]
+    assert len(rtap["cycles"]) == 2
+    spans = receiver[0].of_trace(trace, 5)
+    assert Counter(s["name"] for s in spans) == {"invoke_workflow rtap": 1, "chat rtap": 2, "llm_request": 2}
+    assert {s["service"] for s in spans} == {"rtap"}
+    (whole,) = (s for s in spans if s["name"] == "invoke_workflow rtap")
+    cycles = sorted((s for s in spans if s["name"] == "chat rtap"), key=lambda s: s["start"])
+    assert whole["parent"] == PARENT.split("-")[2]
+    assert reply.headers["traceparent"] == f"00-{trace}-{whole['id']}-01"
+    assert whole["values"] == {
+        "gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": "rtap", "gen_ai.request.model": "rtap",
+        "gen_ai.request.choice.count": 1, "gen_ai.usage.input_tokens": reply.json()["usage"]["prompt_tokens"],
+        "gen_ai.usage.output_tokens": reply.json()["usage"]["completion_tokens"],
+        "gen_ai.usage.reasoning.output_tokens":
+            reply.json()["usage"]["completion_tokens_details"]["reasoning_tokens"],
+        "rtap.policy": "confidence", "rtap.stop_reason": rtap["stop_reason"], "rtap.num_cycles": 2,
+        "rtap.confidence": rtap["confidence"],
+        "rtap.selected_cycle": [c["accepted"] for c in rtap["cycles"]].index(True),
+        "rtap.first_answer_seconds": pytest.approx(rtap["first_answer_seconds"], abs=1e-5),
+        "rtap.oops_tokens": sum(c["oops_tokens"] for c in rtap["cycles"]),
+        "rtap.discarded_tokens": rtap["discarded_tokens"], "http.response.status_code": 200,
+    }  # fmt: skip
+    for span, cycle in zip(cycles, rtap["cycles"], strict=True):
+        assert span["parent"] == whole["id"]
+        assert span["values"]["rtap.cycle.index"] == cycle["index"]
+        assert span["values"]["rtap.cycle.confidence"] == cycle["confidence"]
+        assert span["values"]["gen_ai.usage.output_tokens"] == cycle["tokens"]
+        assert (span["end"] - span["start"]) / 1e9 == pytest.approx(cycle["seconds"], abs=1e-3)
+        assert whole["start"] <= span["start"] <= span["end"] <= whole["end"]
+    work = [s["parent"] for s in spans if s["name"] == "llm_request"]
+    assert sorted(work) == sorted(s["id"] for s in cycles)
+
+
+def test_every_choice_has_its_own_cycles_and_a_client_that_leaves_leaves_no_span_open(observed, receiver):
+    trace = _chat(observed, CHAT | {"n": 2}).headers["traceparent"].split("-")[1]
+    cycles = [s for s in receiver[0].of_trace(trace, 9) if s["name"] == "chat rtap"]
+    assert sorted((s["values"]["rtap.choice"], s["values"]["rtap.cycle.index"]) for s in cycles) == [
+        (0, 0), (0, 1), (1, 0), (1, 1),
+    ]  # fmt: skip
+    body = CHAT | {"stream": True, "ignore_eos": True, "rtap": {"threshold": 1.0, "max_cycles": 16}}
+    headers = {"authorization": f"Bearer {SECRET}", "x-request-id": "leaver"}
+    with httpx.stream("POST", f"{observed.url}/v1/chat/completions", json=body, headers=headers) as reply:
+        trace = reply.headers["traceparent"].split("-")[1]
+        next(reply.iter_lines())
+    spans = receiver[0].of_trace(trace, 3)
+    (whole,) = (s for s in spans if s["name"] == "invoke_workflow rtap")
+    assert whole["values"]["rtap.stop_reason"] == "abandoned"
+    assert any(s["values"].get("rtap.cycle.discarded") for s in spans)
+    line = _line(observed, "leaver")
+    assert (line["stop_reason"], line["status"], line["trace_id"]) == ("abandoned", 200, trace)
+
+
+def test_a_request_is_one_line_of_the_log_with_the_id_that_its_reply_has(observed):
+    reply = _chat(observed, x_request_id="abc-1")
+    body, line = reply.json(), _line(observed, "abc-1")
+    assert reply.headers.get_list("x-request-id") == ["abc-1"]
+    assert body["id"] == "chatcmpl-abc-1"
+    assert {name: line[name] for name in ("method", "route", "status", "key", "model", "levelname", "message")} == {
+        "method": "POST", "route": "/v1/chat/completions", "status": 200, "key": "team", "model": "rtap",
+        "levelname": "INFO", "message": "POST /v1/chat/completions 200",
+    }  # fmt: skip
+    assert (line["policy"], line["stop_reason"], line["cycles"]) == ("confidence", "max_cycles", 2)
+    assert line["tokens"] == body["usage"]["completion_tokens"]
+    assert line["confidence"] == body["rtap"]["confidence"]
+    assert line["seconds"] >= line["first_answer_seconds"] > 0
+
+
+def test_refused_requests_are_told_without_what_a_client_wrote(observed):
+    httpx.get(f"{observed.url}/v1/{CANARY}?api_key={SECRET}", headers={"authorization": f"Bearer {SECRET}"})
+    unknown = _chat(observed, CHAT | {"model": "no-such"}, x_request_id="x y\tz")
+    assert unknown.status_code == 404
+    (request_id,) = unknown.headers.get_list("x-request-id")
+    assert len(request_id) == 32  # the client's is no plain word
+    line = _line(observed, request_id)
+    assert (line["status"], line["route"], "model" in line) == (404, "/v1/chat/completions", False)
+    refused = httpx.post(f"{observed.url}/v1/chat/completions", json=CHAT, headers={"x-request-id": "nobody"})
+    assert refused.status_code == 401
+    line = _line(observed, "nobody")
+    assert (line["status"], line["route"], "key" in line) == (401, "/v1/chat/completions", False)
+
+
+def test_every_line_of_the_log_is_json_and_neither_log_nor_spans_have_prompts_answers_or_keys(observed, receiver):
+    """While it starts, libraries print past all loggers; so does the interpreter when it stops."""
+    answer = _chat(observed).json()["choices"][0]["message"]["content"]
+    reply = httpx.get(f"{observed.url}/live")
+    assert reply.status_code == 200
+    text = observed.log.read_text()
+    lines = text.splitlines()
+    ready = next(number for number, line in enumerate(lines) if "ready at" in line)
+    told = [json.loads(line) for line in (*(line for line in lines[:ready] if line.startswith("{")), *lines[ready:])]
+    assert all({"asctime", "levelname", "name", "process", "message"} <= line.keys() for line in told)
+    assert {"rtap", "rtap.requests", "uvicorn.error"} <= {line["name"] for line in told}
+    assert any(line["name"].startswith("vllm") for line in told)
+    assert not [line for line in _lines(observed) if line["route"] in ("/live", "/ready")]
+    sent = b"".join(receiver[0].bodies)
+    for word in (CANARY, SECRET, answer):
+        assert word not in text
+        assert word.encode() not in sent
