@@ -2,10 +2,13 @@
 
 import secrets
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
+from http import HTTPMethod
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI
+from prometheus_fastapi_instrumentator.metrics import Info
 from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.middleware import Middleware
 from vllm.engine.protocol import EngineClient
@@ -87,10 +90,19 @@ def _tracing(args: Namespace) -> "Tracing | None":
 
 def _keep_http_series(app: FastAPI) -> None:
     """The ``http_*`` series are registered when a stack is built. A second one would find them there, and its
-    middleware would then count nothing; it takes the counters of the first."""
+    middleware would then count nothing; it takes the counters of the first. A method that is none of HTTP's is counted
+    as ``OTHER``: anybody may make up one, and each would be a series."""
+
+    def bounded(count: Callable[[Info], None]) -> Callable[[Info], None]:
+        def counted(info: Info) -> None:
+            info.method = info.method if info.method in HTTPMethod.__members__ else "OTHER"
+            count(info)
+
+        return counted
+
     layer: Any = app.middleware_stack
     while layer is not None and not isinstance(layer, PrometheusInstrumentatorMiddleware):
         layer = getattr(layer, "app", None)
     for middleware in app.user_middleware:
         if layer is not None and cast(object, middleware.cls) is PrometheusInstrumentatorMiddleware:
-            middleware.kwargs["instrumentations"] = layer.instrumentations
+            middleware.kwargs["instrumentations"] = [bounded(count) for count in layer.instrumentations]
