@@ -18,7 +18,7 @@ GRAFANA = ROOT / "deploy" / "grafana"
 @pytest.mark.parametrize(
     ("query", "expected"),
     [
-        ('sum by (f) (rate(a_total{x="b",y=~"c|d"}[5m])) / on (f) group_left () (f:b:rate5m > 0)', {"a_total", "f:b:rate5m"}),
+        ('sum by (f) (rate(a_total{x="b",y=~"c|d"}[5m])) / on (f) group_left () f:b:rate5m', {"a_total", "f:b:rate5m"}),
         ("histogram_quantile(0.99, sum by (le) (rate(vllm:x_bucket[1m])))", {"vllm:x_bucket"}),
         ('time() - max by (e) (a_seconds{z="1"}) > 120 and on (e) b > 0 or 1e3 * c offset 1h', {"a_seconds", "b", "c"}),
     ],
