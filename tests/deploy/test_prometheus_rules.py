@@ -1,6 +1,7 @@
 """Every alert under `promtool test rules`: series on which it fires, and series close to them on which it is quiet."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -8,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from prometheus_client import CollectorRegistry
 
-ROOT = Path(__file__).resolve().parents[2]
-RULES = ROOT / "deploy" / "prometheus" / "rules"
+from server.metrics import Metrics
+from tests.deploy.promql import ROOT, RULES, names, rules
+
 GLOSSARY = ROOT / "docs" / "observability.md"
-ALERTS: dict[str, dict[str, Any]] = {
-    rule["alert"]: rule
-    for group in yaml.safe_load((RULES / "alerts.yml").read_text("utf-8"))["groups"]
-    for rule in group["rules"]
-}
+ALERTS: dict[str, dict[str, Any]] = {rule["alert"]: rule for rule in rules() if "alert" in rule}
 SERVER = 'job="rtap",instance="a"'
 CHAT = f'http_requests_total{{{SERVER},handler="/v1/chat/completions",method="POST",status="%s"}}'
 REQUESTS = f'rtap_requests_total{{{SERVER},policy="confidence",stop_reason="%s"}}'
@@ -173,3 +171,14 @@ def test_an_alert_says_how_urgent_it_is_and_what_to_do(alert: str) -> None:
     assert "{{ $" in rule["annotations"]["summary"]
     assert rule["annotations"]["runbook"] == f"docs/observability.md#{alert.lower()}"
     assert f"\n### {alert}\n" in GLOSSARY.read_text("utf-8")
+
+
+def test_the_glossary_tells_of_every_series_of_ours() -> None:
+    registry = CollectorRegistry()
+    Metrics(registry)
+    ours = {f"{family.name}_total" if family.type == "counter" else family.name for family in registry.collect()}
+    told = re.findall(r"^\| `(rtap_\w+)", GLOSSARY.read_text("utf-8"), re.MULTILINE)
+    assert len(told) == len(set(told))
+    assert ours <= set(told)
+    read = {name for rule in rules() for name in names(rule["expr"]) if name.startswith("rtap_")}
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in read} <= set(told)

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -13,10 +14,13 @@ from starlette.types import Message, Scope
 from vllm.sampling_params import RequestOutputKind
 
 import server
+from server.confidence import RemoteConfidence, YesNoConfidence
+from server.rtap.types import Judged
 from server.tracing import Tracing, TracingMiddleware
 from server.wire import Exchange
 from tests.server.test_recursive_engine import DOUBT, WRONG, FakeLLM, Slow, all_of, ask, build
 from tests.server.test_wire import _trajectory
+from tests.server.test_yesno import _Engine
 
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = {"traceparent": f"00-{TRACE}-{CLIENT}-01"}
@@ -177,3 +181,27 @@ def test_a_server_without_traces_does_not_import_this_module():
             top = ast.parse(path.read_text("utf-8"))
             imported = [ast.unparse(node) for node in top.body if isinstance(node, ast.Import | ast.ImportFrom)]
             assert not [line for line in imported if "server.tracing" in line or "opentelemetry" in line], path
+
+
+async def test_a_generator_elsewhere_and_the_policy_as_judge_are_told_of_the_trace():
+    heard = list[str | None]()
+
+    def classify(request: httpx.Request) -> httpx.Response:
+        heard.append(request.headers.get("traceparent"))
+        return httpx.Response(200, json={"data": [{"probs": [0.9]}]})
+
+    class Judge(_Engine):
+        async def generate(self, prompt: Any, params: Any, request_id: str, **options: Any):
+            heard.append(options["trace_headers"]["traceparent"])
+            async for output in super().generate(prompt, params, request_id):
+                yield output
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(classify)) as client:
+        for scorer in (
+            RemoteConfidence("http://generator", 1.0, client),
+            YesNoConfidence(Judge({1: -0.1, 2: -2.0}, room=1000), [7], 1, 2, 1.0),  # type: ignore[arg-type]
+        ):
+            engine = build(FakeLLM([WRONG]), confidence=scorer)
+            await all_of(ask(engine, rtap={"max_cycles": 1}, options={"trace_headers": PARENT})[0])
+        await RemoteConfidence("http://generator", 1.0, client).score(Judged([1], [2], [1]))  # by /v1/rtap/score
+    assert heard == [PARENT["traceparent"], PARENT["traceparent"], None]
