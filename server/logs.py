@@ -15,10 +15,11 @@ from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 from starlette._utils import get_route_path
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.outcome import outcome
-from server.wire import RECURSIVE_PATHS, Exchange
+from server.outcome import Notes, notes_of, outcome
+from server.wire import RECURSIVE_PATHS
 
 LOGGER = "rtap"
 REQUESTS = "rtap.requests"
@@ -63,7 +64,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, request_id, status = time.perf_counter(), _identify(scope), None
+        began, request_id, notes, status = time.perf_counter(), _identify(scope), notes_of(scope), None
 
         async def told(message: Message) -> None:
             nonlocal status
@@ -82,21 +83,20 @@ class RequestLog:
         finally:
             if status is None:
                 status = 500 if is_failed else _CLIENT_LEFT
-            self._tell(scope, request_id, status, time.perf_counter() - began)
+            self._tell(scope, notes, request_id, status, time.perf_counter() - began)
 
-    def _tell(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    def _tell(self, scope: Scope, notes: Notes, request_id: str, status: int, seconds: float) -> None:
         route = _route(scope)
         if route in self._quiet or (route in _PROBED and status == 200):
             return
         fields: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
         fields["seconds"] = round(seconds, 6)
-        if "rtap.key" in scope:
-            fields["key"] = scope["rtap.key"]
+        if notes.key is not None:
+            fields["key"] = notes.key
         trace = next((_TRACE_ID.match(value) for name, value in scope["headers"] if name == b"traceparent"), None)
         if trace is not None:
             fields["trace_id"] = trace[1].decode()
-        exchange: Exchange | None = scope.get("rtap.exchange")
-        result = None if exchange is None else outcome(exchange)
+        result = outcome(notes.exchange)
         if result is not None:
             fields |= {name: value for name, value in asdict(result).items() if value is not None}
         self._logger.info("%s %s %d", scope["method"], route, status, extra=fields)
@@ -115,4 +115,8 @@ def _identify(scope: Scope) -> str:
 def _route(scope: Scope) -> str:
     """The pattern of the route that took a request, or would have: what a client may write into a path is its own."""
     path = get_route_path(scope)
-    return path if path in RECURSIVE_PATHS else str(getattr(scope.get("route"), "path", None) or "unknown")
+    if path in RECURSIVE_PATHS:
+        return path
+    # Not by what the router leaves in its scope: a layer between here and there may have copied that.
+    matches = ((route.matches(scope)[0], getattr(route, "path", None)) for route in scope["app"].routes)
+    return next((str(pattern) for match, pattern in matches if match is not Match.NONE and pattern), "unknown")

@@ -16,6 +16,7 @@ from server.errors import response_to
 from server.feedback import Feedback
 from server.limits import Admission
 from server.metrics import Metrics
+from server.outcome import notes_of
 from server.rtap.errors import BodyTooLarge, InvalidRequest, Overloaded
 from server.settings import Settings
 from server.stream import EventStream, Told, annotate_reply
@@ -98,7 +99,7 @@ class RecursionMiddleware:
             await response_to(error)(scope, receive, send)
             return
         begin_exchange(exchange)
-        scope["rtap.exchange"] = exchange  # for what looks on from outside: logs.py, tracing.py
+        notes_of(scope).exchange = exchange
 
         def told(reply_id: str) -> None:
             self._feedback.remember(reply_id, exchange.trajectories)

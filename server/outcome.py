@@ -5,9 +5,26 @@ Nothing of prompts, thoughts or answers is in it. Counting for Prometheus is ``m
 
 from dataclasses import dataclass
 
+from starlette.types import Scope
+
 from server.metrics import Metrics
 from server.rtap.types import Trajectory
 from server.wire import Exchange, reasoning_tokens
+
+_NOTES = "rtap.notes"
+
+
+@dataclass(slots=True)
+class Notes:
+    """What layers inside find out of a request, for those outside. key: its owner's name for it."""
+
+    key: str | None = None
+    exchange: Exchange | None = None
+
+
+def notes_of(scope: Scope) -> Notes:
+    """The one object of a request, however often layers copy its scope: the outermost that wants it asks first."""
+    return scope.setdefault(_NOTES, Notes())
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +51,9 @@ class Outcome:
     degraded: str | None
 
 
-def outcome(exchange: Exchange) -> Outcome | None:
+def outcome(exchange: Exchange | None) -> Outcome | None:
     """What has been finished of an exchange; None for one that never reached the engine."""
-    if not exchange.num_choices:
+    if exchange is None or not exchange.num_choices:
         return None
     done = [exchange.trajectories[choice] for choice in sorted(exchange.trajectories)]
     first = exchange.trajectories.get(0)

@@ -15,10 +15,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.outcome import Outcome, outcome
+from server.outcome import Outcome, notes_of, outcome
 from server.outputs import Call
 from server.rtap.types import Cycle
-from server.wire import RECURSIVE_PATHS, Exchange
+from server.wire import RECURSIVE_PATHS
 
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _WORKFLOW = "invoke_workflow"
@@ -39,6 +39,7 @@ class TracingMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or get_route_path(scope) not in RECURSIVE_PATHS:
             await self._app(scope, receive, send)
             return
+        notes = notes_of(scope)
         span = self._tracer.start_span(f"{_WORKFLOW} {_AGENT}", _incoming(scope), SpanKind.INTERNAL)
         span.set_attributes({"gen_ai.operation.name": _WORKFLOW, "gen_ai.agent.name": _AGENT})
         carrier = _outgoing(span)
@@ -60,8 +61,7 @@ class TracingMiddleware:
             failure = type(error).__name__
             raise
         finally:
-            exchange: Exchange | None = scope.get("rtap.exchange")
-            result = None if exchange is None else outcome(exchange)
+            result = outcome(notes.exchange)
             if result is not None:
                 span.set_attributes(_workflow_attributes(result))
             if status is not None:

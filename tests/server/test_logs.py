@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from server.logs import LOGGER, REQUESTS, RequestLog, announce, use_json
+from server.outcome import notes_of
 from server.wire import Exchange
 from tests.server.test_wire import _trajectory
 
@@ -36,9 +37,8 @@ def log() -> Iterator[StringIO]:
 
 def _client(exchange: Exchange | None = None, **options: Any) -> TestClient:
     async def chat(request: Request) -> PlainTextResponse:
-        request.scope["rtap.key"] = "team"
-        if exchange is not None:
-            request.scope["rtap.exchange"] = exchange
+        notes = notes_of({**request.scope})  # as behind a layer that copies the scope
+        notes.key, notes.exchange = "team", exchange
         return PlainTextResponse(request.headers["x-request-id"])
 
     async def fail(request: Request) -> PlainTextResponse:

@@ -15,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 
 import server
 from server.confidence import RemoteConfidence, YesNoConfidence
+from server.outcome import notes_of
 from server.rtap.types import Judged
 from server.tracing import Tracing, TracingMiddleware
 from server.wire import Exchange
@@ -107,7 +108,7 @@ async def _through(
     }  # fmt: skip
 
     async def app(scope: Scope, receive: Any, send: Any) -> None:
-        scope["rtap.exchange"] = exchange
+        notes_of({**scope}).exchange = exchange  # as behind a layer that copies the scope
         if error is not None:
             raise error
         await send({"type": "http.response.start", "status": status, "headers": []})
