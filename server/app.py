@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from server.tracing import Tracing
 
 
-async def create_app(engine: EngineClient, args: Namespace, settings: Settings, plan: Plan, keys: KeyRing) -> FastAPI:
+async def create_app(
+    engine: EngineClient, args: Namespace, settings: Settings, plan: Plan, keys: KeyRing, admission: Admission
+) -> FastAPI:
     """The complete app. ``engine`` is the policy's AsyncLLM; routes of vLLM see it only through the recursion."""
     tracing = _tracing(args)
     recursive = cast(EngineClient, RecursiveEngine(engine, replace(plan, tracing=tracing)))
@@ -42,7 +44,7 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
 
     names = [m.name for m in app.state.openai_serving_models.base_model_paths]
     tokenizer = cast(ChatRenderer, engine.renderer.tokenizer)
-    app.include_router(ops_router(engine))
+    app.include_router(ops_router(engine, plan.drain))
     app.include_router(rtap_router(plan, settings, tokenizer, names))
     install_handlers(app)
     # Outermost first. vLLM's own (CORS, request ids, metrics) are already there and stay outside ours. Its check of
@@ -60,7 +62,6 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
         from server.tracing import TracingMiddleware
 
         app.user_middleware.append(Middleware(TracingMiddleware, tracer=tracing.tracer))
-    admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
     app.user_middleware += [
         Middleware(
             RecursionMiddleware,
@@ -68,6 +69,7 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
             metrics=plan.metrics,
             feedback=plan.feedback,
             admission=admission,
+            drain=plan.drain,
             max_model_len=engine.model_config.max_model_len,
             allows_media_urls=bool(args.allowed_media_domains),
         )

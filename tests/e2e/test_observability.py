@@ -221,10 +221,6 @@ def test_every_line_of_the_log_is_json_and_neither_log_nor_spans_have_prompts_an
         assert word.encode() not in sent
 
 
-# Series of health that a server of this version does not expose yet.
-NOT_YET = {
-    "rtap_engine_up", "rtap_engine_last_progress_timestamp_seconds", "rtap_engine_restarts_total", "rtap_draining",
-}  # fmt: skip
 CONFIG = """
 global: {{scrape_interval: 1s, evaluation_interval: 1s}}
 rule_files: ["{rules}/*.yml"]
@@ -301,8 +297,8 @@ def test_every_query_of_dashboard_and_rules_is_of_series_that_a_server_has(serve
     exposed = set(prometheus.ask("label/__name__/values"))
     told = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()]
     missing = {name for _, query in (*panel_queries(), *told) for name in names(query)} - exposed
-    assert missing <= NOT_YET
-    empty = [title for title, query in panel_queries() if not prometheus.values(query) and not names(query) & NOT_YET]
+    assert not missing
+    empty = [title for title, query in panel_queries() if not prometheus.values(query)]
     assert not empty
     unrecorded = [rule["record"] for rule in rules() if "record" in rule and not prometheus.values(rule["record"])]
     assert not unrecorded
