@@ -11,7 +11,7 @@ import itertools
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
@@ -34,6 +34,9 @@ from server.rtap.types import Confidence, Engine, Policy, Step, StopReason, Traj
 from server.settings import Settings
 from server.wire import Exchange, RtapOptions, current_exchange, options_from_xargs, resolve_limits
 
+if TYPE_CHECKING:
+    from server.tracing import CycleSpans, Tracing
+
 # Cycle seeds of one request are spread by a prime so that n choices (seed + index, as vLLM does) never meet them.
 _SEED_STRIDE = 1_000_003
 _SEED_RANGE = 2**63
@@ -42,7 +45,7 @@ _ABORT_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What every request shares: the format, the scorer, defaults, counters."""
+    """What every request shares: the format, the scorer, defaults, counters; spans, where they are asked for."""
 
     settings: Settings
     format: TrajectoryFormat
@@ -55,6 +58,7 @@ class Plan:
     feedback: Feedback
     drain: Drain
     logprobs: int | None = None
+    tracing: "Tracing | None" = None
 
     @property
     def cycle_end_ids(self) -> list[int]:
@@ -215,7 +219,8 @@ class RecursiveEngine:
         writer = Writer(call, choice, plan.format)
         finished = False
         with plan.drain.cutoff(call.limits.deadline_seconds) as cutoff:
-            engine = _Cycles(self._inner, plan, call, choice, live, cutoff)
+            spans = None if plan.tracing is None else plan.tracing.cycles(call, choice)
+            engine = _Cycles(self._inner, plan, call, choice, live, cutoff, spans)
             probing = self._probing(engine, call)
             loop = Recursion(
                 engine if probing is None else probing,
@@ -232,17 +237,21 @@ class RecursiveEngine:
                     async for event in events:
                         if isinstance(event, CycleEvent):
                             call.exchange.pending.append((number, event.cycle))
+                            if spans is not None:
+                                spans.judged(event.cycle)
                         elif isinstance(event, FinalEvent):
                             finished = True
                             trajectory = _with_probes(event.trajectory, probing)
                             call.exchange.trajectories[number] = trajectory
-                            plan.metrics.observe(trajectory)
+                            plan.metrics.observe(trajectory, max_cycles=call.limits.max_cycles)
                         for output in writer.write(event):
                             yield output
             except CycleAborted as aborted:
                 for output in writer.abort(aborted.finish_reason):
                     yield output
             finally:
+                if spans is not None:
+                    spans.close()
                 if not finished:
                     plan.metrics.abandoned(call.limits.policy)
 
@@ -276,10 +285,17 @@ class _Cycles:
     """The loop's Engine protocol on an AsyncLLM, bound to one choice of one request."""
 
     def __init__(
-        self, inner: EngineClient, plan: Plan, call: Call, choice: int, live: set[str], cutoff: Cutoff
+        self,
+        inner: EngineClient,
+        plan: Plan,
+        call: Call,
+        choice: int,
+        live: set[str],
+        cutoff: Cutoff,
+        spans: "CycleSpans | None" = None,
     ) -> None:
         self._inner, self._plan, self._call, self._choice, self._live = inner, plan, call, choice, live
-        self._cutoff = cutoff
+        self._cutoff, self._spans = cutoff, spans
         self._aborts: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
         self.end_of_turn_ids = plan.end_of_turn_ids
@@ -298,6 +314,8 @@ class _Cycles:
         self._live.add(name)
         try:
             options: dict[str, Any] = {**call.options, "reasoning_ended": False} if call.split else call.options
+            if self._spans is not None:
+                options = {**options, "trace_headers": self._spans.headers(index)}
             outputs = self._inner.generate(cast(Any, prompt), params, name, **options)
             if call.visit is not None:
                 outputs = _metered(outputs, call.visit, params.output_kind)
