@@ -267,12 +267,12 @@ async def test_a_token_costs_the_same_however_many_came_before(split: bool):
         best = float("inf")
         for _ in range(3):
             options = {"reasoning_parser_kwargs": {}} if split else {}
-            began = time.perf_counter()
+            began = time.thread_time()
             stream, exchange = ask(
                 build(Streaming(script)), output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
             )
             outputs = await all_of(stream)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.thread_time() - began)
             assert exchange.trajectories[0].answer == "82"
             assert sum(len(o.outputs[0].token_ids) for o in outputs) > 2 * size
         return best
