@@ -27,8 +27,9 @@ from server.keys import KeyRing
 from server.limits import Admission
 from server.logs import RequestLog
 from server.middleware import RecursionMiddleware
+from server.plan import Plan
 from server.privacy import keep_logs_private
-from server.recursive_engine import Plan, RecursiveEngine
+from server.recursive_engine import RecursiveEngine
 from server.routes.ops import ops_router
 from server.routes.rtap import ChatRenderer, rtap_router
 from server.settings import Settings
