@@ -38,7 +38,7 @@ from server.confidence import (
 from server.drain import Drain
 from server.feedback import Feedback
 from server.metrics import Metrics
-from server.recursive_engine import Plan
+from server.plan import Plan
 from server.rtap.artifact import Artifact, read_artifact, read_artifact_file
 from server.rtap.errors import ConfigError
 from server.rtap.format import TrajectoryFormat, format_from_config

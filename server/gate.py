@@ -20,6 +20,7 @@ from server.errors import response_to
 from server.keys import Key, KeyRing
 from server.limits import Account
 from server.metrics import Metrics
+from server.outcome import notes_of
 from server.rtap.errors import RateLimited, Unauthorized
 
 OPEN_PATHS = frozenset({"/live", "/ready"})
@@ -90,6 +91,7 @@ class Gate:
             else:
                 await response_to(error)(scope, receive, send)
             return
+        notes_of(scope).key = key.name
         visit = Visit(hmac.digest(self._secret, key.digest, "sha256"))
         _visit.set(visit)
         try:

@@ -15,9 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import response_to
 from server.feedback import Feedback
 from server.gate import current_owner, current_visit
-from server.intake import Body, body_of, replay
+from server.intake import body_of, replay
 from server.limits import Admission
 from server.metrics import Metrics
+from server.outcome import notes_of
 from server.routing import ABORT_PATHS, RECURSIVE_PATHS, RESPONSES, RESPONSES_PATH, WORKING_PATHS
 from server.rtap.errors import InvalidRequest, Overloaded, RtapError, UnknownRequest
 from server.rtap.types import Policy
@@ -61,7 +62,7 @@ class RecursionMiddleware:
 
     def _prepared(self, path: str, scope: Scope, receive: Receive, send: Send) -> _Prepared:
         if scope["method"] == "POST" and path in RECURSIVE_PATHS:
-            return self._recursive(path, body_of(scope), receive, send)
+            return self._recursive(path, scope, receive, send)
         if scope["method"] == "POST" and path in WORKING_PATHS:
             fields = body_of(scope).fields
             params: Any = fields.get("sampling_params")
@@ -73,7 +74,8 @@ class RecursionMiddleware:
     def _tokens(self, fields: Mapping[str, Any], options: RtapOptions | None) -> int:
         return tokens_of(fields, options, self._settings, max_model_len=self._max_model_len)
 
-    def _recursive(self, path: str, given: Body, receive: Receive, send: Send) -> _Prepared:
+    def _recursive(self, path: str, scope: Scope, receive: Receive, send: Send) -> _Prepared:
+        given = body_of(scope)
         request, body = dict(given.fields), given.raw
         if request.get("use_beam_search"):
             raise InvalidRequest(
@@ -89,13 +91,17 @@ class RecursionMiddleware:
         if owned or "rtap" in given.fields:
             request |= owned
             body = msgspec.json.encode(request)  # without our field, which vLLM does not know
-        exchange, owner = Exchange(options, effort_of(request), prefix_of(path, request)), current_owner()
+        model, owner = request.get("model"), current_owner()
+        exchange = Exchange(
+            options, effort_of(request), prefix_of(path, request), model if isinstance(model, str) else ""
+        )
 
         def told(reply_id: str) -> None:
             self._feedback.remember(reply_id, exchange.trajectories, owner)
 
         place = self._admission.admit(self._tokens(request, options))
         begin_exchange(exchange)
+        notes_of(scope).exchange = exchange
         return place, replay(body, receive), _Rewriter(send, path, request, exchange, told)
 
 

@@ -136,6 +136,9 @@ class Settings(BaseSettings):
     allow_pickled_weights: bool = Field(
         default=False, description="load .bin and .pt weights, which are pickles, where there are no safetensors"
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="json: every log line an object, and one line a request"
+    )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="larger request bodies are answered with 413")
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server import __version__
 from server.gate import current_owner
-from server.recursive_engine import Plan
+from server.plan import Plan
 from server.rtap.errors import ConfidenceError, InvalidRequest
 from server.rtap.types import Judged
 from server.settings import Settings

@@ -24,7 +24,7 @@ from server.feedback import Feedback
 from server.keys import load_keys
 from server.limits import Admission
 from server.metrics import Metrics
-from server.recursive_engine import Plan
+from server.plan import Plan
 from server.rtap.artifact import Artifact
 from server.rtap.format import RTAP
 from server.rtap.types import Confidence
