@@ -20,8 +20,8 @@ def test_no_server_of_e2e_is_shared_by_two_groups(request: pytest.FixtureRequest
     groups: dict[str, set[str]] = defaultdict(set)
     for item in request.session.items:
         known: dict[str, Any] = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
-        for name in {"server", "plain", *item.fixturenames} & known.keys():
-            made = known[name][-1]
+        for name, definitions in known.items():
+            made = definitions[-1]
             if made.scope == "session" and made.baseid.endswith("tests/e2e"):
                 groups[name].add(group_of(item.nodeid))
     assert not {name: where for name, where in groups.items() if len(where) > 1}
