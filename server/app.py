@@ -18,6 +18,7 @@ from server.limits import Admission
 from server.middleware import RecursionMiddleware
 from server.recursive_engine import Plan, RecursiveEngine
 from server.routes.ops import ops_router
+from server.routes.page import page_router
 from server.routes.rtap import ChatRenderer, rtap_router
 from server.settings import Settings
 
@@ -33,6 +34,7 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
     tokenizer = cast(ChatRenderer, engine.renderer.tokenizer)
     app.include_router(ops_router(engine))
     app.include_router(rtap_router(plan, settings, tokenizer, names))
+    app.include_router(page_router())
     install_handlers(app)
     # Outermost first. vLLM's own (CORS, request ids, metrics) are already there and stay outside ours. Its check of
     # keys leaves most routes open and knows one key only; the gate stands in its place, before any body is read.
