@@ -238,6 +238,7 @@ SENTENCES = [
     (StopReason.MAX_TOKENS, MENDED, "The budget of tokens was used up after 2 cycles; the best answer until then"),
     (StopReason.MAX_TOKENS, [cycle(0, "25", None, None)], "The budget of tokens was used up after 1 cycle; no answer"),
     (StopReason.DEADLINE, MENDED, "The deadline passed after 2 cycles; the best answer until then"),
+    (StopReason.DRAINED, MENDED, "The server is being stopped, so it ended after 2 cycles; the best answer until then"),
     (StopReason.NO_GAIN, MENDED, "Further cycles brought no higher confidence, so it stopped after 2 cycles"),
 ]
 

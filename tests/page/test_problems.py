@@ -21,7 +21,6 @@ def problem(page: Page) -> tuple[str, str]:
         (429, "rate_limit_error", {"Retry-After": "30"}, "This key’s limit is reached"),
         (500, "internal_error", {}, "The server failed"),
         (503, "overloaded_error", {"Retry-After": "2"}, "The server is full"),
-        (503, "draining", {"Retry-After": "5"}, "The server is being stopped"),
         (503, "confidence_unavailable", {}, "The server is not ready"),
         (418, "teapot", {}, "The server answered 418"),
     ],
@@ -128,7 +127,8 @@ def test_a_server_that_begins_to_drain_says_so_at_the_first_refusal(visit, serve
     page = visit()
     expect(page.locator("#state")).to_have_text("Ready · rtap")
     server.readiness = (503, "draining")
-    server.answers = lambda _: refusal(503, "the server is draining", "unavailable", **{"Retry-After": "5"})
+    message = "the server is about to end and takes nothing new; try again, another one may answer"
+    server.answers = lambda _: refusal(503, message, "overloaded_error", **{"Retry-After": "5"})
     ask(page, "failed")
     assert problem(page)[0] == "The server is being stopped"
     expect(page.locator("#state")).to_have_text("Being stopped: finishing what it has begun")

@@ -45,8 +45,8 @@ const TITLES = {
 };
 
 function titleOf(status, type, message) {
+  if (status === 503 && /drain|about to end/i.test(`${type} ${message}`)) return "The server is being stopped";
   if (status === 503 && type === "overloaded_error") return "The server is full";
-  if (status === 503 && /drain|stopping|shut/i.test(`${type} ${message}`)) return "The server is being stopped";
   if (status === 503) return "The server is not ready";
   return TITLES[status] ?? `The server answered ${status}`;
 }

@@ -140,6 +140,8 @@ function reason(run) {
       return `The budget of tokens was used up after ${plural(n, noun(run))}; ${kept}.`;
     case "deadline":
       return `The deadline passed after ${plural(n, noun(run))}; ${kept}.`;
+    case "drained":
+      return `The server is being stopped, so it ended after ${plural(n, noun(run))}; ${kept}.`;
     case "no_gain":
       return `Further cycles brought no higher confidence, so it stopped after ${plural(n, "cycle")}; ${best}.`;
     case "vote": {
