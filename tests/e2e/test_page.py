@@ -46,7 +46,7 @@ def test_stop_really_aborts(browser, server):
     before = server.metrics()
     with open_page(browser, server.url) as page:
         expect(page.locator("#state")).to_have_text("Ready · rtap")
-        page.get_by_label("Threshold").press("End")
+        page.get_by_role("slider", name="Threshold").press("End")
         page.get_by_label("Cycles at most").press("End")
         page.get_by_role("button", name="Ask", exact=True).click()
         expect(page.locator(".cycle .held").first).to_be_visible(timeout=60_000)

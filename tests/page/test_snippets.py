@@ -36,7 +36,7 @@ def test_what_is_copied_runs(visit, server, tmp_path, language):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     expect(page.locator("#state")).to_have_text("Ready · rtap")
     page.get_by_label("Question").fill(QUESTION)
-    page.get_by_label("Threshold").press("End")
+    page.get_by_role("slider", name="Threshold").press("End")
     page.get_by_text("More", exact=True).click()
     page.get_by_label("Seed").fill("9")
     page.get_by_text("This request as code").click()

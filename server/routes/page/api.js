@@ -130,7 +130,7 @@ export async function ask(body, { signal, onChunk }) {
         const message = typeof chunk.error.message === "string" ? chunk.error.message : "The server gave no reason.";
         throw broken(message);
       }
-      onChunk(chunk, line);
+      if (chunk && typeof chunk === "object") onChunk(chunk, line);
     }
   } catch (error) {
     if (error.name === "AbortError" || error instanceof Problem) throw error;
