@@ -53,9 +53,9 @@ def test_a_run_with_its_cycles_its_reason_and_its_figures(visit, server):
     assert told["Time to first token"].endswith(" ms")
     assert told["Confidence"] == "0.00 → 0.92"
     of_all, of_vote = 4 * written, 8 * MENDED[0].tokens
-    assert told["Saved against all 8 cycles"] == f"≈ {of_all - written} tokens (75 %)estimate"
+    assert told["Saved against all 8 cycles"] == f"≈ 75 %{of_all - written} tokens, estimate"
     share = round(100 * (of_vote - written) / of_vote)
-    assert told["Saved against a vote of 8"] == f"≈ {of_vote - written} tokens ({share} %)estimate"
+    assert told["Saved against a vote of 8"] == f"≈ {share} %{of_vote - written} tokens, estimate"
     titles = page.locator(".figures > div").evaluate_all("all => all.map(div => div.title)")
     assert all(titles)
     assert [title.startswith("Estimate: ") for title in titles[-2:]] == [True, True]
@@ -209,7 +209,7 @@ def test_side_by_side(visit, server):
     spent = [sum(c.tokens for c in run) for run in (ONE_PASS, MENDED, VOTE)]
     saved = spent[2] - spent[1]
     share = round(100 * saved / spent[2])
-    assert figures(page, 1)["Saved against the vote of 8"] == f"{saved} tokens ({share} %)measured"
+    assert figures(page, 1)["Saved against the vote of 8"] == f"{share} %{saved} tokens, measured"
     widths = page.locator(".token-bar i").evaluate_all("all => all.map(i => parseFloat(i.style.inlineSize))")
     assert widths == pytest.approx([100 * tokens / spent[2] for tokens in spent], rel=1e-4)
     boxes = [box.bounding_box() for box in page.locator(".run").all()]

@@ -27,19 +27,18 @@ def is_untouched(page: Page) -> None:
     assert width <= room
 
 
-@pytest.mark.parametrize("text", [MARKUP, BIDI, LONG, "\n" * 2_000, "__proto__"], ids=range(5))
 @pytest.mark.parametrize("width", [1200, 320])
-def test_in_thoughts_answers_and_contents(visit, server, text, width):
-    cycles = [cycle(0, text, text, 0.1), cycle(1, f"again {text}", text + "!", 0.9, accepted=True)]
-    server.answers = lambda _: stream_of(cycles)
+def test_in_thoughts_answers_and_contents(visit, server, width):
     page = visit(width=width)
-    ask(page)
-    expect(page.locator(".answer-text")).to_have_text(text + "!", use_inner_text=False)
-    assert page.locator(".answer-text").text_content() == text + "!"
-    assert page.locator(".thinking pre").first.text_content() == text
-    for details in page.locator(".thinking summary").all():
-        details.click()
-    is_untouched(page)
+    for text in (MARKUP, BIDI, LONG, "\n" * 2_000, "__proto__"):
+        cycles = [cycle(0, text, text, 0.1), cycle(1, f"again {text}", text + "!", 0.9, accepted=True)]
+        server.answers = lambda _, cycles=cycles: stream_of(cycles)
+        ask(page)
+        assert page.locator(".answer-text").text_content() == text + "!"
+        assert page.locator(".thinking pre").first.text_content() == text
+        for details in page.locator(".thinking summary").all():
+            details.click()
+        is_untouched(page)
 
 
 def test_in_a_thought_that_is_being_written(visit, server):
@@ -92,7 +91,7 @@ def test_events_of_the_wrong_shape_are_passed_over(visit, server):
     ask(page)
     expect(page.locator(".sentence")).to_contain_text("It ended with “<img src=x")
     assert page.locator(".cycle").count() == 2
-    assert page.get_by_role("meter").count() == 1
+    assert page.get_by_role("meter").count() == 0
     is_untouched(page)
 
 

@@ -1,6 +1,6 @@
 /** What a run cost and what it spared, each figure with how it was counted. */
 
-import { confidence, count, seconds } from "./dom.js";
+import { confidence, count, plural, seconds } from "./dom.js";
 import { cyclesOf, isVote, savings, tokensOf } from "./run.js";
 
 /** {name, value, note, how} of everything that can be counted. */
@@ -31,10 +31,11 @@ export function figuresOf(run) {
     });
   }
   for (const { of, saved, share, note, how } of savings(run)) {
-    const about = note === "estimate" ? "≈\u00a0" : "";
-    const percent = Math.round(Math.abs(share) * 100);
-    const value = saved >= 0 ? `${about}${count(saved)}\u00a0tokens (${percent}\u00a0%)` : `${about}${count(-saved)}\u00a0tokens more`;
-    found.push({ name: `Saved ${of}`, value: saved === 0 ? "nothing" : value, note, how });
+    const percent = `${note === "estimate" ? "≈\u00a0" : ""}${Math.round(Math.abs(share) * 100)}\u00a0%`;
+    found.push({
+      name: `Saved ${of}`, value: saved < 0 ? `${percent} more` : percent,
+      note: `${plural(Math.abs(saved), "token")}, ${note}`, how,
+    });
   }
   return found;
 }

@@ -8,7 +8,7 @@ import { snippet } from "./snippets.js";
 import { RunView } from "./view.js";
 
 const READY_EVERY_MS = 15_000;
-const WAIT_EVERY_MS = 2_000; // while it is not ready
+const WAIT_EVERY_MS = 1_000; // while it is not ready
 const STATES = {
   ready: ["ready", "Ready"],
   unreachable: ["down", "Not reachable: starting, or stopped. Trying again…"],

@@ -63,7 +63,7 @@ function takeCycle(run, raw) {
     index: raw.index,
     answer: isText(raw.answer) ? raw.answer : null,
     think: isText(raw.think) ? raw.think : known?.think ?? "",
-    confidence: isNumber(raw.confidence) ? raw.confidence : null,
+    confidence: raw.confidence >= 0 && raw.confidence <= 1 && isNumber(raw.confidence) ? raw.confidence : null,
     accepted: raw.accepted === true,
     tokens: isNumber(raw.tokens) ? raw.tokens : 0,
     seconds: isNumber(raw.seconds) ? raw.seconds : null,
