@@ -31,7 +31,7 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "ask": Command("ask a server one question; for scripts", "", "openai"),
     "chat": Command("talk to a server and watch its cycles", "", "openai"),
-    "doctor": Command("check the installation, the machine, the models and the server; say what to do", "", "sys"),
+    "doctor": Command("check installation, machine, models and server; say what to do", "", "sys"),
     "serve": Command("serve a model in Think–Answer cycles, OpenAI-compatible, on vLLM", "cpu", "vllm"),
     "train": Command("train policies and confidence generators, stage by stage", "train", "sklearn"),
     "eval": Command("measure stop policies: accuracy, tokens, time, calibration", "train", "matplotlib"),

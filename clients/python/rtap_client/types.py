@@ -1,10 +1,13 @@
 """What travels: the ``rtap`` request options, the trajectory in a reply, and the server's own routes. Data only.
 
 Replies are read as the openai SDK reads its own: without validation, unknown fields kept, so that a newer server does
-not break an older client.
+not break an older client. Fields that are objects are Optional[X], not X | None, which older versions of the SDK cannot
+take apart (no weak reference to a types.UnionType).
 """
 
-from typing import Any, Literal, TypedDict, cast
+# ruff: noqa: UP007, UP045
+
+from typing import Any, Literal, Optional, TypedDict, Union, cast
 
 from openai import BaseModel
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
@@ -97,7 +100,7 @@ class Trajectory(BaseModel):
     """Read by the generator; in no usage."""
     discarded_tokens: int
     """Sampled ahead of a verdict that made them unwanted; in no usage."""
-    probes: Probes | None = None
+    probes: Optional[Probes] = None
     """Only where there were some."""
     degraded: str | None = None
     """Why the generator could not be used; None where it could."""
@@ -119,14 +122,14 @@ class ReplyChoice(Choice):
     """The SDK's choice and, with ``n`` above 1, its own trajectory."""
 
     message: Message  # pyright: ignore[reportIncompatibleVariableOverride]
-    rtap: Trajectory | None = None
+    rtap: Optional[Trajectory] = None
 
 
 class ChatReply(ChatCompletion):
     """The SDK's completion and how it came about."""
 
     choices: list[ReplyChoice]  # pyright: ignore[reportIncompatibleVariableOverride] - narrower, in data that is only read
-    rtap: Trajectory | None = None
+    rtap: Optional[Trajectory] = None
     """Of the first choice. None from a server that is not rtap's."""
 
 
@@ -153,8 +156,8 @@ class ChatChunk(ChatCompletionChunk):
     """The SDK's chunk. The last one of a stream carries the trajectory; ``rtap_client.events`` reads all this."""
 
     choices: list[ChunkChoiceWithReasoning]  # pyright: ignore[reportIncompatibleVariableOverride]
-    rtap: CycleNote | Trajectory | None = None
-    rtap_choices: list[Trajectory] | None = None
+    rtap: Optional[Union[CycleNote, Trajectory]] = None
+    rtap_choices: Optional[list[Trajectory]] = None
     """With ``n`` above 1: of every choice."""
 
 
