@@ -25,14 +25,14 @@ _MODELS = Path(__file__).resolve().parents[1] / "deploy" / "models"
 _GIB = 2**30
 _ENGINES_GIB = 2.5  # two engine processes and vLLM's code before any model: 3.5 GiB measured with both bundled ones
 _IMPORT_SECONDS = 120
+# Prints the version of each as soon as it is imported, so that the last line tells how far it came.
 _TRY_IMPORTS = """
-import importlib.util, json, sys
+import importlib.util
 import torch
-told = {"torch": torch.__version__, "gpu": torch.cuda.is_available()}
+print(torch.__version__, flush=True)
 if importlib.util.find_spec("torchvision"):
     import torchvision
-    told["torchvision"] = torchvision.__version__
-print(json.dumps(told))
+    print(torchvision.__version__)
 """
 
 
@@ -94,12 +94,12 @@ def imports_check() -> Finding:
         return _finding(
             "torch", "warning", f"not imported within {_IMPORT_SECONDS} s", "Try again on an idler machine."
         )
+    versions = done.stdout.splitlines()
     if done.returncode == 0:
-        told = json.loads(done.stdout.splitlines()[-1])
-        beside = f"torchvision {told['torchvision']}" if "torchvision" in told else "no torchvision, which none needs"
-        return _finding("torch", "ok", f"{told['torch']}, {beside}")
+        beside = f"torchvision {versions[1]}" if versions[1:] else "no torchvision, which none needs"
+        return _finding("torch", "ok", f"{versions[0]}, {beside}")
     last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
-    if "torchvision" in done.stderr:
+    if versions:
         todo = "Run `pip uninstall -y torchvision torchaudio torchcodec`; rtap needs none of them for text."
         return _finding("torch", "failed", f"torchvision does not fit this torch: {last}", todo)
     return _finding("torch", "failed", f"torch does not import: {last}", "Run `make setup`.")
@@ -188,14 +188,14 @@ def memory_check(model: Path, available: int, *, is_bundled: bool) -> Finding:
 
 def port_check(host: str, port: int) -> Finding:
     """Whether the server could listen there."""
+    if not 0 <= port < 2**16:
+        return _finding("port", "failed", f"{port} is no port", "Choose one below 65536 with --port.")
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
         found = f"{host}:{port} cannot be had: {error.strerror}"
         return _finding("port", "warning", found, "If that is not your rtap server, choose another one with --port.")
-    except OverflowError:
-        return _finding("port", "failed", f"{port} is no port", "Choose one below 65536.")
     return _finding("port", "ok", f"{host}:{port} is free")
 
 

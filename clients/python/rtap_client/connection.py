@@ -35,6 +35,8 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
     """Where the server is. A key comes only from the environment: others can read a command line."""
     parser.add_argument("--url", metavar="URL", help=f"the server's address [RTAP_URL, else {DEFAULT_URL}]")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="give up after this long [600]")
+    retries = "tries more when the server cannot be reached, is full or limits this key; it waits as it is told [0]"
+    parser.add_argument("--retries", type=int, default=0, metavar="N", help=retries)
 
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +73,7 @@ def sampling_options(args: argparse.Namespace) -> Sampling:
 
 def connect(args: argparse.Namespace) -> RTAP:
     """A client for the parsed flags."""
-    return RTAP(args.url, timeout=args.timeout)
+    return RTAP(args.url, timeout=args.timeout, max_retries=args.retries)
 
 
 def models(client: RTAP) -> list[str]:
