@@ -22,7 +22,9 @@ from server.routes.rtap import ChatRenderer, rtap_router
 from server.settings import Settings
 
 
-async def create_app(engine: EngineClient, args: Namespace, settings: Settings, plan: Plan, keys: KeyRing) -> FastAPI:
+async def create_app(
+    engine: EngineClient, args: Namespace, settings: Settings, plan: Plan, keys: KeyRing, admission: Admission
+) -> FastAPI:
     """The complete app. ``engine`` is the policy's AsyncLLM; routes of vLLM see it only through the recursion."""
     recursive = cast(EngineClient, RecursiveEngine(engine, plan))
     tasks = await engine.get_supported_tasks()
@@ -31,7 +33,7 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
 
     names = [m.name for m in app.state.openai_serving_models.base_model_paths]
     tokenizer = cast(ChatRenderer, engine.renderer.tokenizer)
-    app.include_router(ops_router(engine))
+    app.include_router(ops_router(engine, plan.drain))
     app.include_router(rtap_router(plan, settings, tokenizer, names))
     install_handlers(app)
     # Outermost first. vLLM's own (CORS, request ids, metrics) are already there and stay outside ours. Its check of
@@ -39,7 +41,6 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
     app.user_middleware = [m for m in app.user_middleware if cast(object, m.cls) is not AuthenticationMiddleware]
     if not keys.is_empty:
         app.user_middleware += [Middleware(Gate, keys=keys, metrics=plan.metrics, secret=secrets.token_bytes(32))]
-    admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
     app.user_middleware += [
         Middleware(
             RecursionMiddleware,
@@ -47,6 +48,7 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
             metrics=plan.metrics,
             feedback=plan.feedback,
             admission=admission,
+            drain=plan.drain,
             max_model_len=engine.model_config.max_model_len,
             allows_media_urls=bool(args.allowed_media_domains),
         )

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from server.rtap.errors import (
     BodyTooLarge,
     ConfidenceError,
+    Draining,
     InvalidRequest,
     Overloaded,
     RateLimited,
@@ -46,6 +47,8 @@ def response_to(error: RtapError) -> JSONResponse:
     headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
     if isinstance(error, RateLimited | Overloaded):
         headers["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, Draining):  # so that a client's next try finds another server
+        headers["Connection"] = "close"
     return JSONResponse(body, status_code=status, headers=headers)
 
 

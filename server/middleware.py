@@ -12,11 +12,12 @@ from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.caps import Caps
+from server.drain import Drain
 from server.errors import response_to
 from server.feedback import Feedback
 from server.limits import Admission
 from server.metrics import Metrics
-from server.rtap.errors import BodyTooLarge, InvalidRequest, Overloaded
+from server.rtap.errors import BodyTooLarge, Draining, InvalidRequest, Overloaded
 from server.settings import Settings
 from server.stream import EventStream, Told, annotate_reply
 from server.wire import Exchange, begin_exchange, effort_of, parse_options, prefix_of, tokens_of
@@ -48,11 +49,12 @@ class RecursionMiddleware:
         metrics: Metrics,
         feedback: Feedback,
         admission: Admission,
+        drain: Drain,
         max_model_len: int,
         allows_media_urls: bool,
     ) -> None:
         self._app, self._settings, self._metrics, self._feedback = app, settings, metrics, feedback
-        self._admission, self._max_model_len = admission, max_model_len
+        self._admission, self._drain, self._max_model_len = admission, drain, max_model_len
         self._caps = Caps(
             settings.n_limit, settings.messages_limit, settings.allow_request_templates, allows_media_urls
         )
@@ -63,11 +65,13 @@ class RecursionMiddleware:
             return
         path = get_route_path(scope)
         try:
+            if self._drain.has_begun:
+                raise Draining("the server is about to end and takes nothing new; try again, another one may answer")
             if path in RECURSIVE_PATHS:
                 self._admission.check()
             body = await self._read(scope, receive)
         except Overloaded as error:
-            self._metrics.rejected("overloaded")
+            self._metrics.rejected("draining" if isinstance(error, Draining) else "overloaded")
             await response_to(error)(scope, receive, send)
             return
         except _ClientLeft:

@@ -43,7 +43,9 @@ class Settings(BaseSettings):
         default=None, ge=1, description="stop after this many cycles without new highest confidence"
     )
     deadline_seconds: float | None = Field(
-        default=None, gt=0, description="answer with the best so far after this long, unless the request says otherwise"
+        default=None,
+        gt=0,
+        description="answer with the best so far after this long, unless the request says so; default: its limit",
     )
     probe_every: int | None = Field(
         default=None,
@@ -54,7 +56,7 @@ class Settings(BaseSettings):
     probe_answer_tokens: int = Field(default=64, ge=1, description="a longer answer to a probe counts as none")
     max_cycles_limit: int = Field(default=16, ge=1, description="ceiling for max_cycles of a request")
     samples_limit: int = Field(default=32, ge=1, description="ceiling for samples of a request")
-    deadline_seconds_limit: float = Field(default=600.0, gt=0, description="ceiling for deadline_seconds of a request")
+    deadline_seconds_limit: float = Field(default=600.0, gt=0, description="no request is worked on for longer")
 
     confidence: Literal["auto", "pooling", "remote", "yesno", "logprob", "none"] = Field(
         default="auto", description="where confidence comes from; auto: pooling for a path, remote for a URL, else none"
@@ -98,6 +100,18 @@ class Settings(BaseSettings):
         default=None,
         ge=1,
         description="tokens that these may write at a time: max_tokens x n, x samples of a vote; default: no limit",
+    )
+    drain_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="after SIGTERM nothing new is taken, and what runs may go on for this long; then it is answered "
+        "with the best so far",
+    )
+    engine_silence_seconds: float = Field(
+        default=3.0,
+        gt=0,
+        description="an engine that has requests and uses no processor for this long counts as dead: the generator is "
+        "started again, without the policy the server ends with exit code 1",
     )
     n_limit: int = Field(default=16, ge=1, description="ceiling for n of a request")
     messages_limit: int = Field(

@@ -200,7 +200,7 @@ def resolve_limits(
         samples=options.samples or settings.samples,
         select=options.select or settings.select or default_select,
         patience=options.patience or settings.patience,
-        deadline_seconds=options.deadline_seconds or settings.deadline_seconds,
+        deadline_seconds=options.deadline_seconds or settings.deadline_seconds or settings.deadline_seconds_limit,
         max_tokens=max_tokens,
         probe_every=options.probe_every or settings.probe_every,
     )

@@ -8,6 +8,7 @@ RtapError
 ├── Unauthorized       no key, or none that opens this route (401)
 ├── RateLimited        a limit of this key (429)
 ├── Overloaded         a limit of this server (503)
+│   └── Draining       the server is leaving
 └── ConfidenceError    the confidence generator failed or was too slow (degrades a request, never fails it)
 """
 
@@ -54,6 +55,10 @@ class Overloaded(RtapError):
     def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class Draining(Overloaded):
+    """The server takes nothing new because it is about to end; another one may answer."""
 
 
 class ConfidenceError(RtapError):

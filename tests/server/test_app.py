@@ -20,8 +20,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 import server.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
 from server.__main__ import _parse
 from server.app import create_app
+from server.drain import Drain
 from server.feedback import Feedback
 from server.keys import load_keys
+from server.limits import Admission
 from server.metrics import Metrics
 from server.recursive_engine import Plan
 from server.rtap.artifact import Artifact
@@ -89,8 +91,8 @@ class Engine:
 class Service:
     """The app and what stands behind it."""
 
-    def __init__(self, app: FastAPI, engine: Engine, registry: CollectorRegistry) -> None:
-        self.app, self.engine, self.registry = app, engine, registry
+    def __init__(self, app: FastAPI, engine: Engine, registry: CollectorRegistry, drain: Drain) -> None:
+        self.app, self.engine, self.registry, self.drain = app, engine, registry, drain
 
     async def ask(self, path: str, key: str | None = None, method: str = "POST", **options: Any) -> httpx.Response:
         headers = options.pop("headers", {}) | ({} if key is None else {"authorization": f"Bearer {key}"})
@@ -117,10 +119,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         plan = Plan(
             settings=settings, format=RTAP, confidence=None, generator=Artifact(), count_oops=len,
             encode=engine.encode_text, end_of_turn_ids=frozenset(), metrics=Metrics(registry), feedback=Feedback(),
+            drain=Drain(),
         )  # fmt: skip
+        admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
         keys = load_keys(file, {"VLLM_API_KEY": "key-vllm"})
-        app = asyncio.run(create_app(engine, args, settings, plan, keys))  # type: ignore[arg-type]
-        yield Service(app, engine, registry)
+        app = asyncio.run(create_app(engine, args, settings, plan, keys, admission))  # type: ignore[arg-type]
+        yield Service(app, engine, registry, plan.drain)
 
 
 def routes_of(app: FastAPI) -> list[tuple[str, str]]:
@@ -263,3 +267,19 @@ async def test_routes_that_vllm_always_mounts_and_nobody_asked_for_are_closed(se
 @pytest.mark.parametrize("path", ["/sleep", "/wake_up", "/reset_prefix_cache", "/start_profile", "/collective_rpc"])
 async def test_routes_of_vllms_dev_mode_are_not_there(service, path):
     assert (await service.ask(path, "key-a", json={})).status_code == 404
+
+
+async def test_a_server_that_is_leaving_says_so_and_takes_nothing_new(service):
+    before, drain = service.rejected("draining"), service.drain
+    drain.has_begun = True
+    try:
+        for path, body in BODIES.items():
+            reply = await service.ask(path, "key-a", json=body)
+            assert (reply.status_code, reply.headers["retry-after"], reply.headers["connection"]) == (503, "1", "close")
+            assert "another one may answer" in reply.json()["error"]["message"]
+        ready, live = [await service.ask(path, method="GET") for path in ("/ready", "/live")]
+        assert (ready.status_code, ready.json(), live.status_code) == (503, {"status": "draining"}, 200)
+    finally:
+        drain.has_begun = False
+    assert service.rejected("draining") - before == len(BODIES)
+    assert (await service.ask("/ready", method="GET")).status_code == 200
