@@ -1,6 +1,8 @@
 """The client's types and the server's are two descriptions of one wire: field by field the same."""
 
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -52,6 +54,24 @@ def test_a_trajectory_has_the_servers_fields():
     )
     assert set(types.Trajectory.model_fields) == set(shown)
     assert set(types.Probes.model_fields) == set(shown["probes"])
+
+
+def typescript(pattern: str) -> str:
+    """What the first group finds in the TypeScript client's types."""
+    text = (Path(__file__).resolve().parents[2] / "clients" / "typescript" / "src" / "types.ts").read_text("utf-8")
+    return re.search(pattern, text, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("enum", WORDS)
+def test_typescript_has_the_same_words(enum):
+    union = typescript(rf"export type {enum.__name__} =(.*?);")
+    assert set(re.findall(r"'(\w+)'", union)) == {member.value for member in enum}
+
+
+@pytest.mark.parametrize("ours", [types.RtapOptions, types.Cycle, types.Trajectory, types.Score, types.Feedback])
+def test_typescript_has_the_same_fields(ours):
+    body = typescript(rf"export interface {ours.__name__} {{(.*?)\n}}")
+    assert re.findall(r"^  (\w+)\??:", body, re.MULTILINE) == list(ours.__annotations__)
 
 
 def test_every_exported_name_is_there():

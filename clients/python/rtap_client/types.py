@@ -19,7 +19,7 @@ Policy = Literal["confidence", "model", "single", "vote"]
 """Who decides to stop: the confidence generator, the model itself, one pass, a majority of samples."""
 Select = Literal["best", "last"]
 """Which complete answer is returned: the one with the highest confidence or the last."""
-StopReason = Literal["threshold", "model", "max_cycles", "max_tokens", "deadline", "no_gain", "vote"]
+StopReason = Literal["threshold", "model", "max_cycles", "max_tokens", "deadline", "no_gain", "vote", "drained"]
 """Why no further cycle was written."""
 
 

@@ -30,6 +30,7 @@ STOP_WORDS: dict[StopReason, str] = {
     "deadline": "out of time",
     "no_gain": "confidence rose no more",
     "vote": "majority of samples",
+    "drained": "the server was stopping",
 }
 
 

@@ -7,7 +7,15 @@ export type Policy = 'confidence' | 'model' | 'single' | 'vote';
 /** Which complete answer is returned: the one with the highest confidence or the last. */
 export type Select = 'best' | 'last';
 /** Why no further cycle was written. */
-export type StopReason = 'threshold' | 'model' | 'max_cycles' | 'max_tokens' | 'deadline' | 'no_gain' | 'vote';
+export type StopReason =
+  | 'threshold'
+  | 'model'
+  | 'max_cycles'
+  | 'max_tokens'
+  | 'deadline'
+  | 'no_gain'
+  | 'vote'
+  | 'drained';
 
 /** The `rtap` object of a request. What is left out, or null, takes the server's default; it checks and caps values. */
 export interface RtapOptions {
