@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import cast
 
+from server.doctor import engine_check, engine_package, has_nvidia_gpu
 from server.keys import KeyRing, load_keys
 from server.rtap.errors import ConfigError
 from server.settings import Settings, add_flags, load_settings
@@ -117,6 +118,9 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
         ) from error
     on_signals_leave()
     with sock:
+        engine = engine_check(engine_package(), has_gpu=has_nvidia_gpu())
+        if engine["status"] == "warning":
+            _tell(f"{engine['found']}. {engine['todo']}")
         _tell(f"loading {args.model}")
         failure = uvloop.run(_serve(args, settings, sock, address, keys))
     if failure is not None:

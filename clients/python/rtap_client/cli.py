@@ -105,3 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"{name} is not installed here: {install(extra or COMMANDS[name].extra)}")
     command = cast(Callable[[list[str]], int], found[name].load())
     return command(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
