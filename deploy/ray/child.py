@@ -45,12 +45,17 @@ class Child:
         )
 
     @classmethod
-    async def start(cls, flags: Sequence[str], api_keys_file: Path | None = None) -> "Child":
+    async def start(
+        cls,
+        flags: Sequence[str],
+        api_keys_file: Path | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "server"),
+    ) -> "Child":
         """Returns when it is ready. Raises ReplicaLost if it ends before."""
         folder = tempfile.TemporaryDirectory(prefix="rtap-replica-")
         keys = [] if api_keys_file is None else ["--api-keys-file", str(api_keys_file)]
         # setpriv: when the replica dies, by whatever hand, the kernel tells the server to end as well
-        command = ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "server", *flags, *keys]
+        command = ["setpriv", "--pdeathsig", "TERM", *program, *flags, *keys]
         process = await asyncio.create_subprocess_exec(
             *command, "--uds", _socket(folder), cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}
         )
@@ -61,6 +66,11 @@ class Child:
                 raise ReplicaLost(f"rtap serve ended with exit code {process.returncode} before it was ready")
             await asyncio.sleep(0.2)
         return child
+
+    @property
+    def pid(self) -> int:
+        """Of the server process."""
+        return self._process.pid
 
     async def ended(self) -> int:
         """Its exit code, when it has ended."""
