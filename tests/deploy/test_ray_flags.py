@@ -1,4 +1,4 @@
-"""One model over several devices or nodes is vLLM's own Ray back end: its flags reach it, and nonsense ends the start."""
+"""One model over several devices or nodes is vLLM's own Ray back end: its flags reach it, nonsense ends the start."""
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -17,7 +17,7 @@ from server.rtap.errors import ConfigError
         ("--data-parallel-size 2 --data-parallel-backend ray", (1, 1, 2, "ray")),
     ],
 )
-def test_parallelism_reaches_vllm(flags, expected):
+def test_parallelism_reaches_vllm(flags: str, expected: tuple[int, int, int, str]) -> None:
     args, _, bundled = _parse(flags.split())
     cpu_defaults(args, bundled=bundled)
     parallel = AsyncEngineArgs.from_cli_args(args).create_engine_config().parallel_config
@@ -33,12 +33,12 @@ def test_parallelism_reaches_vllm(flags, expected):
         ("--data-parallel-backend carrier-pigeon", "data_parallel_backend can only be ray or mp"),
     ],
 )
-async def test_what_cannot_be_split_so_is_one_sentence(flags, sentence):
-    with pytest.raises(ConfigError) as raised:
-        args, settings, bundled = _parse(flags.split())
-        cpu_defaults(args, bundled=bundled)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("server.engines._load", lambda *_, **__: pytest.fail("an engine was started"))
+async def test_what_cannot_be_split_so_is_one_sentence(flags: str, sentence: str) -> None:
+    args, settings, bundled = _parse(flags.split())
+    cpu_defaults(args, bundled=bundled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.engines._load", lambda *_, **__: pytest.fail("an engine was started"))
+        with pytest.raises(ConfigError) as raised:
             async with start_engines(args, settings):
                 pass
     assert sentence in str(raised.value)
