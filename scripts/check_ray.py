@@ -29,11 +29,12 @@ from typing import Any
 
 import psutil
 import ray
+import yaml
 from bench_servers import bench_questions, run_of
 from fleet_client import CONCURRENT, Client, Told, wait_for
 from ray import serve
-
-from deploy.ray.app import FleetArgs, build
+from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
+from ray.serve.schema import ServeDeploySchema
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = """
@@ -78,9 +79,15 @@ def fleet(keys: Path) -> Generator[tuple[str, Callable[[int], None]]]:
     serve.start(http_options={"host": "127.0.0.1", "port": port})
 
     def scale(replicas: int) -> None:
-        options = {"num_replicas": replicas, "autoscaling_config": None, "ray_actor_options": {"num_cpus": 1}}
-        args = FleetArgs(flags=["--max-model-len", "1024"], api_keys_file=keys, replica=options)
-        serve.run(build(args), name="rtap", blocking=False)
+        """As `serve deploy` does with a changed file: what has not changed goes on running."""
+        config = yaml.safe_load((ROOT / "deploy" / "ray" / "config.yaml").read_text(encoding="utf-8"))
+        (application,) = config["applications"]
+        application["args"] = {"flags": ["--max-model-len", "1024"], "api_keys_file": str(keys)}
+        (replica,) = application["deployments"]
+        del replica["autoscaling_config"]
+        replica["num_replicas"] = replicas
+        client: Any = _get_global_client()
+        client.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
 
     try:
         scale(2)

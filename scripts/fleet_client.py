@@ -89,7 +89,7 @@ class Client:
 
     async def get(self, path: str, key: str) -> httpx.Response:
         """A GET."""
-        return await self._http.get(path, headers={"authorization": f"Bearer {key}"})
+        return await self._http.get(path, headers={"authorization": f"Bearer {key}"} if key else {})
 
     async def metric(self, name: str, **labels: str) -> float:
         """Sum of a series over the fleet."""

@@ -38,14 +38,13 @@ _BROADCAST_SECONDS = 10.0
 
 class FleetArgs(BaseModel):
     """What the Serve config's ``args`` may say. flags: of `rtap serve`, the same for every replica. api_keys_file: must
-    be there on every node. replica: options of the Replica deployment, as Ray Serve names them."""
+    be there on every node."""
 
     model_config = ConfigDict(extra="forbid")
 
     flags: list[str] = Field(default_factory=list)
     api_keys_file: Path | None = None
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
-    replica: dict[str, Any] = Field(default_factory=dict)
 
 
 @serve.deployment(
@@ -162,5 +161,4 @@ def build(args: FleetArgs) -> serve.Application:
     """The application that deploy/ray/config.yaml names. Raises ValueError for flags that a replica must not have."""
     check_flags(args.flags)
     load_keys(args.api_keys_file, os.environ)  # a broken file is told here, not by replicas that never come up
-    replicas = Replica.options(**args.replica).bind(args.flags, args.api_keys_file)
-    return Door.bind(replicas, args.api_keys_file, args.max_body_bytes)
+    return Door.bind(Replica.bind(args.flags, args.api_keys_file), args.api_keys_file, args.max_body_bytes)
