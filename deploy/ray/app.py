@@ -10,6 +10,7 @@ answering. Only this file knows Ray.
 """
 
 import asyncio
+import contextlib
 import os
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -33,7 +34,7 @@ from server.keys import load_keys
 from server.metrics import Metrics
 
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_BROADCAST_SECONDS = 10.0
+_WHOLE_SECONDS = 4.0
 
 
 class FleetArgs(BaseModel):
@@ -86,8 +87,9 @@ class Replica:
             yield part
 
     async def ask_whole(self, asked: Asked) -> tuple[str, Head, bytes]:
-        """This replica's name and its whole reply."""
-        parts = [part async for part in self._child.ask(asked)]
+        """This replica's name and its whole reply. Raises TimeoutError: one that hangs must not hold up the others."""
+        async with asyncio.timeout(_WHOLE_SECONDS):
+            parts = [part async for part in self._child.ask(asked)]
         head = parts[0]
         assert isinstance(head, Head)
         body = b"".join(part for part in parts[1:] if isinstance(part, bytes))
@@ -132,9 +134,10 @@ class RayFleet:
 
     async def ask_all(self, asked: Asked) -> Mapping[str, tuple[Head, bytes]]:
         """See Fleet."""
-        replies: list[Any] = await self._handle.broadcast("ask_whole", asked).results_async(
-            timeout_s=_BROADCAST_SECONDS, return_exceptions=True
-        )
+        replies: list[Any] = []
+        with contextlib.suppress(TimeoutError, RayActorError, RayServeException):
+            called = self._handle.broadcast("ask_whole", asked)
+            replies = await called.results_async(timeout_s=2 * _WHOLE_SECONDS, return_exceptions=True)
         whole = [reply for reply in replies if isinstance(reply, tuple)]
         return {name: (head, body) for name, head, body in whole}
 
