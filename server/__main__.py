@@ -1,15 +1,13 @@
 """``rtap serve``: vLLM's own argument parser plus one R-TAP group, then the service until it is told to stop."""
 
-import multiprocessing
+import logging
 import os
-import signal
 import socket
 import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 from server.keys import KeyRing, load_keys
 from server.logs import announce, use_json
@@ -20,14 +18,15 @@ _BUNDLED = Path(__file__).resolve().parents[1] / "deploy" / "models"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code: 0 after a clean stop, 2 for settings that cannot work."""
+    """Serve until SIGTERM or SIGINT. Returns the exit code: 0 after a clean stop, 1 when the server could not go on,
+    2 for settings that cannot work."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         args, settings, bundled = _parse(sys.argv[1:] if argv is None else argv)
         return _run(args, settings, bundled=bundled)
     except ConfigError as error:
-        print(f"rtap serve: {error}", file=sys.stderr)  # noqa: T201 - the command's own message
+        announce(str(error), logging.ERROR)
         return 2
 
 
@@ -86,6 +85,11 @@ def _refuse_unsupported(args: Namespace) -> None:
         raise ConfigError(
             "rtap runs one API process: leave out --headless, --grpc and --api-server-count; scale with replicas"
         )
+    from vllm.entrypoints.launchers.utils import constants
+
+    h11_defaults = (constants.H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT, constants.H11_MAX_HEADER_COUNT_DEFAULT)
+    if (args.h11_max_incomplete_event_size, args.h11_max_header_count) != h11_defaults:
+        raise ConfigError("leave out --h11-…: here --max-header-bytes and --max-header-fields bound a request's head")
     if args.api_key:
         raise ConfigError(
             "leave out --api-key, which every user of the machine can read: put keys into the variable RTAP_API_KEYS "
@@ -120,6 +124,7 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     from vllm.entrypoints.launchers.launcher import setup_server  # pyright: ignore[reportUnknownVariableType]
 
     from server.engines import cpu_defaults
+    from server.serving import on_signals_leave
 
     keys = load_keys(settings.api_keys_file, os.environ)
     cpu_defaults(args, bundled=bundled)
@@ -130,53 +135,39 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
         raise ConfigError(
             f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port"
         ) from error
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave_start)
+    on_signals_leave()
     with sock:
         announce(f"loading {args.model}")
-        uvloop.run(_serve(args, settings, sock, address, keys))
-    return 0
+        failure = uvloop.run(_serve(args, settings, sock, address, keys))
+    if failure is not None:
+        announce(f"{failure}; the server ends, to be started again", logging.ERROR)
+    return 0 if failure is None else 1
 
 
-def _leave_start(number: int, _: FrameType | None) -> None:
-    """A signal while engines are loading, before serve_http has taken over: take their processes along."""
-    for child in multiprocessing.active_children():
-        child.terminate()
-    os._exit(128 + number)
-
-
-async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str, keys: KeyRing) -> None:
-    from vllm import envs
-    from vllm.entrypoints.launchers.launcher import serve_http
-    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config  # pyright: ignore[reportUnknownVariableType]
-
+async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str, keys: KeyRing) -> str | None:
+    """Result: why the server could not go on, None after a clean stop."""
     from server.app import create_app
     from server.engines import start_engines
+    from server.head import HeadLimits
+    from server.limits import Admission
+    from server.serving import serve_app
+    from server.supervision import Supervisor
 
     async with start_engines(args, settings) as engines:
-        app = await create_app(engines.policy, args, settings, engines.plan, keys)
+        plan, admission = engines.plan, Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
+        app = await create_app(engines.policy, args, settings, plan, keys, admission)
+        supervisor = Supervisor(engines.wards, plan.metrics, settings.engine_silence_seconds, announce)
         announce(f"ready at {address}")
-        log_config = cast(dict[str, Any] | None, get_uvicorn_log_config(args))
-        uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}
-        stopped = await serve_http(
+        return await serve_app(
             app,
-            sock=sock,
-            enable_ssl_refresh=args.enable_ssl_refresh,
-            host=args.host,
-            port=args.port,
-            log_level=args.uvicorn_log_level,
-            access_log=not args.disable_uvicorn_access_log,
-            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-            ssl_keyfile=args.ssl_keyfile,
-            ssl_certfile=args.ssl_certfile,
-            ssl_ca_certs=args.ssl_ca_certs,
-            ssl_cert_reqs=args.ssl_cert_reqs,
-            ssl_ciphers=args.ssl_ciphers,
-            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-            h11_max_header_count=args.h11_max_header_count,
-            **uvicorn_options,
+            args,
+            sock,
+            heads=HeadLimits(settings.max_header_bytes, settings.max_header_fields),
+            drain=plan.drain,
+            drain_seconds=settings.drain_seconds,
+            admission=admission,
+            supervisor=supervisor,
         )
-    await stopped
 
 
 if __name__ == "__main__":

@@ -17,12 +17,17 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 
+from server.caps import Caps, media_schemes
+from server.edge import Edge
 from server.errors import install_handlers
 from server.gate import Gate
+from server.idempotency import Idempotency, Store
+from server.intake import Intake
 from server.keys import KeyRing
 from server.limits import Admission
 from server.logs import RequestLog
 from server.middleware import RecursionMiddleware
+from server.privacy import keep_logs_private
 from server.recursive_engine import Plan, RecursiveEngine
 from server.routes.ops import ops_router
 from server.routes.rtap import ChatRenderer, rtap_router
@@ -32,7 +37,9 @@ if TYPE_CHECKING:
     from server.tracing import Tracing
 
 
-async def create_app(engine: EngineClient, args: Namespace, settings: Settings, plan: Plan, keys: KeyRing) -> FastAPI:
+async def create_app(
+    engine: EngineClient, args: Namespace, settings: Settings, plan: Plan, keys: KeyRing, admission: Admission
+) -> FastAPI:
     """The complete app. ``engine`` is the policy's AsyncLLM; routes of vLLM see it only through the recursion."""
     tracing = _tracing(args)
     recursive = cast(EngineClient, RecursiveEngine(engine, replace(plan, tracing=tracing)))
@@ -42,14 +49,13 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
 
     names = [m.name for m in app.state.openai_serving_models.base_model_paths]
     tokenizer = cast(ChatRenderer, engine.renderer.tokenizer)
-    app.include_router(ops_router(engine))
+    app.include_router(ops_router(engine, plan.drain))
     app.include_router(rtap_router(plan, settings, tokenizer, names))
     install_handlers(app)
-    # Outermost first. vLLM's own (CORS, request ids, metrics) are already there and stay outside ours. Its check of
-    # keys leaves most routes open and knows one key only; the gate stands in its place, before any body is read.
-    replaced: list[object] = [AuthenticationMiddleware]
-    if settings.log_format == "json":
-        replaced.append(XRequestIdMiddleware)  # the log has the same id as the reply
+    # Outermost first. vLLM's own (CORS, metrics) are already there and stay outside ours. Its check of keys leaves most
+    # routes open and knows one key only; the gate stands in its place, before any body is read. Its request ids are
+    # whatever the client sends; the edge's are not.
+    replaced: list[object] = [AuthenticationMiddleware, XRequestIdMiddleware]
     app.user_middleware = [m for m in app.user_middleware if cast(object, m.cls) not in replaced]
     if settings.log_format == "json":
         quiet = [route.strip() for route in (args.disable_access_log_for_endpoints or "").split(",")]
@@ -60,21 +66,50 @@ async def create_app(engine: EngineClient, args: Namespace, settings: Settings, 
         from server.tracing import TracingMiddleware
 
         app.user_middleware.append(Middleware(TracingMiddleware, tracer=tracing.tracer))
-    admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
-    app.user_middleware += [
+    app.user_middleware += _around_work(args, settings, plan, admission, engine.model_config.max_model_len)
+    _keep_http_series(app)
+    app.middleware_stack = Edge(app.build_middleware_stack())  # build_app has built one already, without ours
+    if not args.enable_log_requests:
+        keep_logs_private()
+    return app
+
+
+def _around_work(
+    args: Namespace, settings: Settings, plan: Plan, admission: Admission, max_model_len: int
+) -> list[Middleware]:
+    """What is done with a POST before a route of vLLM's sees it, outermost first."""
+    caps = Caps(
+        n=settings.n_limit,
+        messages=settings.messages_limit,
+        ids=max_model_len,
+        allows_templates=settings.allow_request_templates,
+        media_schemes=media_schemes(args.allowed_media_domains, args.allowed_local_media_path),
+    )
+    store = Store(
+        settings.idempotency_seconds,
+        settings.idempotency_grace_seconds,
+        settings.idempotency_results,
+        settings.idempotency_bytes,
+    )
+    return [
+        Middleware(
+            Intake,
+            max_body_bytes=settings.max_body_bytes,
+            caps=caps,
+            admission=admission,
+            drain=plan.drain,
+            metrics=plan.metrics,
+        ),
+        Middleware(Idempotency, store=store, metrics=plan.metrics),
         Middleware(
             RecursionMiddleware,
             settings=settings,
             metrics=plan.metrics,
             feedback=plan.feedback,
             admission=admission,
-            max_model_len=engine.model_config.max_model_len,
-            allows_media_urls=bool(args.allowed_media_domains),
-        )
+            max_model_len=max_model_len,
+        ),
     ]
-    _keep_http_series(app)
-    app.middleware_stack = app.build_middleware_stack()  # build_app has built one already, without ours
-    return app
 
 
 def _tracing(args: Namespace) -> "Tracing | None":

@@ -22,6 +22,7 @@ from server.outputs import Call
 from server.rtap.artifact import Fusion
 from server.rtap.errors import ConfidenceError, ConfigError
 from server.rtap.types import Confidence, Judged, Score
+from server.supervision import Ward
 
 # A string every tokenizer has an opinion on: tags, digits, spaces, a letter outside ASCII.
 PROBE = "<think>12 * 9 = 108 é</think><answer>108</answer>"
@@ -36,8 +37,9 @@ class PoolingConfidence:
     vLLM batches concurrent scores and caches the question's prefix by itself.
     """
 
-    def __init__(self, engine: EngineClient, timeout_seconds: float, max_model_len: int) -> None:
-        self._engine, self._timeout_seconds, self._max_model_len = engine, timeout_seconds, max_model_len
+    def __init__(self, ward: Ward, timeout_seconds: float, max_model_len: int) -> None:
+        """ward: whose engine it is; while it has none there is no score."""
+        self._ward, self._timeout_seconds, self._max_model_len = ward, timeout_seconds, max_model_len
         self._numbers = itertools.count()
 
     async def score(self, judged: Judged) -> Score:
@@ -52,7 +54,10 @@ class PoolingConfidence:
         return Score(await _in_time(self._classify(token_ids), self._timeout_seconds, late, failed), len(token_ids))
 
     async def _classify(self, token_ids: list[int]) -> float:
-        outputs = self._engine.encode(
+        engine = self._ward.engine
+        if engine is None:
+            raise ConfidenceError("the generator is being started again", reason="restarting")
+        outputs = engine.encode(
             cast(Any, salted({"prompt_token_ids": token_ids})),
             PoolingParams(task="classify", use_activation=True),
             f"score-{next(self._numbers)}",

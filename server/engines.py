@@ -7,9 +7,10 @@ import asyncio
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,7 @@ from server.confidence import (
     YesNoConfidence,
     yes_no_ids,
 )
+from server.drain import Drain
 from server.feedback import Feedback
 from server.metrics import Metrics
 from server.recursive_engine import Plan
@@ -44,6 +46,8 @@ from server.rtap.format import TrajectoryFormat, format_from_config
 from server.rtap.lexicon import DEFAULT_PATH, OopsCounter, load_lexicon
 from server.rtap.types import Confidence
 from server.settings import Settings
+from server.supervision import Ward
+from server.weights import check_folder, load_format, refuse_own_code
 
 _GIB = 2**30
 _GENERATOR_GPU_SHARE = 0.15  # vLLM's default for the policy is 0.92: lower it with --gpu-memory-utilization
@@ -51,10 +55,11 @@ _GENERATOR_GPU_SHARE = 0.15  # vLLM's default for the policy is 0.92: lower it w
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """What runs: the policy's engine and the plan that recursion follows."""
+    """What runs: the policy's engine, the plan that recursion follows, and all engines as they are to be watched."""
 
     policy: AsyncLLM
     plan: Plan
+    wards: Sequence[Ward]
 
 
 def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
@@ -115,9 +120,14 @@ def _cpu_executor(sizes: Mapping[str, Any]) -> str | None:
 async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[Engines]:
     """Both engines, loaded side by side so that start-up is not doubled, and stopped together at the end."""
     policy_args = AsyncEngineArgs.from_cli_args(args)
-    policy_config = _engine_config(policy_args, args.model)
+    allows_pickles = settings.allow_pickled_weights
+    for adapter in args.lora_modules or ():
+        check_folder(adapter.path, "auto", allows_pickles=allows_pickles, trusts_code=args.trust_remote_code)
+    policy_config = _engine_config(policy_args, args.model, allows_pickles=allows_pickles)
     scorer_args = _scorer_args(args, settings) if settings.confidence_kind == "pooling" else None
-    scorer_config = None if scorer_args is None else _engine_config(scorer_args, scorer_args.model)
+    scorer_config = (
+        None if scorer_args is None else _engine_config(scorer_args, scorer_args.model, allows_pickles=allows_pickles)
+    )
     generator = _artifact(settings, scorer_config)
     if generator.fusion is not None and policy_args.logprobs_mode != "raw_logprobs":
         raise ConfigError(
@@ -129,22 +139,25 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     if scorer_config is not None:
         _check_same_tokenizer(policy_config, scorer_config)
     policy: AsyncLLM | None = None
+    scorer: Ward | None = None
     scorer_task: asyncio.Task[AsyncLLM] | None = None
+    load = None if scorer_config is None else partial(_load, scorer_config, log_stats=False)
     client = httpx.AsyncClient()
     try:
         remote = await _remote(settings, policy_config, client)
         # Configs are made one after the other (vLLM keeps the current one in a global); only the loading is parallel.
-        if scorer_config is not None:
-            scorer_task = asyncio.create_task(asyncio.to_thread(_load, scorer_config, log_stats=False))
+        if load is not None:
+            scorer_task = asyncio.create_task(asyncio.to_thread(load))
         policy = await asyncio.to_thread(_load, policy_config, log_stats=not policy_args.disable_log_stats)
         await policy.reset_mm_cache()  # the dummy inputs of start-up
-        scorer = None if scorer_task is None else await scorer_task
+        scorer = None if scorer_task is None else Ward("confidence", await scorer_task, load)
         confidence = _confidence(settings, policy, scorer, remote)
         if confidence is not None and generator.fusion is not None:
             confidence = FusedConfidence(confidence, generator.fusion, policy, settings.confidence_timeout_seconds)
-        yield Engines(policy, _plan(settings, policy, fmt, confidence, generator))
+        wards = [Ward("policy", policy), *([] if scorer is None else [scorer])]
+        yield Engines(policy, _plan(settings, policy, fmt, confidence, generator), wards)
     finally:
-        for engine in (policy, await _loaded(scorer_task)):
+        for engine in (policy, await _loaded(scorer_task) if scorer is None else scorer.engine):
             if engine is not None:
                 engine.shutdown(timeout=engine.vllm_config.shutdown_timeout)
         await client.aclose()
@@ -164,7 +177,7 @@ async def _loaded(task: "asyncio.Task[AsyncLLM] | None") -> AsyncLLM | None:
     return done[0] if isinstance(done[0], AsyncLLM) else None
 
 
-def _engine_config(engine_args: AsyncEngineArgs, model: str) -> VllmConfig:
+def _engine_config(engine_args: AsyncEngineArgs, model: str, *, allows_pickles: bool) -> VllmConfig:
     if _is_path(model) and not (Path(model) / "config.json").is_file():
         if (Path(model) / "adapter_config.json").is_file():
             raise ConfigError(
@@ -172,10 +185,16 @@ def _engine_config(engine_args: AsyncEngineArgs, model: str) -> VllmConfig:
                 "is merged into it first (PEFT's merge_and_unload), because vLLM loads no classification head from one"
             )
         raise ConfigError(f"no model at {model}: give a folder with a config.json, or a Hugging Face name")
+    given, trusts_code = str(engine_args.load_format), engine_args.trust_remote_code
+    check_folder(model, given, allows_pickles=allows_pickles, trusts_code=trusts_code)
+    engine_args.load_format = load_format(given, allows_pickles=allows_pickles)
     try:
-        return engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except Exception as error:  # vLLM, transformers and the hub raise what they like; the user needs one sentence
         raise ConfigError(f"cannot start {model}: {_reason(error)}") from error
+    if not trusts_code:
+        refuse_own_code(model, config.model_config.hf_config.to_dict())
+    return config
 
 
 def _reason(error: Exception) -> str:
@@ -245,13 +264,14 @@ async def _remote(settings: Settings, policy: VllmConfig, client: httpx.AsyncCli
 
 
 def _confidence(
-    settings: Settings, policy: AsyncLLM, scorer: AsyncLLM | None, remote: RemoteConfidence | None
+    settings: Settings, policy: AsyncLLM, scorer: Ward | None, remote: RemoteConfidence | None
 ) -> Confidence | None:
     """What scores, by itself; None where nothing does."""
     kind, timeout = settings.confidence_kind, settings.confidence_timeout_seconds
     if kind == "pooling":
         assert scorer is not None
-        return PoolingConfidence(scorer, timeout, scorer.model_config.max_model_len)
+        assert scorer.engine is not None
+        return PoolingConfidence(scorer, timeout, scorer.engine.model_config.max_model_len)
     if kind == "yesno":
         question, yes, no = yes_no_ids(lambda text: _encode(policy.renderer.tokenizer, text), settings.yesno_question)
         return YesNoConfidence(policy, question, yes, no, timeout)
@@ -274,9 +294,10 @@ def _rtap_block(config: VllmConfig) -> dict[str, Any] | None:
 def _plan(
     settings: Settings, policy: AsyncLLM, fmt: TrajectoryFormat, confidence: Confidence | None, generator: Artifact
 ) -> Plan:
-    metrics, feedback = Metrics(REGISTRY), Feedback(generator.calibration.reference)
+    metrics, feedback, drain = Metrics(REGISTRY), Feedback(generator.calibration.reference), Drain()
     metrics.build(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
     metrics.calibration(feedback)
+    metrics.draining(drain)
     lexicon = load_lexicon(settings.oops_lexicon or DEFAULT_PATH)
 
     tags = {tag: _encode(policy.renderer.tokenizer, tag) for tag in fmt.tags}
@@ -295,6 +316,7 @@ def _plan(
         end_of_turn_ids=_end_of_turn_ids(policy),
         metrics=metrics,
         feedback=feedback,
+        drain=drain,
         logprobs=_logprobs(settings, generator),
     )
 

@@ -8,7 +8,6 @@ import logging
 import re
 import sys
 import time
-import uuid
 from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
@@ -18,15 +17,14 @@ from starlette._utils import get_route_path
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.edge import REQUEST_ID
 from server.outcome import Notes, notes_of, outcome
-from server.wire import RECURSIVE_PATHS
+from server.routing import RECURSIVE_PATHS
 
 LOGGER = "rtap"
 REQUESTS = "rtap.requests"
 # Asked for every few seconds by what watches a server; told only where the answer is not 200.
 _PROBED = frozenset({"/live", "/ready", "/health", "/metrics"})
-_REQUEST_ID = b"x-request-id"
-_PLAIN_ID = re.compile(rb"[\w.:-]{1,128}")
 _CLIENT_LEFT = 499  # nginx's number for a request whose client did not wait for its reply
 _TRACE_ID = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-")
 
@@ -53,7 +51,7 @@ def use_json(fields: str) -> None:
 
 
 class RequestLog:
-    """Around everything: one line when a request is over, and an ``x-request-id`` that its reply and vLLM have too."""
+    """Around everything but the edge, whose request id it tells: one line when a request is over."""
 
     def __init__(self, app: ASGIApp, *, quiet_routes: Collection[str] = ()) -> None:
         """quiet_routes: routes that are never told."""
@@ -64,13 +62,12 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, request_id, notes, status = time.perf_counter(), _identify(scope), notes_of(scope), None
+        began, request_id, notes, status = time.perf_counter(), _request_id(scope), notes_of(scope), None
 
         async def told(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (_REQUEST_ID, request_id.encode())]
             await send(message)
 
         is_failed = True
@@ -102,14 +99,8 @@ class RequestLog:
         self._logger.info("%s %s %d", scope["method"], route, status, extra=fields)
 
 
-def _identify(scope: Scope) -> str:
-    """The client's own id where it is short and plain, else a new one, which the headers then have in its place."""
-    given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
-    if _PLAIN_ID.fullmatch(given):
-        return given.decode()
-    made = uuid.uuid4().hex
-    scope["headers"] = [*(h for h in scope["headers"] if h[0] != _REQUEST_ID), (_REQUEST_ID, made.encode())]
-    return made
+def _request_id(scope: Scope) -> str:
+    return next((value.decode() for name, value in scope["headers"] if name == REQUEST_ID), "")
 
 
 def _route(scope: Scope) -> str:

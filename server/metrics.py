@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from server.drain import Drain
 from server.feedback import Feedback
 from server.rtap.types import Cycle, Policy, StopReason, Trajectory
 
@@ -21,8 +22,8 @@ _GAIN = (-1, -0.5, -0.25, -0.1, -0.01, 0, 0.01, 0.1, 0.25, 0.5, 1)
 class Metrics:
     """All series on one registry."""
 
-    REJECTED = ("overloaded", "body_too_large", "invalid", "unauthorized", "key_limit")
-    DEGRADED = ("error", "timeout", "too_long", "image", "no_logprobs")
+    REJECTED = ("overloaded", "body_too_large", "invalid", "unauthorized", "key_limit", "draining", "unknown")
+    DEGRADED = ("error", "timeout", "too_long", "image", "no_logprobs", "restarting")
     ABANDONED = "abandoned"  # the stop reason of a request whose client left or whose engine failed
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -54,6 +55,7 @@ class Metrics:
         self._recomputed = counter("rtap_recomputed_tokens", "Prompt tokens of cycles computed again.")
         self._degraded = counter("rtap_degraded", "Trajectories that went on without the generator.", "reason")
         self._rejected = counter("rtap_rejected", "Requests refused before any work.", "reason")
+        self._joined = counter("rtap_idempotent", "Requests answered by the run of an earlier one.", "run")
         # A counter that begins with its first event has no rate then: what alerts look at is there from the start.
         for reason in self.REJECTED:
             self._rejected.labels(reason)
@@ -61,6 +63,17 @@ class Metrics:
             self._degraded.labels(reason)
         self._avoided = counter("rtap_cycles_avoided", "Cycles that a request might still have had when it was sure.")
         self._in_flight = Gauge("rtap_in_flight", "Requests being answered.", registry=registry)
+        self._draining = Gauge(
+            "rtap_draining", "1 while the server is leaving: it takes nothing new.", registry=registry
+        )
+        self._engine_up = Gauge("rtap_engine_up", "1 while an engine works.", ("engine",), registry=registry)
+        self._engine_progress = Gauge(
+            "rtap_engine_last_progress_timestamp_seconds",
+            "When an engine was last seen working, or without work.",
+            ("engine",),
+            registry=registry,
+        )
+        self._engine_restarts = counter("rtap_engine_restarts", "Engines that were started again.", "engine")
         self._feedback = counter("rtap_feedback", "Verdicts of users on answers.", "correct")
         self._verdicts = Gauge("rtap_calibration_verdicts", "Verdicts that the calibration is of.", registry=registry)
         self._brier = Gauge("rtap_calibration_brier", "Brier score over recent verdicts.", registry=registry)
@@ -88,6 +101,23 @@ class Metrics:
         self._ece.set_function(lambda: feedback.ece)
         self._drift.set_function(lambda: feedback.drift)
 
+    def draining(self, drain: Drain) -> None:
+        """Read at every scrape."""
+        self._draining.set_function(lambda: float(drain.has_begun))
+
+    def engine_up(self, name: str, *, up: bool) -> None:
+        """An engine has started to work or has ceased to."""
+        self._engine_up.labels(name).set(float(up))
+        self._engine_restarts.labels(name)  # the series begins with the engine, at 0
+
+    def engine_progress(self, name: str, timestamp_seconds: float) -> None:
+        """When it was last seen to work, in seconds since 1970."""
+        self._engine_progress.labels(name).set(timestamp_seconds)
+
+    def engine_restarted(self, name: str) -> None:
+        """It works again, as a new process."""
+        self._engine_restarts.labels(name).inc()
+
     def judged(self, *, correct: bool) -> None:
         """A user said whether an answer was right."""
         self._feedback.labels("true" if correct else "false").inc()
@@ -104,6 +134,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """A request was refused; ``reason`` is one of a few words of ours."""
         self._rejected.labels(reason).inc()
+
+    def joined(self, run: str) -> None:
+        """A request with an Idempotency-Key found its run, ``going`` or ``done``."""
+        self._joined.labels(run).inc()
 
     def abandoned(self, policy: Policy) -> None:
         """A trajectory ended without an answer to anyone."""

@@ -107,7 +107,8 @@ class Writer:
                 self._part.text += ANSWER_MARK + answer.replace(ANSWER_MARK, "")
         finish = trajectory.finish
         cut = trajectory.stop_reason is StopReason.MAX_TOKENS or (finish is not None and finish.truncated)
-        too_late = trajectory.stop_reason is StopReason.DEADLINE and trajectory.selected is None
+        is_cut = trajectory.stop_reason in (StopReason.DEADLINE, StopReason.DRAINED)
+        too_late = is_cut and trajectory.selected is None
         self._part.finish_reason = "length" if cut or too_late else "stop"
         if finish is not None and finish.ended_turn:  # the loop's own stop is nobody's business
             self._part.stop_reason = finish.native.outputs[0].stop_reason

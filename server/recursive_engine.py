@@ -18,17 +18,19 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from server.drain import Drain
 from server.feedback import Feedback
 from server.gate import Visit, current_visit, salted
 from server.metrics import Metrics
 from server.outputs import Call, Writer
 from server.rtap.artifact import Artifact
+from server.rtap.cutoff import Cutoff
 from server.rtap.errors import InvalidRequest
 from server.rtap.format import TrajectoryFormat
 from server.rtap.probing import Probing
 from server.rtap.recursion import CycleEvent, FinalEvent, Recursion
 from server.rtap.stopping import needs_score
-from server.rtap.types import Confidence, Engine, Policy, Step, Trajectory
+from server.rtap.types import Confidence, Engine, Policy, Step, StopReason, Trajectory
 from server.settings import Settings
 from server.wire import Exchange, RtapOptions, current_exchange, options_from_xargs, resolve_limits
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 # Cycle seeds of one request are spread by a prime so that n choices (seed + index, as vLLM does) never meet them.
 _SEED_STRIDE = 1_000_003
 _SEED_RANGE = 2**63
+_ABORT_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Plan:
     end_of_turn_ids: frozenset[int]
     metrics: Metrics
     feedback: Feedback
+    drain: Drain
     logprobs: int | None = None
     tracing: "Tracing | None" = None
 
@@ -211,46 +215,50 @@ class RecursiveEngine:
 
     async def _choice(self, call: Call, choice: int, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
         """One trajectory as RequestOutputs."""
-        plan = self._plan
-        spans = None if plan.tracing is None else plan.tracing.cycles(call, choice)
-        engine = _Cycles(self._inner, plan, call, choice, live, spans)
-        probing = self._probing(engine, call)
-        loop = Recursion(
-            engine if probing is None else probing,
-            plan.format,
-            plan.confidence,
-            plan.count_oops,
-            prefix=call.exchange.prefix,
-            request=call,
-            is_idle=self._is_idle,
-        )
-        writer = Writer(call, choice, self._plan.format)
+        plan, number = self._plan, call.first_choice + choice
+        writer = Writer(call, choice, plan.format)
         finished = False
-        try:
-            async with aclosing(loop.run(call.prompt["prompt_token_ids"], call.limits)) as events:
-                async for event in events:
-                    if isinstance(event, CycleEvent):
-                        call.exchange.pending.append((call.first_choice + choice, event.cycle))
-                        if spans is not None:
-                            spans.judged(event.cycle)
-                    elif isinstance(event, FinalEvent):
-                        finished = True
-                        trajectory = event.trajectory if probing is None else _with_probes(event.trajectory, probing)
-                        call.exchange.trajectories[call.first_choice + choice] = trajectory
-                        self._plan.metrics.observe(trajectory, max_cycles=call.limits.max_cycles)
-                    for output in writer.write(event):
-                        yield output
-        except CycleAborted as aborted:
-            for output in writer.abort(aborted.finish_reason):
-                yield output
-        finally:
-            if spans is not None:
-                spans.close()
-            if not finished:
-                self._plan.metrics.abandoned(call.limits.policy)
+        with plan.drain.cutoff(call.limits.deadline_seconds) as cutoff:
+            spans = None if plan.tracing is None else plan.tracing.cycles(call, choice)
+            engine = _Cycles(self._inner, plan, call, choice, live, cutoff, spans)
+            probing = self._probing(engine, call)
+            loop = Recursion(
+                engine if probing is None else probing,
+                plan.format,
+                plan.confidence,
+                plan.count_oops,
+                prefix=call.exchange.prefix,
+                request=call,
+                is_idle=self._is_idle,
+                cutoff=cutoff,
+            )
+            try:
+                async with aclosing(loop.run(call.prompt["prompt_token_ids"], call.limits)) as events:
+                    async for event in events:
+                        if isinstance(event, CycleEvent):
+                            call.exchange.pending.append((number, event.cycle))
+                            if spans is not None:
+                                spans.judged(event.cycle)
+                        elif isinstance(event, FinalEvent):
+                            finished = True
+                            trajectory = _with_probes(event.trajectory, probing)
+                            call.exchange.trajectories[number] = trajectory
+                            plan.metrics.observe(trajectory, max_cycles=call.limits.max_cycles)
+                        for output in writer.write(event):
+                            yield output
+            except CycleAborted as aborted:
+                for output in writer.abort(aborted.finish_reason):
+                    yield output
+            finally:
+                if spans is not None:
+                    spans.close()
+                if not finished:
+                    plan.metrics.abandoned(call.limits.policy)
 
 
-def _with_probes(trajectory: Trajectory, probing: Probing) -> Trajectory:
+def _with_probes(trajectory: Trajectory, probing: Probing | None) -> Trajectory:
+    if probing is None:
+        return trajectory
     return replace(
         trajectory,
         discarded_tokens=trajectory.discarded_tokens + probing.discarded_tokens,
@@ -283,10 +291,12 @@ class _Cycles:
         call: Call,
         choice: int,
         live: set[str],
+        cutoff: Cutoff,
         spans: "CycleSpans | None" = None,
     ) -> None:
         self._inner, self._plan, self._call, self._choice, self._live = inner, plan, call, choice, live
-        self._spans = spans
+        self._cutoff, self._spans = cutoff, spans
+        self._aborts: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
         self.end_of_turn_ids = plan.end_of_turn_ids
 
@@ -296,13 +306,12 @@ class _Cycles:
     async def cycle(
         self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
     ) -> AsyncGenerator[Step, None]:
-        call, ends = self._call, self._plan.cycle_end_ids
+        call = self._call
         starts = len(prompt_token_ids) == len(call.prompt["prompt_token_ids"])
         prompt = call.prompt if starts else call.prompt_with(prompt_token_ids)
         name = f"{call.request_id}-c{self._choice}.{next(self._numbers)}"  # a cycle may be probed while it is written
         params = self._params(index, max_tokens, is_continued=not starts, may_be_cut=may_be_cut)
         self._live.add(name)
-        closing = self._plan.format.answer_close
         try:
             options: dict[str, Any] = {**call.options, "reasoning_ended": False} if call.split else call.options
             if self._spans is not None:
@@ -310,27 +319,50 @@ class _Cycles:
             outputs = self._inner.generate(cast(Any, prompt), params, name, **options)
             if call.visit is not None:
                 outputs = _metered(outputs, call.visit, params.output_kind)
-            async with aclosing(outputs):
-                async for output in outputs:
-                    part = output.outputs[0]
-                    if part.finish_reason not in (None, "stop", "length"):
-                        raise CycleAborted(part.finish_reason)
-                    cycle_ended = part.stop_reason in ends or (not ends and part.stop_reason == closing is not None)
-                    cut = cycle_ended and not call.params.include_stop_str_in_output
-                    text = part.text + (closing or "") if cut else part.text
-                    yield Step(
-                        text=text,
-                        token_ids=part.token_ids,
-                        finished=output.finished,
-                        truncated=part.finish_reason == "length",
-                        ended_turn=part.finish_reason == "stop" and not cycle_ended,
-                        prompt_tokens=len(output.prompt_token_ids or ()),
-                        cached_tokens=output.num_cached_tokens or 0,
-                        native=output,
-                        logprobs=cast(Any, part.logprobs),
-                    )
+            with self._cutoff.calling(lambda: self._abort(name)):
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        part = output.outputs[0]
+                        if part.finish_reason not in (None, "stop", "length") and not self._is_cut(part.finish_reason):
+                            raise CycleAborted(part.finish_reason)
+                        yield self._step(output, part)
         finally:
             self._live.discard(name)
+
+    def _step(self, output: RequestOutput, part: CompletionOutput) -> Step:
+        ends, closing = self._plan.cycle_end_ids, self._plan.format.answer_close
+        cycle_ended = part.stop_reason in ends or (not ends and part.stop_reason == closing is not None)
+        is_hidden = cycle_ended and not self._call.params.include_stop_str_in_output
+        return Step(
+            text=part.text + (closing or "") if is_hidden else part.text,
+            token_ids=part.token_ids,
+            finished=output.finished,
+            truncated=part.finish_reason == "length",
+            ended_turn=part.finish_reason == "stop" and not cycle_ended,
+            prompt_tokens=len(output.prompt_token_ids or ()),
+            cached_tokens=output.num_cached_tokens or 0,
+            native=output,
+            logprobs=cast(Any, part.logprobs),
+        )
+
+    def _is_cut(self, finish_reason: str) -> bool:
+        """Whether the engine gave the cycle up because the trajectory is to end. A signal to the whole process group,
+        which is what Ctrl-C sends, makes engines give up what they have before anybody cuts it."""
+        if finish_reason == "abort" and self._plan.drain.has_begun:
+            self._cutoff.cut(StopReason.DRAINED)
+        return finish_reason == "abort" and self._cutoff.reason is not None
+
+    def _abort(self, name: str) -> None:
+        """Make the engine end a cycle with what it has."""
+
+        async def until_gone() -> None:
+            while name in self._live:  # it may be on its way to the engine, which would not know it yet
+                await self._inner.abort(name)
+                await asyncio.sleep(_ABORT_SECONDS)
+
+        task = asyncio.create_task(until_gone())
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
 
     def _params(self, index: int, max_tokens: int | None, *, is_continued: bool, may_be_cut: bool) -> SamplingParams:
         """The request's sampling parameters for one cycle: its own seed, the rest of the budget, the format's end."""

@@ -42,7 +42,9 @@ class Settings(BaseSettings):
         default=None, ge=1, description="stop after this many cycles without new highest confidence"
     )
     deadline_seconds: float | None = Field(
-        default=None, gt=0, description="answer with the best so far after this long, unless the request says otherwise"
+        default=None,
+        gt=0,
+        description="answer with the best so far after this long, unless the request says so; default: its limit",
     )
     probe_every: int | None = Field(
         default=None,
@@ -53,7 +55,7 @@ class Settings(BaseSettings):
     probe_answer_tokens: int = Field(default=64, ge=1, description="a longer answer to a probe counts as none")
     max_cycles_limit: int = Field(default=16, ge=1, description="ceiling for max_cycles of a request")
     samples_limit: int = Field(default=32, ge=1, description="ceiling for samples of a request")
-    deadline_seconds_limit: float = Field(default=600.0, gt=0, description="ceiling for deadline_seconds of a request")
+    deadline_seconds_limit: float = Field(default=600.0, gt=0, description="no request is worked on for longer")
 
     confidence: Literal["auto", "pooling", "remote", "yesno", "logprob", "none"] = Field(
         default="auto", description="where confidence comes from; auto: pooling for a path, remote for a URL, else none"
@@ -98,12 +100,41 @@ class Settings(BaseSettings):
         ge=1,
         description="tokens that these may write at a time: max_tokens x n, x samples of a vote; default: no limit",
     )
+    drain_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="after SIGTERM nothing new is taken, and what runs may go on for this long; then it is answered "
+        "with the best so far",
+    )
+    engine_silence_seconds: float = Field(
+        default=3.0,
+        gt=0,
+        description="an engine that has requests and uses no processor for this long counts as dead: the generator is "
+        "started again, without the policy the server ends with exit code 1",
+    )
     n_limit: int = Field(default=16, ge=1, description="ceiling for n of a request")
     messages_limit: int = Field(
         default=1024, ge=1, description="messages of a chat, items of an input or prompts of a completion at most"
     )
     allow_request_templates: bool = Field(
         default=False, description="take chat_template and chat_template_kwargs from requests"
+    )
+    max_header_bytes: int = Field(
+        default=2**16, ge=1024, description="a longer request line and header fields are answered with 431"
+    )
+    max_header_fields: int = Field(default=128, ge=16, description="more header fields are answered with 431")
+    idempotency_seconds: float = Field(
+        default=600.0,
+        ge=0,
+        description="how long the result of a request with an Idempotency-Key is kept; 0: not at all",
+    )
+    idempotency_grace_seconds: float = Field(
+        default=5.0, ge=0, description="how long a run with an Idempotency-Key goes on when all its clients have left"
+    )
+    idempotency_results: int = Field(default=1024, ge=1, description="results kept at most; the oldest goes first")
+    idempotency_bytes: int = Field(default=64 * 2**20, ge=2**16, description="bytes of results kept at most")
+    allow_pickled_weights: bool = Field(
+        default=False, description="load .bin and .pt weights, which are pickles, where there are no safetensors"
     )
     log_format: Literal["text", "json"] = Field(
         default="text", description="json: every log line an object, and one line a request"

@@ -17,8 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.outcome import Outcome, notes_of, outcome
 from server.outputs import Call
+from server.routing import RECURSIVE_PATHS
 from server.rtap.types import Cycle
-from server.wire import RECURSIVE_PATHS
 
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _WORKFLOW = "invoke_workflow"

@@ -16,7 +16,6 @@ from server.rtap.errors import InvalidRequest
 from server.rtap.types import Cycle, Limits, Policy, Select, Trajectory
 from server.settings import Settings
 
-RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 XARGS_PREFIX = "rtap_"
 # Separates reasoning from content in the text that RecursiveEngine hands to vLLM's chat layers. The engine removes it
 # from model text, so only the engine can write it.
@@ -201,7 +200,7 @@ def resolve_limits(
         samples=options.samples or settings.samples,
         select=options.select or settings.select or default_select,
         patience=options.patience or settings.patience,
-        deadline_seconds=options.deadline_seconds or settings.deadline_seconds,
+        deadline_seconds=options.deadline_seconds or settings.deadline_seconds or settings.deadline_seconds_limit,
         max_tokens=max_tokens,
         probe_every=options.probe_every or settings.probe_every,
     )
@@ -278,8 +277,8 @@ _LAX_INT = TypeAdapter(int)
 _current: ContextVar[Exchange | None] = ContextVar("rtap_exchange", default=None)
 
 
-def begin_exchange(exchange: Exchange) -> None:
-    """Make ``exchange`` the one of the running task and all it starts."""
+def begin_exchange(exchange: Exchange | None) -> None:
+    """Make ``exchange`` the one of the running task and all it starts; None: it has none."""
     _current.set(exchange)
 
 

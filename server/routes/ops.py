@@ -5,6 +5,8 @@ from typing import Protocol
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from server.drain import Drain
+
 
 class Engine(Protocol):
     """What of an engine says whether it lives."""
@@ -16,8 +18,9 @@ class Engine(Protocol):
     def errored(self) -> bool: ...
 
 
-def ops_router(engine: Engine) -> APIRouter:
-    """Liveness fails only when the engine is dead; readiness also while it is stopping."""
+def ops_router(engine: Engine, drain: Drain) -> APIRouter:
+    """Liveness fails only when the policy's engine is dead, which one that makes no progress soon is (supervision.py);
+    readiness also while the server is leaving."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/live")
@@ -27,6 +30,8 @@ def ops_router(engine: Engine) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        if drain.has_begun:
+            return JSONResponse({"status": "draining"}, status_code=503)
         up = engine.is_running and not engine.errored
         return JSONResponse({"status": "ready" if up else "not ready"}, status_code=200 if up else 503)
 

@@ -9,10 +9,11 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server.rtap import stopping
+from server.rtap.cutoff import Cutoff
 from server.rtap.errors import ConfidenceError
 from server.rtap.format import CycleParser, TrajectoryFormat
 from server.rtap.types import (
@@ -55,7 +56,8 @@ class Recursion:
 
     confidence: None when no generator is loaded. count_oops: Oops tokens in a text. prefix: text at the end of the
     question that is already the beginning of the turn. request: handed to the scorer as it is. is_idle: whether the
-    engine has room for a cycle that may not be wanted. clock: monotonic seconds.
+    engine has room for a cycle that may not be wanted. cutoff: when it must end; the engine knows it as well.
+    clock: monotonic seconds.
     """
 
     engine: Engine
@@ -65,6 +67,7 @@ class Recursion:
     prefix: str = ""
     request: Any = None
     is_idle: Callable[[], bool] = lambda: False
+    cutoff: Cutoff = field(default_factory=Cutoff)
     clock: Callable[[], float] = time.monotonic
 
     def run(self, question_token_ids: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
@@ -73,10 +76,9 @@ class Recursion:
 
     async def _recurse(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         requested, started = limits.policy, self.clock()
-        deadline = None if limits.deadline_seconds is None else started + limits.deadline_seconds
         prompt, cycles, spent, discarded = list(question), list[Cycle](), 0, 0
         degraded, held = None, None  # held: a cycle's event while the model may still end its turn there
-        writing, ahead = self._first(question, limits, deadline), None
+        writing, ahead = self._first(question, limits), None
         try:
             while True:
                 draft = writing.draft
@@ -97,14 +99,14 @@ class Recursion:
                 context, prompt = prompt, prompt + _without_end(draft.token_ids, self.engine.end_of_turn_ids) + closing
                 spent += len(draft.token_ids) + len(closing)
                 cycle = self._finish(draft)
-                if self._may_write_ahead([*cycles, cycle], draft, limits, spent, deadline):
-                    ahead = self._next(len(cycles) + 1, prompt, limits, spent, deadline, may_be_cut=True)
+                if self._may_write_ahead([*cycles, cycle], draft, limits, spent):
+                    ahead = self._next(len(cycles) + 1, prompt, limits, spent, may_be_cut=True)
                     ahead.start()
-                score, seconds, failure = await self._judge(draft, closing, question, context, limits, deadline)
+                score, seconds, failure = await self._judge(draft, closing, question, context, limits)
                 if failure is not None:
                     degraded, limits = failure, replace(limits, policy=Policy.MODEL, select=Select.LAST)
                 cycles.append(self._scored(cycle, score, seconds))
-                stop = self._decide(cycles, draft, limits, spent, deadline)
+                stop = self._decide(cycles, draft, limits, spent)
                 if ahead is not None and (stop is not None or failure is not None):
                     discarded += await ahead.close()
                     ahead = None
@@ -120,7 +122,7 @@ class Recursion:
                     yield CycleEvent(cycles[-1], None)
                     if closing:
                         yield StepEvent(draft.index, injected(closing, self.format.answer_close or ""), "", True)
-                writing, ahead = ahead or self._next(len(cycles), prompt, limits, spent, deadline), None
+                writing, ahead = ahead or self._next(len(cycles), prompt, limits, spent), None
             selected = stopping.choose(cycles, limits.select)
             final = self._conclude(cycles, selected, stop, degraded, draft, requested, started, discarded)
             yield CycleEvent(final.trajectory.cycles[-1], stop)
@@ -135,15 +137,14 @@ class Recursion:
     async def _vote(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         """Independent single cycles written side by side; events arrive sample by sample, as samples finish."""
         started = self.clock()
-        deadline = None if limits.deadline_seconds is None else started + limits.deadline_seconds
         failures: list[str] = []
 
         async def sample(index: int) -> tuple[list[StepEvent], Cycle, Draft]:
-            writing = self._first(question, limits, deadline, index=index)
+            writing = self._first(question, limits, index=index)
             draft = writing.draft
             events = [e async for e in writing.events()]
             closing = self._closing(draft)
-            score, seconds, failure = await self._judge(draft, closing, question, question, limits, deadline)
+            score, seconds, failure = await self._judge(draft, closing, question, question, limits)
             if failure is not None:
                 failures.append(failure)
             return events, self._scored(self._finish(draft), score, seconds), draft
@@ -168,8 +169,7 @@ class Recursion:
         if any(c.answer is not None and c.confidence is None for c in cycles):  # then each counts as one
             cycles = [replace(c, confidence=None) for c in cycles]
         selected = stopping.majority(cycles)
-        late = any(d.timed_out for d in drafts)
-        stop = StopReason.DEADLINE if late else StopReason.VOTE
+        stop = self.cutoff.reason or StopReason.VOTE
         draft = drafts[-1 if selected is None else selected]
         degraded = failures[0] if failures else None
         yield self._conclude(cycles, selected, stop, degraded, draft, limits.policy, started)
@@ -187,63 +187,41 @@ class Recursion:
         """The end tag that a grammar did not let the model write: scorers and further cycles read whole cycles."""
         return self.engine.encode(self.format.answer_close or "") if draft.parser.owes_close else []
 
-    def _first(self, question: Sequence[int], limits: Limits, deadline: float | None, *, index: int = 0) -> Writing:
+    def _first(self, question: Sequence[int], limits: Limits, *, index: int = 0) -> Writing:
         """A cycle that begins the turn; ``index`` numbers the samples of a vote."""
         draft = Draft(index, self._parser(question), [], "", self.clock())
-        return self._writing(draft, question, limits, 0, deadline, may_be_cut=False)
+        return self._writing(draft, question, limits, 0)
 
-    def _next(
-        self,
-        index: int,
-        prompt: list[int],
-        limits: Limits,
-        spent: int,
-        deadline: float | None,
-        *,
-        may_be_cut: bool = False,
-    ) -> Writing:
+    def _next(self, index: int, prompt: list[int], limits: Limits, spent: int, *, may_be_cut: bool = False) -> Writing:
         """A further cycle, after ``spent`` tokens of the budget."""
         opening = self._opening(limits)
         parser = CycleParser(self.format, thought_open=True)
         draft = Draft(index, parser, opening, self.format.cycle_open if opening else "", self.clock())
-        return self._writing(draft, prompt + opening, limits, spent, deadline, may_be_cut=may_be_cut)
+        return self._writing(draft, prompt + opening, limits, spent, may_be_cut=may_be_cut)
 
     def _writing(
-        self,
-        draft: Draft,
-        prompt: Sequence[int],
-        limits: Limits,
-        spent: int,
-        deadline: float | None,
-        *,
-        may_be_cut: bool,
+        self, draft: Draft, prompt: Sequence[int], limits: Limits, spent: int, *, may_be_cut: bool = False
     ) -> Writing:
         left = _left(limits, spent + len(draft.opening))
-        stream = self.engine.cycle(
-            prompt, index=draft.index, max_tokens=left, may_be_cut=may_be_cut or deadline is not None
-        )
-        return Writing(draft, write(stream, draft, deadline=deadline, clock=self.clock))
+        stream = self.engine.cycle(prompt, index=draft.index, max_tokens=left, may_be_cut=may_be_cut)
+        return Writing(draft, write(stream, draft, clock=self.clock))
 
-    def _decide(
-        self, cycles: Sequence[Cycle], draft: Draft, limits: Limits, spent: int, deadline: float | None
-    ) -> StopReason | None:
+    def _decide(self, cycles: Sequence[Cycle], draft: Draft, limits: Limits, spent: int) -> StopReason | None:
         return stopping.decide(
             cycles,
             limits,
             ended_turn=draft.ended_turn,
             truncated=draft.truncated,
             no_room=_left(limits, spent + len(self._opening(limits))) == 0,
-            out_of_time=draft.timed_out or (deadline is not None and self.clock() >= deadline),
+            cut=self.cutoff.reason,
         )
 
-    def _may_write_ahead(
-        self, cycles: Sequence[Cycle], draft: Draft, limits: Limits, spent: int, deadline: float | None
-    ) -> bool:
+    def _may_write_ahead(self, cycles: Sequence[Cycle], draft: Draft, limits: Limits, spent: int) -> bool:
         """Whether the next cycle can begin while the last of ``cycles`` is being scored: there is a score to wait for,
         the lowest would make the loop go on, and the engine has room."""
         waits = limits.policy is Policy.CONFIDENCE and limits.threshold > 0 and cycles[-1].answer is not None
         waits = waits and self.confidence is not None
-        return waits and self._decide(cycles, draft, limits, spent, deadline) is None and self.is_idle()
+        return waits and self._decide(cycles, draft, limits, spent) is None and self.is_idle()
 
     async def _judge(
         self,
@@ -252,7 +230,6 @@ class Recursion:
         question: Sequence[int],
         context: Sequence[int],
         limits: Limits,
-        deadline: float | None,
     ) -> tuple[Score | None, float | None, str | None]:
         """(score, seconds waited, why it failed). Nothing is scored that no decision needs, nor a cut cycle."""
         if self.confidence is None or not stopping.needs_score(limits) or draft.parser.answer is None:
@@ -261,10 +238,10 @@ class Recursion:
         cycle = _without_end(draft.token_ids, self.engine.end_of_turn_ids) + closing
         judged = Judged(question, cycle, context, draft.logprobs, self.request)
         try:
-            async with asyncio.timeout(None if deadline is None else max(0.0, deadline - began)):
-                score = await self.confidence.score(judged)
-        except TimeoutError:  # the request's own deadline, not a fault of the generator
-            draft.timed_out = True
+            async with asyncio.timeout(None) as wait:
+                with self.cutoff.calling(lambda: wait.reschedule(0)):
+                    score = await self.confidence.score(judged)
+        except TimeoutError:  # the cutoff's, not a fault of the generator
             return None, self.clock() - began, None
         except ConfidenceError as error:
             return None, self.clock() - began, error.reason

@@ -6,12 +6,19 @@ from server.rtap.types import Cycle, Limits, Policy, Select, StopReason
 
 
 def decide(
-    cycles: Sequence[Cycle], limits: Limits, *, ended_turn: bool, truncated: bool, no_room: bool, out_of_time: bool
+    cycles: Sequence[Cycle],
+    limits: Limits,
+    *,
+    ended_turn: bool,
+    truncated: bool,
+    no_room: bool,
+    cut: StopReason | None,
 ) -> StopReason | None:
     """Why the trajectory must end after ``cycles``, or None to write one more.
 
     ended_turn: the model ended its turn itself. truncated: the token budget cut the last cycle. no_room: it has
-    nothing left for another one, which matters only where another one would follow. out_of_time: the deadline passed.
+    nothing left for another one, which matters only where another one would follow. cut: why the work must end whatever
+    it has come to, the deadline's or the server's reason.
     A good answer wins over a spent budget: the reason names what was reached, not what also ran out.
     """
     last = cycles[-1]
@@ -19,8 +26,8 @@ def decide(
         return StopReason.THRESHOLD
     if limits.policy is Policy.MODEL and ended_turn:
         return StopReason.MODEL
-    if out_of_time:
-        return StopReason.DEADLINE
+    if cut is not None:
+        return cut
     if truncated:
         return StopReason.MAX_TOKENS
     if len(cycles) >= max_cycles(limits):

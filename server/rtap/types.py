@@ -30,6 +30,7 @@ class StopReason(StrEnum):
     MAX_CYCLES = "max_cycles"
     MAX_TOKENS = "max_tokens"
     DEADLINE = "deadline"
+    DRAINED = "drained"
     NO_GAIN = "no_gain"
     VOTE = "vote"
 
@@ -41,6 +42,7 @@ class Limits:
     threshold: confidence in [0, 1] that ends a ``confidence`` trajectory.
     samples: independent single cycles of policy ``vote``.
     patience: stop after this many cycles in a row without a new highest confidence; None never stops for it.
+    deadline_seconds: kept by the Cutoff (``cutoff.py``) of whoever drives the trajectory.
     max_tokens: one budget over all cycles, injected tags included; None leaves the engine's own limit.
     probe_every: tokens of a ``confidence`` thought between probes for its answer (``probing.py``); None never asks.
     """
@@ -166,7 +168,8 @@ class Engine(Protocol):
         """Continue ``prompt_token_ids`` until the format's end of a cycle, the end of the turn or the limit.
 
         Closing the generator early aborts the work. ``index`` numbers the cycle (or the sample, for ``vote``).
-        may_be_cut: the loop may do so, and wants to know what was written until then."""
+        may_be_cut: the loop may do so, and wants to know what was written until then. An engine that was given a Cutoff
+        ends the cycle at it, with what it has as the last step."""
         ...
 
     def encode(self, text: str) -> list[int]:

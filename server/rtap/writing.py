@@ -32,7 +32,6 @@ class Draft:
     opening_text: str
     started: float
     seconds: float = 0.0
-    timed_out: bool = False
     token_ids: list[int] = field(init=False)
     logprobs: list[tuple[int, Mapping[int, Any]]] = field(init=False)
     first: Step | None = None
@@ -119,24 +118,13 @@ class Writing:
 
 
 async def write(
-    stream: AsyncGenerator[Step, None], draft: Draft, *, deadline: float | None, clock: Callable[[], float]
+    stream: AsyncGenerator[Step, None], draft: Draft, *, clock: Callable[[], float]
 ) -> AsyncGenerator[StepEvent, None]:
-    """The engine's steps as those of ``draft``, until their end or the deadline."""
+    """The engine's steps as those of ``draft``, until their end."""
     async with aclosing(stream):
-        if deadline is None:
-            async for step in stream:
-                yield draft.add(step)
-        while deadline is not None:
-            try:  # only the wait is timed: a timeout around a yield would cancel whoever reads the events
-                async with asyncio.timeout(max(0.0, deadline - clock())):
-                    step = await anext(stream)
-            except StopAsyncIteration:
-                break
-            except TimeoutError:
-                draft.timed_out = True
-                break
+        async for step in stream:
             yield draft.add(step)
-        draft.seconds = clock() - draft.started
+    draft.seconds = clock() - draft.started
 
 
 def thought_is_open(prompt: Sequence[int], engine: Engine, fmt: TrajectoryFormat) -> bool:

@@ -15,6 +15,8 @@ MAY_IMPORT_VLLM = {
     "server.outputs",
     "server.reasoning_parser",
     "server.recursive_engine",
+    "server.serving",
+    "server.supervision",
     "training.rollout",
 }
 

@@ -3,20 +3,18 @@
 import json
 import math
 import shutil
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.deploy.promql import RULES, names, panel_queries, rules
 from tests.e2e.conftest import Running, free_port, rtap_command, running
+from tests.e2e.otlp import Receiver, receiving
 
 SECRET = "sk-observed-4242"
 CANARY = "zebra"
@@ -29,57 +27,10 @@ CHAT = {
 }
 
 
-@dataclass
-class Receiver:
-    """Takes what an OTLP/HTTP exporter sends. bodies: as they came; spans: (attributes and all) as plain values."""
-
-    bodies: list[bytes] = field(default_factory=list)
-
-    @property
-    def spans(self) -> list[dict[str, Any]]:
-        found = []
-        for body in self.bodies:
-            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                service = {a.key: a.value.string_value for a in resource.resource.attributes}.get("service.name")
-                found += [_plain(span, service) for scope in resource.scope_spans for span in scope.spans]
-        return found
-
-    def of_trace(self, trace: str) -> list[dict[str, Any]]:
-        """The spans of one trace, once its request's is there: it ends last, and they come as they end."""
-        deadline = time.monotonic() + 20
-        while True:
-            found = [span for span in self.spans if span["trace"] == trace]
-            if any(span["name"] == "invoke_workflow rtap" for span in found):
-                return found
-            assert time.monotonic() < deadline, found
-            time.sleep(0.1)
-
-
-def _plain(span: Any, service: str | None) -> dict[str, Any]:
-    values = {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
-    return {
-        "service": service, "name": span.name, "kind": span.kind, "trace": span.trace_id.hex(),
-        "id": span.span_id.hex(), "parent": span.parent_span_id.hex(), "values": values,
-        "start": span.start_time_unix_nano, "end": span.end_time_unix_nano, "error": span.status.code == 2,
-    }  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def receiver() -> Iterator[tuple[Receiver, str]]:
-    received = Receiver()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.bodies.append(self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *args: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield received, f"http://127.0.0.1:{httpd.server_address[1]}/v1/traces"
-        httpd.shutdown()
+    with receiving() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +172,6 @@ def test_every_line_of_the_log_is_json_and_neither_log_nor_spans_have_prompts_an
         assert word.encode() not in sent
 
 
-# Series of health that a server of this version does not expose yet.
-NOT_YET = {
-    "rtap_engine_up", "rtap_engine_last_progress_timestamp_seconds", "rtap_engine_restarts_total", "rtap_draining",
-}  # fmt: skip
 CONFIG = """
 global: {{scrape_interval: 1s, evaluation_interval: 1s}}
 rule_files: ["{rules}/*.yml"]
@@ -301,8 +248,8 @@ def test_every_query_of_dashboard_and_rules_is_of_series_that_a_server_has(serve
     exposed = set(prometheus.ask("label/__name__/values"))
     told = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()]
     missing = {name for _, query in (*panel_queries(), *told) for name in names(query)} - exposed
-    assert missing <= NOT_YET
-    empty = [title for title, query in panel_queries() if not prometheus.values(query) and not names(query) & NOT_YET]
+    assert not missing
+    empty = [title for title, query in panel_queries() if not prometheus.values(query)]
     assert not empty
     unrecorded = [rule["record"] for rule in rules() if "record" in rule and not prometheus.values(rule["record"])]
     assert not unrecorded

@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from server.rtap.cutoff import Cutoff
 from server.rtap.errors import ConfidenceError
 from server.rtap.types import Judged, Score, Step
 
@@ -27,7 +28,7 @@ def decode(token_ids: Sequence[int]) -> str:
 class ScriptedEngine:
     """Writes the n-th text of ``script`` in the n-th call. A text ending in ``$`` ends the turn there.
 
-    prompts: what each call was given. closed: calls whose generator was closed before its end.
+    prompts: what each call was given. closed: calls whose generator was closed before its end. cutoff: kept, if given.
     """
 
     script: list[str]
@@ -36,6 +37,7 @@ class ScriptedEngine:
     prompts: list[list[int]] = field(default_factory=list)
     max_tokens: list[int | None] = field(default_factory=list)
     closed: int = 0
+    cutoff: Cutoff = field(default_factory=Cutoff)
 
     def encode(self, text: str) -> list[int]:
         return encode(text)
@@ -52,7 +54,9 @@ class ScriptedEngine:
         ids = ids[:max_tokens]
         try:
             for n, token_id in enumerate(ids):
-                await asyncio.sleep(self.seconds_per_token)
+                if await self._is_cut():
+                    yield Step("", [], True, False, False, len(prompt_token_ids), 0, native=None)
+                    return
                 last = n == len(ids) - 1
                 yield Step(
                     text=decode([token_id]),
@@ -67,6 +71,16 @@ class ScriptedEngine:
         except (GeneratorExit, asyncio.CancelledError):
             self.closed += 1
             raise
+
+    async def _is_cut(self) -> bool:
+        """Whether the work had to end before the next token was there."""
+        try:
+            async with asyncio.timeout(None) as wait:
+                with self.cutoff.calling(lambda: wait.reschedule(0)):
+                    await asyncio.sleep(self.seconds_per_token)
+        except TimeoutError:
+            return True
+        return False
 
 
 @dataclass

@@ -15,6 +15,7 @@ from server.keys import Key, KeyRing
 from server.limits import KeyLimits
 from server.metrics import Metrics
 from server.rtap.types import Judged
+from server.supervision import Ward
 
 
 class Inner:
@@ -211,7 +212,7 @@ async def test_the_generators_cache_is_divided_too():
             asked.append(prompt)
             yield SimpleNamespace(finished=True, outputs=SimpleNamespace(data=[0.5]))
 
-    scorer = PoolingConfidence(Generator(), 10.0, 100)  # type: ignore[arg-type]
+    scorer = PoolingConfidence(Ward("confidence", Generator()), 10.0, 100)  # type: ignore[arg-type]
     door = Door(key_of("a"), key_of("b"))
 
     async def score(scope, receive, send) -> None:

@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from server.edge import Edge
 from server.logs import LOGGER, REQUESTS, RequestLog, announce, use_json
 from server.outcome import notes_of
 from server.wire import Exchange
@@ -52,7 +53,7 @@ def _client(exchange: Exchange | None = None, **options: Any) -> TestClient:
         Route("/item/{name}", show),
     ]  # fmt: skip
     app = Starlette(routes=routes, middleware=[Middleware(RequestLog, **options)])
-    return TestClient(app, raise_server_exceptions=False)
+    return TestClient(Edge(app), raise_server_exceptions=False)
 
 
 def _told(log: StringIO) -> list[dict[str, Any]]:
@@ -64,14 +65,14 @@ def test_a_finished_request_is_one_line(log):
     exchange.reserve(2)
     exchange.trajectories[0] = done = _trajectory()
     trace = "0af7651916cd43dd8448eb211c80319c"
-    headers = {"x-request-id": "a.b:c-1", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    headers = {"x-request-id": "a.b-c_1", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
     reply = _client(exchange).post("/v1/chat/completions", headers=headers, content=b"zebra")
     (line,) = _told(log)
-    assert reply.headers.get_list("x-request-id") == ["a.b:c-1"]
+    assert reply.headers.get_list("x-request-id") == ["a.b-c_1"]
     assert line.pop("seconds") > 0
     assert line == {
         "levelname": "INFO", "name": "rtap.requests", "message": "POST /v1/chat/completions 200",
-        "request_id": "a.b:c-1", "method": "POST", "route": "/v1/chat/completions", "status": 200, "key": "team",
+        "request_id": "a.b-c_1", "method": "POST", "route": "/v1/chat/completions", "status": 200, "key": "team",
         "trace_id": trace, "model": "served", "choices": 2, "policy": "confidence",
         "stop_reason": "abandoned,threshold",  # one choice of two was finished
         "cycles": 2, "prompt_tokens": done.cycles[0].prompt_tokens, "tokens": sum(c.tokens for c in done.cycles),

@@ -5,6 +5,7 @@ from contextlib import aclosing
 
 import pytest
 
+from server.rtap.cutoff import Cutoff
 from server.rtap.errors import ConfidenceError
 from server.rtap.format import RTAP, THINK
 from server.rtap.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
@@ -17,8 +18,10 @@ DOUBT = "Oops, no. 3*25+7=82</think><answer>3*25+7</answer>"
 
 
 async def _run(engine, limits, confidence=None, fmt=RTAP):
-    loop = Recursion(engine, fmt, confidence, lambda text: text.count("Oops"))
-    events = [event async for event in loop.run(QUESTION, limits)]
+    with Cutoff(limits.deadline_seconds) as cutoff:
+        engine.cutoff = cutoff
+        loop = Recursion(engine, fmt, confidence, lambda text: text.count("Oops"), cutoff=cutoff)
+        events = [event async for event in loop.run(QUESTION, limits)]
     assert isinstance(events[-1], FinalEvent)
     assert sum(isinstance(e, FinalEvent) for e in events) == 1
     return events, events[-1].trajectory
@@ -299,6 +302,30 @@ async def test_the_deadline_returns_the_best_so_far():
     assert (done.stop_reason, done.answer) == (StopReason.DEADLINE, "25*7")
     assert 0.3 <= done.seconds < 1.0
     assert done.cycles[1].answer is None
+
+
+@pytest.mark.parametrize(("rule", "answer"), [(lambda _: 0.1, "25*7"), (None, None)])
+async def test_what_is_cut_from_outside_returns_the_best_so_far_or_what_there_is(rule, answer):
+    """rule: None while the first cycle is still being written."""
+    script = ["<think>" + "x" * 10_000] if rule is None else [WRONG, "x" * 10_000]
+    engine, cutoff = ScriptedEngine(script, seconds_per_token=0.001), Cutoff()
+    engine.cutoff = cutoff
+    loop = Recursion(engine, RTAP, rule and ScriptedConfidence(rule), lambda _: 0, cutoff=cutoff)
+    asyncio.get_running_loop().call_later(0.2, cutoff.cut, StopReason.DRAINED)
+    *_, last = [event async for event in loop.run(QUESTION, Limits(threshold=0.5))]
+    done = last.trajectory
+    assert (done.stop_reason, done.answer, done.degraded) == (StopReason.DRAINED, answer, None)
+    assert done.seconds < 1.0
+    assert done.cycles[-1].tokens > 10  # what was written of it counts
+
+
+async def test_a_vote_that_is_cut_counts_the_samples_that_are_whole():
+    engine, cutoff = ScriptedEngine([WRONG, WRONG, "x" * 10_000], seconds_per_token=0.001), Cutoff()
+    engine.cutoff = cutoff
+    loop = Recursion(engine, RTAP, None, lambda _: 0, cutoff=cutoff)
+    asyncio.get_running_loop().call_later(0.3, cutoff.cut, StopReason.DRAINED)
+    *_, last = [event async for event in loop.run(QUESTION, Limits(policy=Policy.VOTE, samples=3))]
+    assert (last.trajectory.stop_reason, last.trajectory.answer) == (StopReason.DRAINED, "25*7")
 
 
 async def test_a_slow_score_does_not_outlive_the_deadline():

@@ -9,7 +9,7 @@ from server.rtap import stopping
 from server.rtap.types import Cycle, Limits, Policy, Select, StopReason
 
 _BASE = Cycle(0, "t", "1", None, False, 10, 3, 0, 20, 0, 0.1, None, 0)
-_NEVER = {"ended_turn": False, "truncated": False, "no_room": False, "out_of_time": False}
+_NEVER = {"ended_turn": False, "truncated": False, "no_room": False, "cut": None}
 
 
 def _cycles(*scores: float | None, answers: str | None = None) -> list[Cycle]:
@@ -46,10 +46,10 @@ def test_max_cycles_bounds_every_recursive_policy(policy):
 
 def test_reasons_have_a_fixed_order_of_precedence():
     good, bad = _cycles(0.9), _cycles(0.1)
-    for time_, tokens in itertools.product([False, True], repeat=2):
-        spent = _NEVER | {"truncated": tokens, "out_of_time": time_}
+    for cut, tokens in itertools.product([None, StopReason.DEADLINE, StopReason.DRAINED], [False, True]):
+        spent = _NEVER | {"truncated": tokens, "cut": cut}
         assert stopping.decide(good, Limits(max_cycles=1), **spent) is StopReason.THRESHOLD
-        expected = StopReason.DEADLINE if time_ else StopReason.MAX_TOKENS if tokens else StopReason.MAX_CYCLES
+        expected = cut or (StopReason.MAX_TOKENS if tokens else StopReason.MAX_CYCLES)
         assert stopping.decide(bad, Limits(max_cycles=1), **spent) is expected
 
 

@@ -13,7 +13,9 @@ from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.exceptions import VLLMValidationError
@@ -27,6 +29,9 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import MPClient
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -46,7 +51,10 @@ def _parameters(function) -> list[str]:
 def test_signatures_that_we_call():
     assert _parameters(build_app) == ["args", "supported_tasks", "model_config"]
     assert _parameters(init_app_state) == ["engine_client", "state", "args", "supported_tasks"]
-    assert {"app", "sock", "enable_ssl_refresh"} <= set(_parameters(serve_http))
+    assert _parameters(NoSignalServer)[0] == "config"
+    assert _parameters(get_uvicorn_log_config) == ["args"]
+    assert _parameters(SSLCertRefresher) == ["ssl_context", "key_path", "cert_path", "ca_path"]
+    assert _parameters(SSLCertRefresher.stop) == ["self"]
     assert _parameters(setup_server) == ["args", "reuse_port"]
     assert _parameters(EngineClient.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
     assert _parameters(AsyncLLM.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
@@ -185,3 +193,19 @@ def test_starlette_builds_its_middleware_from_a_list():
 )
 def test_names_that_routes_of_vllm_ask_of_the_engine(name):
     assert hasattr(AsyncLLM, name)
+
+
+def test_what_the_supervisor_asks_of_an_engine():
+    assert _parameters(AsyncLLM.shutdown) == ["self", "timeout"]
+    assert _parameters(AsyncLLM.get_num_unfinished_requests) == ["self"]
+    assert isinstance(AsyncLLM.errored, property)
+    source = inspect.getsource(CoreEngineProcManager.__init__)
+    assert "self.processes: list[BaseProcess]" in source
+    assert "self.resources.engine_manager" in inspect.getsource(MPClient)
+
+
+def test_an_aborted_request_gives_what_it_has():
+    """Deadlines and drains abort the cycle that is being written, and count and return what there is of it."""
+    source = inspect.getsource(OutputProcessor.abort_requests)
+    assert "finish_reason=FinishReason.ABORT" in source
+    assert "req_state.queue.put(request_output)" in source

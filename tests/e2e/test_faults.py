@@ -1,0 +1,175 @@
+"""Engines that die or are stopped under requests, and the drain: real processes, real signals."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.conftest import Running, free_port, rtap_command, running
+
+LONG = {
+    "model": "rtap",
+    "messages": [{"role": "user", "content": "make 82 from 3, 7, 25"}],
+    "ignore_eos": True,
+    "rtap": {"threshold": 1.0, "max_cycles": 16},
+}
+SHORT = LONG | {"ignore_eos": False, "max_tokens": 200, "n": 4, "rtap": {"max_cycles": 1}}
+
+
+def stream(url: str, body: dict, begun: threading.Event | None = None) -> tuple[list[dict], bool]:
+    """(events of a stream, whether it ended with [DONE])."""
+    events, done = [], False
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60) as reply:
+        assert reply.status_code == 200, reply.read()
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                events.append(json.loads(line[6:]))
+                if begun is not None and len(events) > 3:
+                    begun.set()
+            done = done or line == "data: [DONE]"
+    return events, done
+
+
+def engines(server: Running) -> dict[str, psutil.Process]:
+    """The two engine processes by name: the policy's has the larger memory of the KV cache it was given."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    found = [c for c in children if "EngineCore" in " ".join(c.cmdline())]
+    assert len(found) == 2, [c.cmdline() for c in children]
+    policy, generator = sorted(found, key=lambda c: -c.memory_info().vms)
+    return {"policy": policy, "confidence": generator}
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def until(condition: Callable[[], bool], seconds: float, server: Running) -> None:
+    """Wait for it; the server's log tells what it was doing."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, server.log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
+@contextmanager
+def served(folder: Path, *flags: str) -> Iterator[Running]:
+    """A server of its own for a test that ends it."""
+    port = free_port()
+    with running(rtap_command(port, *flags), port, "/ready", folder) as started:
+        yield started
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_end_of_the_policy_is_told_to_its_streams_and_ends_the_server(tmp_path, sent):
+    """First that of the generator, which the server survives."""
+    with served(tmp_path, "--confidence-timeout-seconds", "2") as server:
+        engines(server)["confidence"].send_signal(sent)
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=30).json()
+        assert reply["rtap"]["degraded"] in ("error", "timeout", "restarting")
+        assert reply["choices"][0]["message"]["content"] is not None
+        assert httpx.get(f"{server.url}/ready").status_code == 200
+        until(lambda: server.metrics().get("rtap_engine_restarts_total{engine=confidence}", 0) > 0, 150, server)
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=30).json()
+        assert "degraded" not in reply["rtap"]
+        assert server.metrics()["rtap_engine_up{engine=confidence}"] == 1
+
+        processes, begun = engines(server), threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            streaming = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
+            assert begun.wait(30)
+            told = time.monotonic()
+            processes["policy"].send_signal(sent)
+            events, _ = streaming.result(30)
+            assert time.monotonic() - told < 5
+        assert "error" in events[-1], events[-1]
+        assert server.process.wait(30) == 1
+        assert gone(list(processes.values()))
+        what = "dead" if sent is signal.SIGKILL else "silent"
+        assert f"the policy engine is {what}; the server ends" in server.log.read_text()
+
+
+def test_a_drain_answers_what_it_cannot_finish_with_what_there_is(tmp_path):
+    with served(tmp_path, "--drain-seconds", "0.3") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        begun = threading.Event()
+        with ThreadPoolExecutor(2) as pool:
+            streamed = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
+            assert begun.wait(30)
+            whole = pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=LONG | {"n": 16}, timeout=60)
+            until(lambda: server.metrics()["rtap_in_flight"] == 2, 10, server)
+            server.process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            (events, done), reply = streamed.result(30), whole.result(30)
+            assert time.monotonic() - began < 3
+        assert done
+        assert reply.status_code == 200
+        for told in (events[-1]["rtap_choices"], [choice["rtap"] for choice in reply.json()["choices"]]):
+            assert [rtap["stop_reason"] for rtap in told] == ["drained"] * 16
+        assert any(choice["message"]["content"] for choice in reply.json()["choices"])
+        assert server.process.wait(15) == 0
+        until(lambda: gone(children), 10, server)
+
+
+def test_a_drain_finishes_what_it_can_and_a_second_signal_ends_everything(tmp_path):
+    with served(tmp_path, "--drain-seconds", "600") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        begun = threading.Event()
+        with ThreadPoolExecutor(5) as pool:
+            endless = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
+            assert begun.wait(30)
+            short = [pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=SHORT) for _ in range(4)]
+            until(lambda: server.metrics()["rtap_in_flight"] > 1, 10, server)
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5, server)
+            assert httpx.get(f"{server.url}/live").status_code == 200
+            assert server.metrics()["rtap_draining"] == 1
+            refused = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            replies = [one.result(30) for one in short]
+            assert {reply.status_code for reply in replies} <= {200, 503}  # some may have come too late
+            reasons = {reply.json()["rtap"]["stop_reason"] for reply in replies if reply.status_code == 200}
+            assert reasons
+            assert reasons <= {"threshold", "max_cycles"}
+            if not endless.done():  # a quick machine has finished it as well
+                server.process.send_signal(signal.SIGTERM)
+                assert server.process.wait(3) == 128 + signal.SIGTERM
+                with pytest.raises(httpx.HTTPError):
+                    endless.result(10)
+        until(lambda: gone(children), 10, server)
+
+
+def test_a_deadline_is_kept_to_a_step(server):
+    """Alone and among 16 others, streamed and whole; the answer so far comes back, and the engine is free."""
+    body = LONG | {"rtap": {"threshold": 1.0, "max_cycles": 16, "deadline_seconds": 0.5}}
+
+    def late(is_streamed: bool) -> dict:
+        if is_streamed:
+            return stream(server.url, body)[0][-1]["rtap"]
+        return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).json()["rtap"]
+
+    before = server.metrics()
+    with ThreadPoolExecutor(16) as pool:
+        results = [late(False), late(True), *pool.map(late, [n % 2 == 0 for n in range(16)])]
+    after = server.metrics()
+    assert {rtap["stop_reason"] for rtap in results} <= {"deadline", "max_cycles", "max_tokens"}
+    assert sum(rtap["stop_reason"] == "deadline" for rtap in results) > 8
+    # From the beginning of a trajectory, so that a busy machine's connections and prompts do not count.
+    took = [
+        after[f"rtap_request_seconds_{name}"] - before.get(f"rtap_request_seconds_{name}", 0)
+        for name in ("sum", "count")
+    ]
+    assert took[1] == len(results)
+    assert took[0] / took[1] < 0.6
+    over = [after.get(key, 0) - before.get(key, 0) for key in ("rtap_request_seconds_bucket{le=1.0}",)]
+    assert over == [len(results)]
+    until = time.monotonic() + 1
+    while server.metrics()["vllm:num_requests_running"]:
+        assert time.monotonic() < until

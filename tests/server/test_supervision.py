@@ -1,0 +1,124 @@
+"""The supervisor over engines that are real processes: a sleeping Python stands for vLLM's."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from server import supervision
+from server.metrics import Metrics
+from server.supervision import Supervisor, Ward
+
+
+class Engine:
+    """What of an AsyncLLM is asked. Its process computes as long as it is not stopped."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        self.engine_core = SimpleNamespace(
+            resources=SimpleNamespace(engine_manager=SimpleNamespace(processes=[self.process]))
+        )
+        self.was_shut_down = False
+
+    @property
+    def errored(self) -> bool:
+        return self.process.poll() is not None
+
+    def get_num_unfinished_requests(self) -> int:
+        return 1
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.was_shut_down = True
+        self.process.kill()
+        self.process.wait()
+
+
+class Watched:
+    """A supervisor over a policy and a generator. loads: what each attempt to start the latter gives."""
+
+    def __init__(self, loads: list[Any]) -> None:
+        self.registry, self.told = CollectorRegistry(), list[str]()
+        self.engines, self._loads = [Engine(), Engine()], iter(loads)
+        self.policy, self.generator = Ward("policy", self.engines[0]), Ward("confidence", self.engines[1], self._load)  # type: ignore[arg-type]
+        self.supervisor = Supervisor([self.policy, self.generator], Metrics(self.registry), 0.3, self.told.append)
+
+    def _load(self) -> Any:
+        given = next(self._loads)
+        if isinstance(given, Exception):
+            raise given
+        self.engines.append(given())
+        return self.engines[-1]
+
+    def figure(self, name: str, engine: str) -> float | None:
+        return self.registry.get_sample_value(name, {"engine": engine})
+
+
+@asynccontextmanager
+async def watched(*loads: Any) -> AsyncGenerator[Watched]:
+    watch = Watched(list(loads))
+    task = asyncio.create_task(watch.supervisor.run())
+    await asyncio.sleep(0.1)
+    try:
+        yield watch
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        for engine in watch.engines:
+            engine.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(supervision, "_BACK_OFF_SECONDS", (0.05, 0.1))
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(("sent", "what"), [(signal.SIGKILL, "dead"), (signal.SIGSTOP, "silent")])
+async def test_the_end_of_the_policy_is_a_failure_of_the_server(sent, what):
+    async with watched() as watch:
+        assert watch.figure("rtap_engine_up", "policy") == 1
+        watch.engines[0].process.send_signal(sent)
+        async with asyncio.timeout(5):
+            await watch.supervisor.failed.wait()
+        assert watch.supervisor.failure == f"the policy engine is {what}"
+        assert watch.figure("rtap_engine_up", "policy") == 0
+        assert watch.figure("rtap_engine_up", "confidence") == 1
+        await until(lambda: watch.engines[0].errored)  # a silent one was killed
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+async def test_the_generator_is_started_again_until_that_works(sent):
+    async with watched(RuntimeError("no memory"), RuntimeError("no memory"), Engine) as watch:
+        watch.engines[1].process.send_signal(sent)
+        await until(lambda: watch.generator.engine is None)
+        assert watch.figure("rtap_engine_up", "confidence") == 0
+        await until(lambda: watch.figure("rtap_engine_up", "confidence") == 1)
+        assert watch.generator.engine is watch.engines[2]
+        assert watch.engines[1].was_shut_down
+        assert watch.figure("rtap_engine_restarts_total", "confidence") == 1
+        assert watch.figure("rtap_engine_restarts_total", "policy") == 0
+        assert not watch.supervisor.failed.is_set()
+        assert watch.told[-1] == "the confidence engine is up again"
+        assert len(watch.told) == 2
+
+
+async def test_progress_is_told_as_a_time_of_day():
+    async with watched() as watch:
+        first = watch.figure("rtap_engine_last_progress_timestamp_seconds", "policy")
+        await asyncio.sleep(0.2)
+        second = watch.figure("rtap_engine_last_progress_timestamp_seconds", "policy")
+        assert first is not None and second is not None  # noqa: PT018 - for the type
+        assert second > first > 1.7e9
