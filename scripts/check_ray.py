@@ -82,7 +82,7 @@ def fleet(keys: Path) -> Generator[tuple[str, Callable[[int], None]]]:
         """As `serve deploy` does with a changed file: what has not changed goes on running."""
         config = yaml.safe_load((ROOT / "deploy" / "ray" / "config.yaml").read_text(encoding="utf-8"))
         (application,) = config["applications"]
-        application["args"] = {"flags": ["--max-model-len", "1024"], "api_keys_file": str(keys)}
+        application["args"]["api_keys_file"] = str(keys)
         (replica,) = application["deployments"]
         del replica["autoscaling_config"]
         replica["num_replicas"] = replicas

@@ -54,13 +54,6 @@ class FleetArgs(BaseModel):
         request_router_class=cast(Any, _ROUTER),  # a name is taken, though not annotated
         request_router_kwargs={"num_fallback_replicas": 1},
     ),
-    autoscaling_config={
-        "min_replicas": 1,
-        "max_replicas": 4,
-        "target_ongoing_requests": 32,
-        "upscale_delay_s": 15,
-        "downscale_delay_s": 600,
-    },
     health_check_period_s=5,
     health_check_timeout_s=15,
     graceful_shutdown_wait_loop_s=1,

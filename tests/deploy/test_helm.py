@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from server.keys import KeyRing
+from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "rtap"
@@ -155,6 +156,12 @@ def test_keys_come_as_a_folder_from_a_secret_and_never_as_a_variable() -> None:
     assert Path(file).parent == Path(mount["mountPath"])
     assert Path(file).name in [item["path"] for item in volume["secret"]["items"]]
     assert "env" not in container
+
+
+def test_every_flag_that_the_chart_sets_is_one_of_the_server() -> None:
+    known = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
+    given = [a for a in server({**EVERYTHING, "flags": []})["args"] if a.startswith("--")]
+    assert set(given) <= known
 
 
 def test_the_prometheus_operator_scrapes_the_service_with_the_metrics_key() -> None:
