@@ -28,10 +28,12 @@ def log() -> Iterator[StringIO]:
     text, logger = StringIO(), logging.getLogger(REQUESTS)
     handler = logging.StreamHandler(text)
     handler.setFormatter(JsonFormatter("%(levelname)s %(name)s %(message)s"))
-    before = logger.level
+    before, factory = logger.level, logging.getLogRecordFactory()
+    logging.setLogRecordFactory(logging.LogRecord)  # not vLLM's, where another test has imported it
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     yield text
+    logging.setLogRecordFactory(factory)
     logger.removeHandler(handler)
     logger.setLevel(before)
 
@@ -57,20 +59,14 @@ def _client(exchange: Exchange | None = None, **options: Any) -> TestClient:
 
 
 def _told(log: StringIO) -> list[dict[str, Any]]:
-    return _lines(log.getvalue())
-
-
-def _lines(text: str) -> list[dict[str, Any]]:
-    """Without what vLLM adds to every record once another test has imported it."""
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [{name: value for name, value in line.items() if name != "vllm_process_name"} for line in lines]
+    return [json.loads(line) for line in log.getvalue().splitlines()]
 
 
 def test_a_finished_request_is_one_line(log):
     exchange = Exchange(None, model="served")
     exchange.reserve(2)
     exchange.trajectories[0] = done = _trajectory()
-    trace = "0af7651916cd43dd8448eb211c80319c"
+    trace = "0af7651916cd43dd8448eb211c80319c"  # pragma: allowlist secret
     headers = {"x-request-id": "a.b-c_1", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
     reply = _client(exchange).post("/v1/chat/completions", headers=headers, content=b"zebra")
     (line,) = _told(log)
@@ -131,11 +127,16 @@ async def test_a_client_that_left_before_its_reply_is_told_as_such(log):
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    """The loggers as they were before. A library that vLLM's app imports sets the root's level, for good."""
+    """The loggers as they were before."""
     loggers = [logging.getLogger(), logging.getLogger(LOGGER)]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    factory, disabled = logging.getLogRecordFactory(), logging.root.manager.disable
+    logging.setLogRecordFactory(logging.LogRecord)  # not vLLM's, where another test has imported it
+    logging.disable(logging.NOTSET)
     loggers[0].setLevel(logging.WARNING)
     yield
+    logging.setLogRecordFactory(factory)
+    logging.disable(disabled)
     logging.captureWarnings(False)
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
         logger.handlers, logger.propagate = handlers, propagate
@@ -150,7 +151,7 @@ def test_the_commands_own_sentences_are_on_stderr_or_in_the_log(restored, capsys
     logging.getLogger("some.library").warning("careful")
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert _lines(captured.out) == [
+    assert [json.loads(line) for line in captured.out.splitlines()] == [
         {"levelname": "INFO", "name": "rtap", "message": "ready at y"},
         {"levelname": "WARNING", "name": "some.library", "message": "careful"},
     ]
