@@ -64,7 +64,7 @@ def test_a_finished_request_is_one_line(log):
     exchange = Exchange(None, model="served")
     exchange.reserve(2)
     exchange.trajectories[0] = done = _trajectory()
-    trace = "0af7651916cd43dd8448eb211c80319c"
+    trace = "0af7651916cd43dd8448eb211c80319c"  # W3C's example # pragma: allowlist secret
     headers = {"x-request-id": "a.b-c_1", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
     reply = _client(exchange).post("/v1/chat/completions", headers=headers, content=b"zebra")
     (line,) = _told(log)
