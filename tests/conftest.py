@@ -7,6 +7,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Files of e2e that use none of the servers which the rest of them share, and what they start instead.
 APART = {
+    "test_hardening.py": "server with keys",
     "test_keys.py": "server with keys",
     "test_pictures.py": "server of a vision-language model",
     "test_remote_teacher.py": "teacher",
