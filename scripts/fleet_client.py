@@ -103,7 +103,8 @@ async def wait_for(client: Client, replicas: int, seconds: float = 240) -> float
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         reply = await client.get("/ready", "")
-        if reply.json().get("replicas") == replicas:
+        # 404, from Ray itself, until the application is there
+        if reply.status_code == 200 and reply.json()["replicas"] == replicas:
             return time.monotonic() - began
         await asyncio.sleep(0.5)
     raise SystemExit(f"not {replicas} replicas after {seconds:.0f} s")

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,8 @@ def prove(target: str, folder: Path, base_folder: Path, output: Path, command: S
     run = {
         "date": started.isoformat(timespec="seconds"),
         "command": shlex.join(["python", *command]),
-        "base": f"{asdict(base)}",
+        "in the place of": base.image,
+        "base": f"Debian {base.release}, by debootstrap",
         "target": target,
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
