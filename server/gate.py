@@ -6,6 +6,7 @@ which is the client's to choose.
 """
 
 import hmac
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -19,11 +20,13 @@ from server.errors import response_to
 from server.keys import Key, KeyRing
 from server.limits import Account
 from server.metrics import Metrics
+from server.outcome import notes_of
 from server.rtap.errors import RateLimited, Unauthorized
 
 OPEN_PATHS = frozenset({"/live", "/ready"})
 _METRICS = "/metrics"  # vLLM mounts them at everything that begins so
 _POLICY_VIOLATION = 1008
+_HALF_ID_BYTES = 16
 
 
 @dataclass(slots=True)
@@ -36,6 +39,22 @@ class Visit:
     def salt_with(self, own: str | None) -> str:
         """A cache salt that no other key can name; ``own`` is what the client asked for and divides further."""
         return hmac.new(self.salt, b"" if own is None else b"=" + own.encode(), "sha256").hexdigest()
+
+    def new_response_id(self) -> str:
+        """An id that no other key can make, so that it shows whose response it is without being remembered."""
+        nonce = secrets.token_hex(_HALF_ID_BYTES)
+        return f"resp_{nonce}{self._mark(nonce)}"
+
+    def owns_response(self, response_id: str) -> bool:
+        """Whether ``new_response_id`` gave it to this key, in this process."""
+        half = 2 * _HALF_ID_BYTES
+        nonce, mark = response_id.removeprefix("resp_")[:half], response_id.removeprefix("resp_")[half:]
+        return hmac.compare_digest(self._mark(nonce).encode(), mark.encode("utf-8", "replace"))
+
+    def _mark(self, nonce: str) -> str:
+        return hmac.new(self.salt, b"response" + nonce.encode("utf-8", "replace"), "sha256").hexdigest()[
+            : 2 * _HALF_ID_BYTES
+        ]
 
 
 class Gate:
@@ -72,6 +91,7 @@ class Gate:
             else:
                 await response_to(error)(scope, receive, send)
             return
+        notes_of(scope).key = key.name
         visit = Visit(hmac.digest(self._secret, key.digest, "sha256"))
         _visit.set(visit)
         try:
@@ -106,6 +126,12 @@ class Gate:
 def current_visit() -> Visit | None:
     """The visit that the running task is of; None where no keys are asked for."""
     return _visit.get()
+
+
+def current_owner() -> bytes:
+    """Whose request the running task answers: the same bytes for the same key, none where no keys are asked for."""
+    visit = _visit.get()
+    return b"" if visit is None else visit.salt
 
 
 def salted(prompt: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ log line says anything of a key but the name that its owner gave it.
 
 import hashlib
 import hmac
+import logging
 import re
-import sys
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from server.limits import KeyLimits
+from server.logs import announce
 from server.rtap.errors import ConfigError
 
 KEYS_VARIABLE = "RTAP_API_KEYS"
@@ -78,8 +79,7 @@ class KeyRing:
         try:
             self._keys = self._with(self._file)
         except ConfigError as error:
-            # Not by a logger: vLLM's configuration of logging switches off those that are there before it.
-            print(f"rtap serve: {error}; the keys before it still count", file=sys.stderr)  # noqa: T201
+            announce(f"{error}; the keys before it still count", logging.ERROR)
 
     def _with(self, file: Path) -> tuple[Key, ...]:
         """The fixed keys, then those of the file, whose limits win where one is in both."""

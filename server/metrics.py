@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.drain import Drain
 from server.feedback import Feedback
-from server.rtap.types import Cycle, Policy, Trajectory
+from server.rtap.types import Cycle, Policy, StopReason, Trajectory
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _SCORING_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -22,6 +22,8 @@ _GAIN = (-1, -0.5, -0.25, -0.1, -0.01, 0, 0.01, 0.1, 0.25, 0.5, 1)
 class Metrics:
     """All series on one registry."""
 
+    REJECTED = ("overloaded", "body_too_large", "invalid", "unauthorized", "key_limit", "draining", "unknown")
+    DEGRADED = ("error", "timeout", "too_long", "image", "no_logprobs", "restarting")
     ABANDONED = "abandoned"  # the stop reason of a request whose client left or whose engine failed
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -53,6 +55,13 @@ class Metrics:
         self._recomputed = counter("rtap_recomputed_tokens", "Prompt tokens of cycles computed again.")
         self._degraded = counter("rtap_degraded", "Trajectories that went on without the generator.", "reason")
         self._rejected = counter("rtap_rejected", "Requests refused before any work.", "reason")
+        self._joined = counter("rtap_idempotent", "Requests answered by the run of an earlier one.", "run")
+        # A counter that begins with its first event has no rate then: what alerts look at is there from the start.
+        for reason in self.REJECTED:
+            self._rejected.labels(reason)
+        for reason in self.DEGRADED:
+            self._degraded.labels(reason)
+        self._avoided = counter("rtap_cycles_avoided", "Cycles that a request might still have had when it was sure.")
         self._in_flight = Gauge("rtap_in_flight", "Requests being answered.", registry=registry)
         self._draining = Gauge(
             "rtap_draining", "1 while the server is leaving: it takes nothing new.", registry=registry
@@ -126,12 +135,16 @@ class Metrics:
         """A request was refused; ``reason`` is one of a few words of ours."""
         self._rejected.labels(reason).inc()
 
+    def joined(self, run: str) -> None:
+        """A request with an Idempotency-Key found its run, ``going`` or ``done``."""
+        self._joined.labels(run).inc()
+
     def abandoned(self, policy: Policy) -> None:
         """A trajectory ended without an answer to anyone."""
         self._requests.labels(policy, self.ABANDONED).inc()
 
-    def observe(self, trajectory: Trajectory) -> None:
-        """Count one finished trajectory."""
+    def observe(self, trajectory: Trajectory, *, max_cycles: int) -> None:
+        """Count one finished trajectory, which might have had ``max_cycles``."""
         self._requests.labels(trajectory.policy, trajectory.stop_reason).inc()
         self._cycles.observe(len(trajectory.cycles))
         self._request_seconds.observe(trajectory.seconds)
@@ -142,6 +155,8 @@ class Metrics:
             self._first_accepted.inc()
         if trajectory.degraded is not None:
             self._degraded.labels(trajectory.degraded).inc()
+        if trajectory.stop_reason is StopReason.THRESHOLD:
+            self._avoided.inc(max(0, max_cycles - len(trajectory.cycles)))
         self._discarded.inc(trajectory.discarded_tokens)
         self._confidence_tokens.inc(trajectory.confidence_tokens)
         self._probes.labels("true").inc(trajectory.num_stopped)

@@ -1,45 +1,36 @@
-"""The HTTP edge of recursion: read the ``rtap`` request field, cap the body, put the ``rtap`` object into the reply.
+"""The HTTP edge of recursion: read the ``rtap`` request field, take a place, put the ``rtap`` object into the reply.
 
-Plain ASGI, because anything that buffers would break streaming and disconnects. It sits inside vLLM's own middleware
-(keys, request ids) and outside its routes, and touches only the four endpoints that recurse.
+Plain ASGI, because anything that buffers would break streaming and disconnects. It sits inside ``intake.py``, which has
+read and capped the body, and outside vLLM's routes; it rewrites replies of the four endpoints that recurse only.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import msgspec
 from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.caps import Caps
-from server.drain import Drain
 from server.errors import response_to
 from server.feedback import Feedback
+from server.gate import current_owner, current_visit
+from server.intake import body_of, replay
 from server.limits import Admission
 from server.metrics import Metrics
-from server.rtap.errors import BodyTooLarge, Draining, InvalidRequest, Overloaded
+from server.outcome import notes_of
+from server.routing import ABORT_PATHS, RECURSIVE_PATHS, RESPONSES, RESPONSES_PATH, WORKING_PATHS
+from server.rtap.errors import InvalidRequest, Overloaded, RtapError, UnknownRequest
+from server.rtap.types import Policy
 from server.settings import Settings
 from server.stream import EventStream, Told, annotate_reply
-from server.wire import Exchange, begin_exchange, effort_of, parse_options, prefix_of, tokens_of
+from server.wire import Exchange, RtapOptions, begin_exchange, effort_of, parse_options, prefix_of, tokens_of
 
-RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
-_NOT_RECURSIVE = "it does not recurse; send single requests to /v1/chat/completions"
-# Of vLLM's routes that it mounts whatever its flags: other ways into generation, whose replies would show everything as
-# reasoning, and the one that restarts engines.
-REFUSED_PATHS = {
-    "/v1/chat/completions/batch": _NOT_RECURSIVE,
-    "/invocations": _NOT_RECURSIVE,
-    "/scale_elastic_ep": "this server scales by replicas",
-    "/is_scaling_elastic_ep": "this server scales by replicas",
-}
-
-
-class _ClientLeft(Exception):
-    """The client went away before its body was complete."""
+_Prepared = tuple[AbstractContextManager[None], Receive, Send]
 
 
 class RecursionMiddleware:
-    """Around every POST: cap its body. Around a recursive one: open an Exchange and rewrite the reply."""
+    """Around a POST that works: a place. Around a recursive one: also an Exchange, and a rewritten reply."""
 
     def __init__(
         self,
@@ -49,96 +40,99 @@ class RecursionMiddleware:
         metrics: Metrics,
         feedback: Feedback,
         admission: Admission,
-        drain: Drain,
         max_model_len: int,
-        allows_media_urls: bool,
     ) -> None:
         self._app, self._settings, self._metrics, self._feedback = app, settings, metrics, feedback
-        self._admission, self._drain, self._max_model_len = admission, drain, max_model_len
-        self._caps = Caps(
-            settings.n_limit, settings.messages_limit, settings.allow_request_templates, allows_media_urls
-        )
+        self._admission, self._max_model_len = admission, max_model_len
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         path = get_route_path(scope)
         try:
-            if self._drain.has_begun:
-                raise Draining("the server is about to end and takes nothing new; try again, another one may answer")
-            if path in RECURSIVE_PATHS:
-                self._admission.check()
-            body = await self._read(scope, receive)
-        except Overloaded as error:
-            self._metrics.rejected("draining" if isinstance(error, Draining) else "overloaded")
+            _check_owner(path)
+            place, receive, send = self._prepared(path, scope, receive, send)
+        except (InvalidRequest, Overloaded, UnknownRequest) as error:
+            self._metrics.rejected(_REASONS[type(error)])
             await response_to(error)(scope, receive, send)
             return
-        except _ClientLeft:
-            return
-        if body is None:
-            self._metrics.rejected("body_too_large")
-            limit = self._settings.max_body_bytes
-            message = f"the request body is larger than {limit} bytes; shorten it or raise --max-body-bytes"
-            await response_to(BodyTooLarge(message))(scope, receive, send)
-            return
-        if path not in RECURSIVE_PATHS and path not in REFUSED_PATHS:
-            await self._app(scope, _replay(body, receive), send)
-            return
-        try:
-            if path in REFUSED_PATHS:
-                raise InvalidRequest(f"{path} is closed: {REFUSED_PATHS[path]}")
-            request, body = self._parse(body)
-            exchange = Exchange(request.pop("rtap_options"), effort_of(request), prefix_of(path, request))
-            tokens = tokens_of(request, exchange.options, self._settings, max_model_len=self._max_model_len)
-            place = self._admission.admit(tokens)
-        except (InvalidRequest, Overloaded) as error:
-            self._metrics.rejected("invalid" if isinstance(error, InvalidRequest) else "overloaded")
-            await response_to(error)(scope, receive, send)
-            return
-        begin_exchange(exchange)
-
-        def told(reply_id: str) -> None:
-            self._feedback.remember(reply_id, exchange.trajectories)
-
         with place:
-            await self._app(scope, _replay(body, receive), _Rewriter(send, path, request, exchange, told))
+            await self._app(scope, receive, send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None as soon as it is known to be too large. Raises _ClientLeft."""
-        limit, parts, size = self._settings.max_body_bytes, list[bytes](), 0
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit:
-            return None
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise _ClientLeft
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > limit:
-                return None
-            if not message.get("more_body", False):
-                return b"".join(parts)
+    def _prepared(self, path: str, scope: Scope, receive: Receive, send: Send) -> _Prepared:
+        if scope["method"] == "POST" and path in RECURSIVE_PATHS:
+            return self._recursive(path, scope, receive, send)
+        if scope["method"] == "POST" and path in WORKING_PATHS:
+            fields = body_of(scope).fields
+            params: Any = fields.get("sampling_params")
+            asked = cast(dict[str, Any], params) if isinstance(params, dict) else fields
+            tokens = self._tokens(asked, RtapOptions(policy=Policy.SINGLE)) if WORKING_PATHS[path] else 0
+            return self._admission.admit(tokens), receive, send
+        return nullcontext(), receive, send
 
-    def _parse(self, body: bytes) -> tuple[dict[str, Any], bytes]:
-        """(request with ``rtap_options`` in it, body without our field, which vLLM does not know)."""
-        try:
-            request: Any = msgspec.json.decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise InvalidRequest(f"the request body is no JSON: {error}") from error
-        if not isinstance(request, dict):
-            raise InvalidRequest("the request body must be a JSON object")
-        fields = cast(dict[str, Any], request)
-        self._caps.check(fields)
-        if fields.get("use_beam_search"):
+    def _tokens(self, fields: Mapping[str, Any], options: RtapOptions | None) -> int:
+        return tokens_of(fields, options, self._settings, max_model_len=self._max_model_len)
+
+    def _recursive(self, path: str, scope: Scope, receive: Receive, send: Send) -> _Prepared:
+        given = body_of(scope)
+        request, body = dict(given.fields), given.raw
+        if request.get("use_beam_search"):
             raise InvalidRequest(
                 "beam search has no cycles to stop; leave out use_beam_search", param="use_beam_search"
             )
-        if "rtap" not in fields:
-            return {**fields, "rtap_options": None}, body
-        options = parse_options(fields.pop("rtap"), self._settings)
-        return {**fields, "rtap_options": options}, msgspec.json.encode(fields)
+        if request.get("background"):
+            raise InvalidRequest(
+                "a response in the background would be outside this server's limits; leave out background",
+                param="background",
+            )
+        options = parse_options(request.pop("rtap"), self._settings) if "rtap" in request else None
+        owned = _owned(request) if path == RESPONSES_PATH else {}
+        if owned or "rtap" in given.fields:
+            request |= owned
+            body = msgspec.json.encode(request)  # without our field, which vLLM does not know
+        model, owner = request.get("model"), current_owner()
+        exchange = Exchange(
+            options, effort_of(request), prefix_of(path, request), model if isinstance(model, str) else ""
+        )
+
+        def told(reply_id: str) -> None:
+            self._feedback.remember(reply_id, exchange.trajectories, owner)
+
+        place = self._admission.admit(self._tokens(request, options))
+        begin_exchange(exchange)
+        notes_of(scope).exchange = exchange
+        return place, replay(body, receive), _Rewriter(send, path, request, exchange, told)
+
+
+def _owned(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Where keys are asked for, a response has an id that shows whose it is, and goes on from its own key's only."""
+    visit, before = current_visit(), request.get("previous_response_id")
+    if visit is None:
+        return {}
+    if request.get("request_id") is not None:
+        raise InvalidRequest("leave out request_id: this server gives responses their ids", param="request_id")
+    if isinstance(before, str) and not visit.owns_response(before):
+        raise UnknownRequest("previous_response_id names no response of this key")
+    return {"request_id": visit.new_response_id()}
+
+
+def _check_owner(path: str) -> None:
+    """One key's responses and requests are no other's to read or to stop."""
+    visit = current_visit()
+    if visit is None:
+        return
+    if path.startswith(RESPONSES) and not visit.owns_response(path.removeprefix(RESPONSES).partition("/")[0]):
+        raise UnknownRequest("this key has no such response")
+    if path in ABORT_PATHS:
+        raise InvalidRequest("requests of other keys have ids too: close the connection of the one that is to stop")
+
+
+_REASONS: dict[type[RtapError], str] = {
+    InvalidRequest: "invalid",
+    Overloaded: "overloaded",
+    UnknownRequest: "unknown",
+}
 
 
 class _Rewriter:
@@ -182,17 +176,3 @@ class _Rewriter:
         headers.append((b"content-length", str(len(body)).encode()))
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives the body once and then whatever the client does next (its leaving, above all)."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay

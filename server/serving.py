@@ -23,6 +23,8 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 
 from server.drain import Drain
+from server.edge import new_request_id
+from server.head import HeadLimits, bounded_http
 from server.limits import Admission
 from server.supervision import Supervisor
 from server.vitals import family
@@ -37,13 +39,14 @@ async def serve_app(
     args: Namespace,
     sock: socket.socket,
     *,
+    heads: HeadLimits,
     drain: Drain,
     drain_seconds: float,
     admission: Admission,
     supervisor: Supervisor,
 ) -> str | None:
     """Serve until a signal and the drain after it are over. Result: why the server could not go on, else None."""
-    server = NoSignalServer(_config(app, args))
+    server = NoSignalServer(_config(app, args, heads))
     app.state.server = server  # vLLM's error handlers end it when the engine is dead
     refresher = _ssl_refresher(args, server.config)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
@@ -105,7 +108,7 @@ def on_signals_leave() -> None:
         signal.signal(number, leave_now)
 
 
-def _config(app: FastAPI, args: Namespace) -> uvicorn.Config:
+def _config(app: FastAPI, args: Namespace, heads: HeadLimits) -> uvicorn.Config:
     """What vLLM's flags say of the web server."""
     log_config = cast(dict[str, Any] | None, get_uvicorn_log_config(args))
     options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}
@@ -122,7 +125,7 @@ def _config(app: FastAPI, args: Namespace) -> uvicorn.Config:
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
         ssl_ciphers=args.ssl_ciphers,
-        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        http=bounded_http(heads, new_request_id),
         **options,
     )
     config.load()

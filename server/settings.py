@@ -120,6 +120,26 @@ class Settings(BaseSettings):
     allow_request_templates: bool = Field(
         default=False, description="take chat_template and chat_template_kwargs from requests"
     )
+    max_header_bytes: int = Field(
+        default=2**16, ge=1024, description="a longer request line and header fields are answered with 431"
+    )
+    max_header_fields: int = Field(default=128, ge=16, description="more header fields are answered with 431")
+    idempotency_seconds: float = Field(
+        default=600.0,
+        ge=0,
+        description="how long the result of a request with an Idempotency-Key is kept; 0: not at all",
+    )
+    idempotency_grace_seconds: float = Field(
+        default=5.0, ge=0, description="how long a run with an Idempotency-Key goes on when all its clients have left"
+    )
+    idempotency_results: int = Field(default=1024, ge=1, description="results kept at most; the oldest goes first")
+    idempotency_bytes: int = Field(default=64 * 2**20, ge=2**16, description="bytes of results kept at most")
+    allow_pickled_weights: bool = Field(
+        default=False, description="load .bin and .pt weights, which are pickles, where there are no safetensors"
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="json: every log line an object, and one line a request"
+    )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="larger request bodies are answered with 413")
 
     @model_validator(mode="after")

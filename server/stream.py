@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import msgspec
 
+from server.errors import shaped_event
 from server.wire import Exchange, cycle_object, reasoning_tokens, trajectory_object
 
-_DATA, _DONE = b"data: ", b"data: [DONE]"
+_DATA, _DONE, _ERROR = b"data: ", b"data: [DONE]", b'data: {"error"'
 _CHAT, _COMPLETIONS, _RESPONSES, _MESSAGES = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -76,7 +77,9 @@ class EventStream:
 
     def _event(self, event: bytes) -> bytes:
         cycles = self._cycle_events(event) if self._exchange.pending else b""
-        if event != _DONE and any(marker in event for marker in self._markers):
+        if event.startswith(_ERROR):
+            event = _DATA + shaped_event(event[len(_DATA) :])
+        elif event != _DONE and any(marker in event for marker in self._markers):
             event = self._rewrite(event)
         return cycles + event + b"\n\n"
 

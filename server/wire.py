@@ -253,13 +253,14 @@ class Exchange:
     """What one HTTP exchange shares between the middleware that frames it and the engine that answers it.
 
     effort: the request's reasoning effort, in the words of its endpoint. prefix: the last message, where the model goes
-    on with it instead of writing one of its own.
+    on with it instead of writing one of its own. model: the name that was sent; vLLM refuses wrong ones.
     pending: cycle events not yet written to the stream, with their choice index. trajectories: finished ones by choice.
     """
 
     options: RtapOptions | None
     effort: str | None = None
     prefix: str = ""
+    model: str = ""
     pending: deque[tuple[int, Cycle]] = field(default_factory=deque[tuple[int, Cycle]])
     trajectories: dict[int, Trajectory] = field(default_factory=dict[int, Trajectory])
     num_choices: int = 0
@@ -276,8 +277,8 @@ _LAX_INT = TypeAdapter(int)
 _current: ContextVar[Exchange | None] = ContextVar("rtap_exchange", default=None)
 
 
-def begin_exchange(exchange: Exchange) -> None:
-    """Make ``exchange`` the one of the running task and all it starts."""
+def begin_exchange(exchange: Exchange | None) -> None:
+    """Make ``exchange`` the one of the running task and all it starts; None: it has none."""
     _current.set(exchange)
 
 

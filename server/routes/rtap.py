@@ -6,7 +6,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from server import __version__
-from server.recursive_engine import Plan
+from server.gate import current_owner
+from server.plan import Plan
 from server.rtap.errors import ConfidenceError, InvalidRequest
 from server.rtap.types import Judged
 from server.settings import Settings
@@ -87,7 +88,7 @@ def rtap_router(plan: Plan, settings: Settings, tokenizer: ChatRenderer, model_n
     @router.post("/feedback")
     async def feedback(request: FeedbackRequest) -> FeedbackResponse:  # pyright: ignore[reportUnusedFunction]
         known = plan.feedback
-        confidence = known.judge(request.request_id, request.choice, correct=request.correct)
+        confidence = known.judge(request.request_id, request.choice, correct=request.correct, owner=current_owner())
         plan.metrics.judged(correct=request.correct)
         return FeedbackResponse(
             request_id=request.request_id,

@@ -4,7 +4,9 @@ RtapError
 ├── ConfigError        wrong settings or checkpoints, found at start
 ├── InvalidRequest     a request that can never work (400)
 ├── BodyTooLarge       more bytes than the server reads (413)
-├── UnknownRequest     feedback on an answer that this server does not remember (404)
+├── HeadTooLarge       more header than the server reads (431)
+├── Conflict           an Idempotency-Key that came with another request before (409)
+├── UnknownRequest     an answer that this server does not remember, or that is another key's (404)
 ├── Unauthorized       no key, or none that opens this route (401)
 ├── RateLimited        a limit of this key (429)
 ├── Overloaded         a limit of this server (503)
@@ -31,6 +33,14 @@ class InvalidRequest(RtapError):
 
 class BodyTooLarge(RtapError):
     """A request body that is longer than the server reads."""
+
+
+class HeadTooLarge(RtapError):
+    """A request line and header fields that are longer, or more, than the server reads."""
+
+
+class Conflict(RtapError):
+    """The same Idempotency-Key on two requests that are not the same."""
 
 
 class UnknownRequest(RtapError):

@@ -11,6 +11,7 @@ MAY_IMPORT_VLLM = {
     "server.__main__",
     "server.app",
     "server.confidence",
+    "server.cycles",
     "server.engines",
     "server.outputs",
     "server.reasoning_parser",

@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 Result = TypeVar("Result")
+GRACE_SECONDS = 3.0  # of a run with an Idempotency-Key that everybody has left
 START_SECONDS = 240  # generous: two test servers may be starting on two busy cores
 
 
@@ -67,13 +68,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: list[str], port: int, ready: str, folder: Path) -> Generator[Running]:
+def running(command: list[str], port: int, ready: str, folder: Path, **environment: str) -> Generator[Running]:
     """Start a server, wait until it is ready, stop it at the end with all its children."""
     log = folder / f"server-{port}.log"
     began = time.monotonic()
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}, cwd=ROOT,
+            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT, **environment}, cwd=ROOT,
             start_new_session=True,
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
@@ -133,3 +134,30 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     command = vllm_command("policy", port, "--served-model-name", "rtap", "--kv-cache-memory-bytes", str(2**30))
     with running(command, port, "/health", tmp_path_factory.mktemp("vllm")) as started:
         yield started
+
+
+KEYS = """
+[[keys]]
+name = "team"
+key = "key-team"
+[[keys]]
+name = "limited"
+key = "key-limited"
+requests_per_minute = 2
+[[keys]]
+name = "prometheus"
+key = "key-scrape"
+scope = "metrics"
+"""
+
+
+@pytest.fixture(scope="session")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Path]]:
+    """A server that asks for keys and logs all it can, and the file of its keys."""
+    folder, port = tmp_path_factory.mktemp("keyed"), free_port()
+    file = folder / "keys.toml"
+    file.write_text(KEYS)
+    flags = ["--confidence", "yesno", "--api-keys-file", str(file), "--uvicorn-log-level", "debug",
+             "--idempotency-grace-seconds", str(GRACE_SECONDS)]  # fmt: skip
+    with running(rtap_command(port, *flags), port, "/ready", folder, VLLM_LOGGING_LEVEL="DEBUG") as started:
+        yield started, file

@@ -8,33 +8,9 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import Running, free_port, rtap_command, running
+from tests.e2e.conftest import KEYS, Running
 
-KEYS = """
-[[keys]]
-name = "team"
-key = "key-team"
-[[keys]]
-name = "limited"
-key = "key-limited"
-requests_per_minute = 2
-[[keys]]
-name = "prometheus"
-key = "key-scrape"
-scope = "metrics"
-"""
 CHAT = {"model": "rtap", "messages": [{"role": "user", "content": "3 + 4"}], "max_tokens": 60}
-
-
-@pytest.fixture(scope="module")
-def keyed(tmp_path_factory):
-    """A server and the file of its keys."""
-    folder, port = tmp_path_factory.mktemp("keyed"), free_port()
-    file = folder / "keys.toml"
-    file.write_text(KEYS)
-    command = rtap_command(port, "--confidence", "none", "--api-keys-file", str(file))
-    with running(command, port, "/ready", folder) as started:
-        yield started, file
 
 
 def _raw(server: Running, *lines: str | bytes) -> tuple[int, bytes]:

@@ -2,129 +2,28 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Iterator
-from typing import Any
 
-import httpx
 import pytest
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
 from starlette.routing import Mount, Route
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.renderers import renderer_from_config
-from vllm.sampling_params import SamplingParams
-from vllm.v1.engine.input_processor import InputProcessor
+from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 
-import server.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
-from server.__main__ import _parse
-from server.app import create_app
-from server.drain import Drain
-from server.feedback import Feedback
-from server.keys import load_keys
-from server.limits import Admission
-from server.metrics import Metrics
-from server.recursive_engine import Plan
-from server.rtap.artifact import Artifact
-from server.rtap.format import RTAP
+from server.routing import LIGHT_PATHS, RECURSIVE_PATHS, REFUSED_PATHS, WORKING_PATHS
 from server.settings import Settings
-from tests.other_checkpoints import MODELS
+from tests.server.whole import CYCLE, Service, make_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-POLICY = str(MODELS / "policy")
-CYCLE = "<think>3+4=7</think><answer>7</answer>"
-KEYS = """
-[[keys]]
-name = "a"
-key = "key-a"
-[[keys]]
-name = "b"
-key = "key-b"
-[[keys]]
-name = "poor"
-key = "key-poor"
-tokens_per_minute = 5
-"""
-
-
-class Engine:
-    """What of an AsyncLLM the routes use: real configuration, tokenizer and renderer; every request gets one cycle."""
-
-    errored, is_running = False, True
-
-    def __init__(self, vllm_config: Any) -> None:
-        self.vllm_config, self.model_config = vllm_config, vllm_config.model_config
-        self.renderer = renderer_from_config(vllm_config)
-        self.input_processor = InputProcessor(vllm_config, self.renderer)
-        self.salts: list[str | None] = []
-        self.go = asyncio.Event()
-        self.go.set()
-
-    def encode_text(self, text: str) -> list[int]:
-        return self.renderer.tokenizer.encode(text, add_special_tokens=False)
-
-    async def get_supported_tasks(self) -> tuple[str, ...]:
-        return ("generate",)
-
-    def check_admission(self, n: int = 1) -> None: ...
-
-    async def check_health(self) -> None: ...
-
-    async def abort(self, request_id: Any, **options: Any) -> None: ...
-
-    async def generate(
-        self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
-    ) -> AsyncGenerator[RequestOutput, None]:
-        self.salts.append(prompt.get("cache_salt"))
-        await self.go.wait()
-        ids = self.encode_text(CYCLE)
-        part = CompletionOutput(
-            index=0, text=CYCLE, token_ids=ids, cumulative_logprob=None, logprobs=None, finish_reason="stop"
-        )
-        yield RequestOutput(
-            request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
-            outputs=[part], finished=True, num_cached_tokens=0,
-        )  # fmt: skip
-
-
-class Service:
-    """The app and what stands behind it."""
-
-    def __init__(self, app: FastAPI, engine: Engine, registry: CollectorRegistry, drain: Drain) -> None:
-        self.app, self.engine, self.registry, self.drain = app, engine, registry, drain
-
-    async def ask(self, path: str, key: str | None = None, method: str = "POST", **options: Any) -> httpx.Response:
-        headers = options.pop("headers", {}) | ({} if key is None else {"authorization": f"Bearer {key}"})
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://rtap") as client:
-            return await client.request(method, path, headers=headers, **options)
-
-    def rejected(self, reason: str) -> float:
-        return self.registry.get_sample_value("rtap_rejected_total", {"reason": reason}) or 0.0
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
     """Two requests at a time, 100 tokens; keys of a file and vLLM's own variable."""
-    file = tmp_path_factory.mktemp("keys") / "keys.toml"
-    file.write_text(KEYS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_API_KEY", "key-vllm")
-        args, _, _ = _parse(
-            [POLICY, "--served-model-name", "rtap", "--enable-scale-out", "--allowed-origins", '["http://page"]']
-        )
-        engine = Engine(AsyncEngineArgs(model=POLICY, kv_cache_memory_bytes=2**20).create_engine_config())
-        settings, registry = Settings(max_in_flight_requests=2, max_in_flight_tokens=100), CollectorRegistry()
-        plan = Plan(
-            settings=settings, format=RTAP, confidence=None, generator=Artifact(), count_oops=len,
-            encode=engine.encode_text, end_of_turn_ids=frozenset(), metrics=Metrics(registry), feedback=Feedback(),
-            drain=Drain(),
-        )  # fmt: skip
-        admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
-        keys = load_keys(file, {"VLLM_API_KEY": "key-vllm"})
-        app = asyncio.run(create_app(engine, args, settings, plan, keys, admission))  # type: ignore[arg-type]
-        yield Service(app, engine, registry, plan.drain)
+    return make_service(
+        tmp_path_factory.mktemp("keys") / "keys.toml",
+        Settings(max_in_flight_requests=2, max_in_flight_tokens=100),
+        "--allowed-origins", '["http://page"]', "--enable-request-id-headers",
+    )  # fmt: skip
 
 
 def routes_of(app: FastAPI) -> list[tuple[str, str]]:
@@ -158,6 +57,32 @@ async def test_every_route_but_two_wants_a_key(service):
     assert service.rejected("unauthorized") - before == 2 * guarded
 
 
+async def test_what_every_post_does_is_known(service):
+    """A route that a new vLLM brings is looked at before it is served: it would be outside admission."""
+    known = RECURSIVE_PATHS | WORKING_PATHS.keys() | LIGHT_PATHS | REFUSED_PATHS.keys()
+    posts = {route.path for route in service.app.routes if "POST" in (getattr(route, "methods", None) or ())}
+    assert len(posts) > 15
+    assert posts <= known
+
+
+async def test_every_post_is_capped(service):
+    """Its body, its templates, its addresses and its depth, before the route sees it."""
+    deep = 100
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]
+    bodies = [
+        ({"content": b"1" * (8 * 2**20 + 1)}, 413), ({"json": {"chat_template": "x"}}, 400),
+        ({"json": {"messages": image}}, 400), ({"content": b'{"a":' + b"[" * deep + b"]" * deep + b"}"}, 400),
+        ({"json": {"n": 10**9}}, 400), ({"content": b"[" * 100_000}, 400),
+    ]  # fmt: skip
+    posts = {route.path for route in service.app.routes if "POST" in (getattr(route, "methods", None) or ())}
+    for path in posts - REFUSED_PATHS.keys():
+        before = service.rejected("invalid")
+        for body, status in bodies:
+            reply = await service.ask(path, "key-vllm", **body)
+            assert (reply.status_code, set(reply.json()["error"])) == (status, {"message", "type", "param", "code"})
+        assert service.rejected("invalid") - before == len(bodies) - 1, path
+
+
 async def test_a_path_that_is_no_route_wants_a_key_too(service):
     for path in ("/", "/live/", "//live", "/live/../v1/models", "/v1", "/metricsx", "/v1/models/"):
         for method in ("GET", "OPTIONS", "POST", "HEAD"):
@@ -166,7 +91,7 @@ async def test_a_path_that_is_no_route_wants_a_key_too(service):
 
 @pytest.mark.parametrize("key", ["key-a", "key-b", "key-vllm"])
 async def test_vllms_own_guard_which_knows_one_key_is_gone(service, key):
-    assert all(m.cls is not AuthenticationMiddleware for m in service.app.user_middleware)
+    assert not {AuthenticationMiddleware, XRequestIdMiddleware} & {m.cls for m in service.app.user_middleware}
     assert (await service.ask("/v1/models", key, "GET")).status_code == 200
     assert (await service.ask("/v1/models", method="GET", headers={"x-api-key": key})).status_code == 200
 
@@ -235,6 +160,24 @@ async def test_the_server_takes_so_many_requests_at_a_time(service):
     await asyncio.gather(*answered, return_exceptions=True)
     assert (await service.ask("/v1/chat/completions", "key-b", json=CHAT)).status_code == 200
     assert service.rejected("overloaded") - before == 1
+
+
+@pytest.mark.parametrize("path", ["/inference/v1/generate", "/v1/rtap/score", "/generative_scoring"])
+async def test_other_work_takes_a_place_too(service, path):
+    service.engine.salts.clear()
+    service.engine.go.clear()
+    asked = ["/v1/completions", "/inference/v1/generate"]
+    held = [asyncio.create_task(service.ask(other, "key-a", json=BODIES[other])) for other in asked]
+    async with asyncio.timeout(10):
+        while len(service.engine.salts) < 2:
+            await asyncio.sleep(0.01)
+    refused = await service.ask(path, "key-b", json=BODIES.get(path, {}))
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert (await service.ask("/tokenize", "key-b", json={"model": "rtap", "prompt": "3"})).status_code == 200
+    service.engine.go.set()
+    assert [reply.status_code for reply in await asyncio.gather(*held)] == [200, 200]
+    body = BODIES["/inference/v1/generate"] | {"sampling_params": {"max_tokens": 60, "n": 2}}
+    assert "may write 120 tokens" in (await service.ask("/inference/v1/generate", "key-b", json=body)).text
 
 
 async def test_the_server_takes_so_many_tokens_at_a_time(service):

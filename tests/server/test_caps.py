@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.caps import BIASES, DEPTH, STOP_CHARACTERS, STOPS, Caps, is_deeper
+from server.caps import BIASES, DEPTH, STOP_CHARACTERS, STOPS, Caps, is_deeper, media_schemes
 from server.rtap.errors import InvalidRequest
 
-CAPS = Caps(16, 20, allows_templates=False, allows_media_urls=False)
+CAPS = Caps(16, 20, 1000, allows_templates=False)
 IMAGE = {"type": "image_url", "image_url": {"url": "https://x/a.png"}}
 
 
@@ -50,6 +50,15 @@ def nested(depth):
         (said([{"type": "audio_url", "audio_url": {"url": "\\\\host/a"}}]), "messages", "data: URLs"),
         ({"input": [{"content": [{"type": "input_image", "image_url": "http://x"}]}]}, "input", "data: URLs"),
         (said([{"type": "image", "source": {"type": "url", "url": "http://x"}}]), "messages", "data: URLs"),
+        ({"system": [{"source": {"type": "url", "url": "http://x"}}]}, "system", "data: URLs"),
+        ({"whatever": {"image_url": "http://x"}}, "whatever", "data: URLs"),
+        (said([{"type": "tool_result", "content": [IMAGE]}]), "messages", "data: URLs"),
+        ({"prompt": [1] * 1001}, "prompt", "1001 tokens are more than the model's 1000"),
+        ({"prompt": [[1], [1] * 1001]}, "prompt", "1001 tokens"),
+        ({"tokens": [1] * 1001}, "tokens", "1001 tokens"),
+        ({"token_ids": [1] * 1001}, "token_ids", "1001 tokens"),
+        ({"sampling_params": {"n": 17}}, "n", "n is 17"),
+        ({"sampling_params": {"stop": ["a"] * 17}}, "stop", "17 entries"),
     ],
 )
 def test_too_much_is_refused_with_its_name(request_, param, sentence):
@@ -72,6 +81,9 @@ def test_too_much_is_refused_with_its_name(request_, param, sentence):
         said([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]),
         {"tools": [{"parameters": {"properties": {"image_url": {"type": "string"}}}}]},
         said("https://x/a.png is only text"),
+        said([{"type": "tool_use", "id": "1", "name": "show", "input": {"image_url": "https://x/a.png"}}]),
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {"image_url": "https://x"}}}]}]},
+        {"metadata": {"image_url": "https://x/a.png"}},
     ],
 )
 def test_what_is_not_too_much_is_vllms_business(request_):
@@ -79,7 +91,41 @@ def test_what_is_not_too_much_is_vllms_business(request_):
 
 
 def test_what_a_flag_allows_passes():
-    Caps(16, 20, allows_templates=True, allows_media_urls=True).check({"chat_template": "{{ 1 }}", **said([IMAGE])})
+    caps = Caps(16, 20, 1000, allows_templates=True, media_schemes=media_schemes(["x"], None))
+    caps.check({"chat_template": "{{ 1 }}", **said([IMAGE])})
+
+
+@pytest.mark.parametrize(
+    ("domains", "folder", "passing"),
+    [
+        (None, "", ["data:,x"]),
+        (["x"], "", ["data:,x", "http://x/a", "HTTPS://x/a"]),
+        (None, "/media", ["data:,x", "file:///media/a"]),  # and no address on the net: vLLM would take any then
+        (["x"], "/media", ["data:,x", "http://x/a", "HTTPS://x/a", "file:///media/a"]),
+    ],
+)
+def test_addresses_begin_as_vllms_flags_allow(domains, folder, passing):
+    caps = Caps(16, 20, 1000, allows_templates=False, media_schemes=media_schemes(domains, folder))
+
+    def passes(url):
+        try:
+            caps.check(said([{"type": "image_url", "image_url": {"url": url}}]))
+        except InvalidRequest:
+            return False
+        return True
+
+    urls = [
+        "data:,x",
+        "http://x/a",
+        "HTTPS://x/a",
+        "file:///media/a",
+        "ftp://x/a",
+        "//x/a",
+        "/etc/passwd",
+        "\\\\x\\a",
+        "",
+    ]
+    assert [url for url in urls if passes(url)] == passing
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))

@@ -14,7 +14,7 @@ def _observed(*trajectories):
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     for trajectory in trajectories:
-        metrics.observe(trajectory)
+        metrics.observe(trajectory, max_cycles=8)
     return registry, metrics
 
 
@@ -36,6 +36,7 @@ def test_one_trajectory_is_counted_once_everywhere():
     assert registry.get_sample_value("rtap_recomputed_tokens_total") == 28
     assert registry.get_sample_value("rtap_confidence_tokens_total") == 80
     assert registry.get_sample_value("rtap_first_cycle_accepted_total") == 0
+    assert registry.get_sample_value("rtap_cycles_avoided_total") == 6
 
 
 def test_degraded_abandoned_and_in_flight():

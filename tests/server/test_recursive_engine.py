@@ -14,11 +14,13 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from server.cycles import metered
 from server.drain import Drain
 from server.feedback import Feedback
 from server.gate import Visit, _visit
 from server.metrics import Metrics
-from server.recursive_engine import Plan, RecursiveEngine, _metered
+from server.plan import Plan
+from server.recursive_engine import RecursiveEngine
 from server.rtap.artifact import Artifact
 from server.rtap.format import RTAP
 from server.rtap.types import Judged, Score
@@ -267,12 +269,12 @@ async def test_a_token_costs_the_same_however_many_came_before(split: bool):
         best = float("inf")
         for _ in range(3):
             options = {"reasoning_parser_kwargs": {}} if split else {}
-            began = time.perf_counter()
+            began = time.thread_time()
             stream, exchange = ask(
                 build(Streaming(script)), output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
             )
             outputs = await all_of(stream)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.thread_time() - began)
             assert exchange.trajectories[0].answer == "82"
             assert sum(len(o.outputs[0].token_ids) for o in outputs) > 2 * size
         return best
@@ -337,7 +339,7 @@ async def test_tokens_are_counted_once_in_every_kind_of_output(kind):
             yield output(2 * n + 1, index, [second] if kind is RequestOutputKind.DELTA else [first, second])
 
     visit = Visit(b"salt")
-    assert len([o async for o in _metered(outputs(), visit, kind)]) >= 2
+    assert len([o async for o in metered(outputs(), visit, kind)]) >= 2
     assert visit.spent_tokens == 2 + 4
 
 

@@ -1,0 +1,40 @@
+"""What all requests of a server share, put together once at start (``engines.py``). Values only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from server.drain import Drain
+from server.feedback import Feedback
+from server.metrics import Metrics
+from server.rtap.artifact import Artifact
+from server.rtap.format import TrajectoryFormat
+from server.rtap.types import Confidence
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every request shares: the format, the scorer, defaults, counters; spans, where they are asked for."""
+
+    settings: Settings
+    format: TrajectoryFormat
+    confidence: Confidence | None
+    generator: Artifact
+    count_oops: Callable[[str], int]
+    encode: Callable[[str], list[int]]
+    end_of_turn_ids: frozenset[int]
+    metrics: Metrics
+    feedback: Feedback
+    drain: Drain
+    logprobs: int | None = None
+    tracing: "Tracing | None" = None
+
+    @property
+    def cycle_end_ids(self) -> list[int]:
+        """The one token that ends a cycle, where the format has such a tag as a token of its own."""
+        ids = self.encode(self.format.answer_close) if self.format.answer_close else []
+        return ids if len(ids) == 1 else []

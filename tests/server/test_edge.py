@@ -1,0 +1,209 @@
+"""Request ids in and out, one shape for every error, nothing that one request leaves to the next of a connection."""
+
+import json
+import re
+
+import httpx
+import pytest
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel
+
+from server.edge import Edge
+from server.errors import install_handlers, shaped_error, shaped_event
+from server.rtap.errors import Conflict, HeadTooLarge, InvalidRequest, Overloaded, UnknownRequest
+from server.wire import Exchange, begin_exchange, current_exchange
+from tests.server.live import exchange as over_a_socket
+from tests.server.live import serving
+
+
+class Body(BaseModel):
+    n: int
+    stop: str | list[str] = ""
+
+
+def make_app() -> Edge:
+    app = FastAPI()
+    install_handlers(app)
+    errors = {"409": Conflict("c"), "431": HeadTooLarge("h"), "400": InvalidRequest("i", param="n"),
+              "503": Overloaded("o"), "404": UnknownRequest("u")}  # fmt: skip
+
+    @app.post("/body")
+    async def body(given: Body): ...
+
+    @app.get("/raise/{name}")
+    async def raise_(name: str):
+        raise errors[name]
+
+    @app.get("/crash")
+    async def crash():
+        raise RuntimeError("secret at /srv/models/x.py 0x7f00aa")
+
+    @app.get("/detail")
+    async def detail():
+        raise HTTPException(418, "no /usr/lib/python3/site.py here")
+
+    @app.get("/text")
+    async def text():
+        return PlainTextResponse("Traceback: all of it", status_code=502)
+
+    @app.get("/probe")
+    async def probe():
+        return JSONResponse({"status": "not ready"}, status_code=503)
+
+    @app.get("/anthropic")
+    async def anthropic():
+        return JSONResponse({"type": "error", "error": {"type": "x", "message": "m"}}, status_code=404)
+
+    return Edge(app)
+
+
+@pytest.fixture(scope="module")
+def app() -> Edge:
+    return make_app()
+
+
+async def ask(app, method: str, path: str, **options) -> httpx.Response:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        return await client.request(method, path, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "type_", "message"),
+    [
+        ("GET", "/nowhere", 404, "not_found_error", "Not Found"),
+        ("POST", "/raise/400", 405, "invalid_request_error", "Method Not Allowed"),
+        ("GET", "/raise/400", 400, "invalid_request_error", "i"),
+        ("GET", "/raise/404", 404, "not_found_error", "u"),
+        ("GET", "/raise/409", 409, "conflict_error", "c"),
+        ("GET", "/raise/431", 431, "invalid_request_error", "h"),
+        ("GET", "/raise/503", 503, "overloaded_error", "o"),
+        ("GET", "/crash", 500, "internal_error", "the server failed on this request"),
+        ("GET", "/detail", 418, "invalid_request_error", "no <path> here"),
+        ("GET", "/text", 502, "internal_error", "the server failed on this request"),
+    ],
+)
+async def test_every_error_has_openais_shape(app, method, path, status, type_, message):
+    reply = await ask(app, method, path)
+    error = reply.json()["error"]
+    assert (reply.status_code, reply.headers["content-type"]) == (status, "application/json")
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["code"]) == (type_, status)
+    assert error["message"].startswith(message)
+    assert "secret" not in reply.text
+    assert "0x" not in reply.text
+
+
+async def test_headers_of_an_error_stay(app):
+    assert "GET" in (await ask(app, "DELETE", "/probe")).headers["allow"]
+    assert (await ask(app, "GET", "/raise/503")).headers["retry-after"] == "1"
+    assert (await ask(app, "GET", "/raise/409")).headers["x-should-retry"] == "false"
+
+
+async def test_what_is_no_error_stays(app):
+    assert (await ask(app, "GET", "/probe")).json() == {"status": "not ready"}
+
+
+async def test_an_anthropic_error_can_be_read_by_both(app):
+    shown = (await ask(app, "GET", "/anthropic")).json()
+    assert shown == {"type": "error", "error": {"message": "m", "type": "x", "param": None, "code": 404}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "sentence"),
+    [
+        ({"n": "my secret"}, "n", "n: Input should be a valid integer"),
+        ({"n": 1, "stop": ["a", {"my": "secret"}]}, "stop.1", "stop.1: Input should be a valid string"),
+        ([], None, "Input should be a valid dictionary"),
+    ],
+)
+async def test_a_body_that_no_route_takes_is_refused_by_field_and_rule(app, body, param, sentence):
+    reply = await ask(app, "POST", "/body", json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith(sentence)
+    assert "secret" not in reply.text
+
+
+@pytest.mark.parametrize("path", ["/probe", "/nowhere", "/crash", "/body"])
+@pytest.mark.parametrize(
+    ("given", "is_kept"),
+    [(["a.good-ID_1"], True), (["x" * 64], True), (["x" * 65], False), ([""], False), (["a b"], False), ([], False),
+     (["é"], False), (["a\tb"], False), (["one", "two"], False), (["../../x"], False)],
+)  # fmt: skip
+async def test_a_request_id_comes_back_on_every_reply(app, path, given, is_kept):
+    reply = await ask(app, "GET", path, headers=[("x-request-id", value.encode()) for value in given])
+    (found,) = reply.headers.get_list("x-request-id")
+    assert found == given[0] if is_kept else re.fullmatch("[0-9a-f]{32}", found)
+
+
+async def test_the_application_sees_one_good_id():
+    seen = []
+
+    async def inner(scope, receive, send):
+        seen.append([v for k, v in scope["headers"] if k == b"x-request-id"])
+
+    await Edge(inner)({"type": "http", "headers": [(b"x-request-id", b"bad id"), (b"x-request-id", b"b")]}, None, None)
+    await Edge(inner)({"type": "http", "headers": [(b"x-request-id", b"good")]}, None, None)
+    await Edge(inner)({"type": "lifespan", "headers": []}, None, None)
+    assert re.fullmatch(b"[0-9a-f]{32}", seen[0][0])
+    assert seen[1:] == [[b"good"], []]
+
+
+def test_an_exchange_is_not_inherited_by_the_next_request_of_a_connection():
+    """The server starts a pipelined request in the context of the one before it."""
+    seen = []
+
+    async def inner(scope, receive, send):
+        seen.append(current_exchange() is None)
+        begin_exchange(Exchange(None))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    one, last = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with serving(inner) as port:
+        over_a_socket(port, one + one + last)
+    assert seen == [True, False, False]  # so it would be
+    seen.clear()
+    with serving(Edge(inner)) as port:
+        assert over_a_socket(port, one + one + last).count(b"200 OK") == 3
+    assert seen == [True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"", None),
+        (b'{"status": "dead"}', None),
+        (b"[1]", None),
+        (b'{"error": "words"}', "words"),
+        (b'{"error": {"message": ["no", "text"]}}', "Bad Request"),
+        (b'{"detail": [{"input": "secret"}]}', "Bad Request"),
+        (b"<html>", "Bad Request"),
+        (json.dumps({"error": {"message": "x" * 5000, "type": "t"}}).encode(), "x" * 1000),
+    ],
+)
+def test_shapes_of_others(body, expected):
+    shaped = shaped_error(400, body, str)
+    assert (shaped and json.loads(shaped)["error"]["message"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        ({"message": "See stack trace (above)", "type": "InternalServerError", "code": 500}, "the server failed", 500),
+        (
+            {"message": "list index in /usr/lib/x.py", "type": "BadRequestError", "code": 400},
+            "list index in <path>",
+            400,
+        ),
+        ({"message": "m"}, "the server failed", 500),
+        ({"message": "m", "code": "strange"}, "the server failed", 500),
+    ],
+)
+def test_an_error_event_of_a_stream_tells_nothing_of_the_inside(error, message, code):
+    shown = json.loads(shaped_event(json.dumps({"error": error}).encode()))["error"]
+    assert set(shown) == {"message", "type", "param", "code"}
+    assert shown["message"].startswith(message)
+    assert shown["code"] == code
