@@ -140,7 +140,7 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     with sock:
         engine = engine_check(engine_package(), has_gpu=has_nvidia_gpu())
         if engine["status"] == "warning":
-            announce(f"{engine['found']}. {engine['todo']}")
+            announce(f"{engine['found']}. {engine['todo']}", logging.WARNING)
         announce(f"loading {args.model}")
         failure = uvloop.run(_serve(args, settings, sock, address, keys))
     if failure is not None:

@@ -25,6 +25,7 @@ _MODELS = Path(__file__).resolve().parents[1] / "deploy" / "models"
 _GIB = 2**30
 _ENGINES_GIB = 2.5  # two engine processes and vLLM's code before any model: 3.5 GiB measured with both bundled ones
 _IMPORT_SECONDS = 120
+_HEADER_BYTES = 100_000_000  # of a safetensors file at most, by its format
 # Prints the version of each as soon as it is imported, so that the last line tells how far it came.
 _TRY_IMPORTS = """
 import importlib.util
@@ -140,12 +141,24 @@ def model_check(name: str, folder: Path, *, is_default: bool = False) -> Finding
     missing += _missing_weights(folder, weights)
     if missing:
         return _finding(name, "failed", f"{folder} lacks {', '.join(missing)}", todo)
-    stubs = [file.name for file in weights if file.stat().st_size < 1024]
-    if stubs:
-        found = f"{folder}: {', '.join(stubs)} is no weights, but a pointer of Git LFS or cut short"
+    broken = [file.name for file in weights if not is_whole(file)]
+    if broken:
+        found = f"{folder}: {', '.join(broken)} is no whole weights file, but a pointer of Git LFS or cut short"
         return _finding(name, "failed", found, "Run `git lfs pull`, or copy the checkpoint again.")
     size = sum(file.stat().st_size for file in weights)
     return _finding(name, "ok", f"{folder} ({size / 2**20:,.1f} MiB)")
+
+
+def is_whole(weights: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    try:
+        with weights.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: Any = json.loads(file.read(length)) if length < _HEADER_BYTES else None
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return weights.stat().st_size == 8 + length + max(ends, default=0)
 
 
 def generator_check(policy: Path, generator: Path) -> Finding:

@@ -114,10 +114,12 @@ def test_a_checkpoint_that_is_not_whole(copied, tmp_path):
     (policy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
     assert "lacks model-2.safetensors" in doctor.model_check("model", policy)["found"]
     (policy / "model.safetensors.index.json").unlink()
-    (policy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    found = doctor.model_check("model", policy)
-    assert "model.safetensors is no weights" in found["found"]
-    assert "git lfs pull" in found["todo"]
+    whole = (policy / "model.safetensors").read_bytes()
+    for content in (b"version https://git-lfs.github.com/spec/v1\n", whole[:-1], whole[:100], b"", b"\0" * 8):
+        (policy / "model.safetensors").write_bytes(content)
+        found = doctor.model_check("model", policy)
+        assert "model.safetensors is no whole weights file" in found["found"]
+        assert "git lfs pull" in found["todo"]
     assert doctor.model_check("model", Path("Qwen/Qwen3-0.6B"))["status"] == "skipped"
 
 
