@@ -6,7 +6,13 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 # Files of e2e that start servers of their own and use none of the shared ones.
-OWN_SERVERS = {"test_keys.py", "test_pictures.py", "test_remote_teacher.py", "test_think_format.py"}
+OWN_SERVERS = {
+    "test_own_model.py",
+    "test_keys.py",
+    "test_pictures.py",
+    "test_remote_teacher.py",
+    "test_think_format.py",
+}
 # The longest first, so that no process is left with one when the others have nothing more to do.
 LONGEST = [
     "e2e",
@@ -15,6 +21,7 @@ LONGEST = [
     "tests/training/test_commands.py",
     "tests/training/test_smoke.py",
     "tests/training/rl/test_rl_command.py",
+    "tests/e2e/test_own_model.py",
     "tests/e2e/test_pictures.py",
     "tests/e2e/test_think_format.py",
     "tests/e2e/test_remote_teacher.py",
