@@ -13,12 +13,13 @@ from tests.documents import ROOT, Command, commands
 from tests.other_checkpoints import save_think
 
 STEPS = [c for c in commands(ROOT / "docs" / "recipes.md") if c.words[0] == "rtap"]
-MODULES = {"train": "training", "eval": "training.evaluate"}
+START = "from rtap_client.cli import main; raise SystemExit(main())"
 # What makes the recipe small enough for a test, beside its own flags.
 SMALL = {
     "train": ["--num-questions", "60", "--eval-questions", "20", "--samples", "4", "--max-cycle-tokens", "100",
               "--epochs", "1", "--learning-rate", "3e-4", "--batch-rows", "256"],
-    "eval": ["--limit", "12", "--samples", "2", "--policies", "single,confidence,vote", "--max-cycles", "2"],
+    "eval": ["--limit", "12", "--samples", "2", "--policies", "single,confidence,vote", "--max-cycles", "2",
+             "--", "--enforce-eager", "--kv-cache-memory-bytes", str(2**29)],
 }  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def run(step: Command, folder: Path) -> str:
     name, *rest = step.words[1:]
     words = ["model" if word == "MODEL" else word for word in rest]
     done = subprocess.run(
-        [sys.executable, "-m", MODULES[name], *words, *SMALL[name]], cwd=folder, capture_output=True, text=True,
+        [sys.executable, "-c", START, name, *words, *SMALL[name]], cwd=folder, capture_output=True, text=True,
         timeout=400, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

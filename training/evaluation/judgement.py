@@ -9,6 +9,7 @@ from training.evaluation.questions import Question
 from training.evaluation.records import Run
 from training.reliability import Bin, reliability_bins
 
+NUM_BINS = 10  # a curve for readers; the calibration error has its own
 WORST = 8  # answers of each kind that are kept
 
 
@@ -53,7 +54,7 @@ def judge(run: Run, source: str, questions: Sequence[Question]) -> Judgement | N
     rising = sorted((m for m, is_right in told if is_right), key=lambda m: m.confidence)
     confidences = np.array([m.confidence for m, _ in told], dtype=np.float64)
     labels = np.array([is_right for _, is_right in told], dtype=np.bool_)
-    bins = tuple(reliability_bins(confidences, labels))
+    bins = tuple(reliability_bins(confidences, labels, bins=NUM_BINS))
     return Judgement(source, run.spec.label, len(told), bins, _first_of_each(falling), _first_of_each(rising))
 
 

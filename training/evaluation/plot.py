@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
@@ -53,22 +54,31 @@ def calibration_svg(task: TaskResults) -> bytes:
             [b.confidence for b in bins],
             [b.right for b in bins],
             yerr=[[max(b.right - b.low, 0) for b in bins], [max(b.high - b.right, 0) for b in bins]],
-            color=colour,
+            color=f"{colour}55",
             ecolor=f"{colour}66",
             elinewidth=1.0,
-            linewidth=1.6,
-            marker=marker,
-            markersize=6,
-            label=f"{judgement.source}, {judgement.answers:,} answers",
+            linewidth=1.2,
         )
-    axis.set_xlim(-0.02, 1.02)
-    axis.set_ylim(-0.02, 1.02)
+        axis.scatter(
+            [b.confidence for b in bins],
+            [b.right for b in bins],
+            s=[24 + 900 * b.cycles / judgement.answers for b in bins],
+            color=f"{colour}cc",
+            edgecolors="white",
+            marker=marker,
+            label=f"{judgement.source}, {judgement.answers:,} answers",
+            zorder=4,
+        )
+    axis.set_xlim(-0.06, 1.06)
+    axis.set_ylim(-0.06, 1.06)
     for scale in (axis.xaxis, axis.yaxis):
         scale.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_xlabel("confidence")
     axis.set_ylabel("answers that are right")
     _calm(axis)
-    axis.legend(frameon=False, loc="upper left")
+    for handle in axis.legend(frameon=False, loc="upper left").legend_handles:
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([40])  # not that of its first bin
     return _svg(figure)
 
 
