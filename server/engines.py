@@ -17,6 +17,7 @@ from typing import Any, cast
 import httpx
 import torch
 from prometheus_client import REGISTRY
+from pydantic import ValidationError
 from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -163,9 +164,16 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
 
 
 def _load(config: VllmConfig, *, log_stats: bool) -> AsyncLLM:
-    return AsyncLLM.from_vllm_config(
-        config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=not log_stats
-    )
+    try:
+        return AsyncLLM.from_vllm_config(
+            config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=not log_stats
+        )
+    except Exception as error:  # vLLM raises what it likes; the cause is in what the engine's process has printed
+        model = config.model_config.model
+        raise ConfigError(
+            f"{model} could not be loaded: the last error above says why; "
+            f"`rtap doctor {model}` looks at its files and at the memory"
+        ) from error
 
 
 async def _loaded(task: "asyncio.Task[AsyncLLM] | None") -> AsyncLLM | None:
@@ -190,11 +198,23 @@ def _engine_config(engine_args: AsyncEngineArgs, model: str, *, allows_pickles: 
     try:
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except Exception as error:  # vLLM, transformers and the hub raise what they like; the user needs one sentence
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"cannot start {model}: {lines[0] if lines else type(error).__name__}") from error
+        raise ConfigError(
+            f"cannot start {model}: {_reason(error)}; `rtap doctor {model}` looks at its files and at this machine"
+        ) from error
     if not trusts_code:
         refuse_own_code(model, config.model_config.hf_config.to_dict())
     return config
+
+
+def _reason(error: Exception) -> str:
+    """The sentence of an error that says what is wrong, its first. Pydantic's first line only counts."""
+    text, where = str(error), ""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        text = first["msg"].removeprefix("Value error, ")
+        where = "".join(f"{part}: " for part in first["loc"])
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return where + (lines[0].split(". ")[0].rstrip(".;") if lines else type(error).__name__)
 
 
 def _scorer_args(args: Namespace, settings: Settings) -> AsyncEngineArgs:

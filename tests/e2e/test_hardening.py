@@ -61,6 +61,18 @@ def sockets_of(url: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", httpx.URL(url).port), timeout=10)
 
 
+def fastest(url: str, request: bytes, status: bytes) -> float:
+    """Seconds to the answer, best of five: what the server needs, on cores that other tests share."""
+    took = []
+    for _ in range(5):
+        with sockets_of(url) as sock:
+            began = time.perf_counter()
+            sock.sendall(request)
+            assert sock.recv(12) == b"HTTP/1.1 " + status
+            took.append(time.perf_counter() - began)
+    return min(took)
+
+
 def test_heads_are_bounded_and_hold_no_memory(keyed, url):
     """200 MB of one header field, 300 fields, and no HTTP: an answer in OpenAI's shape, and the next request works."""
     process = psutil.Process(keyed[0].process.pid)
@@ -70,11 +82,7 @@ def test_heads_are_bounded_and_hold_no_memory(keyed, url):
         for _ in range(200):
             sock.sendall(b"a" * 2**20)
     for head in (b"".join(b"A%d: a\r\n" % n for n in range(300)), b"A: " + b"a" * 70_000 + b"\r\n"):
-        with sockets_of(url) as sock:
-            began = time.perf_counter()
-            sock.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n")
-            assert sock.recv(12) == b"HTTP/1.1 431"
-            assert time.perf_counter() - began < 0.5
+        assert fastest(url, b"GET /live HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n", b"431") < 0.05
     assert process.memory_info().rss - before < 32 * 2**20
     assert httpx.get(f"{url}/live").status_code == 200
 
@@ -89,17 +97,19 @@ def test_eight_megabytes_of_brackets_hold_up_nobody(keyed, url, path):
         reply = httpx.post(url + path, content=body, headers=headers, timeout=60)
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, 400)
 
+    def worked() -> float:
+        return process.cpu_times().user + process.cpu_times().system
+
     refuse(0)
-    before, waits = process.memory_info().rss, []
-    with ThreadPoolExecutor(2) as pool:
+    before, began, answered = process.memory_info().rss, worked(), 0
+    with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=url, timeout=60) as others:
         refusals = [pool.submit(refuse, n) for n in range(10)]
         while not all(one.done() for one in refusals):
-            began = time.perf_counter()
-            assert httpx.get(f"{url}/live").status_code == 200
-            waits.append(time.perf_counter() - began)
+            answered += others.get("/live").status_code == 200
         for one in refusals:
             one.result()
-    assert sorted(waits)[len(waits) // 2] < 0.25  # it was seconds
+    assert answered >= 10
+    assert worked() - began < 10  # seconds of processor, reading 80 MB and answering others; it was fifty
     assert process.memory_info().rss - before < 64 * 2**20
 
 
@@ -115,13 +125,8 @@ def test_small_refusals_take_milliseconds(url):
                 assert client.post("/v1/chat/completions", json=body).status_code == 400
                 took.append(time.perf_counter() - began)
             assert min(took) < 0.05
-    with sockets_of(url) as sock:
-        began = time.perf_counter()
-        sock.sendall(
-            b"POST /tokenize HTTP/1.1\r\nHost: x\r\nX-Api-Key: key-team\r\nContent-Length: 1000000000\r\n\r\nx"
-        )
-        assert sock.recv(12) == b"HTTP/1.1 413"
-        assert time.perf_counter() - began < 0.5
+    declared = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nX-Api-Key: key-team\r\nContent-Length: 1000000000\r\n\r\nx"
+    assert fastest(url, declared, b"413") < 0.05
 
 
 def test_a_repeated_request_is_one_run(url):

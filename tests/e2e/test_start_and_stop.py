@@ -33,6 +33,21 @@ def test_a_model_that_cannot_be_served_is_one_sentence():
     )
 
 
+def test_too_little_memory_ends_in_one_sentence():
+    flags = ("--confidence", "none", "--kv-cache-memory-bytes", str(10**14))
+    done = subprocess.run(
+        rtap_command(free_port(), *flags), capture_output=True, text=True, timeout=180, cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert (
+        "Decrease --kv-cache-memory-bytes" in done.stderr + done.stdout
+    )  # vLLM's own words, from the engine's process
+    last = done.stderr.splitlines()[-1]
+    assert "could not be loaded: the last error above says why; `rtap doctor " in last
+    assert last.endswith("looks at its files and at the memory")
+
+
 def test_a_signal_ends_all_processes_with_exit_code_0(tmp_path):
     port = free_port()
     with running(rtap_command(port, "--confidence", "none"), port, "/ready", tmp_path) as started:

@@ -44,6 +44,15 @@ async def test_a_model_that_cannot_be_served_is_one_sentence(flags, sentence):
     assert "\n" not in refusal
 
 
+async def test_weights_that_were_cut_short_end_in_what_to_do(tmp_path):
+    broken = tmp_path / "policy"
+    shutil.copytree(MODELS / "policy", broken)
+    (broken / "model.safetensors").write_bytes((MODELS / "policy" / "model.safetensors").read_bytes()[:1000])
+    refusal = await _refusal(str(broken), "--confidence", "none")
+    assert refusal.startswith(f"cannot start {broken}: ")
+    assert refusal.endswith(f"; `rtap doctor {broken}` looks at its files and at this machine")
+
+
 async def test_a_format_that_the_model_has_no_tokens_for_is_refused(tmp_path):
     refusal = await _refusal(str(save_think("policy", tmp_path / "policy")), "--trajectory-format", "rtap")
     assert "has no tokens <answer> </answer>, so it does not write the 'rtap' format" in refusal
