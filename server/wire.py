@@ -47,20 +47,39 @@ EFFORTS: Mapping[str, Effort] = {
 
 
 class RtapOptions(BaseModel):
-    """The ``rtap`` request object. Absent fields take the server's defaults; unknown ones are refused."""
+    """The ``rtap`` request object. Absent fields take the server's defaults; unknown ones are refused.
+
+    The descriptions are the table in docs/api.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # Numbers are strict: "5" or true for a count is a client's mistake, not a number.
-    policy: Policy | None = None
-    threshold: float | None = Field(default=None, ge=0.0, le=1.0, strict=True)
-    max_cycles: int | None = Field(default=None, ge=1, strict=True)
-    samples: int | None = Field(default=None, ge=1, strict=True)
-    select: Select | None = None
-    patience: int | None = Field(default=None, ge=1, strict=True)
-    deadline_seconds: float | None = Field(default=None, gt=0, strict=True)
-    probe_every: int | None = Field(default=None, ge=1, strict=True)
-    return_cycles: bool = False
+    policy: Policy | None = Field(
+        default=None,
+        description="who decides to stop: `confidence` (clears `threshold`), `model` (ends its own turn, as in the "
+        "R-TAP paper), `single` (one pass), `vote` (majority of `samples`, weighted by confidence)",
+    )
+    threshold: float | None = Field(
+        default=None, ge=0.0, le=1.0, strict=True, description="confidence that is good enough"
+    )
+    max_cycles: int | None = Field(default=None, ge=1, strict=True, description="cycles at most")
+    samples: int | None = Field(
+        default=None, ge=1, strict=True, description="samples of a vote; each may use `max_tokens`"
+    )
+    select: Select | None = Field(default=None, description="return the `best` or the `last` complete answer")
+    patience: int | None = Field(
+        default=None, ge=1, strict=True, description="stop after this many cycles without a new highest confidence"
+    )
+    deadline_seconds: float | None = Field(
+        default=None, gt=0, strict=True, description="answer with the best so far after this long"
+    )
+    probe_every: int | None = Field(
+        default=None,
+        ge=1,
+        strict=True,
+        description="ask for the answer inside a thought every so many tokens ([below](#inside-a-thought))",
+    )
+    return_cycles: bool = Field(default=False, description="put each cycle's thinking into the reply")
 
 
 def parse_options(raw: Any, settings: Settings, *, where: str = "rtap") -> RtapOptions:

@@ -10,6 +10,7 @@ from xdist.scheduler import LoadScopeScheduling
 APART = {
     "test_hardening.py": "server with keys",
     "test_keys.py": "server with keys",
+    "test_own_model.py": "model of one's own",
     "test_pictures.py": "server of a vision-language model",
     "test_remote_teacher.py": "teacher",
     "test_think_format.py": "server of another format",

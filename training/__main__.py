@@ -19,6 +19,7 @@ from training.config import (
     add_flags,
     build_config,
 )
+from training.generator_config import GeneratorConfig
 from training.rl.config import CONFIGS
 
 EVAL_COUNT = 600
@@ -36,6 +37,11 @@ STAGES: dict[str, tuple[str, type[Any], str]] = {
         "training.confidence",
         ConfidenceConfig,
         "train a confidence generator on a policy's own answers",
+    ),
+    "generator": (
+        "training.generator",
+        GeneratorConfig,
+        "the same for any Hugging Face model, on questions of your own",
     ),
 }
 

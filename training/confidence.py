@@ -6,7 +6,7 @@ Sample, label by the tasks' checkers, train, calibrate, judge. Not here: the onl
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from random import Random
@@ -25,6 +25,7 @@ from training.checkpoint import manifest, sha256
 from training.classifier import build_generator, build_scratch, calibrate, logits_of, score
 from training.config import ConfidenceConfig, Init, Loss, run_dir
 from training.examples import Example, Row, balance, collect, group, pair_batches, synthetic_texts
+from training.held_out import Turns, show_held_out
 from training.huggingface import cast_to, encode_text, load_policy, save_checkpoint
 from training.judging import GENERATOR, Judged, judge_task, pool, report, witness
 from training.loop import Loop
@@ -38,6 +39,8 @@ from training.runtime import configure_torch
 from training.streams import Stream
 from training.tasks import TASKS, parse_mix
 from training.tasks.base import Problem
+
+SHOWN = ("within_auroc", "global_auroc", "ece", "brier")  # in TensorBoard; the manifest has more
 
 
 def run(config: ConfidenceConfig) -> None:
@@ -75,6 +78,7 @@ def run(config: ConfidenceConfig) -> None:
         "threshold": threshold, "calibration": calibration, "fusion": None if fusion is None else fusion.model_dump(),
         "examples": len(fitting), "held_out": report(judged),
     }  # fmt: skip
+    show(asked, training["steps"], held_out, judged, figures["held_out"])
     model.config.rtap = artifact(threshold, fusion, judged, figures["held_out"]["all"])
     write_plot(run_dir(config.output) / "reliability.png", judged)
     record = manifest("rtap train confidence", config, data=digest, seconds=training["seconds"], figures=figures)
@@ -219,6 +223,33 @@ def artifact(
     calibration = {"bins": NUM_BINS, "reference": reference, "held_out": scalars}
     fused = {} if fusion is None else {"fusion": fusion.model_dump()}
     return {"format": "rtap", "kind": "confidence", "threshold": threshold, "calibration": calibration} | fused
+
+
+def show(
+    asked: Asked[ConfidenceConfig],
+    step: int,
+    held_out: Mapping[str, Sequence[Trajectory]],
+    judged: Mapping[str, Judged],
+    figures: Mapping[str, Any],
+) -> None:
+    """The judgement in TensorBoard: figures of each task and of all, and turns with the confidence of their last
+    cycle."""
+    config = asked.config
+    turns = {
+        name: Turns([q.question for q in held_out_questions(TASKS[name], config.eval_questions)], part)
+        for name, part in held_out.items()
+    }
+    confidences = {name: last_confidences(part, judged[name].scores.tolist()) for name, part in held_out.items()}
+    known = ((task, name, figures[task][name]) for task in figures for name in SHOWN)
+    more = {f"held_out/{task}/confidence/{name}": value for task, name, value in known if value is not None}
+    show_held_out(config.output, step, turns, asked.tokenizer, confidences=confidences, more=more)
+
+
+def last_confidences(trajectories: Sequence[Trajectory], scores: Sequence[float]) -> list[float | None]:
+    """``scores``: of all cycles with an answer, in order. None for a trajectory whose last cycle has no answer."""
+    rest = iter(scores)
+    rows = [[None if c.answer is None else next(rest) for c in t.cycles] for t in trajectories]
+    return [row[-1] if row else None for row in rows]
 
 
 def write_plot(file: Path, judged: dict[str, Judged]) -> None:

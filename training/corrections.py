@@ -20,13 +20,14 @@ from server.rtap.format import RTAP
 from training.checkpoint import manifest, sha256
 from training.config import CorrectConfig, run_dir
 from training.data import Encoded
+from training.held_out import Turns, show_held_out
 from training.huggingface import encode_text, load_policy
 from training.own_cycles import Asked, build_sampler, clean_up, sample_training, training_problems
 from training.rollout import Trajectory
 from training.rows import train_on_rows
 from training.runs import States, check_resumable, plain
 from training.runtime import configure_torch
-from training.sft import evaluate, save
+from training.sft import held_out_figures, save, write_held_out
 from training.tasks.base import Problem
 from training.tasks.trajectory import CONFIRMATIONS, TURN_END, cycle_segments
 from training.tokenizer import token_id
@@ -60,20 +61,22 @@ def run(config: CorrectConfig) -> None:
         )
     digest = json.dumps([[row.ids for row in part] for part in (rows.mended, rows.kept, rows.confirmed)])
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
-    before = _evaluate(asked)
+    before = held_out_figures(_write_held_out(asked))
     training = train(asked, rows, states)
+    turns = _write_held_out(asked)
+    show_held_out(config.output, training["steps"], turns, asked.tokenizer)
     counts = {"mended": len(rows.mended), "kept": len(rows.kept), "confirmed": len(rows.confirmed)}
-    figures = training | {"rows": counts, "before": before, "held_out": _evaluate(asked)}
+    figures = training | {"rows": counts, "before": before, "held_out": held_out_figures(turns)}
     record = manifest("rtap train correct", config, data=digest, seconds=training["seconds"], figures=figures)
     save(config.output, asked.policy, asked.tokenizer, record)
     clean_up(states)
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 
-def _evaluate(asked: Asked[CorrectConfig]) -> dict[str, Any]:
+def _write_held_out(asked: Asked[CorrectConfig]) -> dict[str, Turns]:
     config = asked.config
-    return evaluate(
-        asked.policy, asked.tokenizer, tasks=config.tasks, num_questions=config.eval_questions, seed=config.seed
+    return write_held_out(
+        asked.policy, asked.tokenizer, tasks=config.tasks, count=config.eval_questions, seed=config.seed
     )
 
 

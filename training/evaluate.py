@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(how, "--timeout", _positive, "600", "for one request", "SECONDS")
     _add(how, "--ready-timeout", _positive, "300", "for a server to start", "SECONDS")
     _add(how, "--token-budget", _share, "0.35", "share of the vote's tokens that the best threshold may spend", "SHARE")
-    _add(how, "--output", Path, "rtap-eval", "folder for results.{json,csv,md} and the plot", "DIR")
+    _add(how, "--output", Path, "rtap-eval", "folder of report.html, results.{json,csv,md}, the plot", "DIR")
     how.add_argument("--resume", action="store_true", help="take finished runs of the same settings from DIR/runs")
     return parser
 

@@ -13,6 +13,7 @@ from server.rtap.errors import ConfigError
 from training.checkpoint import manifest, sha256
 from training.config import ImitateConfig, run_dir
 from training.data import Encoded
+from training.held_out import show_held_out
 from training.huggingface import load_policy
 from training.own_cycles import Asked, build_sampler, clean_up, sample_training, training_problems
 from training.rl.teacher import check_same_tokens
@@ -20,7 +21,7 @@ from training.rollout import Trajectory
 from training.rows import train_on_rows
 from training.runs import States, check_resumable, plain
 from training.runtime import configure_torch
-from training.sft import evaluate, save
+from training.sft import held_out_figures, save, write_held_out
 from training.tasks.trajectory import TURN_END
 from training.tokenizer import token_id
 
@@ -48,8 +49,9 @@ def run(config: ImitateConfig) -> None:
     digest = json.dumps([row.ids for row in rows])
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
     training = train_on_rows("imitate", student, tokenizer, config, states, lambda _: list(rows))
-    held_out = evaluate(student, tokenizer, tasks=config.tasks, num_questions=config.eval_questions, seed=config.seed)
-    figures = training | {"rows": len(rows), "held_out": held_out}
+    turns = write_held_out(student, tokenizer, tasks=config.tasks, count=config.eval_questions, seed=config.seed)
+    show_held_out(config.output, training["steps"], turns, tokenizer)
+    figures = training | {"rows": len(rows), "held_out": held_out_figures(turns)}
     record = manifest("rtap train imitate", config, data=digest, seconds=training["seconds"], figures=figures)
     save(config.output, student, tokenizer, record)
     clean_up(states)

@@ -1,13 +1,13 @@
 """What a training loop shows and logs: a bar on the terminal, JSON lines and TensorBoard events in the run folder."""
 
-import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from tqdm import tqdm
 
 from training.errors import TrainingError
+from training.events import open_events
 from training.optim import Budget
 from training.runs import LineLog
 
@@ -27,7 +27,7 @@ class Progress:
         self._loss = 0.0
         self._logged_step = budget.steps
         self._log = LineLog(folder / "train.jsonl", resumed_at=budget.steps) if is_shown else None
-        self._events = _events(folder / "tensorboard", budget.steps) if is_shown else None
+        self._events = open_events(folder / "tensorboard", resumed_at=budget.steps) if is_shown else None
         self._bar = tqdm(
             total=100, desc=name, disable=not is_shown, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         )
@@ -82,12 +82,3 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the figures of a state."""
         self._loss, self._num_rows, self._num_tokens = state["loss"], state["rows"], state["tokens"]
-
-
-def _events(folder: Path, resumed_at: int) -> Any:
-    """A writer of TensorBoard events; those of an earlier run from its start are dropped, as its log is."""
-    from torch.utils.tensorboard import SummaryWriter  # takes a second
-
-    if resumed_at == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    return cast(Any, SummaryWriter)(str(folder), purge_step=resumed_at + 1)

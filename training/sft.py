@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from random import Random
@@ -17,6 +18,7 @@ from server.rtap.errors import ConfigError
 from training.checkpoint import manifest, sha256
 from training.config import SftConfig, run_dir
 from training.data import Batch, batches, conversation_text
+from training.held_out import Turns, show_held_out
 from training.huggingface import cast_to, load_policy, load_tokenizer, save_checkpoint
 from training.loop import Loop
 from training.optim import build_muon
@@ -60,8 +62,9 @@ def _work(config: SftConfig) -> None:
     training = train(model, tokenizer, config, states)
     if rank() != 0:
         return
-    held_out = evaluate(model, tokenizer, tasks=config.tasks, num_questions=config.eval_questions, seed=config.seed)
-    figures = training | {"held_out": held_out}
+    turns = write_held_out(model, tokenizer, tasks=config.tasks, count=config.eval_questions, seed=config.seed)
+    show_held_out(config.output, training["steps"], turns, tokenizer)
+    figures = training | {"held_out": held_out_figures(turns)}
     record = manifest("rtap train sft", config, data=data, seconds=training["seconds"], figures=figures) | {
         "parameters": sum(p.numel() for p in model.parameters())
     }
@@ -120,30 +123,38 @@ def train(
     return loop.summary()
 
 
-def evaluate(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, tasks: str, num_questions: int, seed: int
-) -> dict[str, Any]:
-    """Held-out accuracy of each task in the mix: the first cycle, by level too, and each later cycle forced open
-    after a wrong one."""
+def write_held_out(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, tasks: str, count: int, seed: int
+) -> dict[str, Turns]:
+    """One turn on each of ``count`` held-out questions of each task in the mix; a cycle is forced open after a wrong
+    one."""
     model.eval()
-    figures: dict[str, Any] = {}
+    turns: dict[str, Turns] = {}
     for name in parse_mix(tasks):
-        task = TASKS[name]
-        questions = held_out_questions(task, num_questions)
+        questions = [q.question for q in held_out_questions(TASKS[name], count)]
         trajectories = sample_trajectories(
-            TransformersSampler(model).seeded(seed), tokenizer, [q.question for q in questions],
-            lambda index, answer, task=task, asked=questions: task.check(asked[index].question, answer),
+            TransformersSampler(model).seeded(seed), tokenizer, questions,
+            lambda index, answer, task=TASKS[name], asked=questions: task.check(asked[index], answer),
             samples=1, max_cycles=EVAL_CYCLES, max_positions=MAX_POSITIONS,
         )  # fmt: skip
+        turns[name] = Turns(questions, trajectories)
+    return turns
+
+
+def held_out_figures(turns: Mapping[str, Turns]) -> dict[str, Any]:
+    """Accuracy of each task: the first cycle, by level too, and each later cycle of those that it was opened for."""
+    figures: dict[str, Any] = {}
+    for name, part in turns.items():
         rights: defaultdict[int, list[bool]] = defaultdict(list)
         by_level: defaultdict[int, list[bool]] = defaultdict(list)
-        for trajectory in trajectories:
-            by_level[task.level(questions[trajectory.question].question)].append(trajectory.cycles[0].is_right)
+        for trajectory in part.trajectories:
+            level = TASKS[name].level(part.questions[trajectory.question])
+            by_level[level].append(trajectory.cycles[0].is_right)
             for depth, cycle in enumerate(trajectory.cycles):
                 rights[depth].append(cycle.is_right)
         by_cycle = [_share(r) for r in rights.values()]
         figures[name] = {
-            "questions": len(questions), "accuracy": by_cycle[0], "accuracy_by_cycle": by_cycle,
+            "questions": len(part.questions), "accuracy": by_cycle[0], "accuracy_by_cycle": by_cycle,
             "accuracy_by_level": {level: _share(by_level[level]) for level in sorted(by_level)},
         }  # fmt: skip
     return figures

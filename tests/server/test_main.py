@@ -6,6 +6,8 @@ import socket
 import pytest
 
 from server.__main__ import main
+from server.settings import Settings
+from tests.documents import PAGES, commands
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,17 @@ def test_mistakes_are_one_sentence(flags, environ, sentence, monkeypatch, capsys
     assert len(lines) == 1
     assert sentence in lines[0]
     assert "secret" not in lines[0]
+
+
+def test_every_flag_of_the_documents_is_known():
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    theirs = make_arg_parser(FlexibleArgumentParser())._option_string_actions
+    ours = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
+    serving = [c.words for page in PAGES for c in commands(page) if "serve" in c.words and "rtap" in c.words]
+    assert len(serving) > 5
+    assert {w for words in serving for w in words if w.startswith("--")} - ours - set(theirs) == set()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # vLLM does not close what cannot bind

@@ -1,17 +1,30 @@
 """The whole chain of the bundled recipe in a few steps a stage: from nothing to models that the server can load."""
 
 import json
+import math
 import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from training.__main__ import main
+from training.events import MAX_ROWS
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300
 BYTES = 16_000_000
+STAGES = {
+    "sft": ("countdown", "arithmetic"), "judge": ("countdown", "arithmetic"), "rtap": (), "student": (),
+    "correct": ("arithmetic", "countdown"), "confidence": ("countdown", "arithmetic"), "student-sft": ("countdown",),
+}  # fmt: skip
+WRITTEN = ("first_right", "right", "cycles", "tokens", "oops_per_1000_tokens")
+RL = (
+    "completions/mean_length", "clip_ratio/region_mean", "kl_old", "cycles/mean", "cycles/right",
+    "oops/per_1000_tokens", "reward",
+)  # fmt: skip
+REWARDS = [f"rewards/{name}/mean" for name in ("increase", "final", "format", "answer", "length")]
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +67,38 @@ def test_the_student_is_a_quarter_of_its_teacher(installed: tuple[Path, float]) 
         AutoModelForCausalLM.from_pretrained(installed[0] / name).num_parameters() for name in ("policy", "student")
     )
     assert policy / student > 4
+
+
+def events_of(installed: tuple[Path, float], stage: str) -> EventAccumulator:
+    """What TensorBoard reads of the stage's run."""
+    accumulator = EventAccumulator(str(installed[0].parent / "out" / f"{stage}.run" / "tensorboard"))
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_tells_tensorboard_what_it_makes(installed: tuple[Path, float], stage: str) -> None:
+    events = events_of(installed, stage)
+    scalars = set(events.Tags()["scalars"])
+    if stage in ("rtap", "student"):
+        wanted = {f"train/{name}" for name in (*RL, "loss")}
+        wanted |= {f"train/{name}" for name in (*REWARDS, "confidence/ece", "confidence/brier", "generator/loss")
+                   if stage == "rtap"}  # fmt: skip
+        wanted |= {f"train/{name}" for name in ("rewards/answer/mean", "teacher/log_ratio") if stage == "student"}
+        tables = ["samples/text_summary"]
+    else:
+        wanted = {"train/loss", "train/tokens"}
+        wanted |= {f"held_out/{task}/{name}" for task in STAGES[stage] for name in WRITTEN}
+        if stage in ("judge", "confidence"):
+            wanted |= {f"held_out/{task}/confidence/ece" for task in (*STAGES[stage], "all")}
+        tables = [f"samples/{task}/text_summary" for task in STAGES[stage]]
+    assert wanted - scalars == set()
+    for table in tables:
+        text = events.Tensors(table)[-1].tensor_proto.string_val[0].decode()
+        header, rule, *rows = text.splitlines()
+        assert (header.count("|"), rule) == (7, "|---|---|---|---|---|---|")
+        assert 1 <= len(rows) <= MAX_ROWS
+        assert all(row.startswith(("| yes |", "| no |")) for row in rows)
+        assert "<" not in text
+        assert stage in ("student-sft", "student") or "&lt;think&gt;" in text  # two steps from nothing write no tags
+    assert all(math.isfinite(event.value) for tag in scalars for event in events.Scalars(tag))

@@ -1,13 +1,15 @@
-"""Draw accuracy against tokens per question: one panel a task, every point with its 95 % intervals."""
+"""Draw accuracy against tokens per question, and share right against confidence; points with their 95 % intervals."""
 
 # matplotlib's own annotations leave every **kwargs untyped:
 # pyright: reportUnknownMemberType=false
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
@@ -30,10 +32,75 @@ LINED = (CONFIDENCE, *OWN_SERVER, MAJORITY)
 
 def plot_png(results: Results) -> bytes:
     """The plot as a PNG file."""
-    panels = max(len(results.tasks), 1)
+    output = io.BytesIO()
+    _trade_off(results.tasks).savefig(output, format="png")
+    return output.getvalue()
+
+
+def trade_off_svg(task: TaskResults) -> bytes:
+    """One task's panel as an SVG file, the same bytes every time."""
+    return _svg(_trade_off([task]))
+
+
+def calibration_svg(task: TaskResults) -> bytes:
+    """Share right against confidence of one task, every kind of confidence that was measured, as an SVG file."""
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1, label="as sure as it is right")
+    for judgement in task.judgements:
+        colour, marker, _ = STYLES[CONFIDENCE if judgement.source == GENERATOR else judgement.source]
+        bins = judgement.bins
+        axis.errorbar(
+            [b.confidence for b in bins],
+            [b.right for b in bins],
+            yerr=[[max(b.right - b.low, 0) for b in bins], [max(b.high - b.right, 0) for b in bins]],
+            color=f"{colour}55",
+            ecolor=f"{colour}66",
+            elinewidth=1.0,
+            linewidth=1.2,
+        )
+        axis.scatter(
+            [b.confidence for b in bins],
+            [b.right for b in bins],
+            s=[24 + 900 * b.cycles / judgement.answers for b in bins],
+            color=f"{colour}cc",
+            edgecolors="white",
+            marker=marker,
+            label=f"{judgement.source}, {judgement.answers:,} answers",
+            zorder=4,
+        )
+    axis.set_xlim(-0.06, 1.06)
+    axis.set_ylim(-0.06, 1.06)
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_xlabel("confidence")
+    axis.set_ylabel("answers that are right")
+    _calm(axis)
+    for handle in axis.legend(frameon=False, loc="upper left").legend_handles:
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([40])  # not that of its first bin
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> bytes:
+    output = io.BytesIO()
+    with cast(Any, matplotlib).rc_context({"svg.hashsalt": "rtap", "svg.fonttype": "path"}):
+        figure.savefig(output, format="svg", metadata={"Date": None})
+    return output.getvalue()
+
+
+def _calm(axis: Axes) -> None:
+    axis.grid(which="major", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _trade_off(tasks: Sequence[TaskResults]) -> Figure:
+    panels = max(len(tasks), 1)
     figure = Figure(figsize=(6.4 * panels, 5.2), dpi=160, layout="constrained")
     axes: list[Axes] = list(figure.subplots(1, panels, squeeze=False)[0])
-    for axis, task in zip(axes, results.tasks, strict=False):
+    for axis, task in zip(axes, tasks, strict=False):
         _panel(axis, task)
     axes[0].set_ylabel("accuracy")
     handles: dict[str, Any] = {}
@@ -44,9 +111,7 @@ def plot_png(results: Results) -> bytes:
         figure.legend(
             list(handles.values()), list(handles), loc="outside lower center", ncols=min(panels + 1, 3), frameon=False
         )
-    output = io.BytesIO()
-    figure.savefig(output, format="png")
-    return output.getvalue()
+    return figure
 
 
 def _panel(axis: Axes, task: TaskResults) -> None:
@@ -67,11 +132,8 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     axis.set_xlabel("policy tokens per question (log scale)")
     n = max((m.n for m in shown), default=0)
     axis.set_title(f"{task.task}, {n} questions", loc="left", fontweight="bold")
-    axis.grid(which="major", color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
     axis.margins(x=0.08)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    _calm(axis)
     _budget_line(axis, task)
 
 

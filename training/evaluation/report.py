@@ -1,4 +1,7 @@
-"""Write results as JSON, CSV and Markdown, and show them as a table. Every figure is in all of them."""
+"""Write results as JSON, CSV and Markdown, and show them as a table. Every figure is in all of them.
+
+Not here: the page for readers (``page.py``).
+"""
 
 import csv
 import io
@@ -15,6 +18,7 @@ from rich.table import Table
 
 from training.evaluation.comparison import EqualTokens, Versus, VoteComparison
 from training.evaluation.measurement import ConfidenceQuality, Measurement
+from training.evaluation.page import to_html
 from training.evaluation.plot import plot_png
 from training.evaluation.records import write_atomically
 from training.evaluation.results import Results, TaskResults
@@ -88,11 +92,12 @@ def interval(value: Interval, *, sign: bool = False) -> str:
 
 
 def write_results(results: Results, directory: Path) -> list[Path]:
-    """results.json, results.csv, results.md and accuracy_vs_tokens.png in ``directory``; each whole or not at all."""
+    """results.{json,csv,md}, report.html and accuracy_vs_tokens.png in ``directory``; each whole or not at all."""
     contents: dict[str, str | bytes] = {
         "results.json": json.dumps(results.as_json(), indent=1, allow_nan=False) + "\n",
         "results.csv": to_csv(results),
         "results.md": to_markdown(results),
+        "report.html": to_html(results),
         "accuracy_vs_tokens.png": plot_png(results),
     }
     for name, content in contents.items():

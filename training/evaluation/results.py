@@ -12,6 +12,7 @@ from training.evaluation.comparison import (
     compare_with_logprob,
     compare_with_vote,
 )
+from training.evaluation.judgement import Judgement, judge
 from training.evaluation.measurement import ConfidenceQuality, Measurement, confidence_quality, measure
 from training.evaluation.questions import Question
 from training.evaluation.records import Run
@@ -27,6 +28,7 @@ class TaskResults:
     quality: tuple[ConfidenceQuality, ...]
     versus_vote: tuple[VoteComparison, ...]
     versus_logprob: tuple[EqualTokens, ...]
+    judgements: tuple[Judgement, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,19 @@ def task_results(
             selects,
             budget=budget,
         ),
+        judgements=_judgements(runs, votes, questions),
     )
+
+
+def _judgements(runs: Sequence[Run], votes: Mapping[str, Run], questions: Sequence[Question]) -> tuple[Judgement, ...]:
+    """Of every vote; where the generator has none, of the confidence rule with the most cycles: its highest
+    threshold."""
+    sources = dict(votes)
+    curve = _thresholds(runs, CONFIDENCE)
+    if GENERATOR not in sources and curve:
+        sources[GENERATOR] = curve[-1]
+    found = (judge(run, source, questions) for source, run in sources.items())
+    return tuple(judgement for judgement in found if judgement is not None)
 
 
 def _own_majority(vote: Run, size: int) -> Run:

@@ -23,9 +23,10 @@ from training.rl.config import RlConfig
 from training.rl.dataset import build_dataset
 from training.rl.generator import OnlineGenerator, load_online_generator
 from training.rl.loading import Loaded, load_for_training
-from training.rl.runs import JsonLog, check_same_run, describe, last_checkpoint
+from training.rl.parts import Parts
+from training.rl.runs import JsonLog, SamplesTable, check_same_run, describe, last_checkpoint
 from training.rl.teacher import LocalTeacher, RemoteTeacher, Teacher, check_same_tokens, load_teacher
-from training.rl.trainer import Parts, RecursiveTrainer
+from training.rl.trainer import RecursiveTrainer
 from training.runs import step_of
 from training.runtime import configure_torch
 from training.tasks import check
@@ -47,6 +48,8 @@ def run(config: RlConfig) -> None:
         is_writer=trainer.is_world_process_zero(),
     )
     trainer.add_callback(log)
+    is_first = trainer.is_world_process_zero()
+    trainer.add_callback(SamplesTable(config.run_dir / "tensorboard", lambda: trainer.samples, is_writer=is_first))
     started = monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # needs every process

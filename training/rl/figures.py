@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from server.rtap.artifact import NUM_BINS
+from training.events import Sample
 from training.rl.rollouts import Rollout
 
 
@@ -19,7 +21,15 @@ def sums_of(rollouts: Sequence[Rollout], confidences: Sequence[Sequence[float]])
         "oops": sum(c.oops_tokens for c in cycles),
         "confidence": sum(p for p, _ in scored),
         "squared_errors": sum((p - is_right) ** 2 for p, is_right in scored),
-    }
+    } | _gaps(scored)
+
+
+def _gaps(scored: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Confidence minus right ones, summed in each of the equal-width bins of the expected calibration error."""
+    gaps = [0.0] * NUM_BINS
+    for p, is_right in scored:
+        gaps[min(int(p * NUM_BINS), NUM_BINS - 1)] += p - is_right
+    return {f"gap {place}": gap for place, gap in enumerate(gaps)}
 
 
 def means_of(totals: Mapping[str, float], *, has_generator: bool) -> dict[str, float]:
@@ -35,4 +45,19 @@ def means_of(totals: Mapping[str, float], *, has_generator: bool) -> dict[str, f
     if has_generator:
         means["confidence/mean"] = totals["confidence"] / totals["cycles"]
         means["confidence/brier"] = totals["squared_errors"] / totals["cycles"]
+        gaps = sum(abs(totals[f"gap {place}"]) for place in range(NUM_BINS))
+        means["confidence/ece"] = gaps / totals["cycles"]
     return means
+
+
+def samples_of(
+    questions: Sequence[str], rollouts: Sequence[Rollout], confidences: Sequence[Sequence[float]]
+) -> list[Sample]:
+    """Rows of the table of samples."""
+    return [
+        Sample(
+            question, "".join(c.text for c in r.cycles), len(r.cycles), len(r.completion_ids), r.is_right,
+            row[-1] if row else None,
+        )
+        for question, r, row in zip(questions, rollouts, confidences, strict=True)
+    ]  # fmt: skip

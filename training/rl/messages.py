@@ -6,6 +6,15 @@ from typing import Any, cast
 Messages = list[dict[str, Any]]
 
 
+def last_text(messages: Messages) -> str:
+    """What was asked last, without pictures."""
+    content: Any = messages[-1]["content"]
+    if isinstance(content, str):
+        return content
+    parts = cast(list[dict[str, Any]], content)
+    return " ".join(str(p["text"]) for p in parts if p.get("text"))
+
+
 def extend(value: Any, ids: Sequence[Sequence[int]]) -> Any:
     """Per-token fields of a processor, lengthened with 0 (text) over what has been written since."""
     rows: list[Any] = cast(list[Any], value) if isinstance(value, list) else []

@@ -18,7 +18,10 @@ def objective(
     per_token = clipped_surrogate(log_ratio, advantages, **clip)
     if "importance_sampling_ratio" in inputs:
         per_token = per_token * inputs["importance_sampling_ratio"]
-    metrics = {"clip_ratio/region_mean": is_clipped(log_ratio, advantages, **clip)}
+    metrics = {
+        "clip_ratio/region_mean": is_clipped(log_ratio, advantages, **clip),
+        "kl_old": kl_k3(logp.detach(), logp.detach() if old is None else old),
+    }
     if config.method is Method.KDRL:
         distance = kl_k2(logp, inputs["teacher_per_token_logps"])
         weight = kdrl_weight(step, start=config.kdrl_start, end=config.kdrl_end, decay=config.kdrl_decay)

@@ -1,10 +1,12 @@
 """The files of an RL run beside its checkpoints: its log, and what it must agree on with the checkpoint it resumes."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from training.events import TAG, Sample, add_events
 from training.rl.config import SAME_RUN, RlConfig
 from training.runs import LineLog, check_same_settings, last_whole, plain
 from training.runs import describe as describe_settings
@@ -27,6 +29,21 @@ def _settings(config: RlConfig) -> dict[str, Any]:
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
     return last_whole(run_dir, "checkpoint")
+
+
+class SamplesTable(TrainerCallback):
+    """Of the newest generation, in TensorBoard, as often as there are figures. ``newest``: its turns."""
+
+    def __init__(self, folder: Path, newest: Callable[[], Sequence[Sample]], *, is_writer: bool) -> None:
+        self._folder, self._newest, self._is_writer = folder, newest, is_writer
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """One table."""
+        del args, control, kwargs
+        if self._is_writer and "loss" in (logs or {}):
+            add_events(self._folder, state.global_step, {}, {TAG: self._newest()})
 
 
 class JsonLog(TrainerCallback):

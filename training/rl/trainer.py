@@ -6,8 +6,7 @@ maths is in ``training/losses.py`` and ``training/rewards.py``.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,19 +17,20 @@ from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 
 from training.errors import TeacherError, TrainingError
+from training.events import Sample
 from training.losses import group_advantages, sequence_mean
 from training.rl import figures
 from training.rl.batches import forward_by_length
 from training.rl.config import RlConfig
-from training.rl.generator import LabelledCycle, OnlineGenerator, labelled_cycles
+from training.rl.generator import LabelledCycle, labelled_cycles
 from training.rl.lockstep import Request, Written
-from training.rl.messages import Messages, extend
+from training.rl.messages import Messages, extend, last_text
 from training.rl.objective import objective
+from training.rl.parts import Parts
 from training.rl.reward_functions import reward_functions
-from training.rl.rollouts import Asked, Dialect, Rollout, roll_out
+from training.rl.rollouts import Asked, Rollout, roll_out
 from training.rl.rounds import Rounds
 from training.rl.runs import last_checkpoint
-from training.rl.teacher import Teacher
 from training.rl.trl import GRPOTrainer
 from training.runs import mark_whole
 
@@ -42,21 +42,6 @@ _MULTIMODAL = (
 )  # fmt: skip
 
 
-@dataclass(slots=True)
-class Parts:
-    """What a run has beside TRL. generator, teacher: None where the objective needs none.
-
-    check: whether an answer to the question in that row of the dataset is right. record: text of ``complete.json``,
-    which marks a checkpoint as whole.
-    """
-
-    dialect: Dialect
-    check: Callable[[int, str], bool]
-    generator: OnlineGenerator | None
-    teacher: Teacher | None
-    record: Callable[[], str]
-
-
 class RecursiveTrainer(GRPOTrainer):
     """GRPO on recursive trajectories under one of the four objectives."""
 
@@ -65,6 +50,7 @@ class RecursiveTrainer(GRPOTrainer):
         self.parts = parts
         self._rewards = torch.zeros(0)
         self._inputs: list[dict[str, Any]] = []
+        self.samples: list[Sample] = []  # of the newest generation, this process's
         super().__init__(
             args=args,
             reward_funcs=reward_functions(config, parts.dialect),
@@ -166,7 +152,9 @@ class RecursiveTrainer(GRPOTrainer):
         """(rows of all processes, rewards), as TRL computes them; kept for the papers' advantages."""
         result = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._rewards = result.sum(dim=1)
-        self._log_rollouts([x["rollout"] for x in inputs], [x["confidences"] for x in inputs])
+        rollouts, confidences = [x["rollout"] for x in inputs], [x["confidences"] for x in inputs]
+        self._log_rollouts(rollouts, confidences)
+        self.samples = figures.samples_of([last_text(x["prompt"]) for x in inputs], rollouts, confidences)
         return result
 
     def _log_rollouts(self, rollouts: Sequence[Rollout], confidences: Sequence[Sequence[float]]) -> None:

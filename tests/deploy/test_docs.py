@@ -1,0 +1,232 @@
+"""README and docs are true where a test can tell: links, tables, the tree, and every command in them."""
+
+import argparse
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import docs_reference
+import pytest
+import yaml
+
+from server.rtap.errors import RtapError
+from server.rtap.types import Cycle, Policy, StopReason, Trajectory
+from server.settings import Settings
+from server.wire import cycle_object, trajectory_object
+from tests.documents import PAGES, ROOT, Command, anchors, blocks, commands, links
+from training import evaluate
+from training.__main__ import _parser as train_parser
+
+README = ROOT / "README.md"
+ALSO_LINKED = [ROOT / "CHANGELOG.md", ROOT / "training" / "RESULTS.md", *sorted((ROOT / "deploy").rglob("README.md"))]
+
+# Who executes a command: the words that it begins with, and the test. The first that fits counts.
+EXECUTED: Sequence[tuple[tuple[str, ...], str]] = (
+    (("curl",), "tests/e2e/test_docs.py"),
+    (("rtap", "ask"), "tests/e2e/test_docs.py"),
+    (("rtap", "chat"), "tests/e2e/test_docs.py"),
+    (("rtap", "doctor"), "tests/e2e/test_docs.py"),
+    (("python3", "deploy/compose/make_keys.py"), "tests/deploy/test_compose.py"),
+    (("rtap", "train", "generator"), "tests/e2e/test_own_model.py"),
+    (("rtap", "eval", "MODEL", "--confidence-model", "generator"), "tests/e2e/test_own_model.py"),
+    (("make", "train", "ARGS=--smoke"), "tests/training/test_smoke.py"),
+    (("promtool", "check", "rules"), "tests/deploy/test_prometheus_rules.py"),
+)
+# Why the others are only looked at: their files are there, their flags are known, their targets exist.
+LOOKED_AT: Sequence[tuple[tuple[str, ...], str]] = (
+    (("make", "serve"), "installs; what it then runs is what every test of tests/e2e starts"),
+    (("make", "test"), "it is what runs this"),
+    (("make", "train"), "three hours; its stages run in tests/training/test_smoke.py"),
+    (("make", "bench"), "hours"),
+    (("make", "check"), "CI runs it before the tests (.ci/run)"),
+    (("make", "setup"), "installs; tests/deploy/test_setup_env.py holds what it does"),
+    (("make", "lock"), "asks the package index; tests/deploy/test_lock.py holds what it wrote"),
+    (("make", "sbom"), "writes into build/; tests/deploy/test_sbom.py calls it"),
+    (("make", "prove-image"), "ten minutes as root, with a Debian archive"),
+    (("make", "ray-check"), "minutes on a Ray of its own; tests/deploy/test_ray_*.py hold the parts"),
+    (("pip", "install"), "asks the package index; tests/deploy/test_wheel.py builds and installs the wheel"),
+    (("kubectl",), "needs a cluster"),
+    (("helm",), "needs a cluster: tests/deploy/test_helm.py renders the chart"),
+    (("ray", "start"), "leaves processes behind; make ray-check starts it"),
+    (("serve", "run"), "needs that Ray; tests/deploy/test_ray_app.py reads the file"),
+    (("make", "bench-check"), "half an hour; its judgement: tests/deploy/test_bench_check.py"),
+    (("python", "scripts/"), "a benchmark of many minutes"),
+    (("python", "-m", "pytest"), "these tests run beside this one"),
+    (("rtap", "serve"), "serves until it is stopped: tests/e2e starts it with these flags or others"),
+    (("rtap", "eval"), "minutes: tests/training/test_evaluate_command.py, tests/e2e/test_own_model.py"),
+    (("rtap", "train"), "a stage of minutes to hours: tests/training/test_smoke.py and test_commands.py"),
+    (("docker",), "needs a Docker daemon: tests/deploy/test_container.py holds the files"),
+    (("tensorboard",), "serves until it is stopped: tests/training/test_smoke.py reads its files"),
+    (("open-webui",), "not installed here: tests/e2e/test_docs.py holds the stream to what it reads"),
+)  # fmt: skip
+ALL = [command for page in PAGES for command in commands(page)]
+
+
+def plain(command: Command) -> tuple[str, ...]:
+    """Its words without variables before the program."""
+    words = list(command.words)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    return tuple(words)
+
+
+def begins(words: tuple[str, ...], with_: tuple[str, ...]) -> bool:
+    head = words[: len(with_)]
+    return (
+        len(head) == len(with_)
+        and head[:-1] == with_[:-1]
+        and (head[-1] == with_[-1] or (with_[-1].endswith("/") and head[-1].startswith(with_[-1])))
+    )
+
+
+@pytest.mark.parametrize("command", ALL, ids=lambda c: f"{c.page}: {' '.join(c.words)[:60]}")
+def test_every_command_is_executed_or_looked_at(command: Command) -> None:
+    words = plain(command)
+    test = next((test for start, test in EXECUTED if begins(words, start)), None)
+    if test is not None:
+        assert (ROOT / test).is_file()
+    else:
+        assert [reason for start, reason in LOOKED_AT if begins(words, start)], "say who runs it, or why nobody does"
+    look_at(words)
+
+
+def test_no_entry_of_the_tables_is_left_over() -> None:
+    starts = [start for start, _ in (*EXECUTED, *LOOKED_AT)]
+    used = {next(s for s in starts if begins(plain(c), s)) for c in ALL}
+    assert set(starts) - used == set()
+
+
+def look_at(words: tuple[str, ...]) -> None:
+    """Files that a command names are there, its flags are known, its target exists. Flags of `rtap serve`:
+    tests/server/test_main.py, which has vLLM loaded."""
+    files = [w for w in words if "/" in w and re.fullmatch(r"(?:deploy|docs|scripts|server|tests|training)/\S+", w)]
+    assert [f for f in files if not list(ROOT.glob(f))] == []
+    match words:
+        case ("make", target, *_):
+            assert re.search(rf"^{target}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ("rtap", "train", *rest):
+            parse(train_parser(), [w if w != "SUITE" else "suite.yaml" for w in rest], needs=("--output", "x"))
+        case ("rtap", "eval", *rest):
+            parse(evaluate._parser(), rest, needs=("--questions", "x"))
+        case ("python", script, *rest) if script.startswith("scripts/"):
+            assert {w for w in rest if w.startswith("--")} - flags_of(script) == set()
+        case _:
+            pass
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str], *, needs: tuple[str, str]) -> None:
+    """``needs``: a flag that a command may not go without, given where a sentence only names the command."""
+    more = [] if needs[0] in words or (words and words[0] not in ("study",) and needs[0] == "--output") else needs
+    parser.parse_args([*words, *more])  # leaves with SystemExit where something is unknown
+
+
+def flags_of(script: str) -> frozenset[str]:
+    """Out of its text: starting it would import what it measures."""
+    return frozenset(re.findall(r"\"(--[a-z-]+)\"", (ROOT / script).read_text("utf-8")))
+
+
+# What is written from the code.
+
+
+def test_tables_are_what_the_code_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert docs_reference.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_table_that_is_out_of_date_is_noticed_and_rewritten() -> None:
+    page = "before\n<!-- table: efforts -->\nold\n<!-- end -->\nafter\n"
+    fresh = docs_reference.rendered(page)
+    assert fresh.startswith("before\n<!-- table: efforts -->\n| effort |")
+    assert fresh.endswith("<!-- end -->\nafter\n")
+    assert docs_reference.rendered(fresh) == fresh
+    with pytest.raises(KeyError):
+        docs_reference.rendered(page.replace("efforts", "nothing"))
+
+
+def test_every_table_is_somewhere_and_says_every_setting() -> None:
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    assert [name for name in docs_reference.TABLES if f"<!-- table: {name} -->" not in text] == []
+    settings = docs_reference.settings_table()
+    assert [n for n in Settings.model_fields if f"`--{n.replace('_', '-')}`" not in settings] == []
+    assert settings.count("\n") == len(Settings.model_fields) + 1
+
+
+def test_every_error_of_ours_has_a_row_that_a_reader_understands() -> None:
+    rows = docs_reference.errors_table().splitlines()[2:]
+    assert len(rows) == len(docs_reference.STATUS)
+    assert RtapError.__doc__ is not None
+    assert not [row for row in rows if "Base of all" in row]
+
+
+def test_the_reply_is_described_field_by_field() -> None:
+    cycle = Cycle(0, "t", "82", 0.9, True, 10, 3, 0, 20, 0, 0.1, 0.01, 0)
+    whole = Trajectory(
+        Policy.CONFIDENCE, StopReason.THRESHOLD, (cycle,), 0, "timeout", 0.1, 0.1, None, None, num_probes=1
+    )
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    names = {*trajectory_object(whole, with_think=True), *cycle_object(cycle, with_think=True), *StopReason}
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+# The pages themselves.
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ALSO_LINKED], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in links(page):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached, waiting = set[Path](), [README]
+    while waiting:
+        page = waiting.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        targets = ((page.parent / target.partition("#")[0]).resolve() for target in links(page) if "://" not in target)
+        waiting += [file for file in targets if file.suffix == ".md" and file.is_file()]
+    assert [page.name for page in PAGES if page not in reached] == []
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len(README.read_text("utf-8").split()) < 5 * 240
+
+
+def test_the_tree_of_the_readme_is_that_of_the_checkout() -> None:
+    tree = next(block for block in blocks(README, "") if block.startswith("server/"))
+    told, above = set[str](), ""
+    for line in tree.splitlines():
+        name = re.match(r" *([\w/]+)/ ", line)
+        assert name is not None, line
+        above = above if line.startswith(" ") else name[1]
+        told.add(f"{above}/{name[1]}" if line.startswith(" ") else name[1])
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    if not tracked:
+        pytest.skip("no git checkout, so nothing says what belongs to it")
+    folders = {name.split("/")[0] for name in tracked if "/" in name and not name.startswith(".")}
+    inner = {"/".join(name.split("/")[:2]) for name in tracked if name.count("/") > 1}
+    assert {name for name in told if "/" not in name} == folders
+    assert {n for n in told if "/" in n} == {n for n in inner if n.startswith(("server/", "training/"))}
+
+
+def test_the_scrape_of_the_recipe_is_one_that_prometheus_takes(tmp_path: Path) -> None:
+    text = next(b for b in blocks(ROOT / "docs" / "recipes.md", "yaml") if "scrape_configs" in b)
+    assert yaml.safe_load(text)["scrape_configs"][0]["static_configs"] == [{"targets": ["127.0.0.1:8000"]}]
+    if shutil.which("promtool") is None:
+        pytest.skip("no promtool: apt-get install prometheus (.ci/run has it)")
+    (tmp_path / "prometheus.yml").write_text(text)
+    subprocess.run(["promtool", "check", "config", tmp_path / "prometheus.yml"], check=True, capture_output=True)
+
+
+def test_the_proxy_of_the_recipe_asks_what_its_python_asks() -> None:
+    page = ROOT / "docs" / "recipes.md"
+    entry = yaml.safe_load(next(b for b in blocks(page, "yaml") if "model_list" in b))["model_list"][0]
+    code = next(b for b in blocks(page, "python") if "litellm" in b)
+    assert all(f'{name}="{value}"' in code for name, value in entry["litellm_params"].items())

@@ -1,0 +1,103 @@
+"""The commands and programs of README and docs, as they stand there, against a live server.
+
+Only addresses, and the id of a reply that has to be this server's own, are put in.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.documents import PAGES, Command, blocks, commands
+
+ADDRESS = "http://127.0.0.1:8000"
+CURLS = [command for page in PAGES for command in commands(page) if command.words[0] == "curl"]
+TERMINAL = [
+    c for p in PAGES for c in commands(p) if c.words[:2] in (("rtap", "ask"), ("rtap", "chat"), ("rtap", "doctor"))
+]
+PROGRAMS = [(page.name, code) for page in PAGES for code in blocks(page, "python")]
+ASKED = "make 82 from 3, 7, 25"
+
+
+@pytest.mark.parametrize("command", CURLS, ids=lambda c: f"{c.page} {c.words[2].removeprefix(ADDRESS)}")
+def test_curl(server, command: Command):
+    text = command.text
+    if "/feedback" in text:
+        reply = server.client.chat.completions.create(model="rtap", messages=[{"role": "user", "content": ASKED}])
+        text = re.sub(r"chatcmpl-[0-9a-f]+", reply.id, text)
+    done = subprocess.run(
+        ["bash", "-c", text.replace(ADDRESS, server.url)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    if "/metrics" in text:
+        assert "rtap_requests_total" in done.stdout
+    elif '"stream": true' in text:
+        events = [json.loads(line.removeprefix("data: ")) for line in done.stdout.split("\n\n") if line[6:7] == "{"]
+        assert [e for e in events if e.get("rtap", {}).get("event") == "cycle"]
+        assert done.stdout.rstrip().endswith("data: [DONE]")
+    else:
+        told = json.loads(done.stdout)
+        assert "error" not in told, told
+        assert not ("/chat/" in text and told["rtap"]["stop_reason"] not in ("threshold", "max_cycles"))
+
+
+@pytest.mark.parametrize("command", TERMINAL, ids=lambda c: f"{c.page} {' '.join(c.words[1:4])}")
+def test_the_terminal(server, command: Command, tmp_path):
+    (tmp_path / "question.txt").write_text(ASKED)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-c", command.text], cwd=tmp_path, input=f"{ASKED}\n", capture_output=True, text=True, timeout=120,
+        env=os.environ | {"RTAP_URL": server.url, "PATH": path},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    if command.words[1] == "doctor":
+        assert "vllm" in done.stdout.lower()  # its exit code is 1 where this machine lacks something
+        return
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d", done.stdout)
+    assert "no answer" not in done.stdout
+
+
+@pytest.mark.parametrize(("page", "code"), PROGRAMS, ids=lambda value: value if value.endswith(".md") else "")
+def test_python(server, page, code):
+    # Without the first, importing litellm downloads its price list.
+    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "RTAP_URL": server.url}
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace(ADDRESS, server.url)], capture_output=True, text=True, timeout=240,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"threshold|max_cycles|\d", done.stdout)
+
+
+def test_a_stream_has_what_open_webui_folds_out(server):
+    """It takes as thinking what a delta has as reasoning_content, reasoning or thinking, and shows content as it is,
+    looking for tags in it; a chunk with a top-level "event", or without choices and with an "error", is taken apart."""
+    thinking = shown = ""
+    turns = 0  # from thinking to content
+    request = {
+        "model": "rtap",
+        "messages": [{"role": "user", "content": ASKED}],
+        "seed": 9,
+        "stream": True,
+        "extra_body": {"rtap": {"threshold": 1.0, "max_cycles": 2}},
+    }
+    for chunk in server.client.chat.completions.create(**request):
+        raw = chunk.model_dump()
+        assert "event" not in raw
+        assert raw["choices"]
+        delta = raw["choices"][0]["delta"]
+        thought = delta.get("reasoning_content") or delta.get("reasoning") or delta.get("thinking")
+        assert not (thought and delta.get("content"))
+        assert delta.get("reasoning_content") == delta.get("reasoning")
+        turns += bool(delta.get("content") and not shown)
+        assert not (thought and shown)  # one fold-out, then the answer
+        thinking += thought or ""
+        shown += delta.get("content") or ""
+    assert turns == 1
+    assert "=" in thinking
+    assert re.fullmatch(r"[\d+*()-]+", shown)

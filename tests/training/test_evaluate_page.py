@@ -1,0 +1,148 @@
+"""The page that `rtap eval` writes for readers: what it says, that nothing of a question can become markup, and that it
+needs nothing but itself."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from training.evaluation.judgement import WORST, judge
+from training.evaluation.page import bar, interval, percent, task_view, to_html
+from training.evaluation.questions import Question
+from training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+from training.evaluation.results import Results, task_results
+from training.evaluation.statistics import Interval
+
+HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
+TASK = "demo"
+
+
+def cycle(answer: str | None, right: bool, confidence: float | None) -> CycleRecord:
+    return CycleRecord(answer, right, confidence, 20, 1, 30, 16)
+
+
+def questions(count: int) -> list[Question]:
+    return [Question(f"question {i} {HOSTILE if i == 0 else ''}", "right & proper", TASK) for i in range(count)]
+
+
+def run(spec: RunSpec, count: int) -> Run:
+    """Odd questions are answered right; the confidence says so for most."""
+    outcomes = []
+    for i in range(count):
+        right = i % 2 == 1
+        first = cycle(HOSTILE if i == 0 else f"answer {i}", right, 0.01 * i if right else 1 - 0.01 * i)
+        cycles = (first, cycle(None, False, None)) if spec.samples is None else (first,) * spec.samples
+        outcomes.append(
+            Outcome(i, None, first.answer, right, "threshold", 20 * len(cycles), 50, 0.1, 0.1, None, cycles)
+        )
+    return Run(TASK, spec, tuple(outcomes), 2.0)
+
+
+def results(count: int = 40) -> Results:
+    specs = (RunSpec("single"), RunSpec("confidence", 0.5), RunSpec("vote", samples=4))
+    task = task_results(TASK, [run(s, count) for s in specs], questions(count), [2, 4], budget=0.6)
+    setting = {
+        "command": f"rtap eval --questions '{HOSTILE}'",
+        "questions": {TASK: count},
+        "date": "2026-11-25T01:02:03",
+    }
+    return Results(setting, (task,))
+
+
+class Reader(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else() -> None:
+    page = to_html(results())
+    reader = Reader(page)
+    assert reader.open == []
+    assert not {"script", "link", "iframe", "object", "form", "a"} & {tag for tag, _ in reader.tags}
+    sources = [attributes["src"] for tag, attributes in reader.tags if tag == "img"]
+    assert len(sources) == 2
+    assert all(source is not None and source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert all(attributes["alt"] for tag, attributes in reader.tags if tag == "img")
+    outside = re.sub(r"data:[^\"]+", "", page)
+    assert "url(" not in outside
+    assert "@import" not in outside
+    assert not [name for _, attributes in reader.tags for name in attributes if name.startswith("on")]
+
+
+def test_text_of_questions_and_answers_is_never_markup() -> None:
+    page = to_html(results())
+    assert HOSTILE not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert page.count("right &amp; proper") >= WORST
+
+
+def test_it_says_what_the_table_says() -> None:
+    page = to_html(results())
+    assert "50.0 %" in page
+    assert "confidence@0.5 answers 50.0 % right with 40.0 tokens a question: 50 % of what majority x4 spends" in page
+    for label in ("single", "confidence@0.5", "vote x4", "majority x2"):
+        assert label in page
+    assert "2026-11-25" in page
+
+
+def test_the_same_results_give_the_same_bytes() -> None:
+    assert to_html(results()) == to_html(results())
+
+
+def test_the_worst_answers_are_the_surest_wrong_and_the_least_sure_right_one_a_question() -> None:
+    judged = judge(run(RunSpec("vote", samples=4), 40), "generator", questions(40))
+    assert judged is not None
+    assert judged.answers == 160
+    assert [m.confidence for m in judged.surely_wrong] == pytest.approx([1.0 - 0.02 * k for k in range(WORST)])
+    assert [m.confidence for m in judged.hardly_right] == pytest.approx([0.01 + 0.02 * k for k in range(WORST)])
+    assert judged.surely_wrong[0].answer == HOSTILE
+    assert sum(b.cycles for b in judged.bins) == 160
+
+
+def test_without_a_vote_the_confidence_rule_is_judged_and_without_both_nothing_is() -> None:
+    alone = task_results(TASK, [run(RunSpec("confidence", t), 10) for t in (0.2, 0.7)], questions(10), [], budget=0.3)
+    assert [(j.source, j.rule) for j in alone.judgements] == [("generator", "confidence@0.7")]
+    silent = run(RunSpec("single"), 4)
+    nothing = task_results(TASK, [silent], questions(4), [], budget=0.3)
+    view = task_view(nothing)
+    assert (view["judgements"], view["calibration"], view["headline"]) == ([], None, "")
+    assert "confidence of the" not in to_html(Results({}, (nothing,)))
+
+
+def test_failed_requests_are_told() -> None:
+    broken = run(RunSpec("single"), 4)
+    broken = replace(broken, outcomes=(Outcome(0, error="HTTP 500 <b>"), *broken.outcomes[1:]))
+    page = to_html(Results({}, (task_results(TASK, [broken], questions(4), [], budget=0.3),)))
+    assert "1 requests failed" in page
+    assert "HTTP 500 &lt;b&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (float("nan"), "–"), (0.7, "70.0 %"), (1.0, "100.0 %"), (0.0, "0.0 %")]
+)
+def test_shares(value: float | None, text: str) -> None:
+    assert percent(value) == text
+
+
+def test_intervals_and_where_they_are_drawn() -> None:
+    assert interval(Interval(0.5, 0.433, 0.52)) == "43.3–52.0"
+    assert interval(Interval(0.0, -0.013, 0.02), sign=True) == "-1.3 to +2.0"
+    assert bar(Interval(0.5, 0.25, 0.75), 0.25, 1.25) == {"left": 0.0, "width": 50.0, "dot": 25.0}
+
+
+def test_a_headline_without_a_vote_names_the_cost_alone() -> None:
+    task = task_results(TASK, [run(RunSpec("confidence", 0.5), 4)], questions(4), [], budget=0.3)
+    assert task_view(task)["headline"].endswith("with 40.0 tokens a question.")

@@ -1,0 +1,106 @@
+"""A generator for a model of another kind than the bundled ones: how it is asked, sampled, and what its head sits on.
+
+The whole command, on a model with contrast in its answers, is tests/e2e/test_own_model.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from server.rtap.errors import ConfigError
+from tests.training.rl.tiny import BUNDLED
+from training.__main__ import main
+from training.generator import _fresh, prompt_ids, write
+from training.generator_config import GeneratorConfig
+from training.huggingface import load_tokenizer, save_checkpoint
+from training.rl.loading import Loaded, load_for_training
+from training.rl.lockstep import Request
+from training.rollout import encode_question
+
+SMALL = ["--num-questions", "12", "--eval-questions", "4", "--samples", "2", "--max-cycle-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the bundled tokenizer; its format is `think`, as of any checkpoint that says nothing."""
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    tokenizer = load_tokenizer(BUNDLED / "policy")
+    torch.manual_seed(1)
+    shape: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None,
+    }  # fmt: skip
+    save_checkpoint(folder, LlamaForCausalLM(LlamaConfig(**shape)), tokenizer, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(llama: Path) -> Loaded:
+    return load_for_training(llama)
+
+
+def test_it_is_asked_in_its_own_chat_template(loaded: Loaded) -> None:
+    assert loaded.dialect.format.name == "think"
+    ids = prompt_ids(loaded, "make 82 from 3, 7, 25")
+    assert ids == encode_question(load_tokenizer(BUNDLED / "policy"), "make 82 from 3, 7, 25")
+
+
+def test_continuations_end_at_the_turns_end_or_their_limit_in_the_order_of_the_requests(loaded: Loaded) -> None:
+    prompts = [prompt_ids(loaded, q) for q in ("make 82 from 3, 7, 25", "1+1", "what is 12*9")]
+    requests = [Request(i, p, limit) for i, (p, limit) in enumerate(zip(prompts, (5, 40, 9), strict=True))]
+    torch.manual_seed(0)
+    alone = write(loaded, requests, batch_rows=64)
+    assert [len(w.ids) <= r.max_tokens for w, r in zip(alone, requests, strict=True)] == [True] * 3
+    ends = loaded.dialect.end_of_turn_ids
+    assert all(not set(w.ids[:-1]) & ends for w in alone)
+    assert all(len(w.ids) == r.max_tokens or w.ids[-1] in ends for w, r in zip(alone, requests, strict=True))
+    torch.manual_seed(0)
+    assert [w.ids for w in write(loaded, requests, batch_rows=64)] == [w.ids for w in alone]
+    assert len(write(loaded, requests, batch_rows=1)) == 3
+
+
+def test_a_head_of_one_label_on_the_body_and_a_pad_token_to_pool_by(llama: Path, tmp_path: Path) -> None:
+    model = _fresh(GeneratorConfig(policy=llama, questions="countdown"), pad_id=7)
+    body = LlamaForCausalLM.from_pretrained(llama).model.state_dict()
+    assert all(value.equal(body[name]) for name, value in model.base_model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path).config
+    assert (config.num_labels, config.pad_token_id) == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "questions is missing"),
+        (["--questions", "countdown", "--samples", "1"], "must be at least 2"),
+        (["--questions", "countdown", "--epochs", "0"], "epochs=0 must be at least 1"),
+        (["--questions", "countdown", "--validation-share", "1"], "validation_share=1.0 must be between"),
+        (["--questions", "nowhere/questions.jsonl"], "cannot read the question file"),
+        (["--questions", "countdown", *SMALL], "nothing to tell apart"),  # random weights are never right
+        (["--questions", "countdown", "--policy", "nowhere", *SMALL], "nowhere is no checkpoint"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(
+    flags: list[str], sentence: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "generator"
+    assert main(["generator", "--policy", str(llama), "--output", str(output), *flags]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rtap train: ")]
+    assert len(told) == 1
+    assert sentence in told[0]
+    assert not output.exists()
+
+
+def test_without_a_chat_template_nothing_says_how_it_is_asked(llama: Path, tmp_path: Path) -> None:
+    for file in llama.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="no chat template"):
+        prompt_ids(load_for_training(tmp_path), "1+1")

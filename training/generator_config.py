@@ -1,0 +1,51 @@
+"""Config of ``rtap train generator``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from server.rtap.errors import ConfigError
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorConfig:
+    """A confidence generator for any Hugging Face model, on questions of your own.
+
+    Defaults are for models of billions of parameters on a GPU; R-TAP's where a field names it.
+    """
+
+    policy: Path = _field(Path("policy"), "folder of the checkpoint that answers, as `rtap serve` loads it")
+    questions: str = _field("", "JSONL file, hf:DATASET, or a mix of bundled tasks")
+    output: Path = _field(Path("runs/generator"), "where the checkpoint is written")
+    num_questions: int = _field(2000, "training questions at most")
+    eval_questions: int = _field(200, "held-out questions at most, of the tenth that is held out by hash")
+    samples: int = _field(8, "trajectories a question. R-TAP: 128")
+    max_cycles: int = _field(2, "cycles a trajectory; another one after a wrong one")
+    max_cycle_tokens: int = _field(2048, "tokens a cycle at most")
+    batch_rows: int = _field(64, "trajectories sampled side by side")
+    epochs: int = _field(2, "passes over the questions")
+    questions_per_step: int = _field(8, "questions whose cycles make one step")
+    learning_rate: float = _field(1e-5, "of AdamW, on all weights")
+    global_weight: float = _field(0.25, "weight of questions all right or all wrong")
+    validation_share: float = _field(0.2, "training questions kept for calibration and threshold")
+    seed: int = _field(2, "seed of questions, sampling, the head and training order")
+    threads: int = _field(1, "torch threads")
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise ConfigError("questions is missing: a JSONL file with question and answer, hf:DATASET, or a task")
+        names = ("num_questions", "eval_questions", "max_cycles", "max_cycle_tokens", "batch_rows", "epochs",
+                 "questions_per_step", "threads")  # fmt: skip
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.samples < 2:
+            raise ConfigError(f"samples={self.samples} must be at least 2: one answer has no contrast")
+        if not 0 < self.validation_share < 1:
+            raise ConfigError(f"validation_share={self.validation_share} must be between 0 and 1")
+        if not 0 <= self.global_weight <= 1:
+            raise ConfigError(f"global_weight={self.global_weight} must be in [0, 1]")
