@@ -23,17 +23,23 @@ RUN for package in server training clients/python/rtap_client; do \
       mkdir -p "$package" && touch "$package/__init__.py" || exit 1; \
     done
 
+# EXTRAS: further extras of pyproject.toml; `--build-arg EXTRAS=ray` for deploy/ray.
 FROM build AS build-cpu
-RUN python scripts/setup_env.py --venv /opt/rtap cpu
+ARG EXTRAS=""
+# hadolint ignore=SC2086
+RUN python scripts/setup_env.py --venv /opt/rtap cpu $EXTRAS
 
 FROM build AS build-cuda
-RUN python scripts/setup_env.py --venv /opt/rtap cuda
+ARG EXTRAS=""
+# hadolint ignore=SC2086
+RUN python scripts/setup_env.py --venv /opt/rtap cuda $EXTRAS
 
 FROM scratch AS code
 COPY server /app/server
 COPY training /app/training
 COPY clients/python /app/clients/python
 COPY deploy/models /app/deploy/models
+COPY deploy/ray /app/deploy/ray
 
 FROM base AS runtime
 # g++: torch compiles the model's graph on CPU (not for the bundled models, which start eager), Triton its launchers.

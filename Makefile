@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV) $(if $(LOCKED),--locked)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sbom serve test check bench bench-check train clean
+.PHONY: help setup lock sbom serve test check bench bench-check train prove-image ray-check clean
 
 help: ## list the commands
 	@echo "make COMMAND [EXTRA=cuda] [MODEL=...] [ARGS='...']"
@@ -63,6 +63,14 @@ bench-check: ## measure the committed ratios again, shorter, and fail where one 
 train: ## train the bundled models from nothing (ARGS="--install", "--smoke"); `rtap train` has each stage
 	@$(SETUP) $(EXTRA) train
 	@exec $(VENV)/bin/rtap train pipeline $(ARGS)
+
+prove-image: ## build the Dockerfile without Docker and run its image locked down (root; buildah, debootstrap)
+	@$(SETUP) $(EXTRA)
+	$(VENV)/bin/python scripts/prove_image.py $(ARGS)
+
+ray-check: ## replicas on a Ray of its own: keys, stickiness, kills, drain, throughput (docs/results/ray)
+	@$(SETUP) $(EXTRA) train ray
+	$(VENV)/bin/python scripts/check_ray.py $(ARGS)
 
 clean: ## remove .venv and every cache that the commands above write
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from server.doctor import engine_check, engine_package, has_nvidia_gpu
 from server.keys import KeyRing, load_keys
 from server.logs import announce, use_json
 from server.rtap.errors import ConfigError
@@ -137,6 +138,9 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
         ) from error
     on_signals_leave()
     with sock:
+        engine = engine_check(engine_package(), has_gpu=has_nvidia_gpu())
+        if engine["status"] == "warning":
+            announce(f"{engine['found']}. {engine['todo']}")
         announce(f"loading {args.model}")
         failure = uvloop.run(_serve(args, settings, sock, address, keys))
     if failure is not None:

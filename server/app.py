@@ -32,6 +32,7 @@ from server.plan import Plan
 from server.privacy import keep_logs_private
 from server.recursive_engine import RecursiveEngine
 from server.routes.ops import ops_router
+from server.routes.page import page_router
 from server.routes.rtap import ChatRenderer, rtap_router
 from server.settings import Settings
 
@@ -53,6 +54,7 @@ async def create_app(
     tokenizer = cast(ChatRenderer, engine.renderer.tokenizer)
     app.include_router(ops_router(engine, plan.drain))
     app.include_router(rtap_router(plan, settings, tokenizer, names))
+    app.include_router(page_router())
     install_handlers(app)
     describe_rtap(app, settings)
     # Outermost first. vLLM's own (CORS, metrics) are already there and stay outside ours. Its check of keys leaves most

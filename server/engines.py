@@ -17,6 +17,7 @@ from typing import Any, cast
 import httpx
 import torch
 from prometheus_client import REGISTRY
+from pydantic import ValidationError
 from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -190,11 +191,21 @@ def _engine_config(engine_args: AsyncEngineArgs, model: str, *, allows_pickles: 
     try:
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except Exception as error:  # vLLM, transformers and the hub raise what they like; the user needs one sentence
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"cannot start {model}: {lines[0] if lines else type(error).__name__}") from error
+        raise ConfigError(f"cannot start {model}: {_reason(error)}") from error
     if not trusts_code:
         refuse_own_code(model, config.model_config.hf_config.to_dict())
     return config
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says what is wrong. Pydantic's first one only counts."""
+    text, where = str(error), ""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        text = first["msg"].removeprefix("Value error, ")
+        where = "".join(f"{part}: " for part in first["loc"])
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return where + (lines[0] if lines else type(error).__name__)
 
 
 def _scorer_args(args: Namespace, settings: Settings) -> AsyncEngineArgs:

@@ -1,4 +1,4 @@
-"""The door: with keys, nothing but ``/live`` and ``/ready`` is answered to those who show none.
+"""The door: with keys, nothing but ``/live``, ``/ready`` and the page's files is answered to those who show none.
 
 Plain ASGI, inside vLLM's CORS middleware (which answers a real preflight itself and adds its headers to refusals) and
 outside all that reads a body. It decides by the path that the router sees: an URL is rebuilt from the Host header,
@@ -21,9 +21,10 @@ from server.keys import Key, KeyRing
 from server.limits import Account
 from server.metrics import Metrics
 from server.outcome import notes_of
+from server.routes import page
 from server.rtap.errors import RateLimited, Unauthorized
 
-OPEN_PATHS = frozenset({"/live", "/ready"})
+OPEN_PATHS = frozenset({"/live", "/ready", *page.FILES})  # the page's files hold no data; what it asks for is guarded
 _METRICS = "/metrics"  # vLLM mounts them at everything that begins so
 _POLICY_VIOLATION = 1008
 _HALF_ID_BYTES = 16

@@ -19,6 +19,7 @@ from server.rtap.types import Policy, Select
 
 ENV_PREFIX = "RTAP_"
 SECRETS = ("RTAP_API_KEYS",)  # variables without a flag, since others can read a command line (server/keys.py)
+CLIENTS = ("RTAP_URL", "RTAP_API_KEY")  # variables of `rtap ask` and its like, which may be set in the same shell
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -201,7 +202,7 @@ def load_settings(args: Mapping[str, Any], environ: Mapping[str, str]) -> Settin
 
     Raises ConfigError with the flag, the value and the rule."""
     known = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields]
-    unknown = sorted(k for k in environ if k.startswith(ENV_PREFIX) and k not in (*known, *SECRETS))
+    unknown = sorted(k for k in environ if k.startswith(ENV_PREFIX) and k not in (*known, *SECRETS, *CLIENTS))
     if unknown:
         raise ConfigError(
             f"unknown settings in the environment: {', '.join(unknown)}; known: {', '.join(sorted(known))}"

@@ -5,20 +5,22 @@ from pathlib import PurePosixPath
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Files of e2e that start servers of their own and use none of the shared ones.
-OWN_SERVERS = {"test_keys.py", "test_pictures.py", "test_remote_teacher.py", "test_think_format.py"}
-# The longest first, so that no process is left with one when the others have nothing more to do.
+# Files of e2e that use none of the servers which the rest of them share, and what they start instead.
+APART = {
+    "test_keys.py": "server with keys",
+    "test_pictures.py": "server of a vision-language model",
+    "test_remote_teacher.py": "teacher",
+    "test_think_format.py": "server of another format",
+}
+# The longest groups first, so that no process is left with one when the others have nothing more to do.
 LONGEST = [
     "e2e",
     "tests/training/rl/test_processes.py",
-    "tests/training/test_resume.py",
     "tests/training/test_commands.py",
+    "tests/training/test_resume.py",
     "tests/training/test_smoke.py",
     "tests/training/rl/test_rl_command.py",
-    "tests/e2e/test_pictures.py",
-    "tests/e2e/test_think_format.py",
-    "tests/e2e/test_remote_teacher.py",
-    "tests/e2e/test_keys.py",
+    *dict.fromkeys(APART.values()),
 ]
 
 
@@ -26,7 +28,7 @@ def group_of(nodeid: str) -> str:
     """Tests of one group run in one process. Files stay whole, so that their fixtures are made once; so do all that
     share servers."""
     path = PurePosixPath(nodeid.partition("::")[0])
-    return "e2e" if path.parent.name == "e2e" and path.name not in OWN_SERVERS else str(path)
+    return APART.get(path.name, "e2e") if path.parent.name == "e2e" else str(path)
 
 
 def turn_of(nodeid: str) -> int:
@@ -43,7 +45,7 @@ class ByGroup(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config) -> ByGroup:
-    config.option.loadscopereorder = False  # xdist would begin the groups of most tests first
+    config.option.loadscopereorder = False  # xdist would begin with the groups of most tests
     return ByGroup(config)
 
 

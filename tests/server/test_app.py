@@ -36,18 +36,26 @@ def routes_of(app: FastAPI) -> list[tuple[str, str]]:
     return found
 
 
-async def test_every_route_but_two_wants_a_key(service):
+PAGE_PATHS = {
+    "/", "/page/page.css", "/page/icon.svg", "/page/main.js", "/page/api.js", "/page/controls.js", "/page/cycles.js",
+    "/page/dom.js", "/page/figures.js", "/page/run.js", "/page/snippets.js", "/page/view.js",
+}  # fmt: skip
+"""Static files without data, open by name."""
+
+
+async def test_every_route_but_the_probes_and_the_pages_files_wants_a_key(service):
     routes = routes_of(service.app)
     assert {"/metrics", "/openapi.json", "/tokenize", "/v1/models", "/v1/rtap/config", "/live", "/inference/v1/generate"
             } <= {path for _, path in routes}  # fmt: skip
     assert all("{" not in path for _, path in routes)
+    assert {path for _, path in routes} >= PAGE_PATHS
     before, guarded = service.rejected("unauthorized"), 0
     for method, path in routes:
         without, wrong, right = [
             (await service.ask(path, key, method, json={} if method == "POST" else None)).status_code
             for key in (None, "wrong", "key-a")
         ]
-        if path in ("/live", "/ready"):
+        if path in ("/live", "/ready") or path in PAGE_PATHS:
             assert (without, wrong, right) == (200, 200, 200)
         else:
             guarded += 1
@@ -84,7 +92,8 @@ async def test_every_post_is_capped(service):
 
 
 async def test_a_path_that_is_no_route_wants_a_key_too(service):
-    for path in ("/", "/live/", "//live", "/live/../v1/models", "/v1", "/metricsx", "/v1/models/"):
+    # What begins with two slashes is a host to httpx: tests/e2e/test_keys.py has those.
+    for path in ("/live/", "/live/../v1/models", "/v1", "/metricsx", "/v1/models/", "/page", "/page/../v1/models"):
         for method in ("GET", "OPTIONS", "POST", "HEAD"):
             assert (await service.ask(path, method=method)).status_code == 401, (method, path)
 

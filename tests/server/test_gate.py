@@ -107,14 +107,18 @@ async def test_what_counts_as_a_key(headers, status):
     assert (await Door(key_of("right"), key_of("other")).ask(**headers))[0] == status
 
 
-@pytest.mark.parametrize("path", ["/live", "/ready"])
-async def test_probes_need_no_key(path):
+@pytest.mark.parametrize("path", ["/live", "/ready", "/", "/page/main.js"])
+async def test_probes_and_the_page_need_no_key(path):
     assert (await Door(key_of("right")).ask(path))[0] == 200
 
 
 @pytest.mark.parametrize(
-    "path", ["/live/", "//live", "/live/../v1/models", "/Live", "/liveness", "/ready?", "/v1/live", "", "/metrics", "*"]
-)
+    "path",
+    [
+        "/live/", "//live", "/live/../v1/models", "/Live", "/liveness", "/ready?", "/v1/live", "", "/metrics", "*",
+        "//", "/page", "/page/", "/page/../v1/models", "/page/main.js/", "/page/other.js", "/index.html",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "POST", "DELETE"])
 async def test_nothing_else_is_a_probe(path, method):
     door = Door(key_of("right"))
@@ -196,7 +200,13 @@ async def test_every_key_has_a_cache_salt_of_its_own_whatever_its_client_says():
 
     visits = []
     for key in (b"a", b"b"):
-        scope = {"type": "http", "method": "GET", "path": "/", "root_path": "", "headers": [(b"x-api-key", key)]}
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/v1/models",
+            "root_path": "",
+            "headers": [(b"x-api-key", key)],
+        }
         for state in ({"cache_salt": "own"}, {"cache_salt": first}, {"cache_salt": ""}):
             await door.gate(scope | {"state": state}, None, _nowhere)
         visits.append(door.inner.salts[-3:])

@@ -28,10 +28,12 @@ def log() -> Iterator[StringIO]:
     text, logger = StringIO(), logging.getLogger(REQUESTS)
     handler = logging.StreamHandler(text)
     handler.setFormatter(JsonFormatter("%(levelname)s %(name)s %(message)s"))
-    before = logger.level
+    before, factory = logger.level, logging.getLogRecordFactory()
+    logging.setLogRecordFactory(logging.LogRecord)  # not vLLM's, where another test has imported it
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     yield text
+    logging.setLogRecordFactory(factory)
     logger.removeHandler(handler)
     logger.setLevel(before)
 
@@ -64,7 +66,7 @@ def test_a_finished_request_is_one_line(log):
     exchange = Exchange(None, model="served")
     exchange.reserve(2)
     exchange.trajectories[0] = done = _trajectory()
-    trace = "0af7651916cd43dd8448eb211c80319c"
+    trace = "0af7651916cd43dd8448eb211c80319c"  # pragma: allowlist secret
     headers = {"x-request-id": "a.b-c_1", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
     reply = _client(exchange).post("/v1/chat/completions", headers=headers, content=b"zebra")
     (line,) = _told(log)
@@ -128,7 +130,13 @@ def restored() -> Iterator[None]:
     """The loggers as they were before."""
     loggers = [logging.getLogger(), logging.getLogger(LOGGER)]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    factory, disabled = logging.getLogRecordFactory(), logging.root.manager.disable
+    logging.setLogRecordFactory(logging.LogRecord)  # not vLLM's, where another test has imported it
+    logging.disable(logging.NOTSET)
+    loggers[0].setLevel(logging.WARNING)
     yield
+    logging.setLogRecordFactory(factory)
+    logging.disable(disabled)
     logging.captureWarnings(False)
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
         logger.handlers, logger.propagate = handlers, propagate

@@ -1,5 +1,8 @@
 """Command-line mistakes of `rtap serve` that are found before anything is loaded: exit code 2 and one sentence."""
 
+import os
+import socket
+
 import pytest
 
 from server.__main__ import main
@@ -29,3 +32,14 @@ def test_mistakes_are_one_sentence(flags, environ, sentence, monkeypatch, capsys
     assert len(lines) == 1
     assert sentence in lines[0]
     assert "secret" not in lines[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # vLLM does not close what cannot bind
+def test_a_port_in_use_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["--port", str(port)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rtap serve: ")]
+    expected = f"rtap serve: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port"
+    assert lines == [expected]

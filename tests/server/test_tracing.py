@@ -23,7 +23,7 @@ from tests.server.test_recursive_engine import DOUBT, WRONG, FakeLLM, Slow, all_
 from tests.server.test_wire import _trajectory
 from tests.server.test_yesno import _Engine
 
-TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # pragma: allowlist secret
 PARENT = {"traceparent": f"00-{TRACE}-{CLIENT}-01"}
 CANARY = "make 82"
 

@@ -1,8 +1,86 @@
-"""Client of an rtap server, and the `rtap` command. Imports neither torch, vLLM, server nor training."""
+"""Client of an rtap server, and the `rtap` command. Imports neither torch, vLLM, server nor training.
 
+Nothing is imported before it is used, so that `rtap --help` comes at once.
+"""
+
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rtap_client.client import RTAP, AsyncRTAP
+    from rtap_client.streams import (
+        AnswerEvent,
+        CycleEvent,
+        DoneEvent,
+        Event,
+        IncompleteStream,
+        ThinkingEvent,
+        ToolCallEvent,
+        events,
+    )
+    from rtap_client.types import (
+        ChatChunk,
+        ChatReply,
+        Cycle,
+        Feedback,
+        RtapOptions,
+        Score,
+        ServerConfig,
+        Trajectory,
+        trajectory,
+    )
 
 try:
     __version__ = version("rtap")
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+checkout"
+
+_HOMES = {
+    "RTAP": "client",
+    "AsyncRTAP": "client",
+    "events": "streams",
+    "Event": "streams",
+    "ThinkingEvent": "streams",
+    "AnswerEvent": "streams",
+    "ToolCallEvent": "streams",
+    "CycleEvent": "streams",
+    "DoneEvent": "streams",
+    "IncompleteStream": "streams",
+    "RtapOptions": "types",
+    "ChatReply": "types",
+    "ChatChunk": "types",
+    "Trajectory": "types",
+    "Cycle": "types",
+    "Score": "types",
+    "Feedback": "types",
+    "ServerConfig": "types",
+    "trajectory": "types",
+}
+__all__ = [  # noqa: RUF022 - in the order in which a reader meets them
+    "RTAP",
+    "AsyncRTAP",
+    "RtapOptions",
+    "ChatReply",
+    "ChatChunk",
+    "Trajectory",
+    "Cycle",
+    "trajectory",
+    "events",
+    "Event",
+    "ThinkingEvent",
+    "AnswerEvent",
+    "ToolCallEvent",
+    "CycleEvent",
+    "DoneEvent",
+    "IncompleteStream",
+    "Score",
+    "Feedback",
+    "ServerConfig",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -20,7 +20,8 @@ GROUP = "rtap.commands"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What help says of a command without importing it. ``needs``: a module that only ``extra`` installs."""
+    """What help says of a command without importing it. ``needs``: a module that only ``extra`` installs; the empty
+    extra is the base install."""
 
     summary: str
     extra: str
@@ -28,6 +29,9 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
+    "ask": Command("ask a server one question; for scripts", "", "openai"),
+    "chat": Command("talk to a server and watch its cycles", "", "openai"),
+    "doctor": Command("check installation, machine, models and server; say what to do", "", "sys"),
     "serve": Command("serve a model in Think–Answer cycles, OpenAI-compatible, on vLLM", "cpu", "vllm"),
     "train": Command("train policies and confidence generators, stage by stage", "train", "sklearn"),
     "eval": Command("measure stop policies: accuracy, tokens, time, calibration", "train", "matplotlib"),
@@ -42,12 +46,17 @@ def missing_extra(name: str) -> str | None:
     return command.extra
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra."""
+    return f"pip install 'rtap[{extra}]'" if extra else "pip install rtap"
+
+
 def describe(name: str, found: Mapping[str, EntryPoint]) -> str:
     """The command's line in the help."""
     summary = COMMANDS[name].summary if name in COMMANDS else f"from {found[name].module}"
     extra = missing_extra(name)
     if name not in found or extra is not None:
-        summary += f" (not installed: pip install 'rtap[{extra or COMMANDS[name].extra}]')"
+        summary += f" (not installed: {install(extra or COMMANDS[name].extra)})"
     return f"  {name:<8}{summary}"
 
 
@@ -93,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"no command {name!r}; {hint}")
     extra = missing_extra(name)
     if name not in found or extra is not None:
-        return fail(f"{name} is not installed here: pip install 'rtap[{extra or COMMANDS[name].extra}]'")
+        return fail(f"{name} is not installed here: {install(extra or COMMANDS[name].extra)}")
     command = cast(Callable[[list[str]], int], found[name].load())
     return command(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+/** What a run cost and what it spared, each figure with how it was counted. */
+
+import { confidence, count, plural, seconds } from "./dom.js";
+import { cyclesOf, isVote, savings, tokensOf } from "./run.js";
+
+/** {name, value, note, how} of everything that can be counted. */
+export function figuresOf(run) {
+  if (run.firstTokenAt === null) return [];
+  const scores = cyclesOf(run).map((cycle) => cycle.confidence).filter((value) => value !== null);
+  const reasoning = run.usage?.completion_tokens_details?.reasoning_tokens;
+  const read = run.rtap?.confidence_tokens;
+  const thrown = run.rtap?.discarded_tokens;
+  const found = [{
+    name: "Tokens written", value: count(tokensOf(run)), note: reasoning >= 0 ? `${count(reasoning)} thinking` : "",
+    how: `All that the model wrote, over all ${isVote(run) ? "samples" : "cycles"}; thinking is everything but the returned answer.`
+      + `${read > 0 ? ` The confidence generator read ${count(read)}.` : ""}${thrown > 0 ? ` ${count(thrown)} more were begun ahead and thrown away.` : ""}`,
+  }];
+  const at = (time) => (time === null ? null : (time - run.startedAt) / 1000);
+  found.push({ name: "Time to first token", value: seconds(at(run.firstTokenAt)), how: "From sending the request to the first text that reached this page." });
+  if (run.rtap) {
+    found.push({
+      name: "Time to first answer", value: seconds(run.rtap.first_answer_seconds),
+      how: "From the start of the request until the returned answer was known, by the server’s clock.",
+    });
+  }
+  found.push({ name: "Total time", value: seconds(at(run.endedAt)), how: "From sending the request to the end of the stream, by this page’s clock." });
+  if (!isVote(run) && scores.length > 1) {
+    found.push({
+      name: "Confidence", value: `${confidence(scores[0])}\u00a0→\u00a0${confidence(run.rtap?.confidence ?? scores.at(-1))}`, chart: sparkline(scores, run.asked),
+      how: "Of the first cycle, and of the answer that was returned; the dashed line is the threshold.",
+    });
+  }
+  for (const { of, saved, share, note, how } of savings(run)) {
+    const percent = `${note === "estimate" ? "≈\u00a0" : ""}${Math.round(Math.abs(share) * 100)}\u00a0%`;
+    found.push({
+      name: `Saved ${of}`, value: saved < 0 ? `${percent} more` : percent,
+      note: `${plural(Math.abs(saved), "token")}, ${note}`, how,
+    });
+  }
+  return found;
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** Confidence cycle by cycle against the threshold, 72 by 20. */
+function sparkline(scores, { policy, threshold }) {
+  const draw = (name, attributes) => {
+    const shape = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) shape.setAttribute(key, value);
+    return shape;
+  };
+  const y = (value) => (18 - 16 * Math.min(1, Math.max(0, value))).toFixed(1);
+  const points = scores.map((value, i) => `${(2 + (68 * i) / (scores.length - 1)).toFixed(1)},${y(value)}`);
+  const chart = draw("svg", { class: "sparkline", viewBox: "0 0 72 20", width: "72", height: "20", "aria-hidden": "true" });
+  if (policy === "confidence") chart.append(draw("line", { class: "limit", x1: "0", x2: "72", y1: y(threshold), y2: y(threshold) }));
+  const [x, last] = points.at(-1).split(",");
+  chart.append(draw("polyline", { points: points.join(" ") }), draw("circle", { cx: x, cy: last, r: "2" }));
+  return chart;
+}

@@ -1,0 +1,80 @@
+"""The client's types and the server's are two descriptions of one wire: field by field the same."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+import rtap_client
+from rtap_client import types
+from server import wire
+from server.rtap import types as server_types
+from server.rtap.types import Policy, Select, StopReason
+
+WORDS = {Policy: types.Policy, Select: types.Select, StopReason: types.StopReason}
+
+
+def spelt(hint: Any) -> Any:
+    """A type with the server's enums written as the client's literals, which typing flattens in a union."""
+    literals = {WORDS[part] for part in get_args(hint) if part in WORDS}
+    for literal in literals:
+        return frozenset(get_args(literal)) | (set(get_args(hint)) - set(WORDS))
+    found = [member for part in get_args(hint) for member in (get_args(part) or (part,))]
+    return frozenset(found or [hint])
+
+
+@pytest.mark.parametrize(("enum", "literal"), WORDS.items())
+def test_the_words_are_the_servers(enum, literal):
+    assert set(get_args(literal)) == {member.value for member in enum}
+
+
+def test_the_request_options_are_the_servers():
+    ours = get_type_hints(types.RtapOptions)
+    theirs = {name: field.annotation for name, field in wire.RtapOptions.model_fields.items()}
+    assert {name: spelt(hint) for name, hint in ours.items()} == {name: spelt(hint) for name, hint in theirs.items()}
+
+
+def _cycle() -> server_types.Cycle:
+    values: dict[str, Any] = {f.name: 1 for f in fields(server_types.Cycle)} | {"answer": "4", "think": "2+2"}
+    return server_types.Cycle(**values)
+
+
+def test_a_cycle_has_the_servers_fields():
+    assert set(types.Cycle.model_fields) == set(wire.cycle_object(_cycle(), with_think=True))
+
+
+def test_a_trajectory_has_the_servers_fields():
+    shown = wire.trajectory_object(
+        server_types.Trajectory(
+            Policy.CONFIDENCE, StopReason.THRESHOLD, (_cycle(),), 0, "timeout", 0.1, 0.2, None, None, num_probes=2
+        ),
+        with_think=True,
+    )
+    assert set(types.Trajectory.model_fields) == set(shown)
+    assert set(types.Probes.model_fields) == set(shown["probes"])
+
+
+def typescript(pattern: str) -> str:
+    """What the first group finds in the TypeScript client's types."""
+    text = (Path(__file__).resolve().parents[2] / "clients" / "typescript" / "src" / "types.ts").read_text("utf-8")
+    return re.search(pattern, text, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("enum", WORDS)
+def test_typescript_has_the_same_words(enum):
+    union = typescript(rf"export type {enum.__name__} =(.*?);")
+    assert set(re.findall(r"'(\w+)'", union)) == {member.value for member in enum}
+
+
+@pytest.mark.parametrize("ours", [types.RtapOptions, types.Cycle, types.Trajectory, types.Score, types.Feedback])
+def test_typescript_has_the_same_fields(ours):
+    body = typescript(rf"export interface {ours.__name__} {{(.*?)\n}}")
+    assert re.findall(r"^  (\w+)\??:", body, re.MULTILINE) == list(ours.__annotations__)
+
+
+def test_every_exported_name_is_there():
+    assert {name for name in rtap_client.__all__ if getattr(rtap_client, name) is None} == set()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        rtap_client.nothing  # noqa: B018
