@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV) $(if $(LOCKED),--locked)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sbom serve test check bench bench-check train prove-image ray-check clean
+.PHONY: help setup lock sbom serve test check bench bench-check overload soak fuzz train prove-image ray-check clean
 
 help: ## list the commands
 	@echo "make COMMAND [EXTRA=cuda] [MODEL=...] [ARGS='...']"
@@ -71,6 +71,18 @@ prove-image: ## build the Dockerfile without Docker and run its image locked dow
 ray-check: ## replicas on a Ray of its own: keys, stickiness, kills, drain, throughput (docs/results/ray)
 	@$(SETUP) $(EXTRA) train ray
 	$(VENV)/bin/python scripts/check_ray.py $(ARGS)
+
+overload: ## offer five times what the server can do (docs/results/overload.md)
+	@$(SETUP) $(EXTRA) dev
+	$(VENV)/bin/python scripts/bench_overload.py $(ARGS)
+
+soak: ## mixed traffic with faults for half an hour, memory and counters watched (ARGS="--minutes 10")
+	@$(SETUP) $(EXTRA) dev
+	$(VENV)/bin/python scripts/soak.py $(ARGS)
+
+fuzz: ## ten minutes of requests that /openapi.json allows, and that it does not (ARGS="--minutes 60")
+	@$(SETUP) $(EXTRA) dev
+	$(VENV)/bin/python scripts/fuzz.py $(ARGS)
 
 clean: ## remove .venv and every cache that the commands above write
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build

@@ -27,6 +27,7 @@ from server.keys import KeyRing
 from server.limits import Admission
 from server.logs import RequestLog
 from server.middleware import RecursionMiddleware
+from server.openapi import describe_rtap
 from server.plan import Plan
 from server.privacy import keep_logs_private
 from server.recursive_engine import RecursiveEngine
@@ -55,6 +56,7 @@ async def create_app(
     app.include_router(rtap_router(plan, settings, tokenizer, names))
     app.include_router(page_router())
     install_handlers(app)
+    describe_rtap(app, settings)
     # Outermost first. vLLM's own (CORS, metrics) are already there and stay outside ours. Its check of keys leaves most
     # routes open and knows one key only; the gate stands in its place, before any body is read. Its request ids are
     # whatever the client sends; the edge's are not.

@@ -58,7 +58,7 @@ class EventStream:
     def __init__(self, path: str, request: Mapping[str, Any], exchange: Exchange, told: Told) -> None:
         self._path, self._exchange, self._told = path, exchange, told
         self._markers = _MARKERS[path]
-        self._held = b""
+        self._held = bytearray()
         self._head: dict[str, Any] | None = None
         self._finished = 0
         self._message_id = ""
@@ -67,13 +67,14 @@ class EventStream:
 
     def feed(self, data: bytes) -> bytes:
         """Events that are complete with ``data``, rewritten; cycle events that happened before them first."""
-        if self._held:
-            data = self._held + data
-        end = data.rfind(b"\n\n")
-        self._held = data[end + 2 :] if end >= 0 else data
+        looked_at = max(0, len(self._held) - 1)  # up to here no event ends
+        self._held += data
+        end = self._held.rfind(b"\n\n", looked_at)
         if end < 0:
             return b""
-        return b"".join(self._event(event) for event in data[:end].split(b"\n\n"))
+        events = bytes(self._held[:end])
+        del self._held[: end + 2]
+        return b"".join(self._event(event) for event in events.split(b"\n\n"))
 
     def _event(self, event: bytes) -> bytes:
         cycles = self._cycle_events(event) if self._exchange.pending else b""

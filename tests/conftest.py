@@ -1,5 +1,6 @@
 """How tests are spread over `make test`'s processes."""
 
+from collections.abc import Callable
 from pathlib import PurePosixPath
 
 import pytest
@@ -46,9 +47,9 @@ class ByGroup(LoadScopeScheduling):
         return group_of(nodeid)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config) -> ByGroup:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable[..., None]) -> ByGroup:
     config.option.loadscopereorder = False  # xdist would begin with the groups of most tests
-    return ByGroup(config)
+    return ByGroup(config, log)  # without xdist's own log it prints each of its steps
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -96,7 +96,9 @@ class CycleParser:
 
     def __init__(self, fmt: TrajectoryFormat, *, thought_open: bool = False, prefix: str = "") -> None:
         self._format = fmt
+        self._longest = max(map(len, fmt.tags))
         self._held = ""
+        self._blanks: list[str] = []  # before the first character that says how the cycle begins
         self._begun = thought_open or fmt.has_answer_tags
         self._channel = Channel.THINK
         self._answer_closed = False
@@ -149,7 +151,7 @@ class CycleParser:
     def close(self, *, ended_by_model: bool) -> Iterator[Piece]:
         """End of the cycle. ``ended_by_model``: the model ended its turn, which closes an answer without end tag."""
         if not self._begun:
-            self._begun, self._channel = True, Channel.ANSWER
+            self._start(Channel.ANSWER)
         yield from self._drain(final=True)
         if ended_by_model and self._channel is Channel.ANSWER:
             self._owes_close = self._format.has_answer_tags and not self._answer_closed
@@ -158,10 +160,17 @@ class CycleParser:
     def _begin(self) -> None:
         """Decide whether the cycle starts with a thought, once enough text is here."""
         seen, tag = self._held.lstrip(), self._format.think_open
+        if blank := self._held[: len(self._held) - len(seen)]:
+            self._blanks.append(blank)
+            self._held = seen
         if seen.startswith(tag):
-            self._begun = True
+            self._start(Channel.THINK)
         elif not tag.startswith(seen):
-            self._begun, self._channel = True, Channel.ANSWER
+            self._start(Channel.ANSWER)
+
+    def _start(self, channel: Channel) -> None:
+        self._begun, self._channel = True, channel
+        self._held = "".join(self._blanks) + self._held
 
     def _tags(self) -> tuple[str, ...]:
         """Tags that mean something in the present state."""
@@ -177,12 +186,12 @@ class CycleParser:
         text, self._held = self._held, ""
         begin = at = 0
         while (tags := self._tags()) and (at := text.find("<", at)) >= 0:
-            tag = next((t for t in tags if text.startswith(t, at)), None)
-            if tag is not None:
+            if text.startswith(tags, at):
                 yield from self._emit(text[begin:at])
+                tag = next(t for t in tags if text.startswith(t, at))
                 self._enter(tag)
                 begin = at = at + len(tag)
-            elif not final and any(len(text) - at < len(t) and t.startswith(text[at:]) for t in tags):
+            elif not final and len(text) - at < self._longest and any(t.startswith(text[at:]) for t in tags):
                 yield from self._emit(text[begin:at])
                 self._held = text[at:]  # may still become a tag
                 return

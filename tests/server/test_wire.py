@@ -1,9 +1,12 @@
 """Request options in, limits out, trajectory objects back."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.rtap.artifact import Artifact
 from server.rtap.errors import InvalidRequest
@@ -52,6 +55,47 @@ def test_bad_options_name_the_field(raw, param, sentence):
     with pytest.raises(InvalidRequest, match=re.escape(sentence)) as caught:
         parse_options(raw, SETTINGS)
     assert caught.value.param == param
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ), max_leaves=6,
+)  # fmt: skip
+_NEARLY = st.sampled_from([*Policy, *Select, "Vote", 1, 0, -1, 1.0, 0.5, 16, 17, 32, 33, 600.0, 600.5, True, None, "1"])
+_OPTIONS = st.dictionaries(st.sampled_from(list(RtapOptions.model_fields)), _NEARLY | _JSON, max_size=9)
+
+
+def _outcome(take: Callable[[], RtapOptions]) -> RtapOptions | InvalidRequest:
+    try:
+        return take()
+    except InvalidRequest as error:
+        return error
+
+
+@given(st.one_of(_JSON, _OPTIONS, st.dictionaries(st.text(max_size=8), _NEARLY, max_size=3)))
+def test_whatever_comes_there_are_options_within_the_ceilings_or_a_sentence(raw):
+    options = _outcome(lambda: parse_options(raw, SETTINGS))
+    if isinstance(options, InvalidRequest):
+        assert (options.param or "").startswith("rtap")
+        assert 0 < len(str(options)) < 500
+        return
+    for name, given_ in raw.items():  # nothing is taken for something else
+        assert getattr(options, name) == given_ or name == "return_cycles", name  # a flag may be "yes"
+    assert (options.max_cycles or 1) <= SETTINGS.max_cycles_limit
+    assert (options.samples or 1) <= SETTINGS.samples_limit
+    assert 0 < (options.deadline_seconds or 1) <= SETTINGS.deadline_seconds_limit
+    assert 0 <= (options.threshold or 0) <= 1
+    limits = _limits(options)
+    assert 1 <= limits.max_cycles <= SETTINGS.max_cycles_limit
+
+
+@given(_OPTIONS)
+def test_what_may_be_asked_by_field_may_be_asked_by_xargs(raw):
+    by_xargs = {f"rtap_{name}": value for name, value in raw.items()}
+    first = _outcome(lambda: parse_options(raw, SETTINGS))
+    second = _outcome(lambda: options_from_xargs(by_xargs, SETTINGS) or RtapOptions())
+    assert first == second or (isinstance(first, InvalidRequest) and isinstance(second, InvalidRequest))
 
 
 def test_options_may_come_as_xargs():

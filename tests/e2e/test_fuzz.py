@@ -1,0 +1,26 @@
+"""A short round of `make fuzz` on the real server: what the document allows and what it does not."""
+
+from collections import Counter
+
+import fuzz
+import httpx
+
+from server.routing import RECURSIVE_PATHS
+
+MOST_SECONDS = 60  # of the first round, which is always whole; on idle cores it takes a quarter of that
+
+
+def test_no_request_of_the_document_or_against_it_gets_a_5xx_and_the_server_is_as_before(server):
+    before = fuzz.engines_of(server.url)
+    report = fuzz.fuzz(server.url, seconds=0, examples=5, seed=0, tell=print)
+    assert not report.findings
+    assert fuzz.still_works(server.url, before) is None
+
+    seen = Counter((operation, mode, status[0]) for operation, mode, status in report.replies)
+    document = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    offered = {f"{method.upper()} {path}" for path, methods in document.items() for method in methods}
+    tried = {operation for operation, _, _ in seen}
+    assert tried == {one for one in offered if one.partition(" ")[2] not in fuzz.EXCLUDED}
+    for path in RECURSIVE_PATHS:
+        assert seen[f"POST {path}", fuzz.SERVED, "2"], f"{path}: no fuzzed request came through to the model"
+        assert seen[f"POST {path}", "negative", "4"]

@@ -1,0 +1,124 @@
+"""Every parser costs in proportion to its text, on a megabyte of what is meant to confuse it.
+
+Time is the thread's own: others are busy on the same cores. Twice the text may cost twice as much; quadratic would be
+four times, and sixteen from the shortest to the longest.
+"""
+
+import time
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from server.caps import Caps
+from server.errors import shaped_error
+from server.idempotency import Run, State
+from server.intake import parse
+from server.privacy import texts_of, without
+from server.rtap.errors import InvalidRequest
+from server.rtap.format import RTAP, THINK, CycleParser, split_cycles
+from server.rtap.lexicon import load_lexicon
+from server.rtap.stopping import normalise_answer
+from server.stream import EventStream
+from server.wire import Exchange
+from tests.server.test_wire import _trajectory
+
+MEBIBYTE = 2**20
+UNITS = ["<", "</", "</answer", "<think><answer>", "[]", "oops ", "let me ", " ", "\n", ".", "x"]
+
+
+def cost(work: Callable[[str], object], unit: str, size: int) -> float:
+    """Seconds of this thread."""
+    text = (unit * (size // len(unit) + 1))[:size]
+    began = time.thread_time()
+    work(text)
+    return time.thread_time() - began
+
+
+def in_deltas(fmt, step: int) -> Callable[[str], None]:
+    """The text as a model writes it: a few characters at a time."""
+
+    def read(text: str) -> None:
+        parser = CycleParser(fmt)
+        for at in range(0, len(text), step):
+            for _ in parser.feed(text[at : at + step]):
+                pass
+        for _ in parser.close(ended_by_model=True):
+            pass
+        assert len(parser.think) + len(parser.partial_answer or "") <= len(text)
+
+    return read
+
+
+def through_a_stream(text: str) -> None:
+    """As the text of events, and as bytes that never end one."""
+    stream = EventStream("/v1/chat/completions", {}, Exchange(None, trajectories={0: _trajectory()}), str)
+    delta = msgspec.json.encode({"choices": [{"index": 0, "delta": {"reasoning": text}, "finish_reason": None}]})
+    assert len(stream.feed(b"data: " + delta + b"\n\n")) > len(text)
+    for at in range(0, len(text), 512):
+        assert stream.feed(text[at : at + 512].replace("\n", " ").encode()) == b""
+
+
+def as_a_body(text: str) -> None:
+    """As JSON, whole and as a value, through all that looks at it before a route does."""
+    caps = Caps(n=16, messages=1024, ids=1024, allows_templates=False)
+    for raw in (text.encode(), msgspec.json.encode({"prompt": text}), b'{"a":' + text.encode()):
+        try:
+            request = parse(raw)
+            caps.check(request)
+            caps.check_length(request)
+        except InvalidRequest as error:
+            without(str(error), texts_of({"prompt": text}))
+
+
+def as_a_kept_reply(text: str) -> None:
+    """Kept for who comes again, in pieces, and looked through at its end."""
+    run = Run(b"", 0.0)
+    run.add({"type": "http.response.start", "status": 200})
+    for at in range(0, len(text), 4096):
+        run.add({"type": "http.response.body", "body": text[at : at + 4096].encode(), "more_body": True})
+    run.add({"type": "http.response.body", "body": b""})
+    run.end()
+    assert run.state is State.DONE
+
+
+def as_an_error(text: str) -> None:
+    """Of somebody's who repeats it all: it is cut before it is looked through."""
+    body = msgspec.json.encode({"error": {"message": text, "type": "BadRequestError", "param": None, "code": 400}})
+    assert len(shaped_error(400, body, str) or b"") < 2**14
+
+
+PARSERS: dict[str, Callable[[str], object]] = {
+    "cycle, in one piece": in_deltas(RTAP, MEBIBYTE * 2),
+    "cycle, in deltas": in_deltas(RTAP, 29),
+    "cycle, thinking models": in_deltas(THINK, 29),
+    "trajectory": split_cycles,
+    "stream": through_a_stream,
+    "body": as_a_body,
+    "kept reply": as_a_kept_reply,
+    "lexicon": load_lexicon().find,
+    "answer": normalise_answer,
+    "error text": as_an_error,
+}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_cost_is_in_proportion(name):
+    work, slack = PARSERS[name], 0.03  # the clock's own grain, and what a first call pays
+    for unit in UNITS:
+        quarter, half, whole = (cost(work, unit, size) for size in (MEBIBYTE // 4, MEBIBYTE // 2, MEBIBYTE))
+        told = f"{unit!r}: {quarter:.3f} {half:.3f} {whole:.3f} s"
+        assert whole < 2.0, told
+        assert half < 3 * quarter + slack, told
+        assert whole < 3 * half + slack, told
+
+
+def test_a_quadratic_reader_would_be_told():
+    def read(text: str) -> None:
+        held = ""
+        for at in range(0, len(text), 64):
+            held = (held + text[at : at + 64]).lstrip("y")
+            held.count("z")
+
+    half, whole = (cost(read, "x", size) for size in (MEBIBYTE // 4, MEBIBYTE // 2))
+    assert whole > 3 * half + 0.03
