@@ -26,6 +26,7 @@ def test_the_wheel_holds_the_three_packages_and_their_data(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"server", "training", "rtap_client"}
     assert {"server/rtap/oops.txt", "server/rtap/format.py", "rtap_client/cli.py", "training/__init__.py"} <= names
+    assert "training/evaluation/page.html.j2" in names
     assert not [name for name in names if name.endswith((".pth", ".pyc"))]
 
 

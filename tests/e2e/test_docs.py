@@ -16,9 +16,8 @@ from tests.documents import PAGES, Command, blocks, commands
 
 ADDRESS = "http://127.0.0.1:8000"
 CURLS = [command for page in PAGES for command in commands(page) if command.words[0] == "curl"]
-TERMINAL = [
-    c for p in PAGES for c in commands(p) if c.words[:2] in (("rtap", "ask"), ("rtap", "chat"), ("rtap", "doctor"))
-]
+TALKING = (("rtap", "ask"), ("rtap", "chat"), ("rtap", "doctor"))
+TERMINAL = list({c.words: c for page in PAGES for c in commands(page) if c.words[:2] in TALKING}.values())  # each once
 PROGRAMS = [(page.name, code) for page in PAGES for code in blocks(page, "python")]
 ASKED = "make 82 from 3, 7, 25"
 
