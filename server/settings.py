@@ -130,7 +130,7 @@ class Settings(BaseSettings):
         description="how long the result of a request with an Idempotency-Key is kept; 0: not at all",
     )
     idempotency_grace_seconds: float = Field(
-        default=5.0, ge=0, description="how long a run with an Idempotency-Key goes on when all its clients have left"
+        default=1.0, ge=0, description="how long a run with an Idempotency-Key goes on when all its clients have left"
     )
     idempotency_results: int = Field(default=1024, ge=1, description="results kept at most; the oldest goes first")
     idempotency_bytes: int = Field(default=64 * 2**20, ge=2**16, description="bytes of results kept at most")

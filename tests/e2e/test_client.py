@@ -20,7 +20,7 @@ from tests.e2e.conftest import ROOT, Running
 QUESTION = "make 82 from 3, 7, 25"
 MESSAGES = [{"role": "user", "content": QUESTION}]
 EAGER = {"threshold": 1.0, "max_cycles": 3}  # no confidence reaches 1.0, so three cycles are written
-LONG = {"model": "rtap", "messages": MESSAGES, "n": 8, "rtap": {"threshold": 1.0, "max_cycles": 16}}
+LONG = {"model": "rtap", "messages": MESSAGES, "n": 16, "rtap": {"threshold": 1.0, "max_cycles": 16}}
 RUNNING = "vllm:num_requests_running"
 ABANDONED = "rtap_requests_total{policy=confidence,stop_reason=abandoned}"
 
