@@ -92,14 +92,17 @@ def test_an_error_inside_a_stream_is_the_sdks():
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_retry_waits_as_told_and_sends_the_same_idempotency_key(status):
-    with fake_server(error(status, "full", Retry_After="1"), Answer(body=REPLY)) as fake, RTAP(fake.url) as client:
+    answer = Answer(body=REPLY)
+    with fake_server(error(status, "full", Retry_After="1"), answer) as fake, RTAP(fake.url) as client:
         began = time.monotonic()
         client.chat.completions.create(model="rtap", messages=QUESTION)
         assert time.monotonic() - began >= 1
+        client.with_options(max_retries=1).chat.completions.create(model="rtap", messages=QUESTION)
         client.with_options(max_retries=0).chat.completions.create(model="rtap", messages=QUESTION)
-    first, again, next_one = fake.sent("idempotency-key")
+    first, again, next_one, without_retries = fake.sent("idempotency-key")
     assert first == again
     assert next_one not in (None, first)
+    assert without_retries is None  # the server would wait for a repeat that never comes
 
 
 def test_a_retry_of_the_async_client_sends_the_same_idempotency_key():

@@ -68,14 +68,15 @@ class RTAP(OpenAI):
 
     ``base_url`` may come without ``/v1``. Keys: ``api_key``, else ``RTAP_API_KEY``. All else is the SDK's: a request
     that fails or is told to come again (429, 503 with Retry-After) is repeated ``max_retries`` times (2), with one
-    Idempotency-Key, so that the server does its work once.
+    Idempotency-Key, so that the server does its work once. Without repeats (0) there is no such key, and a request
+    whose connection closes ends at once; with it the server waits a second for the repeat.
     """
 
     def __init__(self, base_url: Any = None, *, api_key: Any = None, **options: Any) -> None:
         super().__init__(
             base_url=address(None if base_url is None else str(base_url)), api_key=_key(api_key), **options
         )
-        self._idempotency_header = IDEMPOTENCY_HEADER
+        self._idempotency_header = IDEMPOTENCY_HEADER if self.max_retries else None
 
     @property
     def chat(self) -> "RtapChat":
@@ -136,7 +137,7 @@ class AsyncRTAP(AsyncOpenAI):
         super().__init__(
             base_url=address(None if base_url is None else str(base_url)), api_key=_key(api_key), **options
         )
-        self._idempotency_header = IDEMPOTENCY_HEADER
+        self._idempotency_header = IDEMPOTENCY_HEADER if self.max_retries else None
 
     @property
     def chat(self) -> "AsyncRtapChat":
