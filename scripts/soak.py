@@ -20,7 +20,21 @@ from typing import Any
 import psutil
 from bench_servers import ROOT, run_of
 from soak_traffic import Tally, Traffic
-from soak_watch import API, GENERATOR, MIB, POLICY, Held, Sample, growth, held, lives, processes_of, scrape, watch
+from soak_watch import (
+    API,
+    GENERATOR,
+    MIB,
+    POLICY,
+    Held,
+    Sample,
+    growth,
+    held,
+    lives,
+    processes_of,
+    scrape,
+    watch,
+    written,
+)
 
 from training.evaluation.records import write_atomically
 from training.evaluation.server_process import running_server, serve_command
@@ -35,6 +49,8 @@ FLAGS = (
 _QUIET_SECONDS, _SAMPLE_SECONDS = 60.0, 1.0
 _LEAST_SECONDS = 300.0  # of a soak from which growth can be judged
 MOST_MIB_AN_HOUR = 24.0  # proven growth, the low end of the interval, of any process
+# To the disk, beside the log: a page of it that is written in two goes counts twice.
+_MOST_WRITTEN, _MOST_WRITTEN_A_SECOND = 2**17, 2**10
 MOST_LEFT_OVER = 4  # files, sockets, threads or tasks more than before, when all clients have gone
 
 
@@ -71,11 +87,11 @@ class Soaked:
     checks: Sequence[Check]
 
 
-async def soak(url: str, server: psutil.Process, plan: Plan, tell: Callable[[str], None]) -> Soaked:
-    """Warm up, look, soak, look again."""
+async def soak(url: str, server: psutil.Process, log: Path, plan: Plan, tell: Callable[[str], None]) -> Soaked:
+    """Warm up, look, soak, look again. log: where the server's output goes."""
     await Traffic(url, plan.seed - 1).run(plan.clients, plan.warm_seconds)
     before = await _quiet(url, server)
-    counted = await scrape(url)
+    counted, on_disk = await scrape(url), written(server, log)
     traffic, samples = Traffic(url, plan.seed), list[Sample]()
     watching = asyncio.create_task(watch(server, samples, _SAMPLE_SECONDS))
     killing = asyncio.create_task(_kill(url, server, plan, tell))
@@ -93,6 +109,8 @@ async def soak(url: str, server: psutil.Process, plan: Plan, tell: Callable[[str
         if (longest := max(lives(samples, role), key=len, default=list[Sample]()))
     }
     checks = [*_counts(traffic.tally, risen), *_left_over(before, after)]
+    most = _MOST_WRITTEN + round(_MOST_WRITTEN_A_SECOND * plan.seconds)
+    checks.append(_at_most("bytes written to disk beside the log", written(server, log) - on_disk, most))
     if plan.seconds >= _LEAST_SECONDS:
         checks += _grown(grown)
     checks.append(_exactly("times the generator was started anew", risen["rtap_engine_restarts_total"], kills))
@@ -239,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, log = datetime.now(UTC), ROOT / "build" / "soak.log"
     with running_server(serve_command(None, None, FLAGS), log=log, ready_seconds=300) as url:
         server = next(child for child in psutil.Process().children() if url.rpartition(":")[2] in child.cmdline())
-        soaked = asyncio.run(soak(url, server, plan, lambda text: print(text, flush=True)))
+        soaked = asyncio.run(soak(url, server, log, plan, lambda text: print(text, flush=True)))
     setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started) | {
         "seed": plan.seed,
         "clients": plan.clients,

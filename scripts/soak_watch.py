@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import aiohttp
@@ -103,6 +104,14 @@ async def scrape(url: str) -> dict[str, float]:
             for key in {sample.name, f"{sample.name}{{{labels}}}"}:
                 total[key] = total.get(key, 0.0) + sample.value
     return total
+
+
+def written(server: psutil.Process, log: Path) -> int:
+    """Bytes that the API process and the policy's engine have sent to the disk (not to pipes or sockets), but for those
+    of the log, which is their output."""
+    roles = processes_of(server)
+    counters = [cast(Any, roles[role].io_counters()) for role in (API, POLICY)]
+    return sum(counter.write_bytes for counter in counters) - log.stat().st_size
 
 
 def growth(samples: Sequence[Sample]) -> Interval:
