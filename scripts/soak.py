@@ -26,6 +26,7 @@ from soak_watch import (
     MIB,
     POLICY,
     Held,
+    Processes,
     Sample,
     growth,
     held,
@@ -88,13 +89,14 @@ class Soaked:
 
 
 async def soak(url: str, server: psutil.Process, log: Path, plan: Plan, tell: Callable[[str], None]) -> Soaked:
-    """Warm up, look, soak, look again. log: where the server's output goes."""
+    """Warm up, look, soak, look again. server: its API process. log: where its output goes."""
+    processes = await processes_of(url, server)
     await Traffic(url, plan.seed - 1).run(plan.clients, plan.warm_seconds)
     before = await _quiet(url, server)
-    counted, on_disk = await scrape(url), written(server, log)
+    counted, on_disk = await scrape(url), written(processes, log)
     traffic, samples = Traffic(url, plan.seed), list[Sample]()
-    watching = asyncio.create_task(watch(server, samples, _SAMPLE_SECONDS))
-    killing = asyncio.create_task(_kill(url, server, plan, tell))
+    watching = asyncio.create_task(watch(processes, samples, _SAMPLE_SECONDS))
+    killing = asyncio.create_task(_kill(url, processes, plan, tell))
     try:
         await traffic.run(plan.clients, plan.seconds)
     finally:
@@ -110,21 +112,21 @@ async def soak(url: str, server: psutil.Process, log: Path, plan: Plan, tell: Ca
     }
     checks = [*_counts(traffic.tally, risen), *_left_over(before, after)]
     most = _MOST_WRITTEN + round(_MOST_WRITTEN_A_SECOND * plan.seconds)
-    checks.append(_at_most("bytes written to disk beside the log", written(server, log) - on_disk, most))
+    checks.append(_at_most("bytes written to disk beside the log", written(processes, log) - on_disk, most))
     if plan.seconds >= _LEAST_SECONDS:
         checks += _grown(grown)
     checks.append(_exactly("times the generator was started anew", risen["rtap_engine_restarts_total"], kills))
     return Soaked(traffic.tally, kills, before, after, grown, checks)
 
 
-async def _kill(url: str, server: psutil.Process, plan: Plan, tell: Callable[[str], None]) -> int:
+async def _kill(url: str, processes: Processes, plan: Plan, tell: Callable[[str], None]) -> int:
     """End the generator's process now and then; the last time early enough that it is up again at the end."""
     kills, began = 0, time.monotonic()
     if plan.kill_seconds is None:
         return 0
     while time.monotonic() - began + 2 * plan.kill_seconds < plan.seconds:
         await asyncio.sleep(plan.kill_seconds)
-        generator = processes_of(server).get(GENERATOR)
+        generator = processes.by_role().get(GENERATOR)
         if generator is None or (await scrape(url)).get("rtap_engine_up{engine=confidence}") != 1:
             continue  # it is still being started
         with suppress(psutil.NoSuchProcess):

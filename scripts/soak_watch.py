@@ -48,11 +48,39 @@ class Held:
     in_flight: int
 
 
-def processes_of(server: psutil.Process) -> dict[str, psutil.Process]:
-    """The API process and its engines. The policy's has the larger KV cache; no generator: it is being started."""
-    engines = [c for c in server.children(recursive=True) if "EngineCore" in _command(c)]
-    found = dict(zip((POLICY, GENERATOR), sorted(engines, key=_size, reverse=True), strict=False))
-    return {API: server, **found}
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Of one server: the API's, and the policy's engine. The generator's may be another one tomorrow."""
+
+    api: psutil.Process
+    policy: psutil.Process
+
+    def by_role(self) -> dict[str, psutil.Process]:
+        """Those that there are; no generator while it is being started."""
+        others = [engine for engine in engines_of(self.api) if engine.pid != self.policy.pid]
+        return {API: self.api, POLICY: self.policy, **{GENERATOR: engine for engine in others[:1]}}
+
+
+def engines_of(api: psutil.Process) -> list[psutil.Process]:
+    """In no order."""
+    return [child for child in api.children(recursive=True) if "EngineCore" in _command(child)]
+
+
+async def processes_of(url: str, api: psutil.Process) -> Processes:
+    """Which engine is the policy's: the one that works when nothing is scored."""
+    engines = engines_of(api)
+    before = {engine: _processor_seconds(engine) for engine in engines}
+    body = {
+        "model": "rtap",
+        "prompt": "3+4",
+        "max_tokens": 200,
+        "ignore_eos": True,
+        "rtap": {"policy": "single"},
+        "n": 4,
+    }
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/completions", json=body) as reply:
+        reply.raise_for_status()
+    return Processes(api, max(engines, key=lambda engine: _processor_seconds(engine) - before[engine]))
 
 
 def _command(process: psutil.Process) -> str:
@@ -61,20 +89,16 @@ def _command(process: psutil.Process) -> str:
     return ""
 
 
-def _size(process: psutil.Process) -> int:
-    with suppress(psutil.Error):
-        return process.memory_info().vms
-    return 0
+def _processor_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
-async def watch(server: psutil.Process, samples: list[Sample], every_seconds: float) -> None:
+async def watch(processes: Processes, samples: list[Sample], every_seconds: float) -> None:
     """Append samples until cancelled."""
     began = time.monotonic()
-    policy = processes_of(server)[POLICY].pid  # a generator that is loading must not be taken for it
     while True:
-        for role, process in processes_of(server).items():
-            if role == POLICY and process.pid != policy:
-                continue
+        for role, process in processes.by_role().items():
             with suppress(psutil.Error):
                 seconds, rss = time.monotonic() - began, process.memory_info().rss
                 samples.append(Sample(seconds, role, process.pid, rss, process.num_fds(), process.num_threads()))
@@ -106,11 +130,10 @@ async def scrape(url: str) -> dict[str, float]:
     return total
 
 
-def written(server: psutil.Process, log: Path) -> int:
+def written(processes: Processes, log: Path) -> int:
     """Bytes that the API process and the policy's engine have sent to the disk (not to pipes or sockets), but for those
     of the log, which is their output."""
-    roles = processes_of(server)
-    counters = [cast(Any, roles[role].io_counters()) for role in (API, POLICY)]
+    counters = [cast(Any, process.io_counters()) for process in (processes.api, processes.policy)]
     return sum(counter.write_bytes for counter in counters) - log.stat().st_size
 
 

@@ -11,8 +11,10 @@ import vllm.model_executor.models.registry as registry
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "server").rglob("*.py"))
-_WRITES = {"write_text", "write_bytes", "mkdir", "touch", "unlink", "rename", "replace_with", "symlink_to", "makedirs",
-           "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory", "rmtree", "copyfile", "copytree"}  # fmt: skip
+_WRITES = {
+    "write_text", "write_bytes", "mkdir", "touch", "unlink", "rename", "symlink_to", "makedirs", "mkstemp", "mkdtemp",
+    "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory", "rmtree", "copyfile", "copytree",
+}  # fmt: skip
 _MODULES = {"sqlite3", "shelve", "dbm", "diskcache", "tempfile"}
 
 
