@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 from bench_servers import ROOT, run_of
 from soak_traffic import Tally, Traffic
@@ -259,7 +260,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, log = datetime.now(UTC), ROOT / "build" / "soak.log"
     with running_server(serve_command(None, None, FLAGS), log=log, ready_seconds=300) as url:
         server = next(child for child in psutil.Process().children() if url.rpartition(":")[2] in child.cmdline())
-        soaked = asyncio.run(soak(url, server, log, plan, lambda text: print(text, flush=True)))
+        try:
+            soaked = asyncio.run(soak(url, server, log, plan, lambda text: print(text, flush=True)))
+        except aiohttp.ClientConnectionError as error:
+            print(f"the server is gone ({error}); its log: {log}")
+            return 1
     setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started) | {
         "seed": plan.seed,
         "clients": plan.clients,

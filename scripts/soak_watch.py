@@ -58,7 +58,7 @@ class Processes:
     def by_role(self) -> dict[str, psutil.Process]:
         """Those that there are; no generator while it is being started."""
         others = [engine for engine in engines_of(self.api) if engine.pid != self.policy.pid]
-        return {API: self.api, POLICY: self.policy, **{GENERATOR: engine for engine in others[:1]}}
+        return {API: self.api, POLICY: self.policy, **dict(zip([GENERATOR], others, strict=False))}
 
 
 def engines_of(api: psutil.Process) -> list[psutil.Process]:
