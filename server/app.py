@@ -1,5 +1,6 @@
 """Build the service: vLLM's own app on a RecursiveEngine, our routes beside its, our middleware inside its stack."""
 
+import asyncio
 import secrets
 from argparse import Namespace
 from collections.abc import Callable
@@ -46,6 +47,7 @@ async def create_app(
     """The complete app. ``engine`` is the policy's AsyncLLM; routes of vLLM see it only through the recursion."""
     tracing = _tracing(args)
     recursive = cast(EngineClient, RecursiveEngine(engine, replace(plan, tracing=tracing)))
+    plan.metrics.tasks(asyncio.get_running_loop())
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(recursive, app.state, args, tasks)

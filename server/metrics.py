@@ -3,6 +3,7 @@
 Labels are bounded: policies, stop reasons and cycle numbers up to the server's ceiling; never ids, never user text.
 """
 
+import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -66,6 +67,7 @@ class Metrics:
         self._draining = Gauge(
             "rtap_draining", "1 while the server is leaving: it takes nothing new.", registry=registry
         )
+        self._tasks = Gauge("rtap_asyncio_tasks", "Tasks of the API process's event loop.", registry=registry)
         self._engine_up = Gauge("rtap_engine_up", "1 while an engine works.", ("engine",), registry=registry)
         self._engine_progress = Gauge(
             "rtap_engine_last_progress_timestamp_seconds",
@@ -104,6 +106,10 @@ class Metrics:
     def draining(self, drain: Drain) -> None:
         """Read at every scrape."""
         self._draining.set_function(lambda: float(drain.has_begun))
+
+    def tasks(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read at every scrape: what grows without requests growing was started and never ended."""
+        self._tasks.set_function(lambda: float(len(asyncio.all_tasks(loop))))
 
     def engine_up(self, name: str, *, up: bool) -> None:
         """An engine has started to work or has ceased to."""

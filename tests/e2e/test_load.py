@@ -123,7 +123,7 @@ async def test_clients_that_leave_free_their_work(server):
     async with httpx.AsyncClient(timeout=60) as client:
         await asyncio.gather(*(leave(client, n) for n in range(20)))
     left = time.monotonic()
-    while time.monotonic() - left < 10:
+    while time.monotonic() - left < 3:  # 0.1 to 0.2 s (docs/results/overload.md); the cores are shared here
         now = server.metrics()
         if now["vllm:num_requests_running"] == now["vllm:num_requests_waiting"] == now["rtap_in_flight"] == 0:
             break

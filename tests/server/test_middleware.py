@@ -1,7 +1,9 @@
-"""Whatever stands in a request's ``rtap``: a good one comes to the route without it, a bad one is a sentence."""
+"""Whatever stands in a request's ``rtap``: a good one comes to the route without it, a bad one is a sentence. And five
+times as many requests as there is room for."""
 
 import asyncio
 import json
+import time
 
 import httpx
 from hypothesis import given
@@ -24,10 +26,11 @@ from tests.server.test_wire import _JSON, _OPTIONS, SETTINGS
 class Service:
     """The layers before a route, and a route that keeps what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int = 1, seconds: float = 0.0) -> None:
+        """seconds: that the route takes."""
         metrics = Metrics(CollectorRegistry())
-        self.admission = Admission(1)
-        self.taken = []
+        self.admission = Admission(places)
+        self.taken, self.seconds, self.most_in_flight = [], seconds, 0
         work = RecursionMiddleware(
             self.route, settings=SETTINGS, metrics=metrics, feedback=Feedback(), admission=self.admission,
             max_model_len=1024,
@@ -41,6 +44,8 @@ class Service:
 
     async def route(self, scope, receive, send) -> None:
         self.taken.append((json.loads((await receive())["body"]), current_exchange()))
+        self.most_in_flight = max(self.most_in_flight, self.admission.requests_in_flight)
+        await asyncio.sleep(self.seconds)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
         await send({"type": "http.response.body", "body": b"{}"})
 
@@ -50,6 +55,7 @@ class Service:
 
 
 SERVICE = Service()
+BODY = b'{"model": "rtap", "messages": []}'
 
 
 @given(st.sampled_from(sorted(RECURSIVE_PATHS)), st.one_of(_OPTIONS, _JSON))
@@ -66,3 +72,28 @@ def test_options_are_taken_out_or_refused_and_the_place_is_given_back(path, raw)
         assert (reply.status_code, error["code"], error["type"]) == (400, 400, "invalid_request_error")
         assert (error["param"] or "rtap").startswith("rtap")  # NaN is no JSON, and no field of it
         assert not SERVICE.taken
+
+
+async def test_at_five_times_the_load_those_who_are_taken_wait_no_longer_and_the_rest_are_told_at_once():
+    """The same of the real server, measured: docs/results/overload.md."""
+    places, seconds, lasting = 8, 0.2, 2.0
+    service, waits = Service(places, seconds), {200: [], 503: []}
+
+    async def ask() -> None:
+        began = time.perf_counter()
+        reply = await service.ask("/v1/chat/completions", BODY)
+        waits[reply.status_code].append(time.perf_counter() - began)
+        assert reply.status_code == 200 or reply.headers["retry-after"] == "1"
+
+    asked, began = set(), time.perf_counter()
+    capacity = places / seconds
+    while (now := time.perf_counter() - began) < lasting:
+        asked |= {asyncio.create_task(ask()) for _ in range(int(5 * capacity * now) - len(asked))}
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*asked)
+    assert service.most_in_flight == places
+    assert len(waits[200]) > 0.7 * capacity * lasting
+    assert len(waits[503]) > 2 * len(waits[200])
+    waits = {status: sorted(took) for status, took in waits.items()}
+    assert waits[200][len(waits[200]) // 2] < 1.5 * seconds
+    assert waits[503][len(waits[503]) // 2] < 0.05
