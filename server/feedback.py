@@ -2,6 +2,7 @@
 
 Remembers the confidence of recent answers by the id that the client saw, takes verdicts on them, and compares
 first-cycle confidences with the distribution that was saved with the generator. Bounded, in memory, this process only.
+A scrape reads the figures in a thread of its own: each is of a copy, which is made in one go.
 """
 
 import math
@@ -77,24 +78,25 @@ class Feedback:
     @property
     def brier(self) -> float:
         """Mean squared distance of confidence and outcome in [0, 1]; NaN without verdicts."""
-        return _mean((confidence - correct) ** 2 for confidence, correct in self._verdicts.values())
+        return _mean((confidence - correct) ** 2 for confidence, correct in tuple(self._verdicts.values()))
 
     @property
     def ece(self) -> float:
         """Expected calibration error in [0, 1] over equal-width bins; NaN without verdicts."""
-        gaps = [0.0] * NUM_BINS
-        for confidence, correct in self._verdicts.values():
+        gaps, verdicts = [0.0] * NUM_BINS, tuple(self._verdicts.values())
+        for confidence, correct in verdicts:
             gaps[_bin(confidence, NUM_BINS)] += confidence - correct
-        return sum(abs(gap) for gap in gaps) / self.count if self.count else math.nan
+        return sum(abs(gap) for gap in gaps) / len(verdicts) if verdicts else math.nan
 
     @property
     def drift(self) -> float:
         """Population stability index of recent first-cycle confidences against the reference: 0 for the same
         distribution, above 0.25 by convention another one. NaN while one of the two is unknown."""
-        if not self.reference or len(self._firsts) < self.least:
+        firsts = tuple(self._firsts)
+        if not self.reference or len(firsts) < self.least:
             return math.nan
         counts = [0.0] * len(self.reference)
-        for confidence in self._firsts:
+        for confidence in firsts:
             counts[_bin(confidence, len(counts))] += 1
         pairs = zip(_shares(counts), _shares(self.reference), strict=True)
         return sum((now - then) * math.log(now / then) for now, then in pairs)

@@ -2,6 +2,9 @@
 
 import math
 import random
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -111,3 +114,30 @@ def test_figures_reach_the_metrics_as_they_are():
     assert registry.get_sample_value("rtap_calibration_ece") == 0.5
     assert registry.get_sample_value("rtap_calibration_verdicts") == 1
     assert registry.get_sample_value("rtap_feedback_total", {"correct": "true"}) == 1
+
+
+def test_a_scrape_in_its_own_thread_reads_while_answers_and_verdicts_come():
+    feedback, is_over = Feedback([1.0, 1.0], least=2, window=200), threading.Event()
+
+    def scrape() -> int:
+        times = 0
+        while not is_over.is_set():
+            assert not feedback.drift < 0
+            assert not feedback.brier < 0
+            assert not feedback.ece < 0
+            times += 1
+        return times
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads take turns within the reading of one figure
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            scraped = pool.submit(scrape)
+            for number in range(4_000):
+                feedback.remember(str(number), {0: _scored(number % 100 / 100)})
+                feedback.judge(str(number), 0, correct=number % 2 == 0)
+            is_over.set()
+            assert scraped.result(30) > 10
+    finally:
+        is_over.set()
+        sys.setswitchinterval(before)
