@@ -10,7 +10,7 @@ import json
 import random
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,14 @@ CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
 )
 ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 _MOST_TOKENS = 160
-_LEAVE_SECONDS = (0.02, 0.5)  # how long one who leaves stays at most
-_ENDLESS: Mapping[str, Any] = {"ignore_eos": True, "rtap": {"policy": "confidence", "threshold": 1.0, "max_cycles": 16}}
+_LEAVE_SECONDS, _SHORT_SECONDS = 0.5, 0.03  # how long one who leaves stays at most
+# Seconds of work with and without a generator.
+_ENDLESS: Mapping[str, Any] = {
+    "ignore_eos": True,
+    "min_tokens": 900,
+    "max_tokens": 900,
+    "rtap": {"policy": "confidence", "threshold": 1.0, "max_cycles": 16},
+}
 _BAD: Sequence[tuple[str, bytes, int, str]] = (  # path, body, status, and the reason that it is counted under
     (CHAT, b"{", 400, "invalid"),
     (MESSAGES, b"[" * 5000, 400, "invalid"),
@@ -77,7 +83,8 @@ class Traffic:
         """So many clients at a time, each asking again as soon as it is answered; all connections are closed then."""
         until = asyncio.get_running_loop().time() + seconds
         timeout = aiohttp.ClientTimeout(total=120)
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)  # less than the server's 5: it closes idle ones
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             await asyncio.gather(
                 *(self._client(session, random.Random(f"{self.seed} {n}"), until) for n in range(clients))
             )
@@ -116,7 +123,7 @@ class _Client:
             COMPLETIONS: {"prompt": text},
             RESPONSES: {"input": text},
         }
-        return {"model": "rtap", limit: _MOST_TOKENS, **asked[path], **more}
+        return {"model": "rtap", limit: _MOST_TOKENS} | asked[path] | more
 
     async def plain(self) -> None:
         """Any endpoint, whole or streamed, under any policy."""
@@ -164,13 +171,14 @@ class _Client:
             assert status == 413, "the connection broke"  # the server need not wait for all that it will not read
 
     async def leave(self) -> None:
-        """Away before the reply, or in the midst of a stream."""
+        """Away before the reply, or in the midst of a stream; where an endpoint has no way to ask for long work, before
+        a first cycle can have been written."""
         path = self.chance.choice(ENDPOINTS)
-        body = self.body(path, **_ENDLESS) | {"stream": self.chance.random() < 0.5}
-        body |= {"max_output_tokens" if path == RESPONSES else "max_tokens": 900}
+        is_long = path in (CHAT, COMPLETIONS)
+        body = self.body(path, stream=self.chance.random() < 0.5, **(_ENDLESS if is_long else {}))
         self.tally.left += 1
         try:
-            async with asyncio.timeout(self.chance.uniform(*_LEAVE_SECONDS)):
+            async with asyncio.timeout(self.chance.uniform(0, _LEAVE_SECONDS if is_long else _SHORT_SECONDS)):
                 async with self.session.post(self.url + path, json=body) as reply:
                     async for _ in reply.content.iter_any():
                         pass
@@ -198,11 +206,7 @@ class _Client:
         """Send, read to the end, count every trajectory that the reply tells. Result: what it says last."""
         async with self.session.post(self.url + path, json=body, headers=headers) as reply:
             assert reply.status == 200, f"{reply.status}: {(await reply.text())[:300]}"
-            last: Body = await reply.json() if not body.get("stream") else {}
-            if body.get("stream"):
-                async for event in _events(reply):
-                    assert "error" not in event, str(event)
-                    last = event if "rtap" in event or "rtap" in event.get("response", {}) else last
+            last = await (_last_of(reply) if body.get("stream") else reply.json())
             is_first = "idempotent-replayed" not in reply.headers
         told = trajectories_of(last)
         assert len(told) == body.get("n", 1), f"{len(told)} trajectories told, {body.get('n', 1)} asked for"
@@ -214,10 +218,18 @@ class _Client:
         return last
 
 
-async def _events(reply: aiohttp.ClientResponse) -> AsyncIterator[Body]:
+async def _last_of(reply: aiohttp.ClientResponse) -> Body:
+    """The event of a stream that tells the trajectories; there is one, and no cycle is told after it."""
+    told, events = None, list[Body]()
     async for line in reply.content:
         if line.startswith(b"data: {"):
-            yield json.loads(line[6:])
+            events.append(json.loads(line[6:]))
+            assert "error" not in events[-1], str(events[-1])
+            rtap = events[-1].get("response", events[-1]).get("rtap")
+            assert told is None or rtap is None, f"told after the end: {events[-2:]}"
+            told = events[-1] if rtap is not None and "policy" in rtap else told
+    assert told is not None, f"a stream without its end: {events[-3:]}"
+    return told
 
 
 def trajectories_of(reply: Mapping[str, Any]) -> list[Body]:
