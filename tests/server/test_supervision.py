@@ -47,7 +47,7 @@ class Watched:
         self.registry, self.told = CollectorRegistry(), list[str]()
         self.engines, self._loads = [Engine(), Engine()], iter(loads)
         self.policy, self.generator = Ward("policy", self.engines[0]), Ward("confidence", self.engines[1], self._load)  # type: ignore[arg-type]
-        self.supervisor = Supervisor([self.policy, self.generator], Metrics(self.registry), 0.3, self.told.append)
+        self.supervisor = Supervisor([self.policy, self.generator], Metrics(self.registry), 1.5, self.told.append)
 
     def _load(self) -> Any:
         given = next(self._loads)
@@ -81,7 +81,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -91,7 +91,7 @@ async def test_the_end_of_the_policy_is_a_failure_of_the_server(sent, what):
     async with watched() as watch:
         assert watch.figure("rtap_engine_up", "policy") == 1
         watch.engines[0].process.send_signal(sent)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await watch.supervisor.failed.wait()
         assert watch.supervisor.failure == f"the policy engine is {what}"
         assert watch.figure("rtap_engine_up", "policy") == 0
