@@ -56,6 +56,7 @@ class Writer:
         self._held: Cycle | None = None
         self._part = self._new_part(choice)
         self._total = self._new_part(choice)
+        self._has_told = False  # any text or token
 
     def write(self, event: Event) -> Iterable[RequestOutput]:
         """Outputs for one event; none while there is nothing to tell the client."""
@@ -110,6 +111,9 @@ class Writer:
         is_cut = trajectory.stop_reason in (StopReason.DEADLINE, StopReason.DRAINED)
         too_late = is_cut and trajectory.selected is None
         self._part.finish_reason = "length" if cut or too_late else "stop"
+        is_stream = self._kind is RequestOutputKind.DELTA
+        if is_stream and not (self._has_told or self._part.text or self._part.token_ids):
+            self._part.text = ANSWER_MARK  # vLLM streams no end of what has neither text nor tokens; nobody sees it
         if finish is not None and finish.ended_turn:  # the loop's own stop is nobody's business
             self._part.stop_reason = finish.native.outputs[0].stop_reason
         return self._emit()
@@ -130,6 +134,7 @@ class Writer:
     def _emit(self) -> tuple[RequestOutput, ...]:
         """What has gathered, in the caller's output kind."""
         part, self._part = self._part, self._new_part(self._part.index)
+        self._has_told = self._has_told or bool(part.text or part.token_ids)
         if self._kind is RequestOutputKind.DELTA:
             return (self._wrap(part),)
         total = self._total

@@ -9,7 +9,7 @@ from typing import Any, cast
 import msgspec
 
 from server.errors import shaped_event
-from server.wire import Exchange, cycle_object, reasoning_tokens, trajectory_object
+from server.wire import ANSWER_MARK, Exchange, cycle_object, reasoning_tokens, trajectory_object
 
 _DATA, _DONE, _ERROR = b"data: ", b"data: [DONE]", b'data: {"error"'
 _CHAT, _COMPLETIONS, _RESPONSES, _MESSAGES = (
@@ -90,6 +90,8 @@ class EventStream:
         if self._path in (_CHAT, _COMPLETIONS):
             for choice in chunk.get("choices") or ():
                 _name_reasoning_twice(choice.get("delta"))
+                if choice.get("text") == ANSWER_MARK:  # the end of a choice that has none
+                    choice["text"] = ""
                 self._finished += choice.get("finish_reason") is not None
             _complete_usage(chunk.get("usage"), self._path, self._exchange)
             if self._is_last(chunk):

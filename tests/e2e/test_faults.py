@@ -146,6 +146,28 @@ def test_a_drain_finishes_what_it_can_and_a_second_signal_ends_everything(tmp_pa
         until(lambda: gone(children), 10, server)
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", {"messages": LONG["messages"], "n": 2}),
+        ("/v1/completions", {"prompt": "3+4", "n": 2, "logprobs": 1}),
+        ("/v1/messages", {"messages": LONG["messages"], "max_tokens": 99}),
+        ("/v1/responses", {"input": "3+4"}),
+    ],
+)
+def test_a_stream_that_is_cut_before_its_first_token_has_an_end(server, path, asked):
+    """vLLM streams nothing for an output without text and tokens, its end included."""
+    body = {"model": "rtap", "stream": True, "rtap": {"deadline_seconds": 0.0001}, **asked}
+    reply = httpx.post(server.url + path, json=body, timeout=30)
+    events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+    told = [event.get("response", event).get("rtap") for event in events]
+    ends = [rtap["stop_reason"] for rtap in told if rtap and "stop_reason" in rtap]
+    assert ends == ["deadline"]
+    reasons = [choice["finish_reason"] for event in events for choice in event.get("choices", ())]
+    assert reasons.count("length") == asked.get("n", 0)
+    assert "\\u001e" not in reply.text
+
+
 def test_a_deadline_is_kept_to_a_step(server):
     """Alone and among 16 others, streamed and whole; the answer so far comes back, and the engine is free."""
     body = LONG | {"rtap": {"threshold": 1.0, "max_cycles": 16, "deadline_seconds": 0.5}}
