@@ -8,8 +8,10 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import psutil
+import zmq
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.metrics import Metrics
@@ -17,6 +19,7 @@ from server.vitals import Verdict, Vitals, family, look
 
 _LOOK_SECONDS = 0.5
 _BACK_OFF_SECONDS = (1.0, 60.0)  # between attempts to start an engine: the first, and at most
+_RELEASE_SECONDS = 5.0
 Load = Callable[[], AsyncLLM]
 
 
@@ -59,6 +62,7 @@ class Supervisor:
             self._tell(f"the {ward.name} engine is {verdict}; requests go on without it while it is started again")
             lost, ward.engine = ward.engine, None
             await asyncio.to_thread(lost.shutdown, 0)
+            await _release(lost)
             ward.engine = await self._anew(ward, ward.load)
             self._tell(f"the {ward.name} engine is up again")
 
@@ -87,6 +91,16 @@ class Supervisor:
                 engine = await asyncio.to_thread(load)
                 self._metrics.engine_restarted(ward.name)
                 return engine
+
+
+async def _release(engine: AsyncLLM) -> None:
+    """Give back the threads and files of an engine that was shut down: vLLM leaves those of its ZeroMQ context to the
+    end of the process."""
+    await asyncio.sleep(0)  # its sockets are closed by what its shutdown has put on the loop
+    context: zmq.Context[Any] | None = getattr(getattr(engine.engine_core, "resources"), "ctx", None)  # noqa: B009
+    if context is not None:
+        with suppress(TimeoutError):  # the end of a context waits for its sockets
+            await asyncio.wait_for(asyncio.to_thread(context.term), _RELEASE_SECONDS)
 
 
 def _processes(engine: AsyncLLM) -> list[psutil.Process]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 from prometheus_client import CollectorRegistry
 
 from server import supervision
@@ -22,9 +23,9 @@ class Engine:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        self.engine_core = SimpleNamespace(
-            resources=SimpleNamespace(engine_manager=SimpleNamespace(processes=[self.process]))
-        )
+        self.context = zmq.Context()
+        manager = SimpleNamespace(processes=[self.process])
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager, ctx=self.context))
         self.was_shut_down = False
 
     @property
@@ -72,6 +73,7 @@ async def watched(*loads: Any) -> AsyncGenerator[Watched]:
         await asyncio.gather(task, return_exceptions=True)
         for engine in watch.engines:
             engine.shutdown()
+            engine.context.term()
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +110,7 @@ async def test_the_generator_is_started_again_until_that_works(sent):
         await until(lambda: watch.figure("rtap_engine_up", "confidence") == 1)
         assert watch.generator.engine is watch.engines[2]
         assert watch.engines[1].was_shut_down
+        assert watch.engines[1].context.closed
         assert watch.figure("rtap_engine_restarts_total", "confidence") == 1
         assert watch.figure("rtap_engine_restarts_total", "policy") == 0
         assert not watch.supervisor.failed.is_set()
