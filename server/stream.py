@@ -12,6 +12,7 @@ from server.errors import shaped_event
 from server.wire import ANSWER_MARK, Exchange, cycle_object, reasoning_tokens, trajectory_object
 
 _DATA, _DONE, _ERROR = b"data: ", b"data: [DONE]", b'data: {"error"'
+_NAMED_ERROR = b"event: error\n" + _DATA  # Anthropic's
 _CHAT, _COMPLETIONS, _RESPONSES, _MESSAGES = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -80,6 +81,8 @@ class EventStream:
         cycles = self._cycle_events(event) if self._exchange.pending else b""
         if event.startswith(_ERROR):
             event = _DATA + shaped_event(event[len(_DATA) :])
+        elif event.startswith(_NAMED_ERROR):
+            event = _NAMED_ERROR + shaped_event(event[len(_NAMED_ERROR) :])
         elif event != _DONE and any(marker in event for marker in self._markers):
             event = self._rewrite(event)
         return cycles + event + b"\n\n"

@@ -144,3 +144,20 @@ def test_the_id_that_the_client_knows_is_told_once(path, events):
     told: list[str] = []
     EventStream(path, {}, _exchange(), told.append).feed(_sse(*events))
     assert told == ["chatcmpl-1"]
+
+
+@pytest.mark.parametrize(
+    ("path", "event"),
+    [
+        (CHAT, b'data: {"error":{"message":"%s","type":"InternalServerError","param":null,"code":500}}\n\n'),
+        ("/v1/messages", b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"%s"}}\n\n'),
+    ],
+)
+def test_an_error_in_a_stream_tells_nothing_of_the_inside(path, event):
+    said = b"2 validation errors for ChatCompletionStreamResponse [type=missing, input_value={'a': 1}] /usr/lib/x.py"
+    out = EventStream(path, {}, _exchange(), _told).feed(event % said)
+    assert out.startswith(event[: event.index(b"{")])
+    error = json.loads(out[out.index(b"{") :])
+    assert (error.get("type") == "error") == (path == "/v1/messages")
+    assert error["error"]["code"] == 500
+    assert error["error"]["message"] == "the server failed on this request; its log has more under the request's id"
