@@ -36,6 +36,24 @@ def panel_queries() -> list[tuple[str, str]]:
     return [(panel["title"], filled(target["expr"])) for panel in panels() for target in panel["targets"]]
 
 
+def legends() -> list[tuple[str, set[str]]]:
+    """(query, labels that its legend names), of every query whose legend names some."""
+    found = ((t["expr"], set(re.findall(r"\{\{(\w+)\}\}", t["legendFormat"]))) for p in panels() for t in p["targets"])
+    return [(filled(query), labels) for query, labels in found if labels]
+
+
+def variable_queries() -> dict[str, tuple[str, str]]:
+    """(series, label) whose values a variable of the dashboard offers, by its name."""
+    asked = {v["name"]: filled(v["query"]["query"]) for v in DASHBOARD["templating"]["list"] if v["type"] == "query"}
+    return {name: _label_values(query) for name, query in asked.items()}
+
+
+def _label_values(query: str) -> tuple[str, str]:
+    found = re.fullmatch(r"label_values\((.*), (\w+)\)", query)
+    assert found is not None, query
+    return found[1], found[2]
+
+
 def filled(query: str) -> str:
     """A query as Grafana would send it."""
     for name, value in VARIABLES.items():

@@ -2,6 +2,7 @@
 meet where deploy/compose mounts them. Against a live server: tests/e2e/test_observability.py."""
 
 import json
+import re
 import shutil
 import subprocess
 from itertools import combinations
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.deploy.promql import DASHBOARD, ROOT, filled, names, panel_queries, panels
+from tests.deploy.promql import DASHBOARD, ROOT, filled, legends, names, panel_queries, panels, variable_queries
 
 GRAFANA = ROOT / "deploy" / "grafana"
+UNITS = {"short", "reqps", "percentunit", "s", "bytes"}  # ids that Grafana knows; others it prints behind the figure
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,54 @@ def test_no_panel_lies_on_another() -> None:
 
     places = {panel["title"]: panel["gridPos"] for panel in DASHBOARD["panels"]}
     assert not [(a, b) for a, b in combinations(places, 2) if overlap(places[a], places[b])]
-    assert all(place["x"] + place["w"] <= 24 for place in places.values())
+    assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places.values())
+    assert all(place["w"] >= 1 and place["h"] >= 1 for place in places.values())
+
+
+def test_rows_are_open_and_as_wide_as_the_page() -> None:
+    """A closed row holds its panels itself; those below an open one are beside it in the list."""
+    rows = [panel for panel in DASHBOARD["panels"] if panel["type"] == "row"]
+    assert len(rows) > 3
+    assert [row["title"] for row in rows if row["collapsed"] or row["panels"] or row["gridPos"]["w"] != 24] == []
+    tops = [panel["gridPos"]["y"] for panel in DASHBOARD["panels"]]
+    assert tops == sorted(tops)
+
+
+def test_every_variable_that_is_used_is_one() -> None:
+    used = set(re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD)))
+    known = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    assert used - known == {"__rate_interval", "__all"}  # Grafana's own
+    assert known - used == set()
+
+
+def test_panels_are_drawn_as_they_are_meant() -> None:
+    for panel in panels():
+        title, defaults = panel["title"], panel["fieldConfig"]["defaults"]
+        assert defaults["unit"] in UNITS, title
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]), title
+        if steps := defaults.get("thresholds", {}).get("steps"):
+            assert steps[0]["value"] is None, title  # the colour of what is below all
+            assert [s["value"] for s in steps[1:]] == sorted(s["value"] for s in steps[1:]), title
+        if panel["type"] == "heatmap":  # else buckets are taken for so many lines
+            assert {target["format"] for target in panel["targets"]} == {"heatmap"}, title
+    (versions,) = (panel for panel in panels() if panel["title"] == "Versions")
+    assert versions["options"]["textMode"] == "name"  # its value is the number of servers, its name what runs
+
+
+def test_what_a_legend_names_is_in_the_query() -> None:
+    """Where labels are summed up, by name; what a live server then answers: tests/e2e/test_observability.py."""
+    assert len(legends()) > 10
+    for query, labels in legends():
+        if groups := re.findall(r"\bby \(([^)]*)\)", query):
+            kept = set.intersection(*({name.strip() for name in group.split(",")} for group in groups))
+            assert labels <= kept, query
+
+
+def test_variables_offer_the_values_of_a_label_of_every_server() -> None:
+    assert variable_queries() == {
+        "job": ("rtap_build_info", "job"),
+        "instance": ('rtap_build_info{job=~".*"}', "instance"),
+    }
 
 
 def test_what_was_asked_for_is_on_it() -> None:

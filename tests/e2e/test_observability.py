@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.promql import RULES, names, panel_queries, rules
+from tests.deploy.promql import RULES, legends, names, panel_queries, rules, variable_queries
 from tests.e2e.conftest import Running, free_port, rtap_command, running
 from tests.e2e.otlp import Receiver, receiving
 
@@ -197,6 +197,11 @@ class Prometheus:
         found = self.ask("query", query=query)["result"]
         return [value for series in found if not math.isnan(value := float(series["value"][1]))]
 
+    def unlabelled(self, query: str, labels: set[str]) -> list[set[str]]:
+        """Which of ``labels`` each series that a query finds lacks; none where it lacks nothing."""
+        found = self.ask("query", query=query)["result"]
+        return [lacking for series in found if (lacking := labels - series["metric"].keys())]
+
 
 @pytest.fixture
 def prometheus(server, tmp_path) -> Iterator[Prometheus]:
@@ -251,6 +256,11 @@ def test_every_query_of_dashboard_and_rules_is_of_series_that_a_server_has(serve
     assert not missing
     empty = [title for title, query in panel_queries() if not prometheus.values(query)]
     assert not empty
+    assert {query: lacking for query, labels in legends() if (lacking := prometheus.unlabelled(query, labels))} == {}
+    target = server.url.removeprefix("http://")
+    for name, (series, label) in variable_queries().items():
+        offered = prometheus.ask(f"label/{label}/values", **{"match[]": series})
+        assert offered == [{"job": "rtap", "instance": target}[name]]
     unrecorded = [rule["record"] for rule in rules() if "record" in rule and not prometheus.values(rule["record"])]
     assert not unrecorded
     loaded = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
