@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from server.rtap.errors import ConfigError
 
@@ -18,6 +18,8 @@ class GeneratorConfig:
     Defaults are for models of billions of parameters on a GPU; R-TAP's where a field names it.
     """
 
+    # batch_rows too: what was sampled before is kept, so memory that ran out can be mended.
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"output", "threads", "batch_rows", "save_steps", "save_minutes"})
     policy: Path = _field(Path("policy"), "folder of the checkpoint that answers, as `rtap serve` loads it")
     questions: str = _field("", "JSONL file, hf:DATASET, or a mix of bundled tasks")
     output: Path = _field(Path("runs/generator"), "where the checkpoint is written")
@@ -34,6 +36,8 @@ class GeneratorConfig:
     validation_share: float = _field(0.2, "training questions kept for calibration and threshold")
     seed: int = _field(2, "seed of questions, sampling, the head and training order")
     threads: int = _field(1, "torch threads")
+    save_steps: int = _field(0, "steps between states to resume from (0: by minutes alone)")
+    save_minutes: float = _field(20.0, "minutes between them; a kill costs no more")
 
     def __post_init__(self) -> None:
         if not self.questions:
@@ -45,6 +49,8 @@ class GeneratorConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.samples < 2:
             raise ConfigError(f"samples={self.samples} must be at least 2: one answer has no contrast")
+        if self.save_steps < 0 or self.save_minutes <= 0:
+            raise ConfigError(f"save_steps={self.save_steps} must be >= 0, save_minutes={self.save_minutes} above 0")
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share={self.validation_share} must be between 0 and 1")
         if not 0 <= self.global_weight <= 1:

@@ -24,15 +24,17 @@ _FORMAT = 2
 Sample = Callable[[Sequence[int], int], list[Trajectory]]
 """(question indices, seed) -> their trajectories, those of one question side by side."""
 
+Make = Callable[[Sequence[int], int], list[str]]
+"""(question indices, seed) -> a line of JSON for each question."""
+
 
 def header(
     policy: Path, questions: Sequence[str], *, sampler: str, samples: int, max_cycles: int, seed: int
 ) -> dict[str, Any]:
     """What the samples depend on."""
-    weights = (policy / "model.safetensors").read_bytes()
     return {
         "format": _FORMAT,
-        "policy_sha256": hashlib.sha256(weights).hexdigest(),
+        "policy_sha256": _weights_sha256(policy),
         "sampler": sampler,
         "samples": samples,
         "max_cycles": max_cycles,
@@ -42,31 +44,52 @@ def header(
     }
 
 
+def _weights_sha256(policy: Path) -> str:
+    """Of all files of weights; those of a large model are many, and none is read whole."""
+    digest = hashlib.sha256()
+    for file in sorted(policy.glob("*.safetensors")) or sorted(policy.glob("*.bin")):
+        with file.open("rb") as weights:
+            while part := weights.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
+
+
 def read_or_sample(file: Path, first: dict[str, Any], sample: Sample) -> list[Trajectory]:
-    """All trajectories that ``first``, the header, tells of: those in ``file``, then the others, sampled and appended.
+    """All trajectories that ``first``, the header, tells of; see ``read_or_make``."""
+
+    def make(indices: Sequence[int], seed: int) -> list[str]:
+        fresh = sample(indices, seed)
+        return [_render(i, [t for t in fresh if t.question == i]) for i in indices]
+
+    return [t for line in read_or_make(file, first, make, chunk_rows=CHUNK_ROWS) for t in _parse(line)]
+
+
+def read_or_make(file: Path, first: dict[str, Any], make: Make, *, chunk_rows: int) -> list[str]:
+    """The line of every question that ``first``, the header, tells of: those in ``file``, then the others, made in
+    chunks of ``chunk_rows`` samples and appended.
 
     Raises TrainingError when the file cannot be written; what was sampled before stays there.
     """
-    count, chunk = first["questions"], max(1, CHUNK_ROWS // first["samples"])
+    count, chunk = first["questions"], max(1, chunk_rows // first["samples"])
     done = _read(file, first)
     whole = len(done) if len(done) == count else len(done) - len(done) % chunk  # a kill may have cut a chunk
-    trajectories = [t for line in done[:whole] for t in _parse(line)]
+    kept = done[:whole]
     if whole == count:
-        return trajectories
+        return kept
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in (json.dumps(first), *done[:whole])), "utf-8")
+        partial.write_text("".join(f"{line}\n" for line in (json.dumps(first), *kept)), "utf-8")
         partial.replace(file)
         for start in tqdm(range(whole, count, chunk), desc=f"sampling {file.stem}", unit="chunk"):
             indices = range(start, min(count, start + chunk))
-            fresh = sample(indices, Random(f"{first['seed']}:{start}").getrandbits(40))
+            fresh = make(indices, Random(f"{first['seed']}:{start}").getrandbits(40))
             with file.open("a", encoding="utf-8") as appended:
-                appended.write("".join(_render(i, [t for t in fresh if t.question == i]) for i in indices))
-            trajectories += fresh
+                appended.write("".join(f"{line}\n" for line in fresh))
+            kept += fresh
     except OSError as error:
         raise TrainingError(f"cannot write samples to {file}: {error}; those before are kept") from error
-    return trajectories
+    return kept
 
 
 def _read(file: Path, expected: dict[str, Any]) -> list[str]:
@@ -85,7 +108,7 @@ def _read(file: Path, expected: dict[str, Any]) -> list[str]:
 
 def _render(question: int, trajectories: Sequence[Trajectory]) -> str:
     cycles = [[[c.ids, c.answer, c.is_right] for c in t.cycles] for t in trajectories]
-    return json.dumps({"question": question, "prompt": trajectories[0].prompt, "samples": cycles}) + "\n"
+    return json.dumps({"question": question, "prompt": trajectories[0].prompt, "samples": cycles})
 
 
 def _parse(line: str) -> list[Trajectory]:

@@ -14,9 +14,11 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from server.rtap.errors import ConfigError
 from tests.training.rl.tiny import BUNDLED
 from training.__main__ import main
-from training.generator import _fresh, prompt_ids, write
+from training.generator import _batches, _fresh
 from training.generator_config import GeneratorConfig
+from training.generator_samples import prompt_ids, write
 from training.huggingface import load_tokenizer, save_checkpoint
+from training.rl.generator import LabelledCycle
 from training.rl.loading import Loaded, load_for_training
 from training.rl.lockstep import Request
 from training.rollout import encode_question
@@ -78,6 +80,7 @@ def test_a_head_of_one_label_on_the_body_and_a_pad_token_to_pool_by(llama: Path,
         ([], "questions is missing"),
         (["--questions", "countdown", "--samples", "1"], "must be at least 2"),
         (["--questions", "countdown", "--epochs", "0"], "epochs=0 must be at least 1"),
+        (["--questions", "countdown", "--save-minutes", "0"], "save_minutes=0.0 above 0"),
         (["--questions", "countdown", "--validation-share", "1"], "validation_share=1.0 must be between"),
         (["--questions", "nowhere/questions.jsonl"], "cannot read the question file"),
         (["--questions", "countdown", *SMALL], "nothing to tell apart"),  # random weights are never right
@@ -93,6 +96,16 @@ def test_what_cannot_work_is_one_sentence(
     assert len(told) == 1
     assert sentence in told[0]
     assert not output.exists()
+
+
+def test_a_question_without_contrast_is_in_no_step_where_it_weighs_nothing(llama: Path) -> None:
+    cycles = [LabelledCycle(q, (1,), right) for q, right in (("mixed", True), ("mixed", False), ("all right", True))]
+    alone = GeneratorConfig(policy=llama, questions="countdown", global_weight=0.0)
+    assert _batches(cycles, alone) == [cycles[:2], cycles[:2]]
+    weighed = GeneratorConfig(policy=llama, questions="countdown", questions_per_step=1, epochs=3)
+    assert [len(_batches(cycles, weighed)), len(_batches(cycles[:2], weighed))] == [6, 3]
+    with pytest.raises(ConfigError, match="no question has right and wrong answers; take more samples"):
+        _batches(cycles[2:], alone)
 
 
 def test_without_a_chat_template_nothing_says_how_it_is_asked(llama: Path, tmp_path: Path) -> None:

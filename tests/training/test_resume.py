@@ -1,4 +1,5 @@
-"""Killed at any instant and started again, ``sft`` and ``confidence`` end with the same curve and the same weights."""
+"""Killed at any instant and started again, ``sft``, ``confidence`` and ``generator`` end with the same curve and the
+same weights."""
 
 import json
 import os
@@ -84,6 +85,30 @@ def test_confidence_resumes_to_the_last_bit(tmp_path: Path) -> None:
     (run_dir(killed) / "samples.jsonl").write_bytes(sampled[: len(sampled) // 2])
     assert main(["confidence", *CONFIDENCE, f"--output={killed}"]) == 0
     assert_same_run(whole, killed)
+
+
+GENERATOR = [
+    f"--policy={BUNDLED_POLICY}", "--questions=countdown", "--num-questions=20", "--eval-questions=3", "--samples=3",
+    "--max-cycles=1", "--max-cycle-tokens=48", "--epochs=6", "--questions-per-step=4", "--learning-rate=1e-4",
+    "--save-steps=3",
+]  # fmt: skip
+
+
+def test_a_generator_for_a_users_model_resumes_to_the_last_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(["generator", *GENERATOR, f"--output={whole}"]) == 0
+    assert [line["step"] for line in curve(whole)] == [20, 24]
+    kill_after_a_state("generator", GENERATOR, killed)
+    assert main(["generator", *GENERATOR, f"--output={killed}", "--learning-rate=1e-3"]) == 2
+    assert "(learning_rate: 0.0001 then, 0.001 now)" in capsys.readouterr().err
+    file = run_dir(killed) / "samples-fitting.jsonl"
+    sampled = file.read_bytes()
+    file.write_bytes(sampled[: len(sampled) // 2])  # as if it had been killed while sampling too
+    assert main(["generator", *GENERATOR, f"--output={killed}"]) == 0
+    assert_same_run(whole, killed)
+    assert not list(run_dir(killed).glob("samples-*"))
 
 
 @pytest.fixture
