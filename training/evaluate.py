@@ -118,11 +118,10 @@ def _parser() -> argparse.ArgumentParser:
         text = f"one started with --confidence {rule}, for that rule"
         where.add_argument(f"--{rule}-server", metavar="URL", help=text)
     where.add_argument("--confidence-model", metavar="PATH", help="its confidence generator")
-    where.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="(default: OPENAI_API_KEY)")
+    where.add_argument("--api-key", default=os.environ.get("RTAP_API_KEY"), help="(default: RTAP_API_KEY)")
     what = parser.add_argument_group("what to ask")
-    what.add_argument(
-        "--questions", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL: question, answer"
-    )
+    told = "JSONL: question, answer (default: those of the bundled tasks)"
+    what.add_argument("--questions", type=Path, nargs="+", metavar="FILE", help=told)
     what.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each task")
     policies = f"some of {','.join(RULES)} (default: all but yesno)"
     what.add_argument("--policies", type=_list(_rule), metavar="LIST", help=policies)

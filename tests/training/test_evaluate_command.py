@@ -351,12 +351,22 @@ def test_a_server_without_a_generator_cannot_measure_the_confidence_rule(
 def test_a_key_is_sent_and_a_missing_one_is_named(
     fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("RTAP_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")  # not this server's to see
     fake.api_key = "secret"
     assert evaluate(fake, questions, "--policies", "single") == 2
-    assert "answers 401; give --api-key" in capsys.readouterr().err
+    assert "answers 401; put its key into RTAP_API_KEY" in capsys.readouterr().err
     assert evaluate(fake, questions, "--policies", "single", "--api-key=secret") == 0
+    monkeypatch.setenv("RTAP_API_KEY", "secret")
+    assert evaluate(fake, questions, "--policies", "single") == 0
     assert "secret" not in json.dumps(results_of(questions))
+
+
+def test_without_questions_the_bundled_ones_are_asked(fake: FakeServer, questions: Path) -> None:
+    output = str(questions.parent / "out")
+    assert main(["--server", fake.url, "--policies", "single", "--limit", "2", "--output", output]) == 0
+    asked = results_of(questions)["setting"]["questions"]
+    assert asked == {"arithmetic": 2, "countdown": 2, "knights": 2}
 
 
 def test_a_server_that_answers_nothing_ends_the_evaluation(

@@ -63,7 +63,7 @@ class RtapServer:
                 f"no server answers at {self._base_url} ({reason}); start one with `rtap serve`"
             ) from error
         if not response.is_success:
-            hint = "give --api-key" if response.status_code == 401 else "is this an rtap server?"
+            hint = "put its key into RTAP_API_KEY" if response.status_code == 401 else "is this an rtap server?"
             raise ConfigError(f"{self._base_url}{path} answers {response.status_code}; {hint}")
         return response.json()
 

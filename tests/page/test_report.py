@@ -1,0 +1,66 @@
+"""The report of `rtap eval` in a browser: no finding of axe, light and dark, at any width, and small enough to mail."""
+
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser
+
+from tests.page.browser import open_page, violations
+from training.evaluation.page import to_html
+from training.evaluation.questions import Question
+from training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+from training.evaluation.results import Results, task_results
+
+QUESTIONS = 500
+MOST_BYTES = 300_000
+TASKS = ("countdown", "arithmetic")
+SPECS = [
+    RunSpec("single"), *(RunSpec("confidence", threshold) for threshold in (0.5, 0.7, 0.9)), RunSpec("model"),
+    RunSpec("vote", samples=8),
+]  # fmt: skip
+
+
+def run(task: str, spec: RunSpec) -> Run:
+    """Two of three questions are answered right in the end; the confidence knows most of them."""
+    outcomes = []
+    for i in range(QUESTIONS):
+        right = i % 3 > 0
+        confidence = (0.6 if right else 0.1) + (i * 37 % 400) / 1000
+        cycle = CycleRecord(f"25*3+{i}" * 6, right, confidence, 30, 1, 60, 32)
+        cycles = (cycle,) * (spec.samples or 2)
+        outcomes.append(
+            Outcome(i, None, cycle.answer, right, "threshold", 30 * len(cycles), 99, 0.1, 0.1, None, cycles)
+        )
+    return Run(task, spec, tuple(outcomes), 60.0)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As long as one of two tasks with 500 questions each."""
+    asked = {t: [Question(f"make {i} from 3, 7, 25", "25*3+7", t) for i in range(QUESTIONS)] for t in TASKS}
+    tasks = [task_results(t, [run(t, s) for s in SPECS], asked[t], [2, 4, 8], budget=0.35) for t in TASKS]
+    setting = {
+        "command": f"rtap eval --questions {' '.join(TASKS)} --output {'x' * 200}",
+        "date": "2026-11-25T01:02:03",
+        "servers": {"generator": {"models": ["rtap"]}},
+    }
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    file.write_text(to_html(Results(setting, tuple(tasks))), "utf-8")
+    return file
+
+
+def test_it_is_small_enough_to_mail(report: Path) -> None:
+    assert report.stat().st_size < MOST_BYTES
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1200])
+def test_axe_finds_nothing_and_it_fits(browser: Browser, report: Path, scheme: str, width: int) -> None:
+    with open_page(browser, report.as_uri(), width=width, color_scheme=scheme) as page:
+        page.get_by_text("The whole setting").click()
+        assert violations(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        tables = page.get_by_role("region")
+        assert tables.count() == 6
+        wider = tables.evaluate_all("all => all.filter(t => t.scrollWidth > t.clientWidth).length")
+        assert (wider > 0) == (width == 320)  # which then scroll by themselves, by keyboard too
