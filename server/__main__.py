@@ -1,20 +1,24 @@
 """``rtap serve``: vLLM's own argument parser plus one R-TAP group, then the service until it is told to stop."""
 
+import errno
 import logging
 import os
+import re
 import socket
 import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 from server.doctor import engine_check, engine_package, has_nvidia_gpu
 from server.keys import KeyRing, load_keys
 from server.logs import announce, use_json
 from server.rtap.errors import ConfigError
+from server.rtap.hints import meant
 from server.settings import Settings, add_flags, load_settings
 
+_HELP = "`rtap serve --help=R-TAP` lists the flags of recursion, `--help=all` those of vLLM too"
 _BUNDLED = Path(__file__).resolve().parents[1] / "deploy" / "models"
 
 
@@ -36,10 +40,17 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+            hint = meant(unknown[1], self._option_string_actions) if unknown else ""
+            super().error(f"{message}{hint}; {_HELP}")
+
+    parser = Parser(
         prog="rtap serve",
         usage="rtap serve [MODEL] [--confidence-model PATH|URL] [R-TAP flags] [any vllm serve flag]",
         description="Serve a model that thinks in recursive Think–Answer cycles. Without MODEL: the bundled ones.",
+        epilog=_HELP,
     )
     make_arg_parser(parser)
     parser.set_defaults(model=None)
@@ -132,10 +143,8 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     args.host = args.host or "127.0.0.1"  # vLLM's default is every interface; here that is asked for, not given
     try:
         address, sock = setup_server(args, reuse_port=False)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port"
-        ) from error
+    except (OSError, OverflowError) as error:
+        raise ConfigError(_cannot_listen(args.host, args.port, error)) from error
     on_signals_leave()
     with sock:
         engine = engine_check(engine_package(), has_gpu=has_nvidia_gpu())
@@ -146,6 +155,15 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     if failure is not None:
         announce(f"{failure}; the server ends, to be started again", logging.ERROR)
     return 0 if failure is None else 1
+
+
+def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> str:
+    """Whether it is the address or the port that another has to be chosen for."""
+    if isinstance(error, OverflowError):
+        return f"cannot listen on port {port}: choose a --port from 0 to 65535"
+    is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+    other = "--host: 127.0.0.1 for this machine alone, 0.0.0.0 for all its addresses" if is_host else "--port"
+    return f"cannot listen on {host}:{port}: {error.strerror}; choose another {other}"
 
 
 async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str, keys: KeyRing) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 from server.keys import load_keys
-from server.rtap.artifact import read_artifact
+from server.rtap.artifact import is_classifier, read_artifact
 from server.rtap.errors import ConfigError
 from server.settings import load_settings
 
@@ -125,7 +125,9 @@ def settings_check(environ: Mapping[str, str]) -> Finding:
         settings = load_settings({}, environ)
         keys = load_keys(settings.api_keys_file, environ)
     except ConfigError as error:
-        return _finding("settings", "failed", str(error), "Mend or unset the variable; `rtap serve --help` lists all.")
+        return _finding(
+            "settings", "failed", str(error), "Mend or unset the variable; `rtap serve --help=R-TAP` lists all."
+        )
     given = sorted(name for name in environ if name.startswith("RTAP_"))
     access = "no API keys" if keys.is_empty else "API keys"
     return _finding("settings", "ok", f"{access}; {', '.join(given) or 'no RTAP_* variables'}")
@@ -145,6 +147,9 @@ def model_check(name: str, folder: Path, *, is_default: bool = False) -> Finding
     if broken:
         found = f"{folder}: {', '.join(broken)} is no whole weights file, but a pointer of Git LFS or cut short"
         return _finding(name, "failed", found, "Run `git lfs pull`, or copy the checkpoint again.")
+    if name == "model" and is_classifier(_json(folder / "config.json")):
+        todo = "Give the model that writes, and this one as --confidence-model."
+        return _finding(name, "failed", f"{folder} scores answers and writes none", todo)
     size = sum(file.stat().st_size for file in weights)
     return _finding(name, "ok", f"{folder} ({size / 2**20:,.1f} MiB)")
 
@@ -172,7 +177,7 @@ def generator_check(policy: Path, generator: Path) -> Finding:
     except (ConfigError, ValueError) as error:
         return _finding("generator", "failed", f"{generator}: {error}", "Train it again with `rtap train confidence`.")
     architectures = cast(list[str], config.get("architectures") or [])
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+    if not is_classifier(config):
         found = f"{generator} is no classifier: {', '.join(architectures) or 'of no architecture'}"
         return _finding("generator", "failed", found, "Give one that `rtap train confidence` has trained.")
     try:

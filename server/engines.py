@@ -40,10 +40,10 @@ from server.drain import Drain
 from server.feedback import Feedback
 from server.metrics import Metrics
 from server.plan import Plan
-from server.rtap.artifact import Artifact, read_artifact, read_artifact_file
+from server.rtap.artifact import Artifact, is_classifier, read_artifact, read_artifact_file
 from server.rtap.errors import ConfigError
 from server.rtap.format import TrajectoryFormat, format_from_config
-from server.rtap.lexicon import DEFAULT_PATH, OopsCounter, load_lexicon
+from server.rtap.lexicon import DEFAULT_PATH, Lexicon, OopsCounter, load_lexicon
 from server.rtap.types import Confidence
 from server.settings import Settings
 from server.supervision import Ward
@@ -124,6 +124,12 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     for adapter in args.lora_modules or ():
         check_folder(adapter.path, "auto", allows_pickles=allows_pickles, trusts_code=args.trust_remote_code)
     policy_config = _engine_config(policy_args, args.model, allows_pickles=allows_pickles)
+    if is_classifier(policy_config.model_config.hf_config.to_dict()):
+        raise ConfigError(
+            f"{args.model} scores answers and writes none: give the model that writes, and this one as "
+            "--confidence-model"
+        )
+    lexicon = load_lexicon(settings.oops_lexicon or DEFAULT_PATH)
     scorer_args = _scorer_args(args, settings) if settings.confidence_kind == "pooling" else None
     scorer_config = (
         None if scorer_args is None else _engine_config(scorer_args, scorer_args.model, allows_pickles=allows_pickles)
@@ -155,7 +161,7 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
         if confidence is not None and generator.fusion is not None:
             confidence = FusedConfidence(confidence, generator.fusion, policy, settings.confidence_timeout_seconds)
         wards = [Ward("policy", policy), *([] if scorer is None else [scorer])]
-        yield Engines(policy, _plan(settings, policy, fmt, confidence, generator), wards)
+        yield Engines(policy, _plan(settings, policy, fmt, confidence, generator, lexicon), wards)
     finally:
         for engine in (policy, await _loaded(scorer_task) if scorer is None else scorer.engine):
             if engine is not None:
@@ -253,7 +259,7 @@ def _artifact(settings: Settings, scorer: VllmConfig | None) -> Artifact:
 def _check_classifier(config: VllmConfig) -> Artifact:
     hf = config.model_config.hf_config
     architectures = list(getattr(hf, "architectures", None) or ())
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+    if not is_classifier(hf.to_dict()):
         raise ConfigError(
             f"{config.model_config.model} is no confidence generator: it is {architectures or 'of no architecture'}, "
             "and a …ForSequenceClassification checkpoint is needed (see `rtap train confidence`)"
@@ -301,14 +307,17 @@ def _rtap_block(config: VllmConfig) -> dict[str, Any] | None:
 
 
 def _plan(
-    settings: Settings, policy: AsyncLLM, fmt: TrajectoryFormat, confidence: Confidence | None, generator: Artifact
+    settings: Settings,
+    policy: AsyncLLM,
+    fmt: TrajectoryFormat,
+    confidence: Confidence | None,
+    generator: Artifact,
+    lexicon: Lexicon,
 ) -> Plan:
     metrics, feedback, drain = Metrics(REGISTRY), Feedback(generator.calibration.reference), Drain()
     metrics.build(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
     metrics.calibration(feedback)
     metrics.draining(drain)
-    lexicon = load_lexicon(settings.oops_lexicon or DEFAULT_PATH)
-
     tags = {tag: _encode(policy.renderer.tokenizer, tag) for tag in fmt.tags}
 
     def encode(text: str) -> list[int]:

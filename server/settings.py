@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from server.rtap.errors import ConfigError
+from server.rtap.hints import meant
 from server.rtap.types import Policy, Select
 
 ENV_PREFIX = "RTAP_"
@@ -205,7 +206,8 @@ def load_settings(args: Mapping[str, Any], environ: Mapping[str, str]) -> Settin
     unknown = sorted(k for k in environ if k.startswith(ENV_PREFIX) and k not in (*known, *SECRETS, *CLIENTS))
     if unknown:
         raise ConfigError(
-            f"unknown settings in the environment: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            f"unknown settings in the environment: {', '.join(f'{name}{meant(name, known)}' for name in unknown)}; "
+            "mend or unset them: `rtap serve --help=R-TAP` lists all"
         )
     given = {name: args[f"rtap_{name}"] for name in Settings.model_fields if args.get(f"rtap_{name}") is not None}
     if "confidence_engine_args" in given:

@@ -5,11 +5,13 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from server.rtap.errors import ConfigError, RtapError
+from server.rtap.hints import meant
 from training.config import (
     BUNDLED,
     ConfidenceConfig,
@@ -72,8 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     # A worker that spins between steps would take the cores from a server on the same machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    flags: dict[str, Any] = vars(_parser().parse_args(argv))
+    parser = _parser()
+    parsed, unknown = parser.parse_known_args(argv)
+    flags: dict[str, Any] = vars(parsed)
     command = flags.pop("command")
+    if unknown:
+        kinds: dict[str, type[Any]] = {name: kind for name, (_, kind, _) in STAGES.items()} | dict(CONFIGS)
+        known = [f"--{item.name.replace('_', '-')}" for item in fields(kinds[command])] if command in kinds else []
+        hint = meant(unknown[0].partition("=")[0], known)
+        parser.error(f"{command} knows no {' '.join(unknown)}{hint}; `rtap train {command} --help` lists its flags")
     try:
         _run(command, flags)
     except RtapError as error:

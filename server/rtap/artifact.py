@@ -78,6 +78,12 @@ def read_artifact_file(file: Path) -> Artifact:
     return read_artifact(cast(dict[str, Any], config))
 
 
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed ``config.json`` is that of a model which scores and writes nothing."""
+    architectures = cast(list[str], config.get("architectures") or [])
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
 def read_artifact(config: Mapping[str, Any]) -> Artifact:
     """The block of a parsed ``config.json``; empty for checkpoints that rtap did not train. Raises ConfigError."""
     try:

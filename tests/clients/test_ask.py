@@ -68,6 +68,30 @@ def test_a_dash_reads_the_question_from_stdin(told, monkeypatch):
         assert sent(fake)["messages"][0]["content"] == "what is\n2+2?\n"
 
 
+def test_a_question_needs_no_quotes(told):
+    with fake_server(MODELS, Answer(body=REPLY)) as fake:
+        assert told("make", "82", "from", "3,", "7,", "25", "--url", fake.url)[0] == 0
+        assert sent(fake)["messages"][0]["content"] == "make 82 from 3, 7, 25"
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RTAP_URL": "localhost:8000"}, "does not begin with http:// or https://; try --url http://localhost:8000"),
+        ({"RTAP_URL": "htp://host/v1"}, "does not begin with http:// or https://; try --url http://host/v1"),
+        ({"RTAP_API_KEY": "sk-1\n"}, "the key in RTAP_API_KEY has a line break or a letter that no key has"),
+        ({"RTAP_API_KEY": "sk–1"}, "the key in RTAP_API_KEY has a line break or a letter that no key has"),
+    ],
+)
+def test_what_no_request_could_be_made_with_is_a_usage_error(told, monkeypatch, variables, sentence):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = told("2+2")
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
 def test_an_empty_question_is_a_usage_error(told):
     assert told(" ") == (2, "", "rtap ask: the question is empty; give one, or - to read it from stdin\n")
 

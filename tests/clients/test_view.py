@@ -89,6 +89,17 @@ def test_a_finished_turn_shows_the_answer_and_why_it_stopped():
     assert "Ctrl-C" not in shown
 
 
+def test_a_vote_tells_of_samples_and_marks_all_that_agree_with_the_answer():
+    turn = Turn("vote", None, 8)
+    assert "sample 1 · vote · 1.0 s" in printed(render(turn, 1.0))
+    cycles = [{**CYCLE, "index": i, "answer": a, "accepted": i == 0} for i, a in enumerate(("4", "5", "4"))]
+    rtap = Trajectory.construct(**{**RTAP, "policy": "vote", "stop_reason": "vote", "cycles": cycles})
+    turn.observe(DoneEvent("id", "4", "stop", rtap, (rtap,), None))
+    shown = printed(render(turn, 0.5))
+    assert re.findall(r"^\d ([✓✗])", shown, re.MULTILINE) == ["✓", "✗", "✓"]
+    assert "majority of 3 samples · confidence 0.900 · " in shown
+
+
 def test_a_stopped_turn_and_one_without_an_answer_say_so():
     turn = Turn("model", None, 4, cycles=[cycle(0, None, None)], stopped=True)
     assert "stopped after 2.0 s" in printed(render(turn, 2.0))

@@ -155,14 +155,14 @@ def test_presets_come_from_the_servers_configuration(visit, server):
     page.get_by_role("button", name="As in the paper").click()
     ask(page)
     page.get_by_role("button", name="Server’s defaults").click()
-    page.get_by_role("button", name="Knights and knaves").click()
+    page.get_by_role("button", name="Countdown, harder").click()
     ask(page)
     assert [body["rtap"] for body in server.asked] == [
         {"threshold": 0.88, "max_cycles": 16, "return_cycles": True},
         {"policy": "model", "return_cycles": True},
         {"return_cycles": True},
     ]
-    assert server.asked[2]["messages"][0]["content"] == "knights A:B=L B:A=C C:A=T"
+    assert server.asked[2]["messages"][0]["content"] == "Make 264 with 24, 14, 25."
 
 
 def test_a_server_without_a_generator_offers_no_confidence(visit, server):

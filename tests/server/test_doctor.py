@@ -136,6 +136,14 @@ def test_a_generator_that_does_not_fit(copied):
     assert "the rtap block of config.json is wrong at threshold" in doctor.generator_check(POLICY, other)["found"]
 
 
+def test_a_generator_in_the_place_of_the_model():
+    found = doctor.model_check("model", GENERATOR)
+    assert (found["status"], found["todo"]) == (
+        "failed",
+        "Give the model that writes, and this one as --confidence-model.",
+    )
+
+
 def test_a_vocabulary_of_pieces_with_scores(tmp_path):
     tokenizer = {"model": {"vocab": [["a", 0.0], ["b", -1.0]]}, "added_tokens": [{"content": "<s>", "id": 2}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))

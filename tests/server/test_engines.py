@@ -31,6 +31,8 @@ async def _refusal(*flags: str) -> str:
     [
         (["/nowhere/model"], "no model at /nowhere/model: give a folder with a config.json"),
         ([POLICY, "--confidence-model", POLICY], "is no confidence generator"),
+        ([str(MODELS / "confidence")], "scores answers and writes none: give the model that writes"),
+        ([POLICY, "--oops-lexicon", "/nowhere"], "cannot read the Oops lexicon /nowhere"),
         ([POLICY, "--trajectory-format", "xml"], "unknown trajectory format 'xml'"),
         (
             [POLICY, "--confidence-model", str(MODELS / "confidence"), "--confidence-engine-args", '{"speed": 1}'],

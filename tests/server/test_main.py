@@ -16,7 +16,7 @@ from tests.documents import PAGES, commands
         (["--threshold", "2"], {}, "--threshold (or RTAP_THRESHOLD)='2'"),
         (["--policy", "confidence"], {}, "policy=confidence needs a generator"),
         (["--policy", "sure"], {}, "--policy (or RTAP_POLICY)='sure'"),
-        ([], {"RTAP_TRESHOLD": "1"}, "unknown settings in the environment: RTAP_TRESHOLD"),
+        ([], {"RTAP_TRESHOLD": "1"}, "in the environment: RTAP_TRESHOLD (did you mean RTAP_THRESHOLD?); mend or unset"),
         (["--confidence", "remote", "--confidence-model", "/m"], {}, "confidence=remote needs a http(s) address"),
         (["--api-server-count", "2"], {}, "rtap runs one API process"),
         (["--headless"], {}, "rtap runs one API process"),
@@ -36,6 +36,23 @@ def test_mistakes_are_one_sentence(flags, environ, sentence, monkeypatch, capsys
     assert "secret" not in lines[0]
 
 
+def test_a_flag_that_is_written_wrong_gets_the_right_one(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["some/model", "--treshold", "0.4"])
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert "unrecognized arguments: --treshold 0.4 (did you mean --threshold?); `rtap serve --help=R-TAP` lists" in told
+
+
+def test_help_says_how_to_see_the_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "`rtap serve --help=R-TAP` lists the flags of recursion" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        main(["--help=R-TAP"])
+    assert "--max-cycles VALUE" in capsys.readouterr().out
+
+
 def test_every_flag_of_the_documents_is_known():
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -44,7 +61,7 @@ def test_every_flag_of_the_documents_is_known():
     ours = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
     serving = [c.words for page in PAGES for c in commands(page) if "serve" in c.words and "rtap" in c.words]
     assert len(serving) > 5
-    assert {w for words in serving for w in words if w.startswith("--")} - ours - set(theirs) == set()
+    assert {w.partition("=")[0] for words in serving for w in words if w.startswith("--")} - ours - set(theirs) == set()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # vLLM does not close what cannot bind
@@ -56,3 +73,19 @@ def test_a_port_in_use_is_one_sentence(monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rtap serve: ")]
     expected = f"rtap serve: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port"
     assert lines == [expected]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--port", "80000"], "cannot listen on port 80000: choose a --port from 0 to 65535"),
+        (["--host", "192.0.2.1"], "Cannot assign requested address; choose another --host: 127.0.0.1 for this machine"),
+        (["--host", "no.such.host.invalid"], "; choose another --host: 127.0.0.1 for this machine"),
+    ],
+)
+def test_an_address_that_cannot_be_had_says_what_to_change(flags, sentence, monkeypatch, capsys):
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    assert main(flags) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("rtap serve: "))
+    assert sentence in line

@@ -41,7 +41,9 @@ def test_keys_have_a_variable_and_no_flag(monkeypatch):
 
 
 def test_an_unknown_variable_is_refused(monkeypatch):
-    with pytest.raises(ConfigError, match=r"unknown settings in the environment: RTAP_TRESHOLD; known: RTAP_"):
+    with pytest.raises(
+        ConfigError, match=r"RTAP_TRESHOLD \(did you mean RTAP_THRESHOLD\?\); mend or unset them: `rtap"
+    ):
         _load([], {"RTAP_TRESHOLD": "0.5"}, monkeypatch)
 
 

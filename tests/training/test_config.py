@@ -64,6 +64,23 @@ def test_errors_are_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.Cap
     assert "no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["sft", "--max-stesp=3"], "sft knows no --max-stesp=3 (did you mean --max-steps?); `rtap train sft --help`"),
+        (["rtap", "--zzz", "3"], "rtap knows no --zzz 3; `rtap train rtap --help` lists its flags"),
+        (["questions", "--zzz"], "questions knows no --zzz; `rtap train questions --help` lists its flags"),
+    ],
+)
+def test_a_flag_that_is_written_wrong_says_where_to_look(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_help_is_quick() -> None:
     started = perf_counter()
     done = subprocess.run([sys.executable, "-m", "training", "sft", "--help"], capture_output=True, text=True)

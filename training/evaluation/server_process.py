@@ -104,7 +104,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path,
 def _cause(log: Path) -> str:
     """The sentence of the log that says why: the server's own, else the first error raised, else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    own = [line for line in lines if line.startswith("rtap serve: ")]
+    own = [line for line in lines if re.match(r"rtap serve: (?!loading |ready at )", line)]
     # at the start of a line, or behind vLLM's log prefix
     raised = [found[1] for line in lines if (found := re.search(r"(?:^|\] )([A-Z]\w*(?:Error|Exception): .*)", line))]
     return next(iter([*own, *raised, *reversed(lines)]), "it wrote nothing")

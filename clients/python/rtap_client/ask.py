@@ -19,6 +19,7 @@ from rtap_client.connection import (
     connect,
     explain,
     is_terminal,
+    mistake,
     models,
     rtap_options,
     safe,
@@ -31,7 +32,11 @@ from rtap_client.types import ChatReply
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     args = _parser().parse_args(argv)
-    question = sys.stdin.read() if args.question == "-" else args.question
+    wrong = mistake(args)
+    if wrong is not None:
+        say("ask", wrong)
+        return USAGE
+    question = sys.stdin.read() if args.question == ["-"] else " ".join(args.question)
     if not question.strip():
         say("ask", "the question is empty; give one, or - to read it from stdin")
         return USAGE
@@ -79,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Ask a server one question; the answer goes to stdout, everything else to stderr.",
         epilog=f"The key, if the server wants one, is read from RTAP_API_KEY. {EXIT_CODES}",
     )
-    parser.add_argument("question", help="the question; - reads it from stdin")
+    parser.add_argument("question", nargs="+", help="the question, in quotes or not; - reads it from stdin")
     parser.add_argument("--json", action="store_true", help="print one JSON object: answer, rtap, usage, id")
     parser.add_argument("--cycles", action="store_true", help="also list the cycles, on stderr")
     add_connection_flags(parser)

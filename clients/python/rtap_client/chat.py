@@ -18,10 +18,12 @@ from rich.text import Text
 from rtap_client.client import RTAP
 from rtap_client.connection import (
     EXIT_CODES,
+    USAGE,
     add_connection_flags,
     add_request_flags,
     connect,
     explain,
+    mistake,
     root,
     rtap_options,
     safe,
@@ -108,6 +110,13 @@ class Chat:
         threshold = defaults.threshold if args.threshold is None else args.threshold
         return Turn(policy, threshold if policy == "confidence" else None, args.max_cycles or defaults.max_cycles)
 
+    @property
+    def how(self) -> str:
+        """Who decides when to stop, by the flags in force."""
+        turn = self._turn()
+        threshold = "" if turn.threshold is None else f", threshold {turn.threshold:.2f}"
+        return f"policy {turn.policy}{threshold}"
+
     def command(self, line: str) -> None:
         """One of HELP's, without its slash."""
         name, _, rest = line.partition(" ")
@@ -158,6 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_request_flags(parser)
     parser.add_argument("--forget", action="store_true", help="ask every question by itself, without those before it")
     args = parser.parse_args(argv)
+    wrong = mistake(args)
+    if wrong is not None:
+        say("chat", wrong)
+        return USAGE
     console = Console(highlight=False)
     with connect(args) as client:
         try:
@@ -168,8 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return failure.exit_code
         args.model = args.model or config.models[0]
         chat = Chat(client, args, config, console)
-        how = f"policy {config.defaults.policy}, threshold {config.defaults.threshold:.2f}"
-        console.print(Text(f"{args.model} at {root(client)} · {how} · /help for commands", style="dim"))
+        console.print(Text(f"{args.model} at {root(client)} · {chat.how} · /help for commands", style="dim"))
         _talk(chat)
     return 0
 

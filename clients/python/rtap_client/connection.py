@@ -71,6 +71,16 @@ def sampling_options(args: argparse.Namespace) -> Sampling:
     return cast(Sampling, {name: value for name, value in given.items() if value is not None})
 
 
+def mistake(args: argparse.Namespace) -> str | None:
+    """What no request could be made with: an address without its scheme, a key that no header can carry."""
+    url, key = args.url or os.environ.get("RTAP_URL"), os.environ.get("RTAP_API_KEY", "")
+    if url and not url.startswith(("http://", "https://")):
+        return f"the address {url} does not begin with http:// or https://; try --url http://{url.rpartition('://')[2]}"
+    if not (key.isascii() and key.isprintable()):
+        return "the key in RTAP_API_KEY has a line break or a letter that no key has; copy it again"
+    return None
+
+
 def connect(args: argparse.Namespace) -> RTAP:
     """A client for the parsed flags."""
     return RTAP(args.url, timeout=args.timeout, max_retries=args.retries)

@@ -5,7 +5,6 @@ Model text is never markup and never reaches the terminal with control character
 
 import difflib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Group, RenderableType
@@ -29,7 +28,7 @@ STOP_WORDS: dict[StopReason, str] = {
     "max_tokens": "out of tokens",
     "deadline": "out of time",
     "no_gain": "confidence rose no more",
-    "vote": "majority of samples",
+    "vote": "majority",
     "drained": "the server was stopping",
 }
 
@@ -48,6 +47,11 @@ class Turn:
     done: DoneEvent | None = None
     stopped: bool = False
     failed: bool = False
+
+    @property
+    def noun(self) -> str:
+        """What one of ``cycles`` is called."""
+        return "sample" if self.policy == "vote" else "cycle"
 
     def observe(self, event: Event) -> None:
         """Take in what the server says."""
@@ -72,10 +76,10 @@ def render(turn: Turn, seconds: float) -> RenderableType:
     """The whole turn. seconds: since the question was sent."""
     if turn.failed:
         return Text("")  # the error is told below
-    parts: list[RenderableType] = [_cycles(turn.cycles, turn.threshold)] if turn.cycles else []
+    parts: list[RenderableType] = [_cycles(turn)] if turn.cycles else []
     if turn.done is None and not turn.stopped:
         at_most = f" of at most {turn.max_cycles}" if turn.policy == "confidence" else ""
-        label = f"cycle {len(turn.cycles) + 1}{at_most} · {turn.policy} · {seconds:.1f} s · Ctrl-C stops"
+        label = f"{turn.noun} {len(turn.cycles) + 1}{at_most} · {turn.policy} · {seconds:.1f} s · Ctrl-C stops"
         return Group(*parts, Spinner("dots", Text(label, style="dim")), *_thought(turn))
     if turn.stopped:
         parts.append(Text(f"stopped after {seconds:.1f} s", style="yellow"))
@@ -91,7 +95,8 @@ def summary(turn: Turn, seconds: float) -> str:
     done, parts = turn.done, list[str]()
     rtap = None if done is None else done.rtap
     if rtap is not None:
-        parts.append(f"{STOP_WORDS.get(rtap.stop_reason, rtap.stop_reason)} after {count(len(rtap.cycles), 'cycle')}")
+        why, link = STOP_WORDS.get(rtap.stop_reason, rtap.stop_reason), "of" if rtap.stop_reason == "vote" else "after"
+        parts.append(f"{why} {link} {count(len(rtap.cycles), turn.noun)}")
         if rtap.confidence is not None:
             against = "" if turn.threshold is None else f" (threshold {turn.threshold:.2f})"
             parts.append(f"confidence {rtap.confidence:.3f}{against}")
@@ -138,18 +143,20 @@ def changes(before: str | None, after: str | None) -> Text:
     return text
 
 
-def _cycles(cycles: Sequence[Cycle], threshold: float | None) -> Table:
+def _cycles(turn: Turn) -> Table:
+    """Accepted is the cycle that was returned; of a vote, every sample that agrees with it."""
+    chosen = {cycle.answer for cycle in turn.cycles if cycle.accepted} if turn.policy == "vote" else set[str | None]()
     table = Table.grid(padding=(0, 1))
     for justify in ("right", "left", "left", "right", "right", "right"):
         table.add_column(justify=justify, no_wrap=True)
     table.add_column(overflow="fold")
     before: str | None = None
-    for cycle in cycles:
+    for cycle in turn.cycles:
         value = "  –  " if cycle.confidence is None else f"{cycle.confidence:.3f}"
         table.add_row(
             str(cycle.index + 1),
-            Text("✓", "bold green") if cycle.accepted else Text("✗", "red"),
-            bar(cycle.confidence, threshold),
+            Text("✓", "bold green") if cycle.accepted or cycle.answer in chosen else Text("✗", "red"),
+            bar(cycle.confidence, turn.threshold),
             value,
             Text(f"{cycle.tokens} tok", "dim"),
             Text(f"{cycle.seconds:.2f} s", "dim"),

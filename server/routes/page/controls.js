@@ -10,7 +10,6 @@ const TERSE = [
   ["Countdown", "make 82 from 3, 7, 25"],
   ["Countdown, harder", "Make 264 with 24, 14, 25."],
   ["Arithmetic", "What is 39 * 34 + 77?"],
-  ["Knights and knaves", "knights A:B=L B:A=C C:A=T"],
 ];
 const PROSE = [
   ["Countdown", "Using each of the numbers 3, 7 and 25 at most once, with + - * / and brackets, write an expression that equals 82."],

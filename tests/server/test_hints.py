@@ -1,0 +1,10 @@
+"""Names that were written wrong."""
+
+from server.rtap.hints import meant
+
+
+def test_what_is_like_it_is_meant_and_nothing_else():
+    known = ["--threshold", "--max-cycles"]
+    assert meant("--treshold", known) == " (did you mean --threshold?)"
+    assert meant("--verbose", known) == ""
+    assert meant("--verbose", []) == ""
