@@ -52,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rtap train", description="Train what rtap serves.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, kind, what) in STAGES.items():
-        add_flags(commands.add_parser(name, help=what), kind)
+        add_flags(commands.add_parser(name, help=what, allow_abbrev=False), kind)
     for name, kind in CONFIGS.items():
-        add_flags(commands.add_parser(name, help=(kind.__doc__ or "").splitlines()[0]), kind)
+        add_flags(commands.add_parser(name, help=(kind.__doc__ or "").splitlines()[0], allow_abbrev=False), kind)
     study = commands.add_parser("study", help="train and measure the runs of a suite over seeds, and tabulate them")
     study.add_argument("suite", type=Path, help="YAML file: title, seeds, baseline, common, runs, measure")
     study.add_argument("--output", type=Path, required=True, help="folder of results.json and results.md")

@@ -59,7 +59,9 @@ class SftConfig:
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE
-    output: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to write; replaced when complete"))
+    output: Path = field(
+        default=Path("runs/policy"), metadata=_help("where the checkpoint is written")
+    )
     initial: Path | None = field(default=None, metadata=_help("checkpoint to go on from, with its tokenizer and shape"))
     tokenizer: Path | None = field(
         default=None, metadata=_help("checkpoint whose tokenizer a fresh model gets, as a teacher's student needs")
@@ -175,7 +177,7 @@ class ConfidenceConfig:
 
     MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE | {"samples_file", "eval_samples"}
     policy: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to sample and to start from"))
-    output: Path = field(default=BUNDLED / "confidence", metadata=_help("where the checkpoint is written"))
+    output: Path = field(default=Path("runs/confidence"), metadata=_help("where the checkpoint is written"))
     samples_file: Path | None = field(default=None, metadata=_help("file that keeps the sampled cycles"))
     seed: int = field(default=2, metadata=_help("seed of questions, sampling and training order"))
     questions: int = field(default=2000, metadata=_help("training questions over all tasks"))

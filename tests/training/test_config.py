@@ -3,14 +3,17 @@
 import argparse
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import pytest
 
 from server.rtap.errors import ConfigError
-from training.__main__ import main
+from training.__main__ import STAGES, main
 from training.config import ConfidenceConfig, SftConfig, add_flags, build_config
+from training.rl.config import CONFIGS
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
@@ -67,7 +70,7 @@ def test_errors_are_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["sft", "--max-stesp=3"], "sft knows no --max-stesp=3 (did you mean --max-steps?); `rtap train sft --help`"),
+        (["sft", "--max-step=3"], "sft knows no --max-step=3 (did you mean --max-steps?); `rtap train sft --help`"),
         (["rtap", "--zzz", "3"], "rtap knows no --zzz 3; `rtap train rtap --help` lists its flags"),
         (["questions", "--zzz"], "questions knows no --zzz; `rtap train questions --help` lists its flags"),
     ],
@@ -79,6 +82,12 @@ def test_a_flag_that_is_written_wrong_says_where_to_look(
         main(words)
     assert left.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [*(kind for _, kind, _ in STAGES.values()), *CONFIGS.values()])
+def test_no_stage_writes_over_the_bundled_models_unless_told_to(kind: type[Any]) -> None:
+    (output,) = (field.default for field in fields(kind) if field.name == "output")
+    assert output.parts[0] == "runs"
 
 
 def test_help_is_quick() -> None:
