@@ -59,9 +59,7 @@ class SftConfig:
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE
-    output: Path = field(
-        default=Path("runs/policy"), metadata=_help("where the checkpoint is written")
-    )
+    output: Path = field(default=Path("runs/policy"), metadata=_help("where the checkpoint is written"))
     initial: Path | None = field(default=None, metadata=_help("checkpoint to go on from, with its tokenizer and shape"))
     tokenizer: Path | None = field(
         default=None, metadata=_help("checkpoint whose tokenizer a fresh model gets, as a teacher's student needs")
