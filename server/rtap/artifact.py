@@ -46,7 +46,7 @@ class Fusion(BaseModel):
 
     @staticmethod
     def features(probability: float, mean: float, smallest: float) -> tuple[float, float, float, float]:
-        """What the weights are of, in the order of the fields: all that training fits and the server computes."""
+        """What is weighed, in the order of the weights above; training fits them to it."""
         p = min(max(probability, CERTAIN), 1.0 - CERTAIN)
         return 1.0, math.log(p / (1.0 - p)), mean, smallest
 

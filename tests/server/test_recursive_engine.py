@@ -237,8 +237,6 @@ def test_what_cannot_recurse_is_a_400_before_anything_is_generated():
     llm = FakeLLM([])
     with pytest.raises(VLLMValidationError, match="prompt embeddings are not supported"):
         ask(build(llm), prompt={"prompt_embeds": object()})
-    with pytest.raises(VLLMValidationError, match="give the rtap options once"):
-        ask(build(llm), extra_args={"rtap_threshold": 0.9})
     assert not llm.calls
 
 
