@@ -122,7 +122,8 @@ class RecursiveEngine:
                 queue.put_nowait(None)
 
         tasks = [asyncio.create_task(run(choice)) for choice in range(call.params.n)]
-        running, final = len(tasks), list[CompletionOutput]()
+        running = unfinished = len(tasks)
+        final = list[CompletionOutput]()
         try:
             while running:
                 output = await queue.get()
@@ -136,7 +137,8 @@ class RecursiveEngine:
                         output.outputs = sorted(final, key=lambda o: o.index)
                         yield output
                 else:
-                    output.finished = output.finished and running == 1
+                    unfinished -= output.finished
+                    output.finished = not unfinished
                     yield output
         finally:
             for task in tasks:

@@ -171,6 +171,16 @@ async def test_choices_have_their_own_seeds_and_come_together():
     assert {call[1].seed for call in llm.calls} == {1, 2, 1 + 1_000_003, 2 + 1_000_003}
 
 
+async def test_of_choices_that_end_at_once_the_last_output_is_the_finished_one():
+    """Their last cycles were begun ahead, so none is over with its last output."""
+    llm = FakeLLM([WRONG, DOUBT])
+    scorer = Slow(lambda text: 0.9 if "82" in text else 0.1, llm=llm)
+    engine = build(llm, speculate_below=9, confidence=scorer)
+    outputs = await all_of(ask(engine, n=3, output_kind=RequestOutputKind.DELTA)[0])
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    assert sorted(o.outputs[0].index for o in outputs if o.outputs[0].finish_reason) == [0, 1, 2]
+
+
 async def test_patience_ends_a_request_whose_confidence_does_not_rise():
     llm = FakeLLM([WRONG, WRONG.removeprefix("<think>"), DOUBT])
     stream, exchange = ask(build(llm), rtap={"patience": 1})
