@@ -45,7 +45,9 @@ async def serve_app(
     admission: Admission,
     supervisor: Supervisor,
 ) -> str | None:
-    """Serve until a signal and the drain after it are over. Result: why the server could not go on, else None."""
+    """Serve until a signal and the drain after it are over. Result: why the server could not go on, else None.
+
+    Raises what the web server or the supervisor raised, after the drain."""
     server = NoSignalServer(_config(app, args, heads))
     app.state.server = server  # vLLM's error handlers end it when the engine is dead
     refresher = _ssl_refresher(args, server.config)
@@ -66,6 +68,9 @@ async def serve_app(
         await asyncio.gather(serving, watching, *waits, return_exceptions=True)
         if refresher is not None:
             refresher.stop()
+    for task in (serving, watching):
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
     return None if told.is_set() else supervisor.failure or "the web server stopped by itself"
 
 
