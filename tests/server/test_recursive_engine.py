@@ -1,6 +1,7 @@
 """RecursiveEngine over a scripted AsyncLLM: what each cycle is asked for, and how the engine's ways out end."""
 
 import asyncio
+import gc
 import time
 import weakref
 from collections.abc import AsyncGenerator
@@ -308,6 +309,26 @@ async def test_a_long_thought_does_not_keep_what_the_engine_told_of_each_token()
         most = max(most, sum(ref() is not None for ref in told))
     assert len(told) > 1000
     assert most < 10
+
+
+async def test_nothing_of_a_request_waits_for_the_garbage_collector():
+    """Not what was written ahead for nothing either: a server collects seldom, because most of its objects stay."""
+    llm = FakeLLM([DOUBT, WRONG], seconds=0.05)
+    engine = build(llm, speculate_below=9, confidence=(scorer := Slow(lambda _: 0.9, llm=llm)))
+    gc.collect()
+    gc.disable()
+    try:
+        await all_of(ask(engine)[0])
+        await all_of(ask(engine, n=2)[0])
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found = {type(thing) for thing in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert scorer.begun[0] == 2  # the second was on its way at the verdict on the first
+    assert not {kind for kind in found if kind.__module__.startswith("server.")}
 
 
 async def test_a_key_pays_for_what_was_sampled_and_read_even_when_its_client_leaves():
