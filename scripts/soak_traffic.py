@@ -26,13 +26,9 @@ CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
 ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 _MOST_TOKENS = 160
 _LEAVE_SECONDS, _SHORT_SECONDS = 0.5, 0.03  # how long one who leaves stays at most
-# Seconds of work with and without a generator.
-_ENDLESS: Mapping[str, Any] = {
-    "ignore_eos": True,
-    "min_tokens": 900,
-    "max_tokens": 900,
-    "rtap": {"policy": "confidence", "threshold": 1.0, "max_cycles": 16},
-}
+# Seconds of work with and without a generator; and what comes near where there are no such fields.
+_LONG: Mapping[str, Any] = {"rtap": {"policy": "confidence", "threshold": 1.0, "max_cycles": 16}}
+_ENDLESS: Mapping[str, Any] = {**_LONG, "ignore_eos": True, "min_tokens": 900, "max_tokens": 900}
 _BAD: Sequence[tuple[str, bytes, int, str]] = (  # path, body, status, and the reason that it is counted under
     (CHAT, b"{", 400, "invalid"),
     (MESSAGES, b"[" * 5000, 400, "invalid"),
@@ -171,11 +167,12 @@ class _Client:
             assert status == 413, "the connection broke"  # the server need not wait for all that it will not read
 
     async def leave(self) -> None:
-        """Away before the reply, or in the midst of a stream; where an endpoint has no way to ask for long work, before
-        a first cycle can have been written."""
+        """Away before the reply, or in the midst of a stream; where an endpoint has no way to ask for endless work,
+        before a first cycle can have been written."""
         path = self.chance.choice(ENDPOINTS)
         is_long = path in (CHAT, COMPLETIONS)
-        body = self.body(path, stream=self.chance.random() < 0.5, **(_ENDLESS if is_long else {}))
+        more = _ENDLESS if is_long else {**_LONG, "max_output_tokens" if path == RESPONSES else "max_tokens": 900}
+        body = self.body(path, stream=self.chance.random() < 0.5) | more
         self.tally.left += 1
         try:
             async with asyncio.timeout(self.chance.uniform(0, _LEAVE_SECONDS if is_long else _SHORT_SECONDS)):

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -152,13 +153,20 @@ def test_ask_prints_the_answer_and_names_the_models(server):
     assert wrong.stderr.count("\n") == 1
 
 
+def _take_terminal() -> None:
+    """In the child: its terminal is the one whose Ctrl-C it gets, also where whoever runs the tests ignores that signal
+    (a shell's background jobs do)."""
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_chat_shows_cycles_and_ctrl_c_stops_the_server(server):
     abandoned = Abandoned(server)
     terminal, its_side = pty.openpty()
     process = subprocess.Popen(
         command("chat", "--threshold", "1", "--max-cycles", "16", "--seed", "9"),
         stdin=its_side, stdout=its_side, stderr=its_side, env=environment(server), start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # the terminal whose Ctrl-C it gets
+        preexec_fn=_take_terminal,
     )  # fmt: skip
     os.close(its_side)
     screen = ""
