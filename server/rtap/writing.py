@@ -109,6 +109,7 @@ class Writing:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None  # it keeps its error, that its frames, and these this object
         await self._steps.aclose()
         return len(self.draft.token_ids) - len(self.draft.opening)
 
