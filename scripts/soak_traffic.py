@@ -172,7 +172,7 @@ class _Client:
         path = self.chance.choice(ENDPOINTS)
         is_long = path in (CHAT, COMPLETIONS)
         more = _ENDLESS if is_long else {**_LONG, "max_output_tokens" if path == RESPONSES else "max_tokens": 900}
-        body = self.body(path, stream=self.chance.random() < 0.5) | more
+        body = self.body(path, stream=self.chance.random() < 0.5, **more)
         self.tally.left += 1
         try:
             async with asyncio.timeout(self.chance.uniform(0, _LEAVE_SECONDS if is_long else _SHORT_SECONDS)):

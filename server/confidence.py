@@ -115,9 +115,12 @@ class RemoteConfidence:
         _refuse_images(judged)
         token_ids = [*judged.question_token_ids, *judged.cycle_token_ids]
         try:
-            async with asyncio.timeout(self._timeout_seconds):  # httpx's own timeout is a read, not the whole
+            async with asyncio.timeout(self._timeout_seconds):  # httpx's own are of single reads, and shorter
                 reply = await self._client.post(
-                    f"{self._address}/classify", json={"input": [token_ids]}, headers=_trace_headers(judged.request)
+                    f"{self._address}/classify",
+                    json={"input": [token_ids]},
+                    headers=_trace_headers(judged.request),
+                    timeout=None,
                 )
             reply.raise_for_status()
             probability = float(reply.json()["data"][0]["probs"][-1])

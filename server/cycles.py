@@ -55,6 +55,7 @@ class Cycles:
         self._cutoff, self._spans = cutoff, spans
         self._aborts: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
+        self._ends = plan.cycle_end_ids
         self.end_of_turn_ids = plan.end_of_turn_ids
 
     def encode(self, text: str) -> list[int]:
@@ -87,7 +88,7 @@ class Cycles:
             self._live.discard(name)
 
     def _step(self, output: RequestOutput, part: CompletionOutput) -> Step:
-        ends, closing = self._plan.cycle_end_ids, self._plan.format.answer_close
+        ends, closing = self._ends, self._plan.format.answer_close
         cycle_ended = part.stop_reason in ends or (not ends and part.stop_reason == closing is not None)
         is_hidden = cycle_ended and not self._call.params.include_stop_str_in_output
         return Step(
@@ -123,7 +124,7 @@ class Cycles:
 
     def _params(self, index: int, max_tokens: int | None, *, is_continued: bool, may_be_cut: bool) -> SamplingParams:
         """The request's sampling parameters for one cycle: its own seed, the rest of the budget, the format's end."""
-        call, ends = self._call, self._plan.cycle_end_ids
+        call, ends = self._call, self._ends
         params = copy.copy(call.params)
         params.n, params.max_tokens = 1, max_tokens
         params.skip_clone = False  # this copy shares what AsyncLLM may change

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, contextmanager
+from contextvars import Context
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -35,7 +36,8 @@ _BROKEN = (
     b'"finish_reason":"abort"',
     b'"finish_reason":"error"',
 )
-_MESSAGE_BYTES = 128  # of a kept message, besides its body
+_MESSAGE_BYTES = 256  # of a kept message, besides its body
+_LEAST_SECONDS = 1.0  # between two looks for what is too old
 
 Name = tuple[bytes, bytes]
 
@@ -155,12 +157,17 @@ class Store:
         while self._runs and (len(self._runs) > self.results or held > self.size):
             held -= self._runs.popitem(last=False)[1].size
 
+    def seconds_left(self) -> float:
+        """Until the oldest run is too old."""
+        return next(iter(self._runs.values())).began + self.seconds - self.clock()
+
 
 class Idempotency:
     """Around every POST that has the header."""
 
     def __init__(self, app: ASGIApp, *, store: Store, metrics: Metrics) -> None:
         self._app, self._store, self._metrics = app, store, metrics
+        self._forgetting: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = [v for k, v in scope["headers"] if k == _HEADER] if scope["type"] == "http" else []
@@ -198,7 +205,7 @@ class Idempotency:
                 await self._app(scope, replay(body_of(scope).raw, leave), add)
             finally:
                 run.end()
-                self._store.tidy()
+                self._forget()
 
         writing = asyncio.create_task(write())
         try:
@@ -207,6 +214,17 @@ class Idempotency:
         finally:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
+
+    def _forget(self) -> None:
+        """What is kept goes when its time is over, also where nobody asks any more."""
+        self._store.tidy()
+        if self._forgetting is not None:
+            self._forgetting.cancel()
+            self._forgetting = None
+        if len(self._store):
+            # In a context of its own: that of the request would be kept as long, and all that it knows of it.
+            wait, loop = max(_LEAST_SECONDS, self._store.seconds_left()), asyncio.get_running_loop()
+            self._forgetting = loop.call_later(wait, self._forget, context=Context())
 
     async def _join(self, run: Run, scope: Scope, receive: Receive, send: Send) -> None:
         if not await _tell(run, receive, send, _REPLAYED):

@@ -23,7 +23,9 @@ _GAIN = (-1, -0.5, -0.25, -0.1, -0.01, 0, 0.01, 0.1, 0.25, 0.5, 1)
 class Metrics:
     """All series on one registry."""
 
-    REJECTED = ("overloaded", "body_too_large", "invalid", "unauthorized", "key_limit", "draining", "unknown")
+    REJECTED = (
+        "overloaded", "body_too_large", "invalid", "unauthorized", "key_limit", "draining", "unknown", "conflict"
+    )  # fmt: skip
     DEGRADED = ("error", "timeout", "too_long", "image", "no_logprobs", "restarting")
     ABANDONED = "abandoned"  # the stop reason of a request whose client left or whose engine failed
 

@@ -24,7 +24,7 @@ from server.rtap.errors import InvalidRequest, Overloaded, RtapError, UnknownReq
 from server.rtap.types import Policy
 from server.settings import Settings
 from server.stream import EventStream, Told, annotate_reply
-from server.wire import Exchange, RtapOptions, begin_exchange, effort_of, parse_options, prefix_of, tokens_of
+from server.wire import Exchange, RtapOptions, begin_exchange, effort_of, options_of, prefix_of, tokens_of
 
 _Prepared = tuple[AbstractContextManager[None], Receive, Send]
 
@@ -86,11 +86,12 @@ class RecursionMiddleware:
                 "a response in the background would be outside this server's limits; leave out background",
                 param="background",
             )
-        options = parse_options(request.pop("rtap"), self._settings) if "rtap" in request else None
+        options = options_of(request, self._settings)
         owned = _owned(request) if path == RESPONSES_PATH else {}
-        if owned or "rtap" in given.fields:
+        if owned or "rtap" in request:
             request |= owned
-            body = msgspec.json.encode(request)  # without our field, which vLLM does not know
+            request.pop("rtap", None)  # vLLM does not know it
+            body = msgspec.json.encode(request)
         model, owner = request.get("model"), current_owner()
         exchange = Exchange(
             options, effort_of(request), prefix_of(path, request), model if isinstance(model, str) else ""

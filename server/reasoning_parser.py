@@ -60,12 +60,10 @@ class RecursiveReasoningParser(ReasoningParser):
         self._ended = self._ended or bool(mark)
         if not reasoning and not content:
             return None
-        message = DeltaMessage()
-        if reasoning:
-            message.reasoning = reasoning
-        if content:
-            message.content = content
-        return message
+        # A field that is set to nothing would be sent as null.
+        if not content:
+            return DeltaMessage(reasoning=reasoning)
+        return DeltaMessage(reasoning=reasoning, content=content) if reasoning else DeltaMessage(content=content)
 
     def finish_streaming(self) -> DeltaMessage | None:
         """Nothing is ever held back."""

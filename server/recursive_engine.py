@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
@@ -24,10 +24,7 @@ from server.rtap.errors import InvalidRequest
 from server.rtap.probing import Probing
 from server.rtap.recursion import CycleEvent, FinalEvent, Recursion
 from server.rtap.types import Engine, Policy, Trajectory
-from server.wire import Exchange, RtapOptions, current_exchange, options_from_xargs, resolve_limits
-
-if TYPE_CHECKING:
-    pass
+from server.wire import Exchange, RtapOptions, current_exchange, resolve_limits
 
 
 class RecursiveEngine:
@@ -70,11 +67,8 @@ class RecursiveEngine:
     ) -> Call:
         if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
             raise InvalidRequest("recursion continues on token ids; prompt embeddings are not supported here")
-        by_xargs = options_from_xargs(params.extra_args, self._plan.settings)
-        if by_xargs is not None and exchange.options is not None:
-            raise InvalidRequest("give the rtap options once: as 'rtap' or as 'vllm_xargs'", param="rtap")
         limits = resolve_limits(
-            by_xargs or exchange.options or RtapOptions(),
+            exchange.options or RtapOptions(),
             self._plan.settings,
             self._plan.generator,
             has_confidence=self._plan.confidence is not None,
@@ -128,7 +122,8 @@ class RecursiveEngine:
                 queue.put_nowait(None)
 
         tasks = [asyncio.create_task(run(choice)) for choice in range(call.params.n)]
-        running, final = len(tasks), list[CompletionOutput]()
+        running = unfinished = len(tasks)
+        final = list[CompletionOutput]()
         try:
             while running:
                 output = await queue.get()
@@ -142,7 +137,8 @@ class RecursiveEngine:
                         output.outputs = sorted(final, key=lambda o: o.index)
                         yield output
                 else:
-                    output.finished = output.finished and running == 1
+                    unfinished -= output.finished
+                    output.finished = not unfinished
                     yield output
         finally:
             for task in tasks:

@@ -3,6 +3,7 @@
 Streams stay ordinary OpenAI chunks. Only events that need a change are decoded; content deltas pass as bytes.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -19,13 +20,15 @@ _CHAT, _COMPLETIONS, _RESPONSES, _MESSAGES = (
     "/v1/responses",
     "/v1/messages",
 )
-# What an event must contain to be worth decoding: reasoning to name twice, a finish or usage to complete.
-_MARKERS: Mapping[str, tuple[bytes, ...]] = {
-    _CHAT: (b'"reasoning":', b'"finish_reason":"', b'"usage":{'),
-    _COMPLETIONS: (b'"finish_reason":"', b'"usage":{'),
-    _RESPONSES: (b'"response.completed"', b'"response.incomplete"'),
-    _MESSAGES: (b'"message_start"', b'"message_delta"'),
+# What an event must contain to be worth decoding: a finish or usage to complete.
+_MARKERS: Mapping[str, re.Pattern[bytes]] = {
+    _CHAT: re.compile(b'"finish_reason":"|"usage":{'),
+    _COMPLETIONS: re.compile(b'"finish_reason":"|"usage":{'),
+    _RESPONSES: re.compile(b'"response.(?:completed|incomplete)"'),
+    _MESSAGES: re.compile(b'"message_(?:start|delta)"'),
 }
+# Nothing that a model writes looks like this: within a JSON string the quotes are escaped.
+_REASONING = re.compile(rb'"reasoning":("[^"\\]*(?:\\.[^"\\]*)*")')
 Told = Callable[[str], None]
 """Called with a reply's id when its trajectories are told, before the bytes that tell them are sent."""
 
@@ -68,6 +71,8 @@ class EventStream:
 
     def feed(self, data: bytes) -> bytes:
         """Events that are complete with ``data``, rewritten; cycle events that happened before them first."""
+        if not self._held and 0 < data.find(b"\n\n") == len(data) - 2:
+            return self._event(data[:-2])  # as nearly all come: one, whole
         looked_at = max(0, len(self._held) - 1)  # up to here no event ends
         self._held += data
         end = self._held.rfind(b"\n\n", looked_at)
@@ -83,8 +88,12 @@ class EventStream:
             event = _DATA + shaped_event(event[len(_DATA) :])
         elif event.startswith(_NAMED_ERROR):
             event = _NAMED_ERROR + shaped_event(event[len(_NAMED_ERROR) :])
-        elif event != _DONE and any(marker in event for marker in self._markers):
+        elif event != _DONE and self._markers.search(event):
             event = self._rewrite(event)
+        elif self._path == _CHAT:  # most of all events: their reasoning is named twice without being decoded
+            said = _REASONING.search(event)
+            if said is not None:
+                event = event[: said.end()] + b',"reasoning_content":' + said[1] + event[said.end() :]
         return cycles + event + b"\n\n"
 
     def _rewrite(self, event: bytes) -> bytes:

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -19,7 +20,6 @@ from server.vitals import Verdict, Vitals, family, look
 
 _LOOK_SECONDS = 0.5
 _BACK_OFF_SECONDS = (1.0, 60.0)  # between attempts to start an engine: the first, and at most
-_RELEASE_SECONDS = 5.0
 Load = Callable[[], AsyncLLM]
 
 
@@ -95,12 +95,12 @@ class Supervisor:
 
 async def _release(engine: AsyncLLM) -> None:
     """Give back the threads and files of an engine that was shut down: vLLM leaves those of its ZeroMQ context to the
-    end of the process."""
+    end of the process. The end of a context waits for its sockets, so nothing waits for it, the process's end neither.
+    """
     await asyncio.sleep(0)  # its sockets are closed by what its shutdown has put on the loop
     context: zmq.Context[Any] | None = getattr(getattr(engine.engine_core, "resources"), "ctx", None)  # noqa: B009
     if context is not None:
-        with suppress(TimeoutError):  # the end of a context waits for its sockets
-            await asyncio.wait_for(asyncio.to_thread(context.term), _RELEASE_SECONDS)
+        Thread(target=context.term, daemon=True).start()
 
 
 def _processes(engine: AsyncLLM) -> list[psutil.Process]:

@@ -4,6 +4,7 @@ The verdict is a pure function of what was seen; looking at processes is a few c
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -56,9 +57,13 @@ class Vitals:
 
 
 def family(pids: Iterable[int]) -> list[psutil.Process]:
-    """The processes of an engine: those of ``pids`` and the workers that they have started."""
-    parents = [psutil.Process(pid) for pid in pids]
-    return [*parents, *(child for parent in parents for child in parent.children(recursive=True))]
+    """The processes of an engine: those of ``pids`` and the workers that they have started, without what is gone."""
+    found = list[psutil.Process]()
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(pid)
+            found += [parent, *parent.children(recursive=True)]
+    return found
 
 
 def look(processes: Sequence[psutil.Process], *, is_alive: bool, is_busy: bool) -> Sign:

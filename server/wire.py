@@ -148,10 +148,19 @@ def prefix_of(path: str, request: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def options_from_xargs(extra_args: Mapping[str, Any] | None, settings: Settings) -> RtapOptions | None:
-    """Options that came as ``vllm_xargs`` entries named ``rtap_<field>``; None when there is none."""
-    found = {k.removeprefix(XARGS_PREFIX): v for k, v in (extra_args or {}).items() if k.startswith(XARGS_PREFIX)}
-    return parse_options(found, settings, where="vllm_xargs.rtap_*") if found else None
+def options_of(request: Mapping[str, Any], settings: Settings) -> RtapOptions | None:
+    """The options of a request, its ``rtap`` field or ``vllm_xargs`` entries named ``rtap_<field>``; None where it has
+    neither. Nothing else reads them.
+
+    Raises InvalidRequest for wrong ones, and for both at once."""
+    xargs: Any = request.get("vllm_xargs")
+    entries = cast(dict[str, Any], xargs) if isinstance(xargs, dict) else {}
+    by_xargs = {k.removeprefix(XARGS_PREFIX): v for k, v in entries.items() if k.startswith(XARGS_PREFIX)}
+    if by_xargs and "rtap" in request:
+        raise InvalidRequest("give the rtap options once: as 'rtap' or as 'vllm_xargs'", param="rtap")
+    if by_xargs:
+        return parse_options(by_xargs, settings, where="vllm_xargs.rtap_*")
+    return parse_options(request["rtap"], settings) if "rtap" in request else None
 
 
 def lax_int(value: Any) -> int | None:
@@ -166,9 +175,7 @@ def tokens_of(
     request: Mapping[str, Any], options: RtapOptions | None, settings: Settings, *, max_model_len: int
 ) -> int:
     """How many tokens a request to any of the four endpoints may write: its max_tokens (else the model's length, in
-    tokens) for each sample of each choice of each prompt. Wrong types are vLLM's to refuse.
-
-    Raises InvalidRequest for wrong options in ``vllm_xargs``."""
+    tokens) for each sample of each choice of each prompt. Wrong types are vLLM's to refuse."""
 
     def count(name: str) -> int | None:
         value = lax_int(request.get(name))
@@ -176,9 +183,7 @@ def tokens_of(
 
     names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
     given = next((tokens for name in names if (tokens := count(name)) is not None), max_model_len)
-    xargs: Any = request.get("vllm_xargs")
-    by_xargs = options_from_xargs(cast(dict[str, Any], xargs), settings) if isinstance(xargs, dict) else None
-    options = by_xargs or options or RtapOptions()
+    options = options or RtapOptions()
     is_vote = (options.policy or settings.policy) is Policy.VOTE
     samples = (options.samples or settings.samples) if is_vote else 1
     prompt: Any = request.get("prompt")

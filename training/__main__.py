@@ -103,7 +103,7 @@ def _run(command: str, flags: dict[str, Any]) -> None:
         case "study":
             from training import study
 
-            study.run(flags["suite"], flags["output"])
+            study.run(flags["suite"], flags["output"], _train)
         case "pipeline":
             from training import pipeline
 

@@ -5,29 +5,22 @@ next cycle. Here the wrong cycles are those it samples itself on training questi
 each is a right working of the task. Its own right cycles are kept in, so that nothing else changes.
 """
 
-import json
-import sys
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from server.rtap.errors import ConfigError
 from server.rtap.format import RTAP
-from training.checkpoint import manifest, sha256
-from training.config import CorrectConfig, run_dir
+from training.config import CorrectConfig
 from training.data import Encoded
-from training.held_out import Turns, show_held_out
 from training.huggingface import encode_text, load_policy
-from training.own_cycles import Asked, build_sampler, clean_up, sample_training, training_problems
+from training.own_cycles import Asked, sampled_turns
 from training.rollout import Trajectory
-from training.rows import train_on_rows
-from training.runs import States, check_resumable, plain
+from training.rows import Lesson, learn
+from training.runs import check_resumable
 from training.runtime import configure_torch
-from training.sft import held_out_figures, save, write_held_out
 from training.tasks.base import Problem
 from training.tasks.trajectory import CONFIRMATIONS, TURN_END, cycle_segments
 from training.tokenizer import token_id
@@ -42,6 +35,13 @@ class Rows:
     kept: list[Encoded]
     confirmed: list[Encoded]
 
+    def draw(self, config: CorrectConfig, rng: Random) -> list[Encoded]:
+        """Those of an epoch: all that is mended, and a fresh share of the rest."""
+        drawn = list(self.mended)
+        for part, share in ((self.kept, config.kept_share), (self.confirmed, config.confirmed_share)):
+            drawn += rng.sample(part, min(len(part), round(share * len(self.mended))))
+        return drawn
+
 
 def run(config: CorrectConfig) -> None:
     """Sample, train, evaluate on held-out questions before and after, save, and print the figures.
@@ -51,33 +51,18 @@ def run(config: CorrectConfig) -> None:
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
     asked = Asked(*load_policy(config.policy), config)
-    problems, questions = training_problems(config)
-    with closing(build_sampler(asked)) as sampler:
-        sampled = sample_training(asked, sampler, questions)
+    problems, sampled = sampled_turns(asked)
     rows = build_rows(asked.tokenizer, problems, sampled, Random(f"{config.seed}:rows"))
     if not rows.mended:
         raise ConfigError(
-            f"{config.policy} answered {len(questions)} questions without a fault to correct; take more, or harder ones"
+            f"{config.policy} answered {config.questions} questions without a fault to correct; "
+            "take more, or harder ones"
         )
-    digest = json.dumps([[row.ids for row in part] for part in (rows.mended, rows.kept, rows.confirmed)])
-    states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
-    before = held_out_figures(_write_held_out(asked))
-    training = train(asked, rows, states)
-    turns = _write_held_out(asked)
-    show_held_out(config.output, training["steps"], turns, asked.tokenizer)
-    counts = {"mended": len(rows.mended), "kept": len(rows.kept), "confirmed": len(rows.confirmed)}
-    figures = training | {"rows": counts, "before": before, "held_out": held_out_figures(turns)}
-    record = manifest("rtap train correct", config, data=digest, seconds=training["seconds"], figures=figures)
-    save(config.output, asked.policy, asked.tokenizer, record)
-    clean_up(states)
-    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
-
-
-def _write_held_out(asked: Asked[CorrectConfig]) -> dict[str, Turns]:
-    config = asked.config
-    return write_held_out(
-        asked.policy, asked.tokenizer, tasks=config.tasks, count=config.eval_questions, seed=config.seed
-    )
+    parts = {"mended": rows.mended, "kept": rows.kept, "confirmed": rows.confirmed}
+    ids = [[row.ids for row in part] for part in parts.values()]
+    counts = {name: len(part) for name, part in parts.items()}
+    lesson = Lesson(ids, counts, lambda rng: rows.draw(config, rng))
+    learn("correct", asked, lesson, tells_before=True)
 
 
 def build_rows(
@@ -119,17 +104,3 @@ def _again(tokenizer: PreTrainedTokenizerFast, ids: list[int], doubt: str) -> li
     opening = encode_text(tokenizer, RTAP.cycle_open)
     body = ids[len(opening) :] if ids[: len(opening)] == opening else ids
     return [*opening, *encode_text(tokenizer, doubt), *body]
-
-
-def train(asked: Asked[CorrectConfig], rows: Rows, states: States) -> dict[str, Any]:
-    """Epochs over all that is to be mended, each with a fresh draw of the rest; from the last state where there is
-    one."""
-    config = asked.config
-
-    def draw(rng: Random) -> list[Encoded]:
-        drawn = list(rows.mended)
-        for part, share in ((rows.kept, config.kept_share), (rows.confirmed, config.confirmed_share)):
-            drawn += rng.sample(part, min(len(part), round(share * len(rows.mended))))
-        return drawn
-
-    return train_on_rows("correct", asked.policy, asked.tokenizer, config, states, draw)

@@ -5,7 +5,7 @@ alone. What is free: a majority vote, and the policy's own log-probabilities of 
 (``training/calibration.py``, ``training/choice.py``) and the judgement under a server (``rtap eval``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
-from server.rtap.artifact import CERTAIN, Fusion
+from server.rtap.artifact import Fusion
 from server.rtap.format import RTAP
 from training.calibration import (
     Bools,
@@ -22,7 +22,6 @@ from training.calibration import (
     figures,
     fit_logistic,
     intervals,
-    sigmoid,
     within_question_auroc,
 )
 from training.choice import Sample, compare
@@ -62,23 +61,19 @@ class Witnesses:
 
     def confidences(self, fusion: Fusion | None) -> Floats:
         """As they are served."""
-        return self.probabilities if fusion is None else sigmoid(self._features() @ _weights(fusion))
+        return self.probabilities if fusion is None else np.array([fusion.joined(*seen) for seen in self._seen()])
 
     def fit(self) -> Fusion:
         """The fusion that describes these cycles best; starts from the generator alone."""
-        weights = fit_logistic(self._features(), self.labels, np.array([0.0, 1.0, 0.0, 0.0]))
+        features = np.array([Fusion.features(*seen) for seen in self._seen()])
+        weights = fit_logistic(features, self.labels, np.array([0.0, 1.0, 0.0, 0.0]))
         bias, generator, mean, smallest = (round(float(w), 4) for w in weights)
         return Fusion(bias=bias, generator=generator, logprob_mean=mean, logprob_min=smallest)
 
-    def _features(self) -> Floats:
-        """(N, 4), in the order of ``_weights``."""
-        p = self.probabilities.clip(CERTAIN, 1 - CERTAIN)
-        free = [[known[rule] for rule in ("logprob_mean", "logprob_min")] for known in self.logprobs]
-        return np.column_stack([np.ones_like(p), np.log(p / (1 - p)), np.array(free).reshape(-1, 2)])
-
-
-def _weights(fusion: Fusion) -> Floats:
-    return np.array([fusion.bias, fusion.generator, fusion.logprob_mean, fusion.logprob_min])
+    def _seen(self) -> Iterator[tuple[float, float, float]]:
+        """What a fusion joins, of each cycle."""
+        for probability, known in zip(self.probabilities.tolist(), self.logprobs, strict=True):
+            yield probability, known["logprob_mean"], known["logprob_min"]
 
 
 def witness(

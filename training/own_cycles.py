@@ -1,6 +1,7 @@
 """What a policy writes on training questions: sampled, checked, and kept on disk until the run has succeeded."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -86,6 +87,13 @@ def sample_training(asked: Asked[Config], sampler: Sampler, questions: Sequence[
     config = asked.config
     file = config.samples_file or run_dir(config.output) / "samples.jsonl"
     return sample(asked, sampler, file, questions, config.samples, config.seed)
+
+
+def sampled_turns(asked: Asked[Config]) -> tuple[list[Problem], list[Trajectory]]:
+    """Training problems, and trajectories of them: ``problems[t.question]`` is what trajectory ``t`` answers."""
+    problems, questions = training_problems(asked.config)
+    with closing(build_sampler(asked)) as sampler:
+        return problems, sample_training(asked, sampler, questions)
 
 
 def sample(

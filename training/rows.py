@@ -1,37 +1,65 @@
-"""Train a policy on rows of token ids, a fresh draw an epoch: what ``correct`` and ``imitate`` have in common."""
+"""Train a policy on rows of token ids, a fresh draw an epoch, and write it: the end of ``correct`` and ``imitate``."""
 
+import json
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
-
-from training.config import SampledTurnsConfig
+from training.checkpoint import manifest, sha256
+from training.config import SampledTurnsConfig, run_dir
 from training.data import Batch, Encoded, bucket, pad
+from training.held_out import Turns, show_held_out
 from training.loop import Loop
 from training.optim import build_muon
-from training.runs import States
+from training.own_cycles import Asked, clean_up
+from training.runs import States, plain
 from training.runtime import configure_torch
-from training.sft import policy_loss
+from training.sft import held_out_figures, policy_loss, save, write_held_out
 from training.streams import Stream
 from training.tokenizer import pad_id
 
+Config = TypeVar("Config", bound=SampledTurnsConfig)
 
-def train_on_rows(
-    name: str,
-    policy: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    config: SampledTurnsConfig,
-    states: States,
-    draw: Callable[[Random], list[Encoded]],
-) -> dict[str, Any]:
-    """Epochs of what ``draw`` gives, in random order; from the last state where there is one. Result: the figures."""
-    padding = pad_id(tokenizer)
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """ids: of all rows, as JSON has them. counts: of rows, for the manifest. draw: the rows of one epoch."""
+
+    ids: list[Any]
+    counts: int | dict[str, int]
+    draw: Callable[[Random], list[Encoded]]
+
+
+def learn(name: str, asked: Asked[Config], lesson: Lesson, *, tells_before: bool = False) -> None:
+    """Train, evaluate on held-out questions (``tells_before``: as it comes, too), save, and print the figures; from the
+    last state where there is one."""
+    policy, tokenizer, config = asked.policy, asked.tokenizer, asked.config
+    data = json.dumps(lesson.ids)
+    states = States(run_dir(config.output), plain(config), data_sha256=sha256(data))
+    before = {"before": held_out_figures(_write_held_out(asked))} if tells_before else {}
+    training = _train(name, asked, states, lesson.draw)
+    turns = _write_held_out(asked)
+    show_held_out(config.output, training["steps"], turns, tokenizer)
+    figures = training | {"rows": lesson.counts} | before | {"held_out": held_out_figures(turns)}
+    record = manifest(f"rtap train {name}", config, data=data, seconds=training["seconds"], figures=figures)
+    save(config.output, policy, tokenizer, record)
+    clean_up(states)
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def _write_held_out(asked: Asked[Config]) -> dict[str, Turns]:
+    config = asked.config
+    return write_held_out(
+        asked.policy, asked.tokenizer, tasks=config.tasks, count=config.eval_questions, seed=config.seed
+    )
+
+
+def _train(name: str, asked: Asked[Config], states: States, draw: Callable[[Random], list[Encoded]]) -> dict[str, Any]:
+    policy, config, padding = asked.policy, asked.config, pad_id(asked.tokenizer)
     optimisers = build_muon(
-        policy.named_parameters(),
-        matrix_rate=config.matrix_rate,
-        learning_rate=config.learning_rate,
-        weight_decay=0.0,
+        policy.named_parameters(), matrix_rate=config.matrix_rate, learning_rate=config.learning_rate, weight_decay=0.0
     )
 
     def epoch(rng: Random) -> list[Batch]:

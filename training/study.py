@@ -19,9 +19,8 @@ from scipy import stats  # pyright: ignore[reportMissingTypeStubs] - comes with 
 
 from server.rtap.errors import ConfigError
 from training.checkpoint import git_commit, versions
-from training.config import ImitateConfig, build_config
+from training.pipeline import Run
 from training.questions import held_out_questions
-from training.rl.config import CONFIGS
 from training.tasks import TASKS
 
 Figures = dict[str, float | None]
@@ -29,9 +28,10 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """runs: settings by name; a run without ``method`` is not trained (the starting policy). baseline: the run that
-    the others are compared with, seed by seed. measure: fields of ``training.rl.measure.Plan``, and ``tasks``,
-    ``questions`` (a task) and ``confidence`` (a generator for runs that have none of their own)."""
+    """runs: settings by name, of the training command that ``method`` names; one without is not trained (the starting
+    policy). common: settings of all of them. baseline: the run that the others are compared with, seed by seed.
+    measure: fields of ``training.rl.measure.Plan``, and ``tasks``, ``questions`` (a task) and ``confidence`` (a
+    generator for runs that have none of their own)."""
 
     title: str
     seeds: tuple[int, ...]
@@ -39,6 +39,11 @@ class Suite:
     common: Mapping[str, Any]
     runs: Mapping[str, Mapping[str, Any]]
     measure: Mapping[str, Any]
+
+    def run(self, name: str) -> tuple[str | None, dict[str, Any]]:
+        """The training command of a run, if it has one, and its settings."""
+        settings = {**self.common, **self.runs[name]}
+        return settings.pop("method", None), settings
 
 
 def load_suite(file: Path) -> Suite:
@@ -58,7 +63,7 @@ def load_suite(file: Path) -> Suite:
     return suite
 
 
-def run(file: Path, output: Path) -> None:
+def run(file: Path, output: Path, run_command: Run) -> None:
     """Do what is left of the suite, then write ``results.json`` and ``results.md`` into ``output``."""
     suite = load_suite(file)
     output.mkdir(parents=True, exist_ok=True)
@@ -70,7 +75,7 @@ def run(file: Path, output: Path) -> None:
                 continue
             sys.stderr.write(f"study: {name}, seed {seed}\n")
             started = monotonic()
-            figures = _train_and_measure(suite, name, seed, Path("runs") / output.name / f"{name}-{seed}")
+            figures = _train_and_measure(suite, name, seed, Path("runs") / output.name / f"{name}-{seed}", run_command)
             results.setdefault(name, {})[str(seed)] = figures | {"seconds": round(monotonic() - started, 1)}
             record = {"command": f"rtap train study {file} --output {output}", "figures": results,
                       "versions": versions(), "git_commit": git_commit()}  # fmt: skip
@@ -80,26 +85,13 @@ def run(file: Path, output: Path) -> None:
     (output / "results.md").write_text(render(suite, results, command=f"rtap train study {file} --output {output}"))
 
 
-def _train_and_measure(suite: Suite, name: str, seed: int, folder: Path) -> Figures:
-    own = suite.runs[name]
-    # What the runs have in common are settings of RL, of which a supervised one knows only where it starts.
-    settings = {"policy": suite.common["policy"], **own} if own.get("method") == "imitate" else {**suite.common, **own}
-    method = settings.pop("method", None)
-    own_generator = None
-    policy = Path(settings["policy"])
-    if method == "imitate":
-        from training import imitation
-
-        imitation.run(build_config(ImitateConfig, None, settings | {"seed": seed, "output": str(folder)}))
-        policy = folder
-    elif method is not None:
-        from training.rl import command
-
-        config = build_config(CONFIGS[method], None, settings | {"seed": seed, "output": str(folder)})
-        command.run(config)
-        policy = config.output
-        own_generator = None if config.confidence is None else config.output.with_name(f"{folder.name}-confidence")
-    return _measure(suite, policy, own_generator, seed)
+def _train_and_measure(suite: Suite, name: str, seed: int, folder: Path, run_command: Run) -> Figures:
+    method, settings = suite.run(name)
+    if method is None:
+        return _measure(suite, Path(settings["policy"]), None, seed)
+    run_command(method, settings | {"seed": seed, "output": str(folder)})
+    own_generator = folder.with_name(f"{folder.name}-confidence")  # where RL leaves the one that learnt along
+    return _measure(suite, folder, own_generator if own_generator.is_dir() else None, seed)
 
 
 def _measure(suite: Suite, policy: Path, own_generator: Path | None, seed: int) -> Figures:

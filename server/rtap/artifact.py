@@ -44,13 +44,21 @@ class Fusion(BaseModel):
     logprob_mean: float
     logprob_min: float
 
+    @staticmethod
+    def features(probability: float, mean: float, smallest: float) -> tuple[float, float, float, float]:
+        """What is weighed, in the order of the weights above; training fits them to it."""
+        p = min(max(probability, CERTAIN), 1.0 - CERTAIN)
+        return 1.0, math.log(p / (1.0 - p)), mean, smallest
+
+    def joined(self, probability: float, mean: float, smallest: float) -> float:
+        """In [0, 1]."""
+        weights = (self.bias, self.generator, self.logprob_mean, self.logprob_min)
+        margin = sum(w * x for w, x in zip(weights, self.features(probability, mean, smallest), strict=True))
+        return 1.0 / (1.0 + math.exp(-max(-700.0, min(700.0, margin))))
+
     def confidence(self, probability: float, logprobs: Sequence[float]) -> float:
         """In [0, 1]. ``logprobs``: at least one."""
-        p = min(max(probability, CERTAIN), 1.0 - CERTAIN)
-        mean, smallest = sum(logprobs) / len(logprobs), min(logprobs)
-        margin = self.bias + self.generator * math.log(p / (1.0 - p))
-        margin += self.logprob_mean * mean + self.logprob_min * smallest
-        return 1.0 / (1.0 + math.exp(-max(-700.0, min(700.0, margin))))
+        return self.joined(probability, sum(logprobs) / len(logprobs), min(logprobs))
 
 
 class Artifact(BaseModel):

@@ -72,7 +72,7 @@ class Draining(Overloaded):
 
 
 class ConfidenceError(RtapError):
-    """The generator gave no score. ``reason`` is a bounded label for metrics (``error``, ``timeout``)."""
+    """The generator gave no score. ``reason``: a metric label, one of a few words (``error``, ``timeout``, …)."""
 
     def __init__(self, message: str, *, reason: str = "error") -> None:
         super().__init__(message)

@@ -4,10 +4,10 @@ Text only: nothing here knows token ids or engines. The parser is linear in the 
 (each character is looked at a bounded number of times), because model output is hostile input.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from server.rtap.errors import ConfigError
 
@@ -19,8 +19,7 @@ class Channel(StrEnum):
     ANSWER = "answer"
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Some text of one channel, tags removed, in the order it was written."""
 
     channel: Channel
@@ -85,7 +84,7 @@ def format_from_config(block: Mapping[str, Any] | None, *, override: str | None 
 class CycleParser:
     """Split the text of **one** cycle into think and answer pieces while it arrives.
 
-    ``feed`` yields pieces as soon as they cannot be part of a tag any more; ``close`` yields what was held back.
+    ``feed`` returns pieces as soon as they cannot be part of a tag any more; ``close`` returns what was held back.
     thought_open: the prompt, or the loop that opened this cycle, already wrote ``think_open``.
     prefix: how somebody else began the cycle; it decides where the text goes on, and is no part of what is read.
 
@@ -107,8 +106,7 @@ class CycleParser:
         self._answer: list[str] = []
         if prefix:
             begun = prefix.rpartition(fmt.answer_close)[2] if fmt.answer_close else prefix  # after whole cycles
-            for _ in self.feed(begun):
-                pass
+            self.feed(begun)
             self._held = "" if self._begun else self._held
             self._think.clear()
             self._answer.clear()
@@ -140,22 +138,22 @@ class CycleParser:
         """What has been written of the answer so far, complete or not."""
         return "".join(self._answer).strip() or None
 
-    def feed(self, text: str) -> Iterator[Piece]:
+    def feed(self, text: str) -> list[Piece]:
         """Consume the next piece of text."""
         self._held += text
         if not self._begun:
             self._begin()
-        if self._begun:
-            yield from self._drain(final=False)
+        return self._drain(final=False) if self._begun else []
 
-    def close(self, *, ended_by_model: bool) -> Iterator[Piece]:
+    def close(self, *, ended_by_model: bool) -> list[Piece]:
         """End of the cycle. ``ended_by_model``: the model ended its turn, which closes an answer without end tag."""
         if not self._begun:
             self._start(Channel.ANSWER)
-        yield from self._drain(final=True)
+        pieces = self._drain(final=True)
         if ended_by_model and self._channel is Channel.ANSWER:
             self._owes_close = self._format.has_answer_tags and not self._answer_closed
             self._answer_closed = True
+        return pieces
 
     def _begin(self) -> None:
         """Decide whether the cycle starts with a thought, once enough text is here."""
@@ -182,22 +180,23 @@ class CycleParser:
         tags = (fmt.think_open, fmt.think_close)
         return (*tags, fmt.answer_open) if fmt.answer_open else tags
 
-    def _drain(self, *, final: bool) -> Iterator[Piece]:
+    def _drain(self, *, final: bool) -> list[Piece]:
         text, self._held = self._held, ""
-        begin = at = 0
-        while (tags := self._tags()) and (at := text.find("<", at)) >= 0:
+        pieces, begin, at = list[Piece](), 0, 0
+        while (at := text.find("<", at)) >= 0 and (tags := self._tags()):
             if text.startswith(tags, at):
-                yield from self._emit(text[begin:at])
+                self._emit(text[begin:at], pieces)
                 tag = next(t for t in tags if text.startswith(t, at))
                 self._enter(tag)
                 begin = at = at + len(tag)
             elif not final and len(text) - at < self._longest and any(t.startswith(text[at:]) for t in tags):
-                yield from self._emit(text[begin:at])
+                self._emit(text[begin:at], pieces)
                 self._held = text[at:]  # may still become a tag
-                return
+                return pieces
             else:
                 at += 1
-        yield from self._emit(text[begin:])
+        self._emit(text[begin:], pieces)
+        return pieces
 
     def _enter(self, tag: str) -> None:
         fmt = self._format
@@ -206,20 +205,18 @@ class CycleParser:
         elif tag == fmt.answer_open or (tag == fmt.think_close and fmt.answer_open is None):
             self._channel = Channel.ANSWER
 
-    def _emit(self, text: str) -> Iterator[Piece]:
+    def _emit(self, text: str, pieces: list[Piece]) -> None:
         if self._answer_closed or not text:
             return
         (self._answer if self._channel is Channel.ANSWER else self._think).append(text)
-        yield Piece(self._channel, text)
+        pieces.append(Piece(self._channel, text))
 
 
 def parse_cycle(text: str, fmt: TrajectoryFormat, *, ended_by_model: bool = False) -> tuple[str, str | None]:
     """(think, answer) of one whole cycle; answer is None when it is incomplete."""
     parser = CycleParser(fmt)
-    for _ in parser.feed(text):
-        pass
-    for _ in parser.close(ended_by_model=ended_by_model):
-        pass
+    parser.feed(text)
+    parser.close(ended_by_model=ended_by_model)
     return parser.think.strip(), parser.answer
 
 

@@ -17,11 +17,10 @@ DEFAULT_PATH = Path(__file__).with_name("oops.txt")
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """Compiled phrases. ``version`` is reported in ``/v1/rtap/config`` so that rates stay comparable."""
+    """Compiled phrases. version: as the file names itself; rates of different ones are not comparable."""
 
     version: str
     pattern: re.Pattern[str]
-    num_phrases: int
 
     def find(self, text: str) -> list[str]:
         """Every self-doubt in ``text``, longest phrase first at each place, never overlapping."""
@@ -39,7 +38,7 @@ def load_lexicon(path: Path = DEFAULT_PATH) -> Lexicon:
     if version is None or not phrases:
         raise ConfigError(f"the Oops lexicon {path} needs a '# version: X' line and at least one phrase")
     alternatives = "|".join(r"\s+".join(re.escape(word) for word in phrase.split()) for phrase in phrases)
-    return Lexicon(version, re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE), len(phrases))
+    return Lexicon(version, re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE))
 
 
 class OopsCounter:

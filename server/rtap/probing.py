@@ -7,7 +7,6 @@ Off unless asked for.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -136,8 +135,8 @@ class Probing:
         except Exception:  # no room, or an answer that the engine gave up; what is wrong with it the thought meets too
             return Probe((), 0, None, None)
         for text in (self._forced_text, *(step.text for step in steps)):
-            deque(parser.feed(text), maxlen=0)
-        deque(parser.close(ended_by_model=bool(steps) and steps[-1].ended_turn), maxlen=0)
+            parser.feed(text)
+        parser.close(ended_by_model=bool(steps) and steps[-1].ended_turn)
         num_tokens = len(forced) + sum(len(step.token_ids) for step in steps)
         if parser.answer is None:
             return Probe(tuple(steps), num_tokens, None, None)

@@ -4,17 +4,16 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from server.rtap.format import CycleParser, TrajectoryFormat
+from server.rtap.format import Channel, CycleParser, TrajectoryFormat
 from server.rtap.types import Engine, Step
 
 
-@dataclass(frozen=True, slots=True)
-class StepEvent:
+class StepEvent(NamedTuple):
     """A piece of a cycle as it is written. ``think``: its thinking text, tags removed; empty inside an answer."""
 
-    index: int
+    cycle_index: int
     step: Step
     think: str
     in_answer: bool
@@ -42,12 +41,14 @@ class Draft:
 
     def add(self, step: Step) -> StepEvent:
         """Take the engine's next piece."""
-        think = "".join(p.text for p in self.parser.feed(step.text) if p.channel == "think")
-        self.token_ids.extend(step.token_ids)
-        self.logprobs.extend(step.sampled_logprobs)
-        self.first, self.last = self.first or step, step
+        pieces = self.parser.feed(step.text)
         if step.finished:
-            think += "".join(p.text for p in self.parser.close(ended_by_model=step.ended_turn) if p.channel == "think")
+            pieces += self.parser.close(ended_by_model=step.ended_turn)
+        self.token_ids.extend(step.token_ids)
+        if step.logprobs is not None:
+            self.logprobs.extend(step.sampled_logprobs)
+        self.first, self.last = self.first or step, step
+        think = "".join([piece.text for piece in pieces if piece.channel is Channel.THINK])
         return StepEvent(self.index, step, think, self.parser.in_answer)
 
     @property
@@ -93,16 +94,11 @@ class Writing:
         except Exception as error:  # the reader's, if there will be one
             self._queue.put_nowait(error)
 
-    async def events(self) -> AsyncGenerator[StepEvent, None]:
+    def events(self) -> AsyncGenerator[StepEvent, None]:
         """The opening and every step. Raises what the engine raised."""
-        if self.draft.opening:  # as an event, so that it is streamed and counted like any other token
-            opening = injected(self.draft.opening, self.draft.opening_text)
-            yield StepEvent(self.draft.index, opening, "", False)
-        if self._task is None:
-            async with aclosing(self._steps) as steps:
-                async for event in steps:
-                    yield event
-            return
+        return self._steps if self._task is None else self._written_ahead()
+
+    async def _written_ahead(self) -> AsyncGenerator[StepEvent, None]:
         while (event := await self._queue.get()) is not None:
             if isinstance(event, Exception):
                 raise event
@@ -113,6 +109,7 @@ class Writing:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None  # it keeps its error, that its frames, and these this object
         await self._steps.aclose()
         return len(self.draft.token_ids) - len(self.draft.opening)
 
@@ -120,7 +117,9 @@ class Writing:
 async def write(
     stream: AsyncGenerator[Step, None], draft: Draft, *, clock: Callable[[], float]
 ) -> AsyncGenerator[StepEvent, None]:
-    """The engine's steps as those of ``draft``, until their end."""
+    """The opening and the engine's steps as those of ``draft``, until their end."""
+    if draft.opening:  # as an event, so that it is streamed and counted like any other token
+        yield StepEvent(draft.index, injected(draft.opening, draft.opening_text), "", False)
     async with aclosing(stream):
         async for step in stream:
             yield draft.add(step)

@@ -30,6 +30,8 @@ def test_a_fusion_is_a_logistic_regression_on_the_two_witnesses():
     fusion = Fusion(**FUSION)
     margin = 0.5 + 2 * math.log(0.8 / 0.2) + 3 * -0.3 + 1 * -0.5
     assert fusion.confidence(0.8, [-0.1, -0.5, -0.3]) == pytest.approx(1 / (1 + math.exp(-margin)))
+    weighed = zip(FUSION.values(), Fusion.features(0.8, -0.3, -0.5), strict=True)  # which training fits
+    assert sum(weight * feature for weight, feature in weighed) == pytest.approx(margin)
     assert 0 < fusion.confidence(0.0, [-1e9]) < fusion.confidence(1.0, [0.0]) <= 1
 
 

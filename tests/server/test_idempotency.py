@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 import time
+import tracemalloc
 
 import httpx
 import pytest
@@ -233,6 +234,30 @@ def test_a_result_expires(service):
     assert service.ask().headers["x-run"] == "2"
 
 
+def test_a_result_goes_at_its_time_also_where_nobody_asks_any_more():
+    made = Service(seconds=0.1)
+    with serving(made.gate) as port:
+        made.url = f"http://127.0.0.1:{port}"
+        made.application.allow(2 * PARTS)
+        assert [made.ask(name).status_code for name in ("k", "l")] == [200, 200]
+        assert len(made.store) == 2
+        made.now = 0.2
+        until(lambda: len(made.store) == 0)
+
+
+def test_the_size_of_a_kept_run_is_no_less_than_it_takes():
+    run, chunk = Run(b"d", 0.0), b"x" * 200
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(10_000):
+            run.add({"type": "http.response.body", "body": chunk + b".", "more_body": True})
+        held = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert held <= run.size < 1.5 * held
+
+
 def test_twenty_at_once_are_one_run(service):
     replies = []
     threads = [threading.Thread(target=lambda: replies.append(service.ask().text)) for _ in range(20)]
@@ -312,7 +337,7 @@ async def test_the_store_is_bounded_in_results_and_bytes():
         True,
     ]
     big = store.begin((b"", b"big"), b"d")
-    big.add(message(9_800))
+    big.add(message(9_700))
     assert store.find((b"", b"3"), b"d") is None  # the oldest went for it
     assert store.find((b"", b"big"), b"d") is big
     big.add(message(9_800))

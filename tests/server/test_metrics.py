@@ -22,6 +22,12 @@ def _sum(registry: CollectorRegistry, name: str) -> float:
     return sum(s.value for m in registry.collect() for s in m.samples if s.name == name)
 
 
+def test_refusals_have_a_rate_from_their_first_on():
+    registry, _ = _observed()
+    for reason in ("conflict", "invalid", "key_limit", "overloaded"):
+        assert registry.get_sample_value("rtap_rejected_total", {"reason": reason}) == 0
+
+
 def test_one_trajectory_is_counted_once_everywhere():
     done = _trajectory()
     registry, _ = _observed(done)

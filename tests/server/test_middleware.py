@@ -19,7 +19,8 @@ from server.limits import Admission
 from server.metrics import Metrics
 from server.middleware import RecursionMiddleware
 from server.routing import RECURSIVE_PATHS
-from server.wire import current_exchange, parse_options
+from server.rtap.types import Policy
+from server.wire import RtapOptions, current_exchange, parse_options
 from tests.server.test_wire import _JSON, _OPTIONS, SETTINGS
 
 
@@ -30,7 +31,7 @@ class Service:
         """seconds: that the route takes."""
         metrics = Metrics(CollectorRegistry())
         self.admission = Admission(places)
-        self.taken, self.seconds, self.most_in_flight = [], seconds, 0
+        self.taken, self.seconds, self.most_in_flight, self.tokens_in_flight = [], seconds, 0, 0
         work = RecursionMiddleware(
             self.route, settings=SETTINGS, metrics=metrics, feedback=Feedback(), admission=self.admission,
             max_model_len=1024,
@@ -45,6 +46,7 @@ class Service:
     async def route(self, scope, receive, send) -> None:
         self.taken.append((json.loads((await receive())["body"]), current_exchange()))
         self.most_in_flight = max(self.most_in_flight, self.admission.requests_in_flight)
+        self.tokens_in_flight = self.admission.tokens_in_flight
         await asyncio.sleep(self.seconds)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
         await send({"type": "http.response.body", "body": b"{}"})
@@ -72,6 +74,16 @@ def test_options_are_taken_out_or_refused_and_the_place_is_given_back(path, raw)
         assert (reply.status_code, error["code"], error["type"]) == (400, 400, "invalid_request_error")
         assert (error["param"] or "rtap").startswith("rtap")  # NaN is no JSON, and no field of it
         assert not SERVICE.taken
+
+
+async def test_options_among_the_xargs_count_for_places_cycles_and_the_reply_alike():
+    SERVICE.taken.clear()
+    xargs = {"rtap_policy": "vote", "rtap_samples": 3, "rtap_return_cycles": True, "other": 1}
+    reply = await SERVICE.ask("/v1/messages", json.dumps({"max_tokens": 9, "vllm_xargs": xargs}).encode())
+    ((body, exchange),) = SERVICE.taken
+    assert (reply.status_code, body) == (200, {"max_tokens": 9, "vllm_xargs": xargs})
+    assert exchange.options == RtapOptions(policy=Policy.VOTE, samples=3, return_cycles=True)
+    assert SERVICE.tokens_in_flight == 3 * 9
 
 
 async def test_at_five_times_the_load_those_who_are_taken_wait_no_longer_and_the_rest_are_told_at_once():

@@ -165,7 +165,7 @@ async def test_the_next_cycle_is_written_while_the_last_is_scored_and_is_the_sam
     assert engine.closed == 1  # the third, which nobody wanted
 
     def told(events):
-        return [(e.index, e.step.text, e.think) for e in events if isinstance(e, StepEvent)]
+        return [(e.cycle_index, e.step.text, e.think) for e in events if isinstance(e, StepEvent)]
 
     assert told(events) == told(reference)
     assert [type(e) for e in events] == [type(e) for e in reference]

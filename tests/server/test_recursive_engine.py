@@ -1,6 +1,7 @@
 """RecursiveEngine over a scripted AsyncLLM: what each cycle is asked for, and how the engine's ways out end."""
 
 import asyncio
+import gc
 import time
 import weakref
 from collections.abc import AsyncGenerator
@@ -171,6 +172,16 @@ async def test_choices_have_their_own_seeds_and_come_together():
     assert {call[1].seed for call in llm.calls} == {1, 2, 1 + 1_000_003, 2 + 1_000_003}
 
 
+async def test_of_choices_that_end_at_once_the_last_output_is_the_finished_one():
+    """Their last cycles were begun ahead, so none is over with its last output."""
+    llm = FakeLLM([WRONG, DOUBT])
+    scorer = Slow(lambda text: 0.9 if "82" in text else 0.1, llm=llm)
+    engine = build(llm, speculate_below=9, confidence=scorer)
+    outputs = await all_of(ask(engine, n=3, output_kind=RequestOutputKind.DELTA)[0])
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    assert sorted(o.outputs[0].index for o in outputs if o.outputs[0].finish_reason) == [0, 1, 2]
+
+
 async def test_patience_ends_a_request_whose_confidence_does_not_rise():
     llm = FakeLLM([WRONG, WRONG.removeprefix("<think>"), DOUBT])
     stream, exchange = ask(build(llm), rtap={"patience": 1})
@@ -237,8 +248,6 @@ def test_what_cannot_recurse_is_a_400_before_anything_is_generated():
     llm = FakeLLM([])
     with pytest.raises(VLLMValidationError, match="prompt embeddings are not supported"):
         ask(build(llm), prompt={"prompt_embeds": object()})
-    with pytest.raises(VLLMValidationError, match="give the rtap options once"):
-        ask(build(llm), extra_args={"rtap_threshold": 0.9})
     assert not llm.calls
 
 
@@ -300,6 +309,26 @@ async def test_a_long_thought_does_not_keep_what_the_engine_told_of_each_token()
         most = max(most, sum(ref() is not None for ref in told))
     assert len(told) > 1000
     assert most < 10
+
+
+async def test_nothing_of_a_request_waits_for_the_garbage_collector():
+    """Not what was written ahead for nothing either: a server collects seldom, because most of its objects stay."""
+    llm = FakeLLM([DOUBT, WRONG], seconds=0.05)
+    engine = build(llm, speculate_below=9, confidence=(scorer := Slow(lambda _: 0.9, llm=llm)))
+    gc.collect()
+    gc.disable()
+    try:
+        await all_of(ask(engine)[0])
+        await all_of(ask(engine, n=2)[0])
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found = {type(thing) for thing in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert scorer.begun[0] == 2  # the second was on its way at the verdict on the first
+    assert not {kind for kind in found if kind.__module__.startswith("server.")}
 
 
 async def test_a_key_pays_for_what_was_sampled_and_read_even_when_its_client_leaves():

@@ -110,7 +110,7 @@ async def test_the_generator_is_started_again_until_that_works(sent):
         await until(lambda: watch.figure("rtap_engine_up", "confidence") == 1)
         assert watch.generator.engine is watch.engines[2]
         assert watch.engines[1].was_shut_down
-        assert watch.engines[1].context.closed
+        await until(lambda: watch.engines[1].context.closed)
         assert watch.figure("rtap_engine_restarts_total", "confidence") == 1
         assert watch.figure("rtap_engine_restarts_total", "policy") == 0
         assert not watch.supervisor.failed.is_set()

@@ -68,6 +68,12 @@ def parent() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
+def test_what_is_gone_has_no_processes(parent):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    assert [process.pid for process in family([gone.pid, parent.pid])][:1] == [parent.pid]
+
+
 def test_the_processes_of_an_engine_are_looked_at_together(parent):
     processes = family([parent.pid])
     assert len(processes) == 2

@@ -15,7 +15,7 @@ from server.settings import Settings
 from server.wire import (
     RtapOptions,
     effort_of,
-    options_from_xargs,
+    options_of,
     parse_options,
     prefix_of,
     reasoning_tokens,
@@ -92,19 +92,22 @@ def test_whatever_comes_there_are_options_within_the_ceilings_or_a_sentence(raw)
 
 @given(_OPTIONS)
 def test_what_may_be_asked_by_field_may_be_asked_by_xargs(raw):
-    by_xargs = {f"rtap_{name}": value for name, value in raw.items()}
-    first = _outcome(lambda: parse_options(raw, SETTINGS))
-    second = _outcome(lambda: options_from_xargs(by_xargs, SETTINGS) or RtapOptions())
-    assert first == second or (isinstance(first, InvalidRequest) and isinstance(second, InvalidRequest))
+    by_field = _outcome(lambda: options_of({"rtap": raw}, SETTINGS) or RtapOptions())
+    by_xargs = {"vllm_xargs": {f"rtap_{name}": value for name, value in raw.items()}}
+    second = _outcome(lambda: options_of(by_xargs, SETTINGS) or RtapOptions())
+    assert by_field == second or (isinstance(by_field, InvalidRequest) and isinstance(second, InvalidRequest))
 
 
-def test_options_may_come_as_xargs():
-    got = options_from_xargs({"rtap_threshold": 0.9, "rtap_policy": "vote", "other": 1}, SETTINGS)
-    assert got == RtapOptions(threshold=0.9, policy=Policy.VOTE)
-    assert options_from_xargs({"other": 1}, SETTINGS) is None
-    assert options_from_xargs(None, SETTINGS) is None
+def test_options_may_come_as_xargs_but_only_once():
+    xargs = {"rtap_threshold": 0.9, "rtap_policy": "vote", "other": 1}
+    assert options_of({"vllm_xargs": xargs}, SETTINGS) == RtapOptions(threshold=0.9, policy=Policy.VOTE)
+    assert options_of({"vllm_xargs": {"other": 1}, "rtap": {"samples": 2}}, SETTINGS) == RtapOptions(samples=2)
+    for without in ({}, {"vllm_xargs": None}, {"vllm_xargs": []}, {"vllm_xargs": {"other": 1}}):
+        assert options_of(without, SETTINGS) is None
     with pytest.raises(InvalidRequest, match="unknown field"):
-        options_from_xargs({"rtap_x": 1}, SETTINGS)
+        options_of({"vllm_xargs": {"rtap_x": 1}}, SETTINGS)
+    with pytest.raises(InvalidRequest, match="give the rtap options once"):
+        options_of({"vllm_xargs": xargs, "rtap": {}}, SETTINGS)
 
 
 def _limits(options: RtapOptions, settings: Settings = SETTINGS, *, has_confidence: bool = True, **artifact) -> Limits:
@@ -245,8 +248,6 @@ def test_the_prefix_is_the_message_to_go_on_with(path, request_, prefix):
         ({"max_tokens": 10, "n": 2}, {"policy": "vote", "samples": 5}, 100),
         ({"max_tokens": 10}, {"policy": "vote"}, 80),
         ({"max_tokens": 10}, {"policy": "single", "samples": 5}, 10),
-        ({"max_tokens": 10, "vllm_xargs": {"rtap_policy": "vote", "rtap_samples": 5}}, None, 50),
-        ({"max_tokens": 10, "vllm_xargs": []}, None, 10),
         ({"max_tokens": 10, "prompt": ["a", "b", "c"]}, None, 30),
         ({"max_tokens": 10, "prompt": [[1, 2], [3]]}, None, 20),
         ({"max_tokens": 10, "prompt": [1, 2, 3]}, None, 10),

@@ -1,12 +1,19 @@
 """Suites are read strictly, statistics are right, and a finished run is not done again."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.rtap.errors import ConfigError
 from training import study
+from training.__main__ import STAGES
+from training.config import build_config
+from training.rl.config import CONFIGS
+
+POLICY = Path("deploy/models/policy").resolve()
 
 SUITE = """
 title: T
@@ -14,7 +21,7 @@ seeds: [1, 2]
 baseline: start
 common: {policy: deploy/models/policy}
 runs: {start: , trained: {method: grpo}}
-measure: {tasks: [countdown], questions: 4}
+measure: {tasks: [countdown], questions: 4, samples: 1, forced: 0, max_cycles: 1}
 """
 
 
@@ -61,20 +68,44 @@ def test_a_missing_figure_is_a_dash(suite: Path) -> None:
     assert "| b | – | – |" in text
 
 
-def test_what_is_done_is_kept(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[tuple[str, int]] = []
+STUDIES = sorted(Path("training/recipes/studies").glob("*.yaml"))
 
-    def work(_: study.Suite, name: str, seed: int, folder: Path) -> study.Figures:
-        done.append((name, seed))
-        if len(done) == 3:
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_every_run_of_a_recipe_is_settings_of_its_command(file: Path) -> None:
+    suite = study.load_suite(file)
+    kinds = {**CONFIGS, **{name: kind for name, (_, kind, _) in STAGES.items()}}
+    for method, settings in map(suite.run, suite.runs):
+        assert settings["policy"] == suite.common["policy"]
+        if method is not None:
+            assert build_config(kinds[method], None, settings).policy == Path(suite.common["policy"])
+
+
+class Trainer:
+    """A training command that leaves the starting policy as what it has trained. most: runs, then it is stopped."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.asked: list[tuple[str, str, int, int]] = []
+
+    def __call__(self, command: str, settings: dict[str, Any]) -> None:
+        if len(self.asked) == self.most:
             raise KeyboardInterrupt
-        return {"a": float(seed)}
+        self.asked.append((command, settings["policy"], settings["max_steps"], settings["seed"]))
+        shutil.copytree(POLICY, settings["output"])
 
-    monkeypatch.setattr(study, "_train_and_measure", work)
+
+def test_what_is_done_is_kept(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite.write_text(SUITE.replace("deploy/models/policy", f"{POLICY}, max_steps: 3"))
+    monkeypatch.chdir(tmp_path)
+    train = Trainer(most=1)
     with pytest.raises(KeyboardInterrupt):
-        study.run(suite, tmp_path / "out")
-    study.run(suite, tmp_path / "out")
-    assert done == [("start", 1), ("trained", 1), ("start", 2), ("start", 2), ("trained", 2)]
+        study.run(suite, tmp_path / "out", train)
+    train.most = 2
+    study.run(suite, tmp_path / "out", train)
+    assert train.asked == [("grpo", str(POLICY), 3, 1), ("grpo", str(POLICY), 3, 2)]
     figures = json.loads((tmp_path / "out" / "results.json").read_text())["figures"]
     assert {name: sorted(by_seed) for name, by_seed in figures.items()} == {"start": ["1", "2"], "trained": ["1", "2"]}
-    assert "| a | 1.500" in (tmp_path / "out" / "results.md").read_text()
+    trained = {seed: figures["trained"][seed]["countdown/first"] for seed in ("1", "2")}
+    assert trained == {seed: figures["start"][seed]["countdown/first"] for seed in ("1", "2")}  # the same policy
+    assert "| countdown/first | " in (tmp_path / "out" / "results.md").read_text()

@@ -1,0 +1,83 @@
+"""The web server and what watches over it, without engines: its memory, and that what breaks is no clean stop."""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+from argparse import Namespace
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from vllm.utils.gc_utils import freeze_gc_heap
+
+from server.__main__ import _parse
+from server.drain import Drain
+from server.limits import Admission
+from server.metrics import Metrics
+from server.serving import serve_app
+from server.supervision import Supervisor, Ward
+from tests.other_checkpoints import MODELS
+from tests.server.live import LIMITS
+
+
+@pytest.fixture(scope="module")
+def args() -> Namespace:
+    return _parse([str(MODELS / "policy")])[0]
+
+
+class Watcher:
+    """A supervisor that sees nothing."""
+
+    failure: str | None = None
+
+    def __init__(self) -> None:
+        self.failed = asyncio.Event()
+
+    async def run(self) -> None:
+        await self.failed.wait()
+
+
+async def test_what_lives_for_a_while_is_collected_though_the_process_is_large(args):
+    """vLLM freezes what there is at the start, and Python goes on to measure by that."""
+
+    @asynccontextmanager
+    async def freezing(_: FastAPI) -> AsyncGenerator[None]:
+        freeze_gc_heap()
+        yield
+
+    app = FastAPI(lifespan=freezing)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        serving = asyncio.create_task(
+            serve_app(
+                app, args, sock, heads=LIMITS, drain=Drain(), drain_seconds=1.0, admission=Admission(1),
+                supervisor=Watcher(),  # type: ignore[arg-type]
+            )
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(20):
+                while not getattr(getattr(app.state, "server", None), "started", False):
+                    await asyncio.sleep(0.01)
+            before = gc.get_stats()[2]["collections"]
+            kept = [[] for _ in range(100_000)]  # 140 times what makes Python look at the youngest
+            assert len(kept) == 100_000
+            assert gc.get_stats()[2]["collections"] > before
+        finally:
+            gc.unfreeze()
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert await serving is None
+
+
+async def test_a_supervisor_that_breaks_is_told_and_not_swallowed(args):
+    drain = Drain()
+    unknown = Ward("policy", object())  # type: ignore[arg-type] - an engine that has nothing of what is asked of it
+    with socket.create_server(("127.0.0.1", 0)) as sock, pytest.raises(ExceptionGroup) as caught:
+        await serve_app(
+            FastAPI(), args, sock, heads=LIMITS, drain=drain, drain_seconds=1.0, admission=Admission(1),
+            supervisor=Supervisor([unknown], Metrics(CollectorRegistry()), 1.0, lambda _: None),
+        )  # fmt: skip
+    assert caught.group_contains(AttributeError)
+    assert drain.has_begun
