@@ -34,6 +34,9 @@ from server.vitals import family
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS_SECONDS = 5  # to write the last bytes of what was answered at the end
 _LOOK_SECONDS = 0.05
+# Whoever closes an idle connection first loses the request that is on its way. vLLM's 5 s are those of httpx and the
+# OpenAI SDK; aiohttp has 15, load balancers 60.
+_KEEP_ALIVE_SECONDS = 75
 
 
 class _Server(NoSignalServer):
@@ -126,6 +129,12 @@ def on_signals_leave() -> None:
         signal.signal(number, leave_now)
 
 
+def _keep_alive_seconds() -> int:
+    """How long an idle connection stays open: vLLM's variable where it is set, else longer than any client's."""
+    name = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+    return envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE if envs.is_set(name) else _KEEP_ALIVE_SECONDS
+
+
 def _config(app: FastAPI, args: Namespace, heads: HeadLimits) -> uvicorn.Config:
     """What vLLM's flags say of the web server."""
     log_config = cast(dict[str, Any] | None, get_uvicorn_log_config(args))
@@ -136,7 +145,7 @@ def _config(app: FastAPI, args: Namespace, heads: HeadLimits) -> uvicorn.Config:
         port=args.port,
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
-        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        timeout_keep_alive=_keep_alive_seconds(),
         timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,

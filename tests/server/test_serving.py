@@ -18,7 +18,7 @@ from server.__main__ import _parse
 from server.drain import Drain
 from server.limits import Admission
 from server.metrics import Metrics
-from server.serving import serve_app
+from server.serving import _config, serve_app
 from server.supervision import Supervisor, Ward
 from tests.other_checkpoints import MODELS
 from tests.server.live import LIMITS
@@ -81,3 +81,11 @@ async def test_a_supervisor_that_breaks_is_told_and_not_swallowed(args):
         )  # fmt: skip
     assert caught.group_contains(AttributeError)
     assert drain.has_begun
+
+
+def test_a_connection_stays_open_for_longer_than_clients_keep_it(args, monkeypatch):
+    monkeypatch.delenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", raising=False)
+    longest_seconds = 60  # a load balancer's; aiohttp has 15, httpx 5
+    assert _config(FastAPI(), args, LIMITS).timeout_keep_alive > longest_seconds
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "7")
+    assert _config(FastAPI(), args, LIMITS).timeout_keep_alive == 7
