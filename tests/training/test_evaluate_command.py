@@ -366,7 +366,7 @@ def test_without_questions_the_bundled_ones_are_asked(fake: FakeServer, question
     output = str(questions.parent / "out")
     assert main(["--server", fake.url, "--policies", "single", "--limit", "2", "--output", output]) == 0
     asked = results_of(questions)["setting"]["questions"]
-    assert asked == {"arithmetic": 2, "countdown": 2, "knights": 2}
+    assert asked == {"arithmetic": 2, "countdown": 2}
 
 
 def test_a_server_that_answers_nothing_ends_the_evaluation(
