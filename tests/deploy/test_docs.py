@@ -38,7 +38,7 @@ EXECUTED: Sequence[tuple[tuple[str, ...], str]] = (
 LOOKED_AT: Sequence[tuple[tuple[str, ...], str]] = (
     (("make", "serve"), "installs; what it then runs is what every test of tests/e2e starts"),
     (("make", "test"), "it is what runs this"),
-    (("make", "train"), "three hours; its stages run in tests/training/test_smoke.py"),
+    (("make", "train"), "four hours; its stages run in tests/training/test_smoke.py"),
     (("make", "bench"), "hours"),
     (("make", "check"), "CI runs it before the tests (.ci/run)"),
     (("make", "setup"), "installs; tests/deploy/test_setup_env.py holds what it does"),
