@@ -58,7 +58,8 @@ MOST_LEFT_OVER = 4  # files, sockets, threads or tasks more than before, when al
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """warm_seconds: traffic before anything is measured. kill_seconds: between ends of the generator; None: never."""
+    """warm_seconds: traffic before anything is measured. kill_seconds: between ends of the generator, all in the first
+    third; None: never."""
 
     seconds: float
     warm_seconds: float
@@ -79,7 +80,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Soaked:
-    """What came of it. growth: MiB an hour, of the longest life of each process."""
+    """What came of it. growth: MiB an hour, of each process in the second half."""
 
     tally: Tally
     kills: int
@@ -97,7 +98,7 @@ async def soak(url: str, server: psutil.Process, log: Path, plan: Plan, tell: Ca
     counted, on_disk = await scrape(url), written(processes, log)
     traffic, samples = Traffic(url, plan.seed), list[Sample]()
     watching = asyncio.create_task(watch(processes, samples, _SAMPLE_SECONDS))
-    killing = asyncio.create_task(_kill(url, processes, plan, tell))
+    killing = asyncio.create_task(_kill(traffic, processes, plan, tell))
     try:
         await traffic.run(plan.clients, plan.seconds)
     finally:
@@ -106,10 +107,11 @@ async def soak(url: str, server: psutil.Process, log: Path, plan: Plan, tell: Ca
         await asyncio.gather(watching, return_exceptions=True)
     after = await _quiet(url, server)
     risen = {name: value - counted.get(name, 0.0) for name, value in (await scrape(url)).items()}
+    late = [sample for sample in samples if sample.seconds > plan.seconds / 2]
     grown = {
         role: (growth(longest), longest)
         for role in (API, POLICY, GENERATOR)
-        if (longest := max(lives(samples, role), key=len, default=list[Sample]()))
+        if (longest := max(lives(late, role), key=len, default=list[Sample]()))
     }
     checks = [*_counts(traffic.tally, risen), *_left_over(before, after)]
     most = _MOST_WRITTEN + round(_MOST_WRITTEN_A_SECOND * plan.seconds)
@@ -120,20 +122,19 @@ async def soak(url: str, server: psutil.Process, log: Path, plan: Plan, tell: Ca
     return Soaked(traffic.tally, kills, before, after, grown, checks)
 
 
-async def _kill(url: str, processes: Processes, plan: Plan, tell: Callable[[str], None]) -> int:
-    """End the generator's process now and then; the last time early enough that it is up again at the end."""
+async def _kill(traffic: Traffic, processes: Processes, plan: Plan, tell: Callable[[str], None]) -> int:
+    """End the generator's process now and then in the first third, so that every process is old when growth counts."""
     kills, began = 0, time.monotonic()
-    if plan.kill_seconds is None:
-        return 0
-    while time.monotonic() - began + 2 * plan.kill_seconds < plan.seconds:
+    while plan.kill_seconds is not None and time.monotonic() - began + plan.kill_seconds < plan.seconds / 3:
         await asyncio.sleep(plan.kill_seconds)
-        generator = processes.by_role().get(GENERATOR)
-        if generator is None or (await scrape(url)).get("rtap_engine_up{engine=confidence}") != 1:
-            continue  # it is still being started
         with suppress(psutil.NoSuchProcess):
-            generator.kill()
+            traffic.is_generator_away = True
+            processes.by_role()[GENERATOR].kill()
             kills += 1
             tell(f"{time.monotonic() - began:.0f} s: the generator is killed")
+        while (await scrape(traffic.url)).get("rtap_engine_up{engine=confidence}") != 1:
+            await asyncio.sleep(_SAMPLE_SECONDS)
+        traffic.is_generator_away = False
     return kills
 
 
@@ -221,10 +222,10 @@ def to_markdown(setting: Mapping[str, Any], soaked: Soaked) -> str:
         "# Soak",
         "",
         "Clients of all kinds at once, each asking again as soon as it is answered; some leave before the reply or in "
-        "the midst of a stream, and the generator's process is killed now and then. *Growth*: resident memory by least "
-        "squares over the longest life of each process, after the warm-up, with its 95 % interval. *Left over*: what "
-        "the API process holds when all clients have gone, against the same after the warm-up. Counters are held "
-        "against what clients were told, to the unit.",
+        "the midst of a stream, and in the first third the generator's process is killed now and then. *Growth*: "
+        "resident memory in the second half by least squares, with its 95 % interval: allocators fill up for some "
+        "twenty minutes. *Left over*: what the API process holds when all clients have gone, against the same after "
+        "the warm-up. Counters are held against what clients were told, to the unit.",
         "",
         *(f"- {name}: `{value}`" for name, value in setting.items()),
         "",

@@ -69,11 +69,13 @@ class Tally:
 
 @dataclass(slots=True)
 class Traffic:
-    """Clients of one server. seed: of everything that they choose."""
+    """Clients of one server. seed: of everything that they choose. is_generator_away: a trajectory ends by itself
+    then, soon, unless it is made endless."""
 
     url: str
     seed: int
     tally: Tally = field(default_factory=Tally)
+    is_generator_away: bool = False
 
     async def run(self, clients: int, seconds: float) -> None:
         """So many clients at a time, each asking again as soon as it is answered; all connections are closed then."""
@@ -92,6 +94,7 @@ class Traffic:
             kind = chance.choices(kinds, [_KINDS[k][0] for k in kinds])[0]
             self.tally.asked[kind] += 1
             try:
+                client.is_generator_away = self.is_generator_away
                 await _KINDS[kind][1](client)
             except (aiohttp.ClientError, TimeoutError, KeyError, ValueError, AssertionError) as error:
                 self.tally.errors.append(f"{kind}: {type(error).__name__}: {error}"[:500])
@@ -103,6 +106,7 @@ class _Client:
     session: aiohttp.ClientSession
     chance: random.Random
     tally: Tally
+    is_generator_away: bool = False
 
     def question(self) -> str:
         """Of the two tasks that the bundled model knows."""
@@ -169,7 +173,7 @@ class _Client:
     async def leave(self) -> None:
         """Away before the reply, or in the midst of a stream; where an endpoint has no way to ask for endless work,
         before a first cycle can have been written."""
-        path = self.chance.choice(ENDPOINTS)
+        path = self.chance.choice((CHAT, COMPLETIONS) if self.is_generator_away else ENDPOINTS)
         is_long = path in (CHAT, COMPLETIONS)
         more = _ENDLESS if is_long else {**_LONG, "max_output_tokens" if path == RESPONSES else "max_tokens": 900}
         body = self.body(path, stream=self.chance.random() < 0.5, **more)
