@@ -76,7 +76,7 @@ overload: ## offer five times what the server can do (docs/results/overload.md)
 	@$(SETUP) $(EXTRA) dev
 	$(VENV)/bin/python scripts/bench_overload.py $(ARGS)
 
-soak: ## mixed traffic with faults for half an hour, memory and counters watched (ARGS="--minutes 10")
+soak: ## mixed traffic with faults for 40 minutes, memory and counters watched (ARGS="--minutes 10")
 	@$(SETUP) $(EXTRA) dev
 	$(VENV)/bin/python scripts/soak.py $(ARGS)
 

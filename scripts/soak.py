@@ -49,7 +49,8 @@ FLAGS = (
     "--confidence-engine-args", json.dumps({"kv_cache_memory_bytes": 64 * MIB}),
 )  # fmt: skip
 _QUIET_SECONDS, _SAMPLE_SECONDS = 60.0, 1.0
-_LEAST_SECONDS = 300.0  # of a soak from which growth can be judged
+_SETTLED_SECONDS = 1200.0  # of traffic, until allocators have what they need: growth is judged after it
+_RESTART_SECONDS = 300.0
 MOST_MIB_AN_HOUR = 24.0  # proven growth, the low end of the interval, of any process
 # To the disk, beside the log: a page of it that is written in two goes counts twice.
 _MOST_WRITTEN, _MOST_WRITTEN_A_SECOND = 2**17, 2**10
@@ -116,7 +117,7 @@ async def soak(url: str, server: psutil.Process, log: Path, plan: Plan, tell: Ca
     checks = [*_counts(traffic.tally, risen), *_left_over(before, after)]
     most = _MOST_WRITTEN + round(_MOST_WRITTEN_A_SECOND * plan.seconds)
     checks.append(_at_most("bytes written to disk beside the log", written(processes, log) - on_disk, most))
-    if plan.seconds >= _LEAST_SECONDS:
+    if plan.warm_seconds + plan.seconds / 2 >= _SETTLED_SECONDS:
         checks += _grown(grown)
     checks.append(_exactly("times the generator was started anew", risen["rtap_engine_restarts_total"], kills))
     return Soaked(traffic.tally, kills, before, after, grown, checks)
@@ -127,15 +128,21 @@ async def _kill(traffic: Traffic, processes: Processes, plan: Plan, tell: Callab
     kills, began = 0, time.monotonic()
     while plan.kill_seconds is not None and time.monotonic() - began + plan.kill_seconds < plan.seconds / 3:
         await asyncio.sleep(plan.kill_seconds)
-        with suppress(psutil.NoSuchProcess):
-            traffic.is_generator_away = True
-            processes.by_role()[GENERATOR].kill()
-            kills += 1
-            tell(f"{time.monotonic() - began:.0f} s: the generator is killed")
-        while (await scrape(traffic.url)).get("rtap_engine_up{engine=confidence}") != 1:
-            await asyncio.sleep(_SAMPLE_SECONDS)
+        before = await _restarts(traffic.url)
+        traffic.is_generator_away = True
+        processes.by_role()[GENERATOR].kill()
+        kills += 1
+        tell(f"{time.monotonic() - began:.0f} s: the generator is killed")
+        async with asyncio.timeout(_RESTART_SECONDS):
+            while await _restarts(traffic.url) == before:
+                await asyncio.sleep(_SAMPLE_SECONDS)
         traffic.is_generator_away = False
     return kills
+
+
+async def _restarts(url: str) -> float:
+    """How often the generator was started anew, counted when it is up."""
+    return (await scrape(url)).get("rtap_engine_restarts_total", 0.0)
 
 
 async def _quiet(url: str, server: psutil.Process) -> Held:
@@ -250,9 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="soak.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--warm-seconds", type=float, default=120.0)
+    parser.add_argument("--warm-seconds", type=float, default=600.0)
     parser.add_argument("--clients", type=int, default=12)
-    parser.add_argument("--kill-minutes", type=float, default=4.0, help="between two ends of the generator; 0: never")
+    parser.add_argument("--kill-minutes", type=float, default=3.0, help="between two ends of the generator; 0: never")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args(arguments)

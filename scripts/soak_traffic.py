@@ -81,7 +81,7 @@ class Traffic:
         """So many clients at a time, each asking again as soon as it is answered; all connections are closed then."""
         until = asyncio.get_running_loop().time() + seconds
         timeout = aiohttp.ClientTimeout(total=120)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)  # less than the server's 5: it closes idle ones
+        connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             await asyncio.gather(
                 *(self._client(session, random.Random(f"{self.seed} {n}"), until) for n in range(clients))

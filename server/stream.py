@@ -86,7 +86,7 @@ class EventStream:
         cycles = self._cycle_events(event) if self._exchange.pending else b""
         if event.startswith(_ERROR):
             event = _DATA + shaped_event(event[len(_DATA) :])
-        elif event.startswith(_NAMED_ERROR):
+        elif self._path == _MESSAGES and event.startswith(_NAMED_ERROR):
             event = _NAMED_ERROR + shaped_event(event[len(_NAMED_ERROR) :])
         elif event != _DONE and self._markers.search(event):
             event = self._rewrite(event)

@@ -55,16 +55,20 @@ def _parser() -> argparse.ArgumentParser:
         add_flags(commands.add_parser(name, help=what, allow_abbrev=False), kind)
     for name, kind in CONFIGS.items():
         add_flags(commands.add_parser(name, help=(kind.__doc__ or "").splitlines()[0], allow_abbrev=False), kind)
-    study = commands.add_parser("study", help="train and measure the runs of a suite over seeds, and tabulate them")
+    study = commands.add_parser(
+        "study", help="train and measure the runs of a suite over seeds, and tabulate them", allow_abbrev=False
+    )
     study.add_argument("suite", type=Path, help="YAML file: title, seeds, baseline, common, runs, measure")
     study.add_argument("--output", type=Path, required=True, help="folder of results.json and results.md")
-    pipeline = commands.add_parser("pipeline", help="run the stages of a recipe: the bundled models from nothing")
+    pipeline = commands.add_parser(
+        "pipeline", help="run the stages of a recipe: the bundled models from nothing", allow_abbrev=False
+    )
     pipeline.add_argument("--recipe", type=Path, default=RECIPE, help="YAML file of stages (default: %(default)s)")
     pipeline.add_argument("--folder", type=Path, default=Path("runs/bundled"), help="outputs (default: %(default)s)")
     pipeline.add_argument("--smoke", action="store_true", help="a few steps a stage: whether the chain holds together")
     pipeline.add_argument("--install", action="store_true", help="replace the bundled models with what comes out")
     pipeline.add_argument("--models", type=Path, default=BUNDLED, help="where to install (default: %(default)s)")
-    questions = commands.add_parser("questions", help="write the held-out question files")
+    questions = commands.add_parser("questions", help="write the held-out question files", allow_abbrev=False)
     questions.add_argument("--output", type=Path, default=BUNDLED / "eval", help="folder (default: %(default)s)")
     questions.add_argument("--count", type=int, default=EVAL_COUNT, help="questions a task (default: %(default)s)")
     return parser

@@ -232,7 +232,7 @@ def test_probes_end_thoughts_whose_answer_no_longer_changes(server):
         probes, cycle = reply.rtap["probes"], reply.rtap["cycles"][0]
         assert reply.usage.completion_tokens == cycle["tokens"]
         assert (cycle["answer"] is not None) == (probes["thoughts_ended"] == 1)
-        assert probes["asked"] > 1
+        assert probes["asked"] > probes["thoughts_ended"]  # two end a thought; some end by themselves before
         ended, discarded = ended + probes["thoughts_ended"], discarded + reply.rtap["discarded_tokens"]
     assert ended > 0
     assert discarded > 0
