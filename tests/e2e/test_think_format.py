@@ -81,19 +81,21 @@ def test_rejected_answers_are_reasoning_and_the_best_is_content(server):
 
 
 def test_an_adapter_is_a_model_whose_every_cycle_is_its_own(server):
-    def written(model):
+    def written(model, question):
         reply = server.client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": "Make 72 from 2, 6 and 10"}], temperature=0,
+            model=model, messages=[{"role": "user", "content": question}], temperature=0,
             max_tokens=300, extra_body={"rtap": EAGER | {"return_cycles": True}},
         )  # fmt: skip
         assert reply.model == model
         return [(c["think"], c["answer"]) for c in reply.rtap["cycles"]]
 
     assert {m.id for m in server.client.models.list().data} == {"rtap", ADAPTER}
-    base, adapted = written("rtap"), written(ADAPTER)
-    assert adapted == written(ADAPTER)
-    assert len(base) > 1
-    assert all(a != b for a, b in zip(adapted, base, strict=False))
+    differs = []  # by question: whether each cycle does; the two may agree on an easy one
+    for question in ("Make 72 from 2, 6 and 10", "make 61 from 4, 8, 29", "37*48+65", "(83-17)*29"):
+        base, adapted = written("rtap", question), written(ADAPTER, question)
+        assert adapted == written(ADAPTER, question)
+        differs.append([a != b for a, b in zip(adapted, base, strict=False)])
+    assert any(len(cycles) > 1 and all(cycles) for cycles in differs), differs
 
 
 def _ids_of_white_space(server) -> list[int]:
