@@ -88,13 +88,12 @@ class Traffic:
             )
 
     async def _client(self, session: aiohttp.ClientSession, chance: random.Random, until: float) -> None:
-        client = _Client(self.url, session, chance, self.tally)
+        client = _Client(self, session, chance)
         kinds = list(_KINDS)
         while asyncio.get_running_loop().time() < until:
             kind = chance.choices(kinds, [_KINDS[k][0] for k in kinds])[0]
             self.tally.asked[kind] += 1
             try:
-                client.is_generator_away = self.is_generator_away
                 await _KINDS[kind][1](client)
             except (aiohttp.ClientError, TimeoutError, KeyError, ValueError, AssertionError) as error:
                 self.tally.errors.append(f"{kind}: {type(error).__name__}: {error}"[:500])
@@ -102,11 +101,9 @@ class Traffic:
 
 @dataclass(slots=True)
 class _Client:
-    url: str
+    traffic: Traffic
     session: aiohttp.ClientSession
     chance: random.Random
-    tally: Tally
-    is_generator_away: bool = False
 
     def question(self) -> str:
         """Of the two tasks that the bundled model knows."""
@@ -154,17 +151,17 @@ class _Client:
         body = self.body(path, stream=self.chance.random() < 0.5)
         await asyncio.gather(self.ask(path, body, name), self.ask(path, body, name))
         await self.ask(path, body, name)
-        async with self.session.post(self.url + path, json=self.body(path, user="x"), headers=name) as reply:
+        async with self.session.post(self.traffic.url + path, json=self.body(path, user="x"), headers=name) as reply:
             assert reply.status == 409, f"{reply.status} for another request of the same name"
-            self.tally.sums["rtap_rejected_total{reason=conflict}"] += 1
+            self.traffic.tally.sums["rtap_rejected_total{reason=conflict}"] += 1
 
     async def bad(self) -> None:
         """What is refused."""
         path, body, status, reason = self.chance.choice(_BAD)
         headers = {"content-type": "application/json"}
-        self.tally.sums[f"rtap_rejected_total{{reason={reason}}}"] += 1
+        self.traffic.tally.sums[f"rtap_rejected_total{{reason={reason}}}"] += 1
         try:
-            async with self.session.post(self.url + path, data=io.BytesIO(body), headers=headers) as reply:
+            async with self.session.post(self.traffic.url + path, data=io.BytesIO(body), headers=headers) as reply:
                 assert reply.status == status, f"{reply.status} and not {status}: {(await reply.text())[:200]}"
                 assert set((await reply.json())["error"]) == {"message", "type", "param", "code"}
         except aiohttp.ClientOSError:
@@ -173,14 +170,14 @@ class _Client:
     async def leave(self) -> None:
         """Away before the reply, or in the midst of a stream; where an endpoint has no way to ask for endless work,
         before a first cycle can have been written."""
-        path = self.chance.choice((CHAT, COMPLETIONS) if self.is_generator_away else ENDPOINTS)
+        path = self.chance.choice((CHAT, COMPLETIONS) if self.traffic.is_generator_away else ENDPOINTS)
         is_long = path in (CHAT, COMPLETIONS)
         more = _ENDLESS if is_long else {**_LONG, "max_output_tokens" if path == RESPONSES else "max_tokens": 900}
         body = self.body(path, stream=self.chance.random() < 0.5, **more)
-        self.tally.left += 1
+        self.traffic.tally.left += 1
         try:
             async with asyncio.timeout(self.chance.uniform(0, _LEAVE_SECONDS if is_long else _SHORT_SECONDS)):
-                async with self.session.post(self.url + path, json=body) as reply:
+                async with self.session.post(self.traffic.url + path, json=body) as reply:
                     async for _ in reply.content.iter_any():
                         pass
         except TimeoutError:
@@ -190,22 +187,22 @@ class _Client:
     async def other(self) -> None:
         """The routes beside generation."""
         body = {"question": self.question(), "think": "1", "answer": "2"}
-        async with self.session.post(f"{self.url}/v1/rtap/score", json=body) as reply:
+        async with self.session.post(f"{self.traffic.url}/v1/rtap/score", json=body) as reply:
             assert reply.status in (200, 503), reply.status  # without a generator nothing scores
         for path in ("/v1/rtap/config", "/ready", "/v1/models", "/metrics"):
-            async with self.session.get(self.url + path) as reply:
+            async with self.session.get(self.traffic.url + path) as reply:
                 assert reply.status == 200, f"{path}: {reply.status}"
 
     async def judge(self) -> None:
         """An answer, and a verdict on it."""
         told = await self.ask(CHAT, self.body(CHAT))
         body = {"request_id": told["id"], "correct": self.chance.random() < 0.5}
-        async with self.session.post(f"{self.url}/v1/rtap/feedback", json=body) as reply:
+        async with self.session.post(f"{self.traffic.url}/v1/rtap/feedback", json=body) as reply:
             assert reply.status == 200, reply.status
 
     async def ask(self, path: str, body: Body, headers: Mapping[str, str] | None = None) -> Body:
         """Send, read to the end, count every trajectory that the reply tells. Result: what it says last."""
-        async with self.session.post(self.url + path, json=body, headers=headers) as reply:
+        async with self.session.post(self.traffic.url + path, json=body, headers=headers) as reply:
             assert reply.status == 200, f"{reply.status}: {(await reply.text())[:300]}"
             last = await (_last_of(reply) if body.get("stream") else reply.json())
             is_first = "idempotent-replayed" not in reply.headers
@@ -213,9 +210,9 @@ class _Client:
         assert len(told) == body.get("n", 1), f"{len(told)} trajectories told, {body.get('n', 1)} asked for"
         if is_first:
             for one in told:
-                self.tally.take(one)
+                self.traffic.tally.take(one)
         else:
-            self.tally.sums["rtap_idempotent_total"] += 1
+            self.traffic.tally.sums["rtap_idempotent_total"] += 1
         return last
 
 

@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from server.rtap.artifact import NUM_BINS
+from server.rtap.artifact import bin_gaps, bin_of
 from server.rtap.errors import InvalidRequest, UnknownRequest
 from server.rtap.types import Policy, Trajectory
 
@@ -83,10 +83,8 @@ class Feedback:
     @property
     def ece(self) -> float:
         """Expected calibration error in [0, 1] over equal-width bins; NaN without verdicts."""
-        gaps, verdicts = [0.0] * NUM_BINS, tuple(self._verdicts.values())
-        for confidence, correct in verdicts:
-            gaps[_bin(confidence, NUM_BINS)] += confidence - correct
-        return sum(abs(gap) for gap in gaps) / len(verdicts) if verdicts else math.nan
+        verdicts = tuple(self._verdicts.values())
+        return sum(map(abs, bin_gaps(verdicts))) / len(verdicts) if verdicts else math.nan
 
     @property
     def drift(self) -> float:
@@ -97,13 +95,9 @@ class Feedback:
             return math.nan
         counts = [0.0] * len(self.reference)
         for confidence in firsts:
-            counts[_bin(confidence, len(counts))] += 1
+            counts[bin_of(confidence, len(counts))] += 1
         pairs = zip(_shares(counts), _shares(self.reference), strict=True)
         return sum((now - then) * math.log(now / then) for now, then in pairs)
-
-
-def _bin(value: float, bins: int) -> int:
-    return min(int(value * bins), bins - 1)
 
 
 def _shares(counts: Sequence[float]) -> list[float]:

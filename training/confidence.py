@@ -24,6 +24,7 @@ from training.calibration import best_threshold, histogram
 from training.checkpoint import manifest, sha256
 from training.classifier import build_generator, build_scratch, calibrate, logits_of, score
 from training.config import ConfidenceConfig, Init, Loss, run_dir
+from training.events import SHOWN, last_confidences
 from training.examples import Example, Row, balance, collect, group, pair_batches, synthetic_texts
 from training.held_out import Turns, show_held_out
 from training.huggingface import cast_to, encode_text, load_policy, save_checkpoint
@@ -39,8 +40,6 @@ from training.runtime import configure_torch
 from training.streams import Stream
 from training.tasks import TASKS, parse_mix
 from training.tasks.base import Problem
-
-SHOWN = ("within_auroc", "global_auroc", "ece", "brier")  # in TensorBoard; the manifest has more
 
 
 def run(config: ConfidenceConfig) -> None:
@@ -243,13 +242,6 @@ def show(
     known = ((task, name, figures[task][name]) for task in figures for name in SHOWN)
     more = {f"held_out/{task}/confidence/{name}": value for task, name, value in known if value is not None}
     show_held_out(config.output, step, turns, asked.tokenizer, confidences=confidences, more=more)
-
-
-def last_confidences(trajectories: Sequence[Trajectory], scores: Sequence[float]) -> list[float | None]:
-    """``scores``: of all cycles with an answer, in order. None for a trajectory whose last cycle has no answer."""
-    rest = iter(scores)
-    rows = [[None if c.answer is None else next(rest) for c in t.cycles] for t in trajectories]
-    return [row[-1] if row else None for row in rows]
 
 
 def write_plot(file: Path, judged: dict[str, Judged]) -> None:

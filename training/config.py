@@ -47,6 +47,11 @@ TASK_MIX = "countdown=0.4,arithmetic=0.2,knights=0.4"
 _MAY_CHANGE = frozenset({"output", "threads", "eval_questions", "save_steps", "save_minutes"})
 
 
+def setting(default: Any, text: str) -> Any:
+    """A field with its help text."""
+    return field(default=default, metadata=_help(text))
+
+
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
 

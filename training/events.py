@@ -8,13 +8,31 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from training.rollout import Trajectory
 
-TAG = "samples"
+FOLDER, TAG = "tensorboard", "samples"  # of a run; of its table
+SHOWN = ("within_auroc", "global_auroc", "ece", "brier")  # of a judgement; the manifest has more
 MAX_ROWS = 12  # of a table
 _MAX_TEXT = 600  # characters of a cell
+
+
+class Checked(Protocol):
+    """A cycle whose answer was looked at."""
+
+    @property
+    def answer(self) -> str | None: ...
+
+    @property
+    def is_right(self) -> bool: ...
+
+
+class Turn(Protocol):
+    """What was written to one question."""
+
+    @property
+    def cycles(self) -> Sequence[Checked]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +90,23 @@ def scalars_of(
 ) -> dict[str, float]:
     """Means over trajectories, whose texts are ``texts``."""
     tokens = sum(len(c.ids) for t in trajectories for c in t.cycles)
-    oops = sum(map(count_oops, texts))
-    count = max(1, len(trajectories))
+    return means_over(trajectories, tokens=tokens, oops=sum(map(count_oops, texts)))
+
+
+def means_over(turns: Sequence[Turn], *, tokens: int, oops: int) -> dict[str, float]:
+    """Means over turns. tokens, oops: in all of them."""
+    count = max(1, len(turns))
     return {
-        "first_right": sum(t.cycles[0].is_right for t in trajectories) / count,
-        "right": sum(t.cycles[-1].is_right for t in trajectories) / count,
-        "cycles": sum(len(t.cycles) for t in trajectories) / count,
+        "first_right": sum(t.cycles[0].is_right for t in turns) / count,
+        "right": sum(t.cycles[-1].is_right for t in turns) / count,
+        "cycles": sum(len(t.cycles) for t in turns) / count,
         "tokens": tokens / count,
         "oops_per_1000_tokens": 1000 * oops / max(1, tokens),
     }
+
+
+def last_confidences(turns: Sequence[Turn], scores: Sequence[float]) -> list[float | None]:
+    """``scores``: of all cycles with an answer, in order. None for a turn whose last cycle has no answer."""
+    rest = iter(scores)
+    rows = [[None if c.answer is None else next(rest) for c in t.cycles] for t in turns]
+    return [row[-1] if row else None for row in rows]

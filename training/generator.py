@@ -26,7 +26,7 @@ from training.calibration import Bools, Floats, best_threshold, figures, fit_pla
 from training.checkpoint import manifest, sha256
 from training.config import run_dir
 from training.errors import TrainingError
-from training.events import TAG, Sample, add_events
+from training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
 from training.generator_config import GeneratorConfig
 from training.generator_samples import Turn, clean_up, sample
 from training.huggingface import cast_to, save_checkpoint
@@ -217,24 +217,14 @@ def _show(
     confidences: Floats,
 ) -> None:
     """The judgement in TensorBoard, as the other stages have it."""
-    rest = iter(cast(list[float], confidences.tolist()))
-    rows = [[None if c.answer is None else next(rest) for c in t.cycles] for t in turns]
+    last = last_confidences(turns, confidences.tolist())
     samples = [
         Sample(
-            questions[t.question].question, "".join(c.text for c in t.cycles), len(t.cycles), t.tokens, t.is_right,
-            row[-1],
+            questions[t.question].question, "".join(c.text for c in t.cycles), len(t.cycles), t.tokens, t.is_right, p
         )
-        for t, row in zip(turns, rows, strict=True)
+        for t, p in zip(turns, last, strict=True)
     ]  # fmt: skip
-    tokens, count = sum(t.tokens for t in turns), len(turns)
-    oops = sum(c.oops_tokens for t in turns for c in t.cycles)
-    scalars = {
-        "held_out/first_right": sum(t.cycles[0].is_right for t in turns) / count,
-        "held_out/right": sum(t.is_right for t in turns) / count,
-        "held_out/cycles": sum(len(t.cycles) for t in turns) / count,
-        "held_out/tokens": tokens / count,
-        "held_out/oops_per_1000_tokens": 1000 * oops / max(1, tokens),
-    }
-    shown = ("within_auroc", "global_auroc", "ece", "brier")
-    scalars |= {f"held_out/confidence/{name}": judged[name] for name in shown if judged[name] is not None}
-    add_events(run_dir(config.output) / "tensorboard", step, scalars, {TAG: samples})
+    tokens, oops = sum(t.tokens for t in turns), sum(c.oops_tokens for t in turns for c in t.cycles)
+    scalars = {f"held_out/{name}": value for name, value in means_over(turns, tokens=tokens, oops=oops).items()}
+    scalars |= {f"held_out/confidence/{name}": judged[name] for name in SHOWN if judged[name] is not None}
+    add_events(run_dir(config.output) / FOLDER, step, scalars, {TAG: samples})

@@ -1,14 +1,11 @@
 """Config of ``rtap train generator``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from server.rtap.errors import ConfigError
-
-
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+from training.config import setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +17,24 @@ class GeneratorConfig:
 
     # batch_rows too: what was sampled before is kept, so memory that ran out can be mended.
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"output", "threads", "batch_rows", "save_steps", "save_minutes"})
-    policy: Path = _field(Path("policy"), "folder of the checkpoint that answers, as `rtap serve` loads it")
-    questions: str = _field("", "JSONL file, hf:DATASET, or a mix of bundled tasks")
-    output: Path = _field(Path("runs/generator"), "where the checkpoint is written")
-    num_questions: int = _field(2000, "training questions at most")
-    eval_questions: int = _field(200, "held-out questions at most, of the tenth that is held out by hash")
-    samples: int = _field(8, "trajectories a question. R-TAP: 128")
-    max_cycles: int = _field(2, "cycles a trajectory; another one after a wrong one")
-    max_cycle_tokens: int = _field(2048, "tokens a cycle at most")
-    batch_rows: int = _field(64, "trajectories sampled side by side")
-    epochs: int = _field(2, "passes over the questions")
-    questions_per_step: int = _field(8, "questions whose cycles make one step")
-    learning_rate: float = _field(1e-5, "of AdamW, on all weights")
-    global_weight: float = _field(0.25, "weight of questions all right or all wrong")
-    validation_share: float = _field(0.2, "training questions kept for calibration and threshold")
-    seed: int = _field(2, "seed of questions, sampling, the head and training order")
-    threads: int = _field(1, "torch threads")
-    save_steps: int = _field(0, "steps between states to resume from (0: by minutes alone)")
-    save_minutes: float = _field(20.0, "minutes between them; a kill costs no more")
+    policy: Path = setting(Path("policy"), "folder of the checkpoint that answers, as `rtap serve` loads it")
+    questions: str = setting("", "JSONL file, hf:DATASET, or a mix of bundled tasks")
+    output: Path = setting(Path("runs/generator"), "where the checkpoint is written")
+    num_questions: int = setting(2000, "training questions at most")
+    eval_questions: int = setting(200, "held-out questions at most, of the tenth that is held out by hash")
+    samples: int = setting(8, "trajectories a question. R-TAP: 128")
+    max_cycles: int = setting(2, "cycles a trajectory; another one after a wrong one")
+    max_cycle_tokens: int = setting(2048, "tokens a cycle at most")
+    batch_rows: int = setting(64, "trajectories sampled side by side")
+    epochs: int = setting(2, "passes over the questions")
+    questions_per_step: int = setting(8, "questions whose cycles make one step")
+    learning_rate: float = setting(1e-5, "of AdamW, on all weights")
+    global_weight: float = setting(0.25, "weight of questions all right or all wrong")
+    validation_share: float = setting(0.2, "training questions kept for calibration and threshold")
+    seed: int = setting(2, "seed of questions, sampling, the head and training order")
+    threads: int = setting(1, "torch threads")
+    save_steps: int = setting(0, "steps between states to resume from (0: by minutes alone)")
+    save_minutes: float = setting(20.0, "minutes between them; a kill costs no more")
 
     def __post_init__(self) -> None:
         if not self.questions:

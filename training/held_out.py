@@ -8,11 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from server.rtap.lexicon import OopsCounter, load_lexicon
 from training.config import run_dir
-from training.events import TAG, Sample, add_events, scalars_of
+from training.events import FOLDER, TAG, Sample, add_events, scalars_of
 from training.huggingface import decode_ids, encode_text
 from training.rollout import Trajectory
-
-FOLDER = "tensorboard"  # of a run
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from training.errors import TrainingError
-from training.events import open_events
+from training.events import FOLDER, open_events
 from training.optim import Budget
 from training.runs import LineLog
 
@@ -27,7 +27,7 @@ class Progress:
         self._loss = 0.0
         self._logged_step = budget.steps
         self._log = LineLog(folder / "train.jsonl", resumed_at=budget.steps) if is_shown else None
-        self._events = open_events(folder / "tensorboard", resumed_at=budget.steps) if is_shown else None
+        self._events = open_events(folder / FOLDER, resumed_at=budget.steps) if is_shown else None
         self._bar = tqdm(
             total=100, desc=name, disable=not is_shown, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         )

@@ -6,7 +6,7 @@ the way, not refused: an older server must load what a newer trainer wrote.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,20 @@ from server.rtap.errors import ConfigError
 
 CERTAIN = 1e-6  # probabilities nearer to 0 or 1 count as this near
 NUM_BINS = 20  # equal-width bins of [0, 1] in every calibration figure, the trainer's and the server's
+
+
+def bin_of(value: float, bins: int) -> int:
+    """Which of so many equal-width bins of [0, 1] it falls into."""
+    return min(int(value * bins), bins - 1)
+
+
+def bin_gaps(judged: Iterable[tuple[float, bool]]) -> list[float]:
+    """Confidence minus right ones, summed in each of NUM_BINS: their sizes, over all, make the expected calibration
+    error."""
+    gaps = [0.0] * NUM_BINS
+    for confidence, is_right in judged:
+        gaps[bin_of(confidence, NUM_BINS)] += confidence - is_right
+    return gaps
 
 
 class Calibration(BaseModel):

@@ -2,8 +2,7 @@
 
 import pytest
 
-from training.confidence import last_confidences
-from training.events import MAX_ROWS, Sample, samples_table, scalars_of
+from training.events import MAX_ROWS, Sample, last_confidences, samples_table, scalars_of
 from training.rl.figures import means_of, samples_of, sums_of
 from training.rl.messages import last_text
 from training.rl.rollouts import RolledCycle, Rollout

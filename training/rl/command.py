@@ -17,6 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from server.rtap.errors import ConfigError
 from training.checkpoint import manifest
+from training.events import FOLDER
 from training.huggingface import cast_to, save_checkpoint
 from training.questions import Question, load_questions
 from training.rl.config import RlConfig
@@ -49,7 +50,7 @@ def run(config: RlConfig) -> None:
     )
     trainer.add_callback(log)
     is_first = trainer.is_world_process_zero()
-    trainer.add_callback(SamplesTable(config.run_dir / "tensorboard", lambda: trainer.samples, is_writer=is_first))
+    trainer.add_callback(SamplesTable(config.run_dir / FOLDER, lambda: trainer.samples, is_writer=is_first))
     started = monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # needs every process
@@ -86,7 +87,7 @@ def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question
 def trl_arguments(config: RlConfig) -> GRPOConfig:
     """Our config in TRL's words. Losses and advantages are ours, so TRL's switches for them stay unused."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is used knowingly, and pinned
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / "tensorboard")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / FOLDER)
     # Else transformers fills weights in one process of a machine and FSDP those of the policy in the others; nobody
     # fills those of generator, teacher and TRL's reference model, which then differ from process to process.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

@@ -4,13 +4,13 @@ The papers' values are the defaults. They were chosen for models of billions of 
 bundled models (training/recipes) change what such models need and say so.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from server.rtap.errors import ConfigError
-from training.config import BUNDLED, run_dir
+from training.config import BUNDLED, run_dir, setting
 
 REWARDS = ("increase", "final", "format", "answer", "length")
 
@@ -29,11 +29,6 @@ class ClampGradient(StrEnum):
 
     STOP = "stop"
     STRAIGHT_THROUGH = "straight_through"
-
-
-def setting(default: Any, text: str) -> Any:
-    """A field with its help text."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from server.rtap.artifact import NUM_BINS
+from server.rtap.artifact import NUM_BINS, bin_gaps
 from training.events import Sample
 from training.rl.rollouts import Rollout
 
@@ -25,11 +25,7 @@ def sums_of(rollouts: Sequence[Rollout], confidences: Sequence[Sequence[float]])
 
 
 def _gaps(scored: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Confidence minus right ones, summed in each of the equal-width bins of the expected calibration error."""
-    gaps = [0.0] * NUM_BINS
-    for p, is_right in scored:
-        gaps[min(int(p * NUM_BINS), NUM_BINS - 1)] += p - is_right
-    return {f"gap {place}": gap for place, gap in enumerate(gaps)}
+    return {f"gap {place}": gap for place, gap in enumerate(bin_gaps(scored))}
 
 
 def means_of(totals: Mapping[str, float], *, has_generator: bool) -> dict[str, float]:
