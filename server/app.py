@@ -48,6 +48,7 @@ async def create_app(
     tracing = _tracing(args)
     recursive = cast(EngineClient, RecursiveEngine(engine, replace(plan, tracing=tracing)))
     plan.metrics.tasks(asyncio.get_running_loop())
+    plan.metrics.in_flight(admission)
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(recursive, app.state, args, tasks)

@@ -17,13 +17,14 @@ CHARACTERS = 64
 _LISTS = {"messages": "messages", "input": "items", "prompt": "prompts"}
 _IDS = ("prompt", "tokens", "token_ids")
 _TEMPLATES = ("chat_template", "chat_template_kwargs")
-_MEDIA = ("image_url", "audio_url", "video_url")
+_MEDIA = frozenset({"image_url", "audio_url", "video_url"})
 # Of a request, what describes tools and results and fetches nothing: an address there is a word like any other.
 _NO_MEDIA = frozenset(
     {"tools", "functions", "tool_choice", "response_format", "structured_outputs", "metadata", "text"}
 )
 _CALLS = frozenset({"tool_calls", "function_call"})  # of a message: what a model said, and says no address to us
 _DOMAINS, _FILES = ("http", "https"), ("file",)
+_CONTAINERS = (dict, list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ class Caps:
         for asked in (request, cast(dict[str, Any], params) if isinstance(params, dict) else {}):
             self._counts(asked)
             _stops(asked)
-        if is_deeper(request, DEPTH):
+        nested: dict[str, Any] = {name: value for name, value in request.items() if isinstance(value, _CONTAINERS)}
+        if is_deeper(nested, DEPTH):
             raise InvalidRequest(f"the request body is nested more than {DEPTH} deep")
         if not self.allows_templates:
             for name in filter(request.get, _TEMPLATES):
@@ -54,9 +56,9 @@ class Caps:
                     "(--allow-request-templates)",
                     param=name,
                 )
-        for name in request.keys() - _NO_MEDIA:
-            for address in _addresses(request[name]):
-                if address.partition(":")[0].lower() not in {"data", *self.media_schemes}:
+        for name in nested.keys() - _NO_MEDIA:
+            for address in _addresses(nested[name]):
+                if address.partition(":")[0].lower() not in ("data", *self.media_schemes):
                     raise InvalidRequest(
                         "media must come as data: URLs; this server fetches from no such address "
                         "(--allowed-media-domains, --allowed-local-media-path)",
@@ -103,7 +105,8 @@ def _most_ids(value: Any) -> int:
 
 def _stops(request: Mapping[str, Any]) -> None:
     for name in ("stop", "stop_sequences", "stop_token_ids", "bad_words"):
-        given = request.get(name)
+        if (given := request.get(name)) is None:
+            continue
         stops = cast(list[Any], given) if isinstance(given, list) else [given]
         if len(stops) > STOPS:
             raise InvalidRequest(f"{name} has {len(stops)} entries, and at most {STOPS} are looked for", param=name)
@@ -118,10 +121,11 @@ def is_deeper(value: Any, depth: int) -> bool:
 
 def _levels(value: Any) -> Iterator[list[dict[str, Any] | list[Any]]]:
     """The objects and lists in it, those of one depth at a time. No recursion, so no depth harms it."""
-    level: list[Any] = [value]
-    while nested := [cast(dict[str, Any] | list[Any], part) for part in level if isinstance(part, dict | list)]:
-        yield nested
-        level = [inner for outer in nested for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    level: list[Any] = [value] if isinstance(value, _CONTAINERS) else []
+    while level:
+        yield level
+        inside: list[Any] = [outer.values() if isinstance(outer, dict) else outer for outer in level]
+        level = [inner for values in inside for inner in values if isinstance(inner, _CONTAINERS)]
 
 
 def texts(value: Any) -> Iterator[str]:
@@ -139,21 +143,21 @@ def _addresses(value: Any) -> Iterator[str]:
     What a model called a tool with is not media, whatever it is called."""
     level: list[Any] = [value]
     while level:
-        inner = list[Any]()
+        inner: list[Any] = []
         for part in level:
-            if isinstance(part, list):
-                inner += cast(list[Any], part)
-            elif isinstance(part, dict):
+            if isinstance(part, dict):
                 fields = cast(dict[str, Any], part)
                 yield from _addresses_in(fields)
                 is_call = fields.get("type") == "tool_use"
                 inner += [v for k, v in fields.items() if k not in _CALLS and not (is_call and k == "input")]
-        level = inner
+            else:
+                inner += cast(list[Any], part)
+        level = [part for part in inner if isinstance(part, _CONTAINERS)]
 
 
 def _addresses_in(fields: Mapping[str, Any]) -> Iterator[str]:
-    for name in _MEDIA:
-        named = fields.get(name)
+    for name in fields.keys() & _MEDIA:
+        named = fields[name]
         address = cast(dict[str, Any], named).get("url") if isinstance(named, dict) else named
         if isinstance(address, str):
             yield address

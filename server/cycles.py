@@ -81,26 +81,27 @@ class Cycles:
                 async with aclosing(outputs):
                     async for output in outputs:
                         part = output.outputs[0]
-                        if part.finish_reason not in (None, "stop", "length") and not self._is_cut(part.finish_reason):
-                            raise CycleAborted(part.finish_reason)
-                        yield self._step(output, part)
+                        yield self._step(output, part) if part.finish_reason is None else self._last(output, part)
         finally:
             self._live.discard(name)
 
     def _step(self, output: RequestOutput, part: CompletionOutput) -> Step:
+        read, cached = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
+        return Step(part.text, part.token_ids, False, False, False, read, cached, output, cast(Any, part.logprobs))
+
+    def _last(self, output: RequestOutput, part: CompletionOutput) -> Step:
+        """The step with which the engine says why the cycle ends. Raises CycleAborted."""
+        reason = part.finish_reason
+        if reason is not None and reason not in ("stop", "length") and not self._is_cut(reason):
+            raise CycleAborted(reason)
         ends, closing = self._ends, self._plan.format.answer_close
         cycle_ended = part.stop_reason in ends or (not ends and part.stop_reason == closing is not None)
         is_hidden = cycle_ended and not self._call.params.include_stop_str_in_output
-        return Step(
+        return self._step(output, part)._replace(
             text=part.text + (closing or "") if is_hidden else part.text,
-            token_ids=part.token_ids,
-            finished=output.finished,
-            truncated=part.finish_reason == "length",
-            ended_turn=part.finish_reason == "stop" and not cycle_ended,
-            prompt_tokens=len(output.prompt_token_ids or ()),
-            cached_tokens=output.num_cached_tokens or 0,
-            native=output,
-            logprobs=cast(Any, part.logprobs),
+            finished=True,
+            truncated=reason == "length",
+            ended_turn=reason == "stop" and not cycle_ended,
         )
 
     def _is_cut(self, finish_reason: str) -> bool:
@@ -127,7 +128,7 @@ class Cycles:
         call, ends = self._call, self._ends
         params = copy.copy(call.params)
         params.n, params.max_tokens = 1, max_tokens
-        params.skip_clone = False  # this copy shares what AsyncLLM may change
+        params._all_stop_token_ids = {*params._all_stop_token_ids, *ends}  # pyright: ignore[reportPrivateUsage] - AsyncLLM adds to it
         if params.seed is not None:
             params.seed = (params.seed + self._choice + index * _SEED_STRIDE) % _SEED_RANGE
         if is_continued:
@@ -136,7 +137,6 @@ class Cycles:
             params.min_tokens = min(params.min_tokens, params.max_tokens)
         if ends:
             params.stop_token_ids = [*(params.stop_token_ids or ()), *ends]
-            params._all_stop_token_ids = {*params._all_stop_token_ids, *ends}  # pyright: ignore[reportPrivateUsage]
         elif self._plan.format.answer_close:
             params.stop = [*_as_list(params.stop), self._plan.format.answer_close]
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1

@@ -39,33 +39,27 @@ class Edge:
         others = [field for field in scope["headers"] if field[0] != REQUEST_ID]
         # A list of its own: the trailers of a chunked body are still appended to the server's.
         scope = {**scope, "headers": [*others, (REQUEST_ID, request_id)]}
-        await self._app(scope, receive, ErrorShaper(_Signed(send, request_id)))
-
-
-class _Signed:
-    """A ``send`` that puts the request id into the reply's header."""
-
-    def __init__(self, send: Send, request_id: bytes) -> None:
-        self._send, self._id = send, request_id
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            others = [field for field in message.get("headers", ()) if field[0].lower() != REQUEST_ID]
-            message = {**message, "headers": [*others, (REQUEST_ID, self._id)]}
-        await self._send(message)
+        await self._app(scope, receive, ErrorShaper(send, request_id=request_id))
 
 
 class ErrorShaper:
-    """A ``send`` that gives errors OpenAI's shape. clean: takes out of a text what must not be repeated."""
+    """A ``send`` that gives errors OpenAI's shape. clean: takes out of a text what must not be repeated. request_id:
+    for the reply's header."""
 
-    def __init__(self, send: Send, clean: Callable[[str], str] = str) -> None:
-        self._send, self._clean = send, clean
+    def __init__(self, send: Send, clean: Callable[[str], str] = str, request_id: bytes | None = None) -> None:
+        self._send, self._clean, self._id = send, clean, request_id
         self._start: Message | None = None
         self._parts: list[bytes] = []
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
-            self._start = message  # its content-length is known only with the whole body
+        if message["type"] == "http.response.start":
+            if self._id is not None:
+                others = [field for field in message.get("headers", ()) if field[0].lower() != REQUEST_ID]
+                message = {**message, "headers": [*others, (REQUEST_ID, self._id)]}
+            if message["status"] < HTTPStatus.BAD_REQUEST:
+                await self._send(message)
+            else:
+                self._start = message  # its content-length is known only with the whole body
         elif self._start is None or message["type"] != "http.response.body":
             await self._send(message)
         else:

@@ -4,13 +4,12 @@ Labels are bounded: policies, stop reasons and cycle numbers up to the server's 
 """
 
 import asyncio
-from collections.abc import Generator
-from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.drain import Drain
 from server.feedback import Feedback
+from server.limits import Admission
 from server.rtap.types import Cycle, Policy, StopReason, Trajectory
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -130,14 +129,9 @@ class Metrics:
         """A user said whether an answer was right."""
         self._feedback.labels("true" if correct else "false").inc()
 
-    @contextmanager
-    def in_flight(self) -> Generator[None]:
-        """Around one request."""
-        self._in_flight.inc()
-        try:
-            yield
-        finally:
-            self._in_flight.dec()
+    def in_flight(self, admission: Admission) -> None:
+        """Read at every scrape."""
+        self._in_flight.set_function(lambda: float(admission.requests_in_flight))
 
     def rejected(self, reason: str) -> None:
         """A request was refused; ``reason`` is one of a few words of ours."""

@@ -1,7 +1,7 @@
 """Events of a trajectory as vLLM RequestOutputs, in the output kind that the caller of ``generate`` asked for."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -51,6 +51,7 @@ class Writer:
     def __init__(self, call: Call, choice: int, fmt: TrajectoryFormat) -> None:
         self._call, self._format = call, fmt
         self._kind = call.params.output_kind
+        self._is_stream = self._kind is RequestOutputKind.DELTA
         self._wants_logprobs = call.params.logprobs is not None
         self._first: RequestOutput | None = None
         self._held: Cycle | None = None
@@ -58,7 +59,7 @@ class Writer:
         self._total = self._new_part(choice)
         self._has_told = False  # any text or token
 
-    def write(self, event: Event) -> Iterable[RequestOutput]:
+    def write(self, event: Event) -> Sequence[RequestOutput]:
         """Outputs for one event; none while there is nothing to tell the client."""
         if isinstance(event, StepEvent):
             return self._step(event)
@@ -70,20 +71,37 @@ class Writer:
             return ()
         return self._final(event.trajectory)
 
-    def _step(self, event: StepEvent) -> Iterable[RequestOutput]:
-        native = event.step.native
+    def _step(self, event: StepEvent) -> Sequence[RequestOutput]:
+        native: RequestOutput | None = event.step.native
         if self._first is None:
             self._first = native
         text = event.think.replace(ANSWER_MARK, "") if self._call.split else event.step.text
         if self._call.split and event.in_answer:
-            if text:
-                yield from self._emit_text(text)  # the answer's ids wait for the verdict
+            outputs = self._emit_text(text) if text else ()  # the answer's ids wait for the verdict
             self._append(event, native)
-            return
+            return outputs
+        if self._is_stream and native is not None and self._is_all(native, text):
+            return (self._adopted(native),)
         self._append(event, native)
         self._part.text += text
-        if self._part.text:
-            yield from self._emit()
+        return self._emit() if self._part.text else ()
+
+    def _is_all(self, native: RequestOutput, text: str) -> bool:
+        """Whether the engine's own output is all that there is to tell, as for nearly all tokens."""
+        is_more = native.finished or self._part.text or self._part.token_ids
+        return bool(text) and not is_more and native.outputs[0].text == text
+
+    def _adopted(self, native: RequestOutput) -> RequestOutput:
+        """The engine's output as one of this request: its choice, its prompt, and no more than it asked for."""
+        part, self._has_told = native.outputs[0], True
+        part.index = self._part.index
+        if not self._wants_logprobs:
+            part.logprobs = None
+        native.request_id, native.prompt = self._call.request_id, self._call.prompt.get("prompt")
+        native.prompt_token_ids = self._call.prompt["prompt_token_ids"]
+        if self._first is not None:
+            native.num_cached_tokens = self._first.num_cached_tokens
+        return native
 
     def _append(self, event: StepEvent, native: RequestOutput | None) -> None:
         _ids(self._part).extend(event.step.token_ids)
@@ -99,31 +117,32 @@ class Writer:
         self._part.text += f"\n{self._format.answer_open or ''}{answer}{self._format.answer_close or ''}\n"
         return True
 
-    def _final(self, trajectory: Trajectory) -> Iterable[RequestOutput]:
+    def _final(self, trajectory: Trajectory) -> Sequence[RequestOutput]:
+        outputs: Sequence[RequestOutput] = ()
         if self._call.split:
             if self._held is not None and not self._held.accepted:
                 self._reject(self._held)
             answer = trajectory.answer or trajectory.partial_answer
             if answer is not None:
-                self._part.text += ANSWER_MARK + answer.replace(ANSWER_MARK, "")
+                outputs = self._emit() if self._part.text else ()  # no delta is of both kinds
+                self._part.text = ANSWER_MARK + answer.replace(ANSWER_MARK, "")
         finish = trajectory.finish
         cut = trajectory.stop_reason is StopReason.MAX_TOKENS or (finish is not None and finish.truncated)
         is_cut = trajectory.stop_reason in (StopReason.DEADLINE, StopReason.DRAINED)
         too_late = is_cut and trajectory.selected is None
         self._part.finish_reason = "length" if cut or too_late else "stop"
-        is_stream = self._kind is RequestOutputKind.DELTA
-        if is_stream and not (self._has_told or self._part.text or self._part.token_ids):
+        if self._is_stream and not (self._has_told or self._part.text or self._part.token_ids):
             self._part.text = ANSWER_MARK  # vLLM streams no end of what has neither text nor tokens; nobody sees it
         if finish is not None and finish.ended_turn:  # the loop's own stop is nobody's business
             self._part.stop_reason = finish.native.outputs[0].stop_reason
-        return self._emit()
+        return (*outputs, *self._emit())
 
-    def abort(self, finish_reason: str) -> Iterable[RequestOutput]:
+    def abort(self, finish_reason: str) -> Sequence[RequestOutput]:
         """The engine gave up: what there is, with its reason."""
         self._part.finish_reason = finish_reason
         return self._emit()
 
-    def _emit_text(self, text: str) -> Iterable[RequestOutput]:
+    def _emit_text(self, text: str) -> Sequence[RequestOutput]:
         """Text alone, while token ids are being held."""
         held, self._part = self._part, self._new_part(self._part.index)
         self._part.text = text
@@ -135,7 +154,7 @@ class Writer:
         """What has gathered, in the caller's output kind."""
         part, self._part = self._part, self._new_part(self._part.index)
         self._has_told = self._has_told or bool(part.text or part.token_ids)
-        if self._kind is RequestOutputKind.DELTA:
+        if self._is_stream:
             return (self._wrap(part),)
         total = self._total
         total.text += part.text

@@ -5,6 +5,7 @@ chat completions, responses and Anthropic messages all map cycles to reasoning a
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from typing_extensions import override
@@ -12,7 +13,7 @@ from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.reasoning import ReasoningParser, ReasoningParserManager
 
 from server.rtap.format import RTAP, THINK
-from server.wire import ANSWER_MARK, REASONING_PARSER
+from server.wire import ANSWER_MARK, REASONING, REASONING_CONTENT, REASONING_PARSER
 
 
 class RecursiveReasoningParser(ReasoningParser):
@@ -23,9 +24,13 @@ class RecursiveReasoningParser(ReasoningParser):
     def __init__(self, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(tokenizer, *args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
         self._ended = False
+
+    @cached_property
+    def _close_id(self) -> int | None:
+        """The token that ends reasoning; for the engine process, which asks one parser again and again."""
         vocab: dict[str, int] = self.vocab
         closing = RTAP.answer_open if RTAP.answer_open in vocab else THINK.think_close
-        self._close_id = vocab.get(closing or "")
+        return vocab.get(closing or "")
 
     @property
     @override
@@ -60,9 +65,11 @@ class RecursiveReasoningParser(ReasoningParser):
         self._ended = self._ended or bool(mark)
         if not reasoning and not content:
             return None
-        # A field that is set to nothing would be sent as null.
+        # A field that is set to nothing would be sent as null; one that vLLM does not know is sent as it is. That would
+        # be so for requests that want no reasoning, too, with content beside it: RecursiveEngine writes no such delta.
         if not content:
-            return DeltaMessage(reasoning=reasoning)
+            both: dict[str, Any] = {REASONING: reasoning, REASONING_CONTENT: reasoning}
+            return DeltaMessage(**both)
         return DeltaMessage(reasoning=reasoning, content=content) if reasoning else DeltaMessage(content=content)
 
     def finish_streaming(self) -> DeltaMessage | None:

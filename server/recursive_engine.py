@@ -6,8 +6,8 @@ is an ordinary ``AsyncLLM.generate`` on the token ids so far.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator, Iterable
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -54,7 +54,7 @@ class RecursiveEngine:
             call = self._call(exchange, prompt, sampling_params, request_id, options)
         except InvalidRequest as error:
             raise VLLMValidationError(str(error), parameter=error.param) from error
-        return self._outputs(call)
+        return self._choice(call, 0) if call.params.n == 1 else self._choices(call)
 
     async def abort(self, request_id: str | Iterable[str], **options: Any) -> None:
         """Abort requests by their outer ids: the cycles being written for them, and pass-through ones."""
@@ -87,33 +87,27 @@ class RecursiveEngine:
             visit=current_visit(),
         )
 
-    async def _outputs(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
+    @contextmanager
+    def _living(self, request_id: str) -> Generator[set[str]]:
+        """Around one choice: where the names of its cycles are while they are being written."""
         live = set[str]()
-        self._live.setdefault(call.request_id, []).append(live)
+        self._live.setdefault(request_id, []).append(live)
         try:
-            with self._plan.metrics.in_flight():
-                if call.params.n == 1:
-                    async with aclosing(self._choice(call, 0, live)) as outputs:
-                        async for output in outputs:
-                            yield output
-                else:
-                    async with aclosing(self._choices(call, live)) as outputs:
-                        async for output in outputs:
-                            yield output
+            yield live
         finally:
-            calls = [other for other in self._live[call.request_id] if other is not live]
-            if calls:
-                self._live[call.request_id] = calls
+            others = [other for other in self._live[request_id] if other is not live]
+            if others:
+                self._live[request_id] = others
             else:
-                del self._live[call.request_id]
+                del self._live[request_id]
 
-    async def _choices(self, call: Call, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
+    async def _choices(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
         """``n`` trajectories side by side, merged as AsyncLLM merges samples: one output for FINAL_ONLY."""
         queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
 
         async def run(choice: int) -> None:
             try:
-                async with aclosing(self._choice(call, choice, live)) as outputs:
+                async with aclosing(self._choice(call, choice)) as outputs:
                     async for output in outputs:
                         queue.put_nowait(output)
             except Exception as error:  # handed to the reader below, which raises it
@@ -150,7 +144,7 @@ class RecursiveEngine:
         for beside an engine that has nothing to do: yesno asks that same engine, logprob waits for nothing."""
         if self._plan.settings.confidence_kind not in ("pooling", "remote"):
             return False
-        writing = sum(len(live) for calls in self._live.values() for live in calls)
+        writing = sum(len(live) for choices in self._live.values() for live in choices)
         return writing < self._plan.settings.speculate_below
 
     def _probing(self, engine: Engine, call: Call) -> Probing | None:
@@ -172,12 +166,12 @@ class RecursiveEngine:
             answer_tokens=plan.settings.probe_answer_tokens,
         )
 
-    async def _choice(self, call: Call, choice: int, live: set[str]) -> AsyncGenerator[RequestOutput, None]:
+    async def _choice(self, call: Call, choice: int) -> AsyncGenerator[RequestOutput, None]:
         """One trajectory as RequestOutputs."""
         plan, number = self._plan, call.first_choice + choice
         writer = Writer(call, choice, plan.format)
         finished = False
-        with plan.drain.cutoff(call.limits.deadline_seconds) as cutoff:
+        with self._living(call.request_id) as live, plan.drain.cutoff(call.limits.deadline_seconds) as cutoff:
             spans = None if plan.tracing is None else plan.tracing.cycles(call, choice)
             engine = Cycles(self._inner, plan, call, choice, live, cutoff, spans)
             probing = self._probing(engine, call)

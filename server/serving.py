@@ -34,6 +34,10 @@ from server.vitals import family
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS_SECONDS = 5  # to write the last bytes of what was answered at the end
 _LOOK_SECONDS = 0.05
+# New objects between two looks for garbage among them, and looks between two at older ones. With Python's 700 and 10 a
+# busy server looks at what its requests have in use again and again: 5 % of its time. Here the oldest are looked at
+# once in 180,000 objects that stay, some 30 MiB.
+_GC_THRESHOLDS = (5_000, 5, 5)
 # Whoever closes an idle connection first loses the request that is on its way. vLLM's 5 s are those of httpx and the
 # OpenAI SDK; aiohttp has 15, load balancers 60.
 _KEEP_ALIVE_SECONDS = 75
@@ -48,6 +52,7 @@ class _Server(NoSignalServer):
         # vLLM has frozen what there is by now. Python collects what is older when that has grown by a quarter since the
         # last time, and that was with all of it: circles of a hundred thousand objects would wait. Now it is with none.
         gc.collect()
+        gc.set_threshold(*_GC_THRESHOLDS)
 
 
 async def serve_app(

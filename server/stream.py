@@ -10,7 +10,15 @@ from typing import Any, cast
 import msgspec
 
 from server.errors import shaped_event
-from server.wire import ANSWER_MARK, Exchange, cycle_object, reasoning_tokens, trajectory_object
+from server.wire import (
+    ANSWER_MARK,
+    REASONING,
+    REASONING_CONTENT,
+    Exchange,
+    cycle_object,
+    reasoning_tokens,
+    trajectory_object,
+)
 
 _DATA, _DONE, _ERROR = b"data: ", b"data: [DONE]", b'data: {"error"'
 _NAMED_ERROR = b"event: error\n" + _DATA  # Anthropic's
@@ -20,15 +28,14 @@ _CHAT, _COMPLETIONS, _RESPONSES, _MESSAGES = (
     "/v1/responses",
     "/v1/messages",
 )
-# What an event must contain to be worth decoding: a finish or usage to complete.
+# What an event must contain to be worth decoding: a finish or usage to complete. Nothing that a model writes looks like
+# it: within a JSON string the quotes are escaped.
 _MARKERS: Mapping[str, re.Pattern[bytes]] = {
     _CHAT: re.compile(b'"finish_reason":"|"usage":{'),
     _COMPLETIONS: re.compile(b'"finish_reason":"|"usage":{'),
     _RESPONSES: re.compile(b'"response.(?:completed|incomplete)"'),
     _MESSAGES: re.compile(b'"message_(?:start|delta)"'),
 }
-# Nothing that a model writes looks like this: within a JSON string the quotes are escaped.
-_REASONING = re.compile(rb'"reasoning":("[^"\\]*(?:\\.[^"\\]*)*")')
 Told = Callable[[str], None]
 """Called with a reply's id when its trajectories are told, before the bytes that tell them are sent."""
 
@@ -47,7 +54,9 @@ def annotate_reply(body: bytes, path: str, exchange: Exchange, told: Told) -> by
         return body
     fields = cast(dict[str, Any], reply)
     for choice in fields.get("choices") or ():
-        _name_reasoning_twice(choice.get("message"))
+        message = choice.get("message")
+        if isinstance(message, dict) and REASONING in message:
+            message[REASONING_CONTENT] = message[REASONING]
         if len(exchange.trajectories) > 1 and choice["index"] in exchange.trajectories:
             choice["rtap"] = _trajectory(exchange, choice["index"])
     _complete_usage(fields.get("usage"), path, exchange)
@@ -90,10 +99,6 @@ class EventStream:
             event = _NAMED_ERROR + shaped_event(event[len(_NAMED_ERROR) :])
         elif event != _DONE and self._markers.search(event):
             event = self._rewrite(event)
-        elif self._path == _CHAT:  # most of all events: their reasoning is named twice without being decoded
-            said = _REASONING.search(event)
-            if said is not None:
-                event = event[: said.end()] + b',"reasoning_content":' + said[1] + event[said.end() :]
         return cycles + event + b"\n\n"
 
     def _rewrite(self, event: bytes) -> bytes:
@@ -101,7 +106,6 @@ class EventStream:
         chunk: dict[str, Any] = msgspec.json.decode(event[start:])
         if self._path in (_CHAT, _COMPLETIONS):
             for choice in chunk.get("choices") or ():
-                _name_reasoning_twice(choice.get("delta"))
                 if choice.get("text") == ANSWER_MARK:  # the end of a choice that has none
                     choice["text"] = ""
                 self._finished += choice.get("finish_reason") is not None
@@ -157,12 +161,6 @@ def _trajectory(exchange: Exchange, choice: int) -> dict[str, Any] | None:
     if trajectory is None:
         return None
     return trajectory_object(trajectory, with_think=bool(options and options.return_cycles))
-
-
-def _name_reasoning_twice(message: Any) -> None:
-    """Clients disagree on the name: vLLM's ``reasoning``, and ``reasoning_content`` of DeepSeek and many readers."""
-    if isinstance(message, dict) and "reasoning" in message:
-        message["reasoning_content"] = message["reasoning"]
 
 
 def _complete_usage(usage: Any, path: str, exchange: Exchange) -> None:

@@ -21,6 +21,8 @@ XARGS_PREFIX = "rtap_"
 # from model text, so only the engine can write it.
 ANSWER_MARK = "\x1e"
 REASONING_PARSER = "rtap"  # its name among vLLM's reasoning parsers
+# Clients disagree on the name: vLLM's, and that of DeepSeek and many readers. Replies have both.
+REASONING, REASONING_CONTENT = "reasoning", "reasoning_content"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,8 @@ def options_of(request: Mapping[str, Any], settings: Settings) -> RtapOptions | 
 
 def lax_int(value: Any) -> int | None:
     """A number as vLLM takes one; None for what it will refuse itself."""
+    if value is None or type(value) is int:  # all of them, but for a client's mistake
+        return value
     try:
         return _LAX_INT.validate_python(value)
     except ValidationError:

@@ -6,24 +6,9 @@ Text only: nothing here knows token ids or engines. The parser is linear in the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 from server.rtap.errors import ConfigError
-
-
-class Channel(StrEnum):
-    """What a piece of a cycle's text is."""
-
-    THINK = "think"
-    ANSWER = "answer"
-
-
-class Piece(NamedTuple):
-    """Some text of one channel, tags removed, in the order it was written."""
-
-    channel: Channel
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +67,10 @@ def format_from_config(block: Mapping[str, Any] | None, *, override: str | None 
 
 
 class CycleParser:
-    """Split the text of **one** cycle into think and answer pieces while it arrives.
+    """Split the text of **one** cycle into thinking and answer while it arrives.
 
-    ``feed`` returns pieces as soon as they cannot be part of a tag any more; ``close`` returns what was held back.
+    ``feed`` returns thinking as soon as it cannot be part of a tag any more; ``close`` returns what was held back. What
+    there is of an answer, which nobody may see before it is judged, is asked for.
     thought_open: the prompt, or the loop that opened this cycle, already wrote ``think_open``.
     prefix: how somebody else began the cycle; it decides where the text goes on, and is no part of what is read.
 
@@ -99,7 +85,7 @@ class CycleParser:
         self._held = ""
         self._blanks: list[str] = []  # before the first character that says how the cycle begins
         self._begun = thought_open or fmt.has_answer_tags
-        self._channel = Channel.THINK
+        self._in_answer = False
         self._answer_closed = False
         self._owes_close = False
         self._think: list[str] = []
@@ -114,7 +100,7 @@ class CycleParser:
     @property
     def in_answer(self) -> bool:
         """Whether the text now arriving belongs to the answer."""
-        return self._channel is Channel.ANSWER
+        return self._in_answer
 
     @property
     def owes_close(self) -> bool:
@@ -138,22 +124,25 @@ class CycleParser:
         """What has been written of the answer so far, complete or not."""
         return "".join(self._answer).strip() or None
 
-    def feed(self, text: str) -> list[Piece]:
-        """Consume the next piece of text."""
+    def feed(self, text: str) -> str:
+        """Consume the next piece of text. Result: what is known to be thinking by it, tags removed."""
+        if self._begun and not self._held and "<" not in text:  # as nearly all are
+            return self._take(text)
         self._held += text
         if not self._begun:
             self._begin()
-        return self._drain(final=False) if self._begun else []
+        return self._drain(final=False) if self._begun else ""
 
-    def close(self, *, ended_by_model: bool) -> list[Piece]:
-        """End of the cycle. ``ended_by_model``: the model ended its turn, which closes an answer without end tag."""
+    def close(self, *, ended_by_model: bool) -> str:
+        """End of the cycle; the last of its thinking. ``ended_by_model``: the model ended its turn, which closes an
+        answer without end tag."""
         if not self._begun:
-            self._start(Channel.ANSWER)
-        pieces = self._drain(final=True)
-        if ended_by_model and self._channel is Channel.ANSWER:
+            self._start(in_answer=True)
+        think = self._drain(final=True)
+        if ended_by_model and self._in_answer:
             self._owes_close = self._format.has_answer_tags and not self._answer_closed
             self._answer_closed = True
-        return pieces
+        return think
 
     def _begin(self) -> None:
         """Decide whether the cycle starts with a thought, once enough text is here."""
@@ -162,12 +151,12 @@ class CycleParser:
             self._blanks.append(blank)
             self._held = seen
         if seen.startswith(tag):
-            self._start(Channel.THINK)
+            self._start(in_answer=False)
         elif not tag.startswith(seen):
-            self._start(Channel.ANSWER)
+            self._start(in_answer=True)
 
-    def _start(self, channel: Channel) -> None:
-        self._begun, self._channel = True, channel
+    def _start(self, *, in_answer: bool) -> None:
+        self._begun, self._in_answer = True, in_answer
         self._held = "".join(self._blanks) + self._held
 
     def _tags(self) -> tuple[str, ...]:
@@ -175,41 +164,43 @@ class CycleParser:
         fmt = self._format
         if self._answer_closed:
             return ()
-        if self._channel is Channel.ANSWER:
+        if self._in_answer:
             return (fmt.answer_close,) if fmt.answer_close else ()
         tags = (fmt.think_open, fmt.think_close)
         return (*tags, fmt.answer_open) if fmt.answer_open else tags
 
-    def _drain(self, *, final: bool) -> list[Piece]:
+    def _drain(self, *, final: bool) -> str:
         text, self._held = self._held, ""
-        pieces, begin, at = list[Piece](), 0, 0
+        think: list[str] = []
+        begin = at = 0
         while (at := text.find("<", at)) >= 0 and (tags := self._tags()):
             if text.startswith(tags, at):
-                self._emit(text[begin:at], pieces)
+                think.append(self._take(text[begin:at]))
                 tag = next(t for t in tags if text.startswith(t, at))
                 self._enter(tag)
                 begin = at = at + len(tag)
             elif not final and len(text) - at < self._longest and any(t.startswith(text[at:]) for t in tags):
-                self._emit(text[begin:at], pieces)
+                think.append(self._take(text[begin:at]))
                 self._held = text[at:]  # may still become a tag
-                return pieces
+                return "".join(think)
             else:
                 at += 1
-        self._emit(text[begin:], pieces)
-        return pieces
+        think.append(self._take(text[begin:]))
+        return "".join(think)
 
     def _enter(self, tag: str) -> None:
         fmt = self._format
         if tag == fmt.answer_close:
             self._answer_closed = True
         elif tag == fmt.answer_open or (tag == fmt.think_close and fmt.answer_open is None):
-            self._channel = Channel.ANSWER
+            self._in_answer = True
 
-    def _emit(self, text: str, pieces: list[Piece]) -> None:
-        if self._answer_closed or not text:
-            return
-        (self._answer if self._channel is Channel.ANSWER else self._think).append(text)
-        pieces.append(Piece(self._channel, text))
+    def _take(self, text: str) -> str:
+        """Keep text without tags as what it is in the present state. Result: itself where it is thinking."""
+        if self._answer_closed:
+            return ""
+        (self._answer if self._in_answer else self._think).append(text)
+        return "" if self._in_answer else text
 
 
 def parse_cycle(text: str, fmt: TrajectoryFormat, *, ended_by_model: bool = False) -> tuple[str, str | None]:

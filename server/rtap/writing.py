@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from server.rtap.format import Channel, CycleParser, TrajectoryFormat
+from server.rtap.format import CycleParser, TrajectoryFormat
 from server.rtap.types import Engine, Step
 
 
@@ -41,14 +41,13 @@ class Draft:
 
     def add(self, step: Step) -> StepEvent:
         """Take the engine's next piece."""
-        pieces = self.parser.feed(step.text)
+        think = self.parser.feed(step.text)
         if step.finished:
-            pieces += self.parser.close(ended_by_model=step.ended_turn)
+            think += self.parser.close(ended_by_model=step.ended_turn)
         self.token_ids.extend(step.token_ids)
         if step.logprobs is not None:
             self.logprobs.extend(step.sampled_logprobs)
         self.first, self.last = self.first or step, step
-        think = "".join([piece.text for piece in pieces if piece.channel is Channel.THINK])
         return StepEvent(self.index, step, think, self.parser.in_answer)
 
     @property

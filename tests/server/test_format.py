@@ -13,7 +13,6 @@ from server.rtap.errors import ConfigError
 from server.rtap.format import (
     RTAP,
     THINK,
-    Channel,
     CycleParser,
     TrajectoryFormat,
     format_from_config,
@@ -41,14 +40,11 @@ _FRAGMENTS = [
 _TEXTS = st.lists(st.sampled_from(_FRAGMENTS), max_size=14).map("".join)
 
 
-def _pieces(parser: CycleParser, chunks: list[str]) -> dict[Channel, str]:
-    got = {Channel.THINK: "", Channel.ANSWER: ""}
-    for chunk in chunks:
-        for piece in parser.feed(chunk):
-            got[piece.channel] += piece.text
-    for piece in parser.close(ended_by_model=True):
-        got[piece.channel] += piece.text
-    return got
+def _read(parser: CycleParser, chunks: list[str]) -> tuple[str, str | None]:
+    """(thinking as it was told, answer)"""
+    told = [parser.feed(chunk) for chunk in chunks] + [parser.close(ended_by_model=True)]
+    assert "".join(told) == parser.think
+    return "".join(told), parser.partial_answer
 
 
 @given(_TEXTS, st.data(), st.sampled_from([RTAP, THINK]), st.booleans())
@@ -56,30 +52,31 @@ def test_reading_does_not_depend_on_chunking(text, data, fmt, opened):
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)))
     chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     whole, cut = CycleParser(fmt, thought_open=opened), CycleParser(fmt, thought_open=opened)
-    assert _pieces(whole, [text]) == _pieces(cut, chunks)
+    assert _read(whole, [text]) == _read(cut, chunks)
     assert (whole.think, whole.answer, whole.partial_answer) == (cut.think, cut.answer, cut.partial_answer)
 
 
-def _plainly(text: str, fmt: TrajectoryFormat, *, opened: bool) -> dict[Channel, str]:
+def _plainly(text: str, fmt: TrajectoryFormat, *, opened: bool) -> tuple[str, str | None]:
     """The same, from a whole text cut at its tags: all of it is in one of the two, but for tags that did something and
     what follows the end of the answer."""
-    got = {Channel.THINK: "", Channel.ANSWER: ""}
+    think = answer = ""
     begins_with_thought = opened or fmt.has_answer_tags or text.lstrip().startswith(fmt.think_open)
-    channel = Channel.THINK if begins_with_thought else Channel.ANSWER
+    in_answer = not begins_with_thought
     for part in re.split("(" + "|".join(map(re.escape, fmt.tags)) + ")", text):
-        if channel is Channel.ANSWER and part == fmt.answer_close:
+        if in_answer and part == fmt.answer_close:
             break
-        if channel is Channel.THINK and part in (fmt.think_open, fmt.think_close, fmt.answer_open):
-            if part == (fmt.answer_open or fmt.think_close):
-                channel = Channel.ANSWER
+        if not in_answer and part in (fmt.think_open, fmt.think_close, fmt.answer_open):
+            in_answer = part == (fmt.answer_open or fmt.think_close)
+        elif in_answer:
+            answer += part
         else:
-            got[channel] += part
-    return got
+            think += part
+    return think, answer.strip() or None
 
 
 @given(st.one_of(_TEXTS, st.text()), st.sampled_from([RTAP, THINK]), st.booleans())
 def test_nothing_is_lost_but_tags(text, fmt, opened):
-    assert _pieces(CycleParser(fmt, thought_open=opened), [text]) == _plainly(text, fmt, opened=opened)
+    assert _read(CycleParser(fmt, thought_open=opened), [text]) == _plainly(text, fmt, opened=opened)
 
 
 @given(st.text(alphabet="abc 123+*=\n", max_size=30), st.text(alphabet="abc123+*", min_size=1, max_size=10))
@@ -96,8 +93,8 @@ def test_a_cycle_without_closed_answer_has_none():
 
 def test_partial_answer_is_kept_apart_from_the_answer():
     parser = CycleParser(RTAP)
-    list(parser.feed("<think>a</think><answer>10"))
-    list(parser.close(ended_by_model=False))
+    parser.feed("<think>a</think><answer>10")
+    parser.close(ended_by_model=False)
     assert (parser.answer, parser.partial_answer) == (None, "10")
 
 
@@ -110,8 +107,8 @@ def test_think_preset_without_thought_is_all_answer():
     assert parse_cycle("Hello!", THINK, ended_by_model=True) == ("", "Hello!")
     assert parse_cycle("<thin air", THINK, ended_by_model=True) == ("", "<thin air")
     parser = CycleParser(THINK, thought_open=True)
-    list(parser.feed("so be it</think>done"))
-    list(parser.close(ended_by_model=True))
+    parser.feed("so be it</think>done")
+    parser.close(ended_by_model=True)
     assert (parser.think, parser.answer) == ("so be it", "done")
 
 
@@ -130,8 +127,7 @@ def test_think_preset_without_thought_is_all_answer():
 )
 def test_a_cycle_that_somebody_else_began_is_read_from_there(fmt, prefix, text, read):
     parser = CycleParser(fmt, prefix=prefix)
-    got = _pieces(parser, [text])
-    assert (got[Channel.THINK], got[Channel.ANSWER]) == read
+    assert _read(parser, [text]) == read
     assert (parser.think, parser.answer) == read
 
 

@@ -41,10 +41,8 @@ def in_deltas(fmt, step: int) -> Callable[[str], None]:
     def read(text: str) -> None:
         parser = CycleParser(fmt)
         for at in range(0, len(text), step):
-            for _ in parser.feed(text[at : at + step]):
-                pass
-        for _ in parser.close(ended_by_model=True):
-            pass
+            parser.feed(text[at : at + step])
+        parser.close(ended_by_model=True)
         assert len(parser.think) + len(parser.partial_answer or "") <= len(text)
 
     return read
@@ -102,15 +100,21 @@ PARSERS: dict[str, Callable[[str], object]] = {
 }
 
 
+def too_dear(work: Callable[[str], object], unit: str, size: int = MEBIBYTE) -> str | None:
+    """What is out of proportion, in three measurements of three: a neighbour's noise is not in all of them."""
+    slack, told = 0.03, None  # the clock's own grain, and what a first call pays
+    for _ in range(3):
+        quarter, half, whole = (cost(work, unit, part) for part in (size // 4, size // 2, size))
+        if whole < 2.0 and half < 3 * quarter + slack and whole < 3 * half + slack:
+            return None
+        told = f"{unit!r}: {quarter:.3f} {half:.3f} {whole:.3f} s"
+    return told
+
+
 @pytest.mark.parametrize("name", PARSERS)
 def test_cost_is_in_proportion(name):
-    work, slack = PARSERS[name], 0.03  # the clock's own grain, and what a first call pays
     for unit in UNITS:
-        quarter, half, whole = (cost(work, unit, size) for size in (MEBIBYTE // 4, MEBIBYTE // 2, MEBIBYTE))
-        told = f"{unit!r}: {quarter:.3f} {half:.3f} {whole:.3f} s"
-        assert whole < 2.0, told
-        assert half < 3 * quarter + slack, told
-        assert whole < 3 * half + slack, told
+        assert too_dear(PARSERS[name], unit) is None
 
 
 def test_a_quadratic_reader_would_be_told():
@@ -120,5 +124,4 @@ def test_a_quadratic_reader_would_be_told():
             held = (held + text[at : at + 64]).lstrip("y")
             held.count("z")
 
-    half, whole = (cost(read, "x", size) for size in (MEBIBYTE // 4, MEBIBYTE // 2))
-    assert whole > 3 * half + 0.03
+    assert too_dear(read, "x") is not None

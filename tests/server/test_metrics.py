@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 
+from server.limits import Admission
 from server.metrics import Metrics
 from server.rtap.types import Policy
 from server.wire import reasoning_tokens
@@ -51,7 +52,9 @@ def test_degraded_abandoned_and_in_flight():
     assert registry.get_sample_value("rtap_degraded_total", {"reason": "timeout"}) == 1
     assert registry.get_sample_value("rtap_first_cycle_accepted_total") == 1
     assert registry.get_sample_value("rtap_requests_total", {"policy": "vote", "stop_reason": "abandoned"}) == 1
-    with metrics.in_flight():
+    admission = Admission(8)
+    metrics.in_flight(admission)
+    with admission.admit(1):
         assert registry.get_sample_value("rtap_in_flight") == 1
     assert registry.get_sample_value("rtap_in_flight") == 0
 

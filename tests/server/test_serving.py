@@ -49,7 +49,7 @@ async def test_what_lives_for_a_while_is_collected_though_the_process_is_large(a
         freeze_gc_heap()
         yield
 
-    app = FastAPI(lifespan=freezing)
+    app, thresholds = FastAPI(lifespan=freezing), gc.get_threshold()
     with socket.create_server(("127.0.0.1", 0)) as sock:
         serving = asyncio.create_task(
             serve_app(
@@ -62,10 +62,11 @@ async def test_what_lives_for_a_while_is_collected_though_the_process_is_large(a
                 while not getattr(getattr(app.state, "server", None), "started", False):
                     await asyncio.sleep(0.01)
             before = gc.get_stats()[2]["collections"]
-            kept = [[] for _ in range(100_000)]  # 140 times what makes Python look at the youngest
-            assert len(kept) == 100_000
+            kept = [[] for _ in range(250_000)]
+            assert len(kept) == 250_000
             assert gc.get_stats()[2]["collections"] > before
         finally:
+            gc.set_threshold(*thresholds)
             gc.unfreeze()
             os.kill(os.getpid(), signal.SIGTERM)
         assert await serving is None

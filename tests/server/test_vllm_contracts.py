@@ -1,6 +1,7 @@
 """Every internal of vLLM that the server leans on, by name. A failure here says what to look at after an upgrade."""
 
 import inspect
+import json
 from typing import get_type_hints
 
 import pytest
@@ -151,6 +152,9 @@ def test_the_reasoning_parser_is_registered_and_splits_at_the_mark():
     assert parser.extract_reasoning("12", None) == ("12", None)
     deltas = [parser.extract_reasoning_streaming("", "", t, [], [], []) for t in ("12", "", f"*9{ANSWER_MARK}108")]
     assert [(d.reasoning, d.content) if d else None for d in deltas] == [("12", None), None, ("*9", "108")]
+    thought, _, both = deltas
+    sent = [json.loads(d.model_dump_json(exclude_unset=True)) for d in (thought, both)]
+    assert sent == [{"reasoning": "12", "reasoning_content": "12"}, {"reasoning": "*9", "content": "108"}]
     assert parser.has_engine_confirmed_reasoning_end()
     assert not parser.is_reasoning_end([1, 9, 3, 7])  # asked of prompts: a user may write any tag there
     assert parser.is_reasoning_end_streaming([1, 9, 3], [3])
