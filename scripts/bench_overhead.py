@@ -1,9 +1,10 @@
 """What recursion costs where it is not used: policy ``single`` of this server against plain ``vllm serve``.
 
 Both servers live at once and are loaded one at a time, in alternating order (A B, B A, …), each round with the same
-prompts and seeds on both, so that a slow minute of the machine hits both. The plain server gets ``</answer>`` as stop
-token, so that both stop at the same place. Ratios are over pooled rounds, with 95 % intervals by paired bootstrap over
-rounds. Writes docs/results/overhead.{json,md}.
+prompts and seeds on both, so that a slow minute of the machine hits both. Both are started several times, because a
+process is a little faster or slower than another of the same code as long as it lives. The plain server gets
+``</answer>`` as stop token, so that both stop at the same place. Ratios are over pooled rounds, with 95 % intervals by
+paired bootstrap over starts and their rounds. Writes docs/results/overhead.{json,md}.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from bench_servers import (
     both_servers,
     chat_body,
     interval_text,
-    ratio_over_rounds,
+    ratio_over_starts,
     setting,
 )
 from rich.console import Console
@@ -64,6 +65,7 @@ class Level:
     """All figures at one concurrency."""
 
     concurrency: int
+    starts: int
     rounds: int
     requests_a_round: int
     figures: tuple[Figure, ...]
@@ -108,17 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = datetime.now(UTC)
     questions = bench_questions(args.questions)
     generator = None if args.without_generator else args.confidence_model
-    console.print("starting both servers")
     plain_flags = ["--reasoning-parser", args.reasoning_parser] if args.reasoning_parser else []
-    with both_servers(
-        model=args.model,
-        confidence_model=generator,
-        max_model_len=args.max_model_len,
-        logs=ROOT / "build" / "bench",
-        plain_flags=plain_flags,
-    ) as servers:
-        levels = uvloop.run(_measure(servers, questions, args, console))
-        described = setting(servers, [f"scripts/{Path(__file__).name}", *arguments], started)
+    measured: dict[int, list[list[Round]]] = {concurrency: [] for concurrency in args.concurrency}
+    described: dict[str, Any] = {}
+    for start in range(args.starts):
+        console.print(f"starting both servers, {start + 1} of {args.starts} times")
+        with both_servers(
+            model=args.model,
+            confidence_model=generator,
+            max_model_len=args.max_model_len,
+            logs=ROOT / "build" / "bench",
+            plain_flags=plain_flags,
+        ) as servers:
+            uvloop.run(_measure(servers, questions, args, start, measured, console))
+            described = setting(servers, [f"scripts/{Path(__file__).name}", *arguments], started)
+    levels = [summarise(concurrency, rounds) for concurrency, rounds in measured.items()]
     described |= {"seed": args.seed, "generator beside ours": str(generator)}
     described |= {"flags of the plain one": " ".join(plain_flags) or "none further"}
     results = {"setting": described, "levels": [asdict(level) for level in levels]}
@@ -138,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without-generator", action="store_true", help="ours without a (here idle) generator")
     parser.add_argument("--questions", type=Path, nargs="+", default=[], help="default: the bundled ones")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--rounds", type=int, default=16, help="even, so that each server is first equally often")
+    parser.add_argument("--starts", type=int, default=4, help="how often both servers are started")
+    parser.add_argument("--rounds", type=int, default=4, help="of each start; even: each server is first equally often")
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long one server is loaded in a round")
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
@@ -147,9 +154,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _measure(
-    servers: Servers, questions: Sequence[Question], args: argparse.Namespace, console: Console
-) -> list[Level]:
-    levels: list[Level] = []
+    servers: Servers,
+    questions: Sequence[Question],
+    args: argparse.Namespace,
+    start: int,
+    measured: dict[int, list[list[Round]]],
+    console: Console,
+) -> None:
+    """Put the rounds of this start to those of the others."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
     headers = {"Content-Type": "application/json"}
@@ -159,13 +171,12 @@ async def _measure(
                 bar = progress.add_task(f"{concurrency} at a time", total=args.rounds)
                 count = await _requests_a_round(session, servers, questions, concurrency, args)
                 rounds: list[Round] = []
-                for number in range(args.rounds):
+                for number in range(start * args.rounds, (start + 1) * args.rounds):
                     rounds.append(await _round(session, servers, questions, concurrency, count, number, args.seed))
                     progress.advance(bar)
-                levels.append(summarise(concurrency, count, rounds))
+                measured[concurrency].append(rounds)
                 for error in [e for one in rounds for e in (*one.ours.errors, *one.plain.errors)][:3]:
                     console.print(f"failed request: {error}", style="bold red", markup=False)
-    return levels
 
 
 async def _requests_a_round(
@@ -208,18 +219,21 @@ async def _round(
     return Round(await load(session, servers.rtap, ours, concurrency), plain_load, ours_first)
 
 
-def summarise(concurrency: int, count: int, rounds: Sequence[Round]) -> Level:
-    """Figures of one concurrency with their ratios and intervals."""
+def summarise(concurrency: int, starts: Sequence[Sequence[Round]]) -> Level:
+    """Figures of one concurrency with their ratios and intervals, of the rounds of each start."""
+    rounds = [one for rounds in starts for one in rounds]
     all_ours, all_plain = [r.ours for r in rounds], [r.plain for r in rounds]
+    by_start = [[r.ours for r in rounds] for rounds in starts], [[r.plain for r in rounds] for rounds in starts]
     figures: list[Figure] = []
     for name, figure, (least, most) in FIGURES:
-        interval = ratio_over_rounds(figure, all_ours, all_plain)
+        interval = ratio_over_starts(figure, *by_start)
         ratio = interval.value
         bound = f">= {least}" if least is not None else f"<= {most}" if most is not None else None
         is_met = ratio >= least if least is not None else ratio <= most if most is not None else None
         figures.append(Figure(name, figure(all_ours), figure(all_plain), interval, bound, is_met))
     errors = sum(len(r.ours.errors) + len(r.plain.errors) for r in rounds)
-    return Level(concurrency, len(rounds), count, tuple(figures), errors)
+    requests = sum(r.ours.num_requests for r in rounds) // len(rounds)
+    return Level(concurrency, len(starts), len(rounds), requests, tuple(figures), errors)
 
 
 def to_markdown(setting: dict[str, Any], levels: Sequence[Level]) -> str:
@@ -228,7 +242,8 @@ def to_markdown(setting: dict[str, Any], levels: Sequence[Level]) -> str:
         "# Overhead of policy `single` against plain `vllm serve`",
         "",
         "Both servers alive at once, loaded one at a time, alternating; the same prompts and seeds on both in each "
-        "round. Ratios are ours over plain, with 95 % intervals by bootstrap over rounds. `first text` is the first "
+        "round. Ratios are ours over plain, with 95 % intervals by bootstrap over starts of both and their rounds. "
+        "`first text` is the first "
         "chunk with any text in `content` or `reasoning`; the plain server's first text is the tag `<think>` itself, "
         "which ours does not send, so `first text after the tag` compares the same token of both.",
         "",
@@ -239,7 +254,8 @@ def to_markdown(setting: dict[str, Any], levels: Sequence[Level]) -> str:
             "",
             f"## {level.concurrency} at a time",
             "",
-            f"{level.rounds} rounds of {level.requests_a_round} requests a server; {level.errors} failed.",
+            f"{level.starts} starts, {level.rounds} rounds in all, of some {level.requests_a_round} requests a server; "
+            f"{level.errors} failed.",
             "",
             "| figure | rtap, single | vllm serve | ratio [95 %] | must be | met |",
             "|---|---|---|---|---|---|",

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import numpy as np
@@ -70,11 +71,10 @@ def both_servers(
     """Both servers, ready; they end with the context. No confidence_model: ours runs without a generator."""
     flags, environment = common_defaults()
     flags += ["--served-model-name", SERVED_NAME, "--max-model-len", str(max_model_len)]
-    os.environ.update(environment)  # inherited by both
     generator = str(confidence_model) if confidence_model is not None else None
     ours = serve_command(str(model), generator, flags)
     plain = [sys.executable, "-m", VLLM_SERVE, "--model", str(model), *flags, *plain_flags]
-    with ExitStack() as stack:
+    with patch.dict(os.environ, environment), ExitStack() as stack:  # which both inherit
         # one after the other: each looks at the free memory while it starts
         rtap_url = stack.enter_context(running_server(ours, log=logs / "rtap.log", ready_seconds=ready_seconds))
         plain_url = stack.enter_context(
@@ -113,6 +113,25 @@ def chat_body(question: Question, seed: int | None, temperature: float, **more: 
         **more,
     }
     return body if seed is None else {**body, "seed": seed}
+
+
+def ratio_over_starts(
+    figure: Callable[[Sequence[Any]], float], ours: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]
+) -> Interval:
+    """The same where the servers were started several times, with rounds of each start: two processes that run the same
+    code differ by some percent for their whole lives, so starts are drawn first, then their rounds."""
+    rng = np.random.default_rng(0)
+    ratios: list[float] = []
+    for _ in range(RESAMPLES):
+        drawn = [
+            (start, rng.integers(len(ours[start]), size=len(ours[start])))
+            for start in rng.integers(len(ours), size=len(ours))
+        ]
+        pooled = [[side[start][int(i)] for start, draw in drawn for i in draw] for side in (ours, other)]
+        ratios.append(figure(pooled[0]) / figure(pooled[1]))
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    flat_ours, flat_other = ([one for rounds in side for one in rounds] for side in (ours, other))
+    return Interval(figure(flat_ours) / figure(flat_other), float(low), float(high))
 
 
 def ratio_over_rounds(figure: Callable[[Sequence[Any]], float], ours: Sequence[Any], other: Sequence[Any]) -> Interval:

@@ -45,7 +45,8 @@ def test_ratios_are_of_pooled_rounds_and_noise_that_hits_both_servers_cancels(ov
 
     slow_minutes = (1.0, 2.0, 5.0, 1.5)  # of the machine, the same for both in a round
     rounds = [overhead.Round(one(1.25 * s, 0.02), one(s, 0.01), ours_first=True) for s in slow_minutes]
-    level = overhead.summarise(8, 10, rounds)
+    level = overhead.summarise(8, [rounds[:2], rounds[2:]])
+    assert (level.starts, level.rounds, level.requests_a_round) == (2, 4, 10)
     requests, tokens, first = level.figures[:3]
     assert requests.plain == pytest.approx(40 / 9.5)
     assert tokens.plain == pytest.approx(400 / 9.5)
@@ -53,3 +54,15 @@ def test_ratios_are_of_pooled_rounds_and_noise_that_hits_both_servers_cancels(ov
     assert (requests.is_met, requests.bound) == (False, ">= 0.98")
     assert (first.ours, first.plain, first.ratio.value, first.is_met) == pytest.approx((20.0, 10.0, 2.0, False))
     assert level.figures[3].is_met is None  # nothing is asked of the 99th percentile
+
+
+def test_what_differs_from_start_to_start_widens_the_interval_however_many_rounds_each_has(
+    overhead: ModuleType,
+) -> None:
+    def rounds(slowness: float, count: int) -> list[object]:
+        loads = [overhead.Load(s, 10, 100, (0.01,) * 10, (0.01,) * 10, ()) for s in (slowness, 1.0)]
+        return [overhead.Round(*loads, ours_first=True)] * count
+
+    for count in (2, 200):
+        ratio = overhead.summarise(8, [rounds(1.0, count), rounds(1.25, count)]).figures[0].ratio
+        assert (ratio.low, ratio.high) == pytest.approx((0.8, 1.0))
