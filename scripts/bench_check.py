@@ -92,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     kinds = (("overhead.json", overhead_ratios), ("rivals/rivals.json", rivals_ratios))
     committed = [list(ratios(json.loads((COMMITTED / file).read_text("utf-8")))) for file, ratios in kinds]
-    bench_overhead.main(["--starts", "2", "--seconds", "2", "--concurrency", "8", "32", "--output", str(MEASURED)])
+    bench_overhead.main(
+        ["--starts", "3", "--rounds", "2", "--seconds", "2", "--concurrency", "8", "32", "--output", str(MEASURED)]
+    )
     only_ours = ["--samples", "--logprob-thresholds"]
     bench_rivals.main(["--concurrency", "32", "--questions", "64", *only_ours, "--output", str(MEASURED)])
     verdicts: list[Verdict] = []

@@ -115,11 +115,19 @@ def chat_body(question: Question, seed: int | None, temperature: float, **more: 
     return body if seed is None else {**body, "seed": seed}
 
 
+def ratio_over_rounds(figure: Callable[[Sequence[Any]], float], ours: Sequence[Any], other: Sequence[Any]) -> Interval:
+    """``figure`` of all our rounds over that of the other's, with its 95 % interval by paired bootstrap over rounds."""
+    draws = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
+    ratios = [figure([ours[int(i)] for i in draw]) / figure([other[int(i)] for i in draw]) for draw in draws]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Interval(figure(ours) / figure(other), float(low), float(high))
+
+
 def ratio_over_starts(
     figure: Callable[[Sequence[Any]], float], ours: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]
 ) -> Interval:
-    """The same where the servers were started several times, with rounds of each start: two processes that run the same
-    code differ by some percent for their whole lives, so starts are drawn first, then their rounds."""
+    """``ratio_over_rounds`` where the servers were started several times, with rounds of each start: two processes that
+    run the same code differ by some percent for their whole lives, so starts are drawn first, then their rounds."""
     rng = np.random.default_rng(0)
     ratios: list[float] = []
     for _ in range(RESAMPLES):
@@ -132,14 +140,6 @@ def ratio_over_starts(
     low, high = np.percentile(ratios, [2.5, 97.5])
     flat_ours, flat_other = ([one for rounds in side for one in rounds] for side in (ours, other))
     return Interval(figure(flat_ours) / figure(flat_other), float(low), float(high))
-
-
-def ratio_over_rounds(figure: Callable[[Sequence[Any]], float], ours: Sequence[Any], other: Sequence[Any]) -> Interval:
-    """``figure`` of all our rounds over that of the other's, with its 95 % interval by paired bootstrap over rounds."""
-    draws = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
-    ratios = [figure([ours[int(i)] for i in draw]) / figure([other[int(i)] for i in draw]) for draw in draws]
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Interval(figure(ours) / figure(other), float(low), float(high))
 
 
 def sums(url: str, names: Sequence[str]) -> dict[str, float]:

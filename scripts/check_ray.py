@@ -147,7 +147,7 @@ async def check_abort(client: Client, question: str) -> str:
     while await client.metric("rtap_requests_total", stop_reason="abandoned") == before:
         assert time.monotonic() - began < 15, "the request of a client that left is still being answered"
         await asyncio.sleep(0.2)
-    left = await client.metric("rtap_in_flight")
+    left = await client.metric("rtap_trajectories")
     return f"counted as abandoned after {time.monotonic() - began:.1f} s, {left:.0f} in flight"
 
 

@@ -18,6 +18,11 @@ class Drain:
         self.is_over = False
         self._running: set[Cutoff] = set()
 
+    @property
+    def trajectories(self) -> int:
+        """How many are running."""
+        return len(self._running)
+
     @contextmanager
     def cutoff(self, deadline_seconds: float | None) -> Generator[Cutoff]:
         """The cutoff of one trajectory, while it runs."""

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config  # pyright: ignore[reportUnknownVariableType]
 from vllm.usage.usage_lib import UsageContext
@@ -148,6 +149,7 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     scorer: Ward | None = None
     scorer_task: asyncio.Task[AsyncLLM] | None = None
     load = None if scorer_config is None else partial(_load, scorer_config, log_stats=False)
+    again = None if scorer_config is None else partial(_load_again, scorer_config)
     client = httpx.AsyncClient()
     try:
         remote = await _remote(settings, policy_config, client)
@@ -156,7 +158,7 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
             scorer_task = asyncio.create_task(asyncio.to_thread(load))
         policy = await asyncio.to_thread(_load, policy_config, log_stats=not policy_args.disable_log_stats)
         await policy.reset_mm_cache()  # the dummy inputs of start-up
-        scorer = None if scorer_task is None else Ward("confidence", await scorer_task, load)
+        scorer = None if scorer_task is None else Ward("confidence", await scorer_task, again)
         confidence = _confidence(settings, policy, scorer, remote)
         if confidence is not None and generator.fusion is not None:
             confidence = FusedConfidence(confidence, generator.fusion, policy, settings.confidence_timeout_seconds)
@@ -180,6 +182,15 @@ def _load(config: VllmConfig, *, log_stats: bool) -> AsyncLLM:
             f"{model} could not be loaded: the last error above says why; "
             f"`rtap doctor {model}` looks at its files and at the memory"
         ) from error
+
+
+def _load_again(config: VllmConfig) -> AsyncLLM:
+    """Beside what is being served. vLLM sets variables for the process that it starts, and reads them again."""
+    disable_envs_cache()
+    try:
+        return _load(config, log_stats=False)
+    finally:
+        enable_envs_cache()
 
 
 async def _loaded(task: "asyncio.Task[AsyncLLM] | None") -> AsyncLLM | None:

@@ -65,6 +65,7 @@ class Metrics:
             self._degraded.labels(reason)
         self._avoided = counter("rtap_cycles_avoided", "Cycles that a request might still have had when it was sure.")
         self._in_flight = Gauge("rtap_in_flight", "Requests being answered.", registry=registry)
+        self._trajectories = Gauge("rtap_trajectories", "Choices that are being written.", registry=registry)
         self._draining = Gauge(
             "rtap_draining", "1 while the server is leaving: it takes nothing new.", registry=registry
         )
@@ -105,8 +106,9 @@ class Metrics:
         self._drift.set_function(lambda: feedback.drift)
 
     def draining(self, drain: Drain) -> None:
-        """Read at every scrape."""
+        """Whether it has begun, and what it would have to wait for, read at every scrape."""
         self._draining.set_function(lambda: float(drain.has_begun))
+        self._trajectories.set_function(lambda: float(drain.trajectories))
 
     def tasks(self, loop: asyncio.AbstractEventLoop) -> None:
         """Read at every scrape: what grows without requests growing was started and never ended."""
@@ -130,7 +132,7 @@ class Metrics:
         self._feedback.labels("true" if correct else "false").inc()
 
     def in_flight(self, admission: Admission) -> None:
-        """Read at every scrape."""
+        """Requests that have a place, read at every scrape."""
         self._in_flight.set_function(lambda: float(admission.requests_in_flight))
 
     def rejected(self, reason: str) -> None:

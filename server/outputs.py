@@ -88,8 +88,8 @@ class Writer:
 
     def _is_all(self, native: RequestOutput, text: str) -> bool:
         """Whether the engine's own output is all that there is to tell, as for nearly all tokens."""
-        is_more = native.finished or self._part.text or self._part.token_ids
-        return bool(text) and not is_more and native.outputs[0].text == text
+        is_waiting = bool(self._part.text or self._part.token_ids)
+        return bool(text) and not native.finished and not is_waiting and native.outputs[0].text == text
 
     def _adopted(self, native: RequestOutput) -> RequestOutput:
         """The engine's output as one of this request: its choice, its prompt, and no more than it asked for."""
@@ -99,8 +99,9 @@ class Writer:
             part.logprobs = None
         native.request_id, native.prompt = self._call.request_id, self._call.prompt.get("prompt")
         native.prompt_token_ids = self._call.prompt["prompt_token_ids"]
-        if self._first is not None:
-            native.num_cached_tokens = self._first.num_cached_tokens
+        assert self._first is not None
+        native.num_cached_tokens = self._first.num_cached_tokens
+        native.num_cache_creation_tokens = self._first.num_cache_creation_tokens
         return native
 
     def _append(self, event: StepEvent, native: RequestOutput | None) -> None:
@@ -190,6 +191,7 @@ class Writer:
             metrics=first.metrics if first else None,
             lora_request=part.lora_request,
             num_cached_tokens=first.num_cached_tokens if first else None,
+            num_cache_creation_tokens=first.num_cache_creation_tokens if first else None,
         )
 
 

@@ -27,7 +27,7 @@ class RecursiveReasoningParser(ReasoningParser):
 
     @cached_property
     def _close_id(self) -> int | None:
-        """The token that ends reasoning; for the engine process, which asks one parser again and again."""
+        """The token that ends reasoning, looked up when it is asked for: a parser is made three times a request."""
         vocab: dict[str, int] = self.vocab
         closing = RTAP.answer_open if RTAP.answer_open in vocab else THINK.think_close
         return vocab.get(closing or "")

@@ -59,7 +59,7 @@ class RecursiveEngine:
     async def abort(self, request_id: str | Iterable[str], **options: Any) -> None:
         """Abort requests by their outer ids: the cycles being written for them, and pass-through ones."""
         outer = (request_id,) if isinstance(request_id, str) else tuple(request_id)
-        live = [inner for name in outer for cycles in self._live.get(name, ()) for inner in cycles]
+        live = [inner for name in outer for choice in self._live.get(name, ()) for inner in choice]
         await self._inner.abort([*outer, *live], **options)
 
     def _call(

@@ -36,7 +36,7 @@ _LAST_WORDS_SECONDS = 5  # to write the last bytes of what was answered at the e
 _LOOK_SECONDS = 0.05
 # New objects between two looks for garbage among them, and looks between two at older ones. With Python's 700 and 10 a
 # busy server looks at what its requests have in use again and again: 5 % of its time. Here the oldest are looked at
-# once in 180,000 objects that stay, some 30 MiB.
+# once in 215,000 objects that stay, some 40 MiB.
 _GC_THRESHOLDS = (5_000, 5, 5)
 # Whoever closes an idle connection first loses the request that is on its way. vLLM's 5 s are those of httpx and the
 # OpenAI SDK; aiohttp has 15, load balancers 60.

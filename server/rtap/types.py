@@ -133,7 +133,8 @@ class Step(NamedTuple):  # made for each token: a dataclass that is frozen takes
     finished: this is the cycle's last piece.
     truncated: the token limit cut it. ended_turn: the model (or a stop string of the user's) ended the turn,
     as opposed to the format's own end of a cycle.
-    native: the engine's own output object, handed back untouched to whoever drives the loop.
+    native: the engine's own output object, handed back untouched to whoever drives the loop, who may do with it as he
+    likes.
     logprobs: log-probabilities by token id at each of ``token_ids``, where the engine was asked for them.
     """
 

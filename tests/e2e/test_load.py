@@ -73,7 +73,7 @@ async def test_500_requests_at_64_concurrent_and_every_counter_agrees(server):
     assert risen("rtap_reasoning_tokens_total") == reasoning
     assert sum(r["usage"]["completion_tokens"] for r in replies) == sum(c["tokens"] for c in cycles)
     assert risen("rtap_degraded_total") == 0
-    assert after["rtap_in_flight"] == 0
+    assert after["rtap_in_flight"] == after["rtap_trajectories"] == 0
     for reply in replies:
         assert sorted(reply["told"]) == sorted(c["index"] for c in reply["rtap"]["cycles"])
 

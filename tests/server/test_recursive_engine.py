@@ -26,7 +26,7 @@ from server.rtap.artifact import Artifact
 from server.rtap.format import RTAP
 from server.rtap.types import Judged, Score
 from server.settings import Settings
-from server.wire import Exchange, RtapOptions, begin_exchange
+from server.wire import ANSWER_MARK, Exchange, RtapOptions, begin_exchange
 from tests.server.scripted import EOS, ScriptedConfidence, decode, encode
 
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"
@@ -267,6 +267,53 @@ class Streaming(FakeLLM):
                 request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
                 outputs=[part], finished=is_last, num_cached_tokens=0,
             )  # fmt: skip
+
+
+class Telling(Streaming):
+    """Says of each cycle's tokens what vLLM says of its own: numbers of this cycle, and log-probabilities."""
+
+    async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **options: Any):
+        cycle = len(self.calls)
+        self.calls.append((prompt, params, request_id, options))
+        async for output in super().generate(prompt, params, request_id):
+            output.num_cached_tokens, output.num_cache_creation_tokens = 10 * cycle, 100 * cycle
+            output.outputs[0].logprobs = [{token_id: None} for token_id in output.outputs[0].token_ids]
+            yield output
+
+
+@pytest.mark.parametrize("split", [True, False])
+async def test_what_the_engine_says_of_its_cycles_is_said_of_the_request(split: bool):
+    llm, options = Telling([WRONG, DOUBT]), {"reasoning_parser_kwargs": {}} if split else {}
+    prompt = {"prompt_token_ids": QUESTION, "prompt": "what?"}
+    stream, exchange = ask(
+        build(llm), prompt=prompt, n=2, output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
+    )
+    outputs = await all_of(stream)
+    assert all(call[1].logprobs is None for call in llm.calls)
+    for choice in (0, 1):
+        own = [output for output in outputs if output.outputs[0].index == choice]
+        assert len(own) > 20
+        written = [token_id for output in own for token_id in output.outputs[0].token_ids]
+        assert len(written) == sum(cycle.tokens for cycle in exchange.trajectories[choice].cycles)
+        assert [output.outputs[0].finish_reason for output in own] == [None] * (len(own) - 1) + ["stop"]
+        assert len({(output.num_cached_tokens, output.num_cache_creation_tokens) for output in own[1:]}) == 1
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    for output in outputs:
+        assert (output.request_id, output.prompt, output.prompt_token_ids) == ("request", "what?", QUESTION)
+        assert output.outputs[0].logprobs is None
+
+
+async def test_no_delta_is_of_both_kinds():
+    """vLLM takes reasoning by the one name that it knows out of those that have an answer as well."""
+    llm = Streaming(["<think>3</think><answer>82</answer>", "<think>4</think><answer>1</answer>"])
+    stream, exchange = ask(
+        build(llm), rtap={"threshold": 1.0, "max_cycles": 2}, output_kind=RequestOutputKind.DELTA,
+        options={"reasoning_parser_kwargs": {}},
+    )  # fmt: skip
+    texts = [output.outputs[0].text for output in await all_of(stream)]
+    assert exchange.trajectories[0].selected == 0
+    assert "".join(texts).endswith(f"<answer>1</answer>\n{ANSWER_MARK}82")
+    assert [text.partition(ANSWER_MARK)[::2] for text in texts if ANSWER_MARK in text] == [("", "82")]
 
 
 @pytest.mark.parametrize("split", [True, False])

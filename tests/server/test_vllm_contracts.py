@@ -1,5 +1,6 @@
 """Every internal of vLLM that the server leans on, by name. A failure here says what to look at after an upgrade."""
 
+import copy
 import inspect
 import json
 from typing import get_type_hints
@@ -124,9 +125,24 @@ def test_what_a_prompt_says_of_its_first_part_has_these_names():
     assert {"prompt", "prompt_token_offsets", "arrival_time", "cache_salt"} <= set(get_type_hints(TokensInput))
 
 
+def test_a_shallow_copy_of_sampling_params_shares_nothing_that_changes_but_the_stop_ids():
+    """``AsyncLLM`` copies those of a request so, and so do we for each cycle."""
+    tokenizer = cached_tokenizer_from_config(AsyncEngineArgs(model=str(MODELS / "policy")).create_model_config())
+    shared = {
+        "stop": ["x"], "stop_token_ids": [5], "bad_words": ["7"], "logit_bias": {3: 1.0}, "extra_args": {"a": [1]},
+    }  # fmt: skip
+    params = SamplingParams(**copy.deepcopy(shared), skip_clone=True)
+    mine = params.clone()
+    mine.update_from_generation_config({"eos_token_id": [7, 8]}, 7)
+    mine.update_from_tokenizer(tokenizer)
+    assert {name: getattr(params, name) for name in shared} == shared
+    assert params._bad_words_token_ids is None
+    assert params._all_stop_token_ids == {5, 7, 8}  # the one of which each cycle has its own
+
+
 def test_sampling_params_have_the_fields_that_are_set_per_cycle():
     params = SamplingParams(stop="x", stop_token_ids=[5], seed=1)
-    for name in ("n", "max_tokens", "min_tokens", "skip_clone", "prompt_logprobs", "logprobs", "extra_args"):
+    for name in ("n", "max_tokens", "min_tokens", "prompt_logprobs", "logprobs", "extra_args"):
         assert hasattr(params, name), name
     assert params._all_stop_token_ids == {5}
     assert params.output_text_buffer_length == 0
