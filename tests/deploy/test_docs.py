@@ -44,7 +44,7 @@ LOOKED_AT: Sequence[tuple[tuple[str, ...], str]] = (
     (("make", "setup"), "installs; tests/deploy/test_setup_env.py holds what it does"),
     (("make", "lock"), "asks the package index; tests/deploy/test_lock.py holds what it wrote"),
     (("make", "sbom"), "writes into build/; tests/deploy/test_sbom.py makes the same bill"),
-    (("make", "prove-image"), "ten minutes as root, with a Debian archive"),
+    (("make", "prove-image"), "half an hour as root, with a Debian archive"),
     (("make", "fuzz"), "ten minutes; tests/e2e/test_fuzz.py does the same for less"),
     (("make", "soak"), "half an hour; tests/e2e/test_soak.py does the same for less"),
     (("make", "overload"), "minutes of a machine that does nothing else"),
