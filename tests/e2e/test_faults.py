@@ -104,7 +104,7 @@ def test_a_drain_answers_what_it_cannot_finish_with_what_there_is(tmp_path):
             streamed = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
             assert begun.wait(30)
             whole = pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=LONG | {"n": 16}, timeout=60)
-            until(lambda: server.metrics()["rtap_in_flight"] == 2, 10, server)
+            until(lambda: server.metrics()["rtap_trajectories"] == 32, 10, server)
             server.process.send_signal(signal.SIGTERM)
             began = time.monotonic()
             (events, done), reply = streamed.result(30), whole.result(30)
@@ -126,7 +126,7 @@ def test_a_drain_finishes_what_it_can_and_a_second_signal_ends_everything(tmp_pa
             endless = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
             assert begun.wait(30)
             short = [pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=SHORT) for _ in range(4)]
-            until(lambda: server.metrics()["rtap_in_flight"] > 1, 10, server)
+            until(lambda: server.metrics()["rtap_trajectories"] > 16, 10, server)
             server.process.send_signal(signal.SIGTERM)
             until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5, server)
             assert httpx.get(f"{server.url}/live").status_code == 200
