@@ -150,7 +150,7 @@ async def _quiet(url: str, server: psutil.Process) -> Held:
     while True:
         await asyncio.sleep(1)
         figures, now = await scrape(url), await held(url, server)
-        running = figures["vllm:num_requests_running"] + figures["vllm:num_requests_waiting"] + now.in_flight
+        running = figures["vllm:num_requests_running"] + figures["vllm:num_requests_waiting"] + now.trajectories
         is_up = all(v == 1 for k, v in figures.items() if k.startswith("rtap_engine_up{"))
         if (not running and is_up) or time.monotonic() > until:
             await asyncio.sleep(1)  # connections that are being closed
@@ -178,7 +178,7 @@ def _counts(tally: Tally, risen: Mapping[str, float]) -> list[Check]:
 
 
 def _left_over(before: Held, after: Held) -> list[Check]:
-    checks = [_exactly("rtap_in_flight when all have gone", after.in_flight, 0)]
+    checks = [_exactly("rtap_trajectories when all have gone", after.trajectories, 0)]
     for name in ("files", "sockets", "threads", "tasks"):
         was = getattr(before, name)
         checks.append(_at_most(f"{name} when all have gone, {was} before", getattr(after, name), was + MOST_LEFT_OVER))

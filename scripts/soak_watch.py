@@ -39,13 +39,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the API process has open, and how many requests it answers. tasks: asyncio's."""
+    """What the API process has open, and how many choices it writes. tasks: asyncio's."""
 
     files: int
     sockets: int
     threads: int
     tasks: int
-    in_flight: int
+    trajectories: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ async def held(url: str, server: psutil.Process) -> Held:
         sockets=len(server.net_connections("inet")),
         threads=server.num_threads(),
         tasks=int(figures["rtap_asyncio_tasks"]),
-        in_flight=int(figures["rtap_in_flight"]),
+        trajectories=int(figures["rtap_trajectories"]),
     )
 
 
