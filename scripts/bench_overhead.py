@@ -28,7 +28,7 @@ from bench_servers import (
     both_servers,
     chat_body,
     interval_text,
-    ratio_over_starts,
+    ratio_over_rounds,
     setting,
 )
 from rich.console import Console
@@ -223,10 +223,9 @@ def summarise(concurrency: int, starts: Sequence[Sequence[Round]]) -> Level:
     """Figures of one concurrency with their ratios and intervals, of the rounds of each start."""
     rounds = [one for rounds in starts for one in rounds]
     all_ours, all_plain = [r.ours for r in rounds], [r.plain for r in rounds]
-    by_start = [[r.ours for r in rounds] for rounds in starts], [[r.plain for r in rounds] for rounds in starts]
     figures: list[Figure] = []
     for name, figure, (least, most) in FIGURES:
-        interval = ratio_over_starts(figure, *by_start)
+        interval = ratio_over_rounds(figure, all_ours, all_plain, starts=list(map(len, starts)))
         ratio = interval.value
         bound = f">= {least}" if least is not None else f"<= {most}" if most is not None else None
         is_met = ratio >= least if least is not None else ratio <= most if most is not None else None

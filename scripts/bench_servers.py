@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -115,31 +115,26 @@ def chat_body(question: Question, seed: int | None, temperature: float, **more: 
     return body if seed is None else {**body, "seed": seed}
 
 
-def ratio_over_rounds(figure: Callable[[Sequence[Any]], float], ours: Sequence[Any], other: Sequence[Any]) -> Interval:
-    """``figure`` of all our rounds over that of the other's, with its 95 % interval by paired bootstrap over rounds."""
-    draws = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
+def ratio_over_rounds(
+    figure: Callable[[Sequence[Any]], float], ours: Sequence[Any], other: Sequence[Any], *, starts: Sequence[int] = ()
+) -> Interval:
+    """``figure`` of all our rounds over that of the other's, with its 95 % interval by paired bootstrap over rounds.
+
+    starts: how many rounds each start of the servers has, in order. Two processes that run the same code differ by some
+    percent for their whole lives, so starts are drawn first, then their rounds."""
+    rng = np.random.default_rng(0)
+    draws = _draws_of_starts(rng, starts) if starts else rng.integers(len(ours), size=(RESAMPLES, len(ours)))
     ratios = [figure([ours[int(i)] for i in draw]) / figure([other[int(i)] for i in draw]) for draw in draws]
     low, high = np.percentile(ratios, [2.5, 97.5])
     return Interval(figure(ours) / figure(other), float(low), float(high))
 
 
-def ratio_over_starts(
-    figure: Callable[[Sequence[Any]], float], ours: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]
-) -> Interval:
-    """``ratio_over_rounds`` where the servers were started several times, with rounds of each start: two processes that
-    run the same code differ by some percent for their whole lives, so starts are drawn first, then their rounds."""
-    rng = np.random.default_rng(0)
-    ratios: list[float] = []
+def _draws_of_starts(rng: np.random.Generator, starts: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Numbers of rounds: of as many starts as there are, as many of each as it has."""
+    first = [sum(starts[:start]) for start in range(len(starts))]
     for _ in range(RESAMPLES):
-        drawn = [
-            (start, rng.integers(len(ours[start]), size=len(ours[start])))
-            for start in rng.integers(len(ours), size=len(ours))
-        ]
-        pooled = [[side[start][int(i)] for start, draw in drawn for i in draw] for side in (ours, other)]
-        ratios.append(figure(pooled[0]) / figure(pooled[1]))
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    flat_ours, flat_other = ([one for rounds in side for one in rounds] for side in (ours, other))
-    return Interval(figure(flat_ours) / figure(flat_other), float(low), float(high))
+        drawn = [int(start) for start in rng.integers(len(starts), size=len(starts))]
+        yield [first[start] + int(i) for start in drawn for i in rng.integers(starts[start], size=starts[start])]
 
 
 def sums(url: str, names: Sequence[str]) -> dict[str, float]:
