@@ -168,8 +168,6 @@ def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> str:
 
 async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str, keys: KeyRing) -> str | None:
     """Result: why the server could not go on, None after a clean stop."""
-    from vllm.envs import enable_envs_cache
-
     from server.app import create_app
     from server.engines import start_engines
     from server.head import HeadLimits
@@ -181,7 +179,6 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
         plan, admission = engines.plan, Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
         app = await create_app(engines.policy, args, settings, plan, keys, admission)
         supervisor = Supervisor(engines.wards, plan.metrics, settings.engine_silence_seconds, announce)
-        enable_envs_cache()  # vLLM looks at its variables at each token; in its engines it does this by itself
         announce(f"ready at {address}")
         return await serve_app(
             app,

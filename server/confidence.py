@@ -83,12 +83,13 @@ class FusedConfidence:
     async def score(self, judged: Judged) -> Score:
         """The generator's forward pass, and for a pair from elsewhere one of the policy."""
         score = await self._generator.score(judged)
-        sampled = [entry[token_id].logprob for token_id, entry in judged.logprobs]
+        sampled, tokens = [entry[token_id].logprob for token_id, entry in judged.logprobs], score.tokens
         if not sampled:
             late, failed = "the policy did not read the pair in time", "the policy could not read the pair"
             sampled = await _in_time(self._read(judged), self._timeout_seconds, late, failed)
+            tokens += len(judged.context_token_ids) + len(judged.cycle_token_ids)
         logprobs = [max(value, _LOGPROB_FLOOR) for value in sampled]
-        return Score(self._fusion.confidence(score.confidence, logprobs), score.tokens)
+        return Score(self._fusion.confidence(score.confidence, logprobs), tokens)
 
     async def _read(self, judged: Judged) -> list[float]:
         token_ids = [*judged.context_token_ids, *judged.cycle_token_ids]

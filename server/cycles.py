@@ -128,7 +128,6 @@ class Cycles:
         call, ends = self._call, self._ends
         params = copy.copy(call.params)
         params.n, params.max_tokens = 1, max_tokens
-        # The only thing in it that AsyncLLM changes where it is; all else may be shared.
         # The one thing in it that AsyncLLM changes in place; the rest may be shared.
         params._all_stop_token_ids = {*params._all_stop_token_ids, *ends}  # pyright: ignore[reportPrivateUsage]
         if params.seed is not None:

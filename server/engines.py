@@ -163,8 +163,11 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
         if confidence is not None and generator.fusion is not None:
             confidence = FusedConfidence(confidence, generator.fusion, policy, settings.confidence_timeout_seconds)
         wards = [Ward("policy", policy), *([] if scorer is None else [scorer])]
-        yield Engines(policy, _plan(settings, policy, fmt, confidence, generator, lexicon), wards)
+        plan = _plan(settings, policy, fmt, confidence, generator, lexicon)
+        enable_envs_cache()  # vLLM looks at its variables at each token; in its engines it does this by itself
+        yield Engines(policy, plan, wards)
     finally:
+        disable_envs_cache()
         for engine in (policy, await _loaded(scorer_task) if scorer is None else scorer.engine):
             if engine is not None:
                 engine.shutdown(timeout=engine.vllm_config.shutdown_timeout)
@@ -185,7 +188,7 @@ def _load(config: VllmConfig, *, log_stats: bool) -> AsyncLLM:
 
 
 def _load_again(config: VllmConfig) -> AsyncLLM:
-    """Beside what is being served. vLLM sets variables for the process that it starts, and reads them again."""
+    """Beside what is being served, with variables that are read again: vLLM sets some for the process it starts."""
     disable_envs_cache()
     try:
         return _load(config, log_stats=False)

@@ -62,7 +62,8 @@ class Writer:
     def write(self, event: Event) -> Sequence[RequestOutput]:
         """Outputs for one event; none while there is nothing to tell the client."""
         if isinstance(event, StepEvent):
-            return self._step(event)
+            is_first = self._first is None
+            return self._step(event) or (self._opened() if is_first else ())
         if isinstance(event, CycleEvent):
             if event.stop is not None:
                 self._held = event.cycle  # whether it is returned is told by the trajectory
@@ -85,6 +86,11 @@ class Writer:
         self._append(event, native)
         self._part.text += text
         return self._emit() if self._part.text else ()
+
+    def _opened(self) -> Sequence[RequestOutput]:
+        """An output without text or tokens for the first step: a chat stream begins with the role, and that need not
+        wait for the text that follows the first token, a tag."""
+        return (self._wrap(self._new_part(self._part.index)),) if self._is_stream and self._call.split else ()
 
     def _is_all(self, native: RequestOutput, text: str) -> bool:
         """Whether the engine's own output is all that there is to tell, as for nearly all tokens."""

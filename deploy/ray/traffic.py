@@ -84,12 +84,16 @@ def _to_first_question(turns: list[Any]) -> Iterable[Any]:
 
 
 def tokens_of_reply(body: bytes) -> int:
-    """Tokens that a whole reply was charged for by the replica: sampled, and read outside the prefix cache."""
+    """Tokens that a whole reply was charged for by the replica: sampled, and read outside the prefix cache, or read for
+    a score."""
     try:
         reply: Any = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError):
         return 0
-    return _tokens_told(cast(dict[str, Any], reply)) or 0 if isinstance(reply, dict) else 0
+    if not isinstance(reply, dict):
+        return 0
+    fields = cast(dict[str, Any], reply)
+    return int(fields["confidence_tokens"]) if fields.get("object") == "rtap.score" else _tokens_told(fields) or 0
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from server import __version__
-from server.gate import current_owner
+from server.gate import current_owner, current_visit
 from server.plan import Plan
 from server.rtap.errors import ConfidenceError, InvalidRequest
 from server.rtap.types import Judged
@@ -54,7 +54,8 @@ class FeedbackResponse(BaseModel):
 
 
 class ScoreResponse(BaseModel):
-    """confidence: in [0, 1]. confidence_tokens: tokens the generator read."""
+    """confidence: in [0, 1]. confidence_tokens: tokens read for it by the generator, and by the policy where its
+    log-probabilities are joined with the score."""
 
     object: str = "rtap.score"
     confidence: float
@@ -83,6 +84,9 @@ def rtap_router(plan: Plan, settings: Settings, tokenizer: ChatRenderer, model_n
             if error.reason == "too_long":
                 raise InvalidRequest(str(error)) from error
             raise
+        visit = current_visit()
+        if visit is not None:
+            visit.spent_tokens += result.tokens
         return ScoreResponse(confidence=result.confidence, confidence_tokens=result.tokens)
 
     @router.post("/feedback")

@@ -97,6 +97,10 @@ def test_a_reply_says_what_it_cost(reply: dict[str, Any]) -> None:
     assert tokens_of_reply(json.dumps(reply).encode()) == expected
 
 
+def test_a_score_says_what_was_read_for_it() -> None:
+    assert tokens_of_reply(b'{"object": "rtap.score", "confidence": 0.9, "confidence_tokens": 70}') == 70
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b'{"object": "list"}', b'{"error": {"message": "rtap"}}', b'{"rtap": null}']
 )

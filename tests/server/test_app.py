@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 
 import pytest
 from fastapi import FastAPI
@@ -137,17 +138,36 @@ async def test_each_key_has_a_prefix_cache_of_its_own_on_every_way_into_the_engi
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/inference/v1/generate"])
 async def test_tokens_that_were_sampled_and_read_are_charged_to_the_key(service, path):
     """5 a minute, refilled over seconds: the first request owes so much that the next one waits."""
-    gate = service.app.middleware_stack
-    while type(gate).__name__ != "Gate":
-        gate = getattr(gate, "_app", None) or gate.app
-    gate._accounts.clear()
+    service.forget_spending()
     first, second = [await service.ask(path, "key-poor", json=BODIES[path]) for _ in range(2)]
     assert (first.status_code, second.status_code) == (200, 429), second.text
     usage = first.json().get("usage")
     spent = usage["total_tokens"] if usage else len(service.engine.encode_text(CYCLE)) + 3
     assert abs(int(second.headers["retry-after"]) - (spent - 5) * 12) <= 1
     assert second.json()["error"]["type"] == "rate_limit_error"
-    gate._accounts.clear()
+    service.forget_spending()
+
+
+async def test_a_stream_begins_with_the_role_of_each_choice_and_has_nothing_empty(service):
+    """The engine's first output, for a tag, has no text: vLLM sends the role with it and no chunk of its own."""
+    service.engine.by_token = True
+    chat = CHAT | {"stream": True, "n": 2, "logprobs": True, "stream_options": {"include_usage": True}}
+    answer = BODIES["/v1/responses"] | {"stream": True}
+    replies = [await service.ask(path, "key-a", json=body) for path, body in
+               (("/v1/chat/completions", chat), ("/v1/responses", answer))]  # fmt: skip
+    service.engine.by_token = False
+    chunks, events = ([json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+                      for reply in replies)  # fmt: skip
+    written = [choice for chunk in chunks if "cycle" not in chunk.get("rtap", {}) for choice in chunk["choices"]]
+    assert [(choice["index"], choice["delta"].get("role")) for choice in written[:3]] == [
+        (0, "assistant"), (1, "assistant"), (written[2]["index"], None)
+    ]  # fmt: skip
+    assert all("role" not in c["delta"] and (any(c["delta"].values()) or c["finish_reason"]) for c in written[2:])
+    told = [entry for choice in written for entry in (choice["logprobs"] or {}).get("content") or ()]
+    assert len(told) == chunks[-1]["usage"]["completion_tokens"] == 2 * len(service.engine.encode_text(CYCLE))
+    deltas = [event["delta"] for event in events if event["type"].endswith(".delta")]
+    assert "".join(deltas) == "3+4=77"
+    assert all(deltas)
 
 
 async def test_the_server_takes_so_many_requests_at_a_time(service):

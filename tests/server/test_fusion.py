@@ -52,6 +52,7 @@ async def test_a_pair_from_elsewhere_is_read_by_the_policy():
     policy = _Policy([0.0, -9.0, -0.3, -0.4])
     score = await FusedConfidence(_Generator(), FUSION, policy, 1.0).score(Judged([1, 2], [5, 6], [1, 2]))
     assert score.confidence == pytest.approx(FUSION.confidence(0.7, [-0.3, -0.4]))
+    assert score.tokens == 2 + 4  # the generator's, and what the policy read
     assert policy.asked == [([1, 2, 5, 6], 0, 1)]
 
 

@@ -86,6 +86,15 @@ async def test_one_key_cannot_judge_anothers_answer_or_learn_of_it(service):
     assert (stranger.status_code, stranger.json()["error"]) == (404, unknown.json()["error"])
 
 
+async def test_what_the_generator_reads_for_a_key_is_charged_to_it(service):
+    service.forget_spending()
+    pair = {"question": "3 + 4", "think": "3+4=7", "answer": "7"}
+    first, second = [await service.ask("/v1/rtap/score", "key-poor", json=pair) for _ in range(2)]
+    assert (first.status_code, second.status_code) == (200, 429)
+    assert abs(int(second.headers["retry-after"]) - (first.json()["confidence_tokens"] - 5) * 12) <= 1
+    service.forget_spending()
+
+
 async def test_one_key_has_no_way_to_anothers_response(service):
     store = service.app.state.openai_serving_responses
     store.enable_store = True

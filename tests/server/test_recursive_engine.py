@@ -32,7 +32,7 @@ from tests.server.scripted import EOS, ScriptedConfidence, decode, encode
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"
 DOUBT = "Oops, 3*25+7=82</think><answer>3*25+7</answer>"
 QUESTION = encode("make 82?")
-CLOSE = encode("</answer>")[0]
+THINK, CLOSE = encode("<think></answer>")
 
 
 @dataclass
@@ -301,6 +301,30 @@ async def test_what_the_engine_says_of_its_cycles_is_said_of_the_request(split: 
     for output in outputs:
         assert (output.request_id, output.prompt, output.prompt_token_ids) == ("request", "what?", QUESTION)
         assert output.outputs[0].logprobs is None
+
+
+@pytest.mark.parametrize("split", [True, False])
+async def test_a_stream_begins_with_the_first_token_though_that_may_be_a_tag(split: bool):
+    """vLLM sends the role with the first output, and clients take the time until then."""
+    written = 0
+
+    class Counted(Streaming):
+        async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **options: Any):
+            nonlocal written
+            async for output in super().generate(prompt, params, request_id, **options):
+                written += 1
+                yield output
+
+    options = {"reasoning_parser_kwargs": {}} if split else {}
+    stream, exchange = ask(
+        build(Counted(["<think>" + DOUBT])), output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
+    )
+    async with aclosing(stream):
+        first = (await anext(stream)).outputs[0]
+        assert (written, first.text, list(first.token_ids)) == (1, *(("", []) if split else ("<think>", [THINK])))
+        rest = [output.outputs[0] async for output in stream]
+    assert all(part.text or part.token_ids or part.finish_reason for part in rest)
+    assert sum(len(part.token_ids) for part in (first, *rest)) == exchange.trajectories[0].cycles[0].tokens
 
 
 async def test_no_delta_is_of_both_kinds():

@@ -11,9 +11,10 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import renderer_from_config
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 import server.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
@@ -32,6 +33,7 @@ from server.settings import Settings
 from tests.other_checkpoints import MODELS
 
 POLICY = str(MODELS / "policy")
+_SURE = Logprob(logprob=0.0, rank=1, decoded_token="x")
 CYCLE = "<think>3+4=7</think><answer>7</answer>"
 KEYS = """
 [[keys]]
@@ -49,7 +51,7 @@ tokens_per_minute = 5
 
 class Engine:
     """What of an AsyncLLM the routes use: real configuration, tokenizer and renderer; every request gets one cycle,
-    which ``write`` makes of its prompt, after at most ``most_seconds``."""
+    which ``write`` makes of its prompt, after at most ``most_seconds``; whole, or ``by_token`` for who streams."""
 
     errored, is_running = False, True
 
@@ -61,6 +63,7 @@ class Engine:
         self.prompts: list[str] = []
         self.write: Callable[[str], str] = lambda _: CYCLE
         self.most_seconds = 0.0
+        self.by_token = False
         self.go = asyncio.Event()
         self.go.set()
 
@@ -85,13 +88,18 @@ class Engine:
         await self.go.wait()
         await asyncio.sleep(random.random() * self.most_seconds)
         ids = self.encode_text(text)
-        part = CompletionOutput(
-            index=0, text=text, token_ids=ids, cumulative_logprob=None, logprobs=None, finish_reason="stop"
-        )
-        yield RequestOutput(
-            request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
-            outputs=[part], finished=True, num_cached_tokens=0,
-        )  # fmt: skip
+        is_cut = self.by_token and params.output_kind is RequestOutputKind.DELTA
+        pieces = [[token_id] for token_id in ids] if is_cut else [ids]
+        for number, piece in enumerate(pieces, 1):
+            part = CompletionOutput(
+                index=0, text=self.renderer.tokenizer.decode(piece) if is_cut else text, token_ids=piece,
+                cumulative_logprob=None, logprobs=None if params.logprobs is None else [{i: _SURE} for i in piece],
+                finish_reason="stop" if number == len(pieces) else None,
+            )  # fmt: skip
+            yield RequestOutput(
+                request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
+                outputs=[part], finished=number == len(pieces), num_cached_tokens=0,
+            )  # fmt: skip
 
 
 class Service:
@@ -108,6 +116,13 @@ class Service:
 
     def rejected(self, reason: str) -> float:
         return self.registry.get_sample_value("rtap_rejected_total", {"reason": reason}) or 0.0
+
+    def forget_spending(self) -> None:
+        """Every key is as new."""
+        gate: Any = self.app.middleware_stack
+        while type(gate).__name__ != "Gate":
+            gate = getattr(gate, "_app", None) or gate.app
+        gate._accounts.clear()
 
     def metrics(self) -> str:
         return generate_latest(self.registry).decode()
