@@ -45,7 +45,7 @@ class Verdict:
 
 
 def overhead_ratios(report: Mapping[str, Any]) -> Iterator[Ratio]:
-    """Of ``overhead.json``: throughput and median time to first text, at each concurrency."""
+    """Of ``overhead.json``: throughput and median times to the first chunk and text, at each concurrency."""
     for level in report["levels"]:
         for figure in level["figures"]:
             if figure["bound"] is not None:
@@ -57,7 +57,7 @@ def rivals_ratios(report: Mapping[str, Any]) -> Iterator[Ratio]:
     """Of ``rivals.json``: tokens and time of our rules over those of a majority of 8."""
     for level in report["levels"]:
         for row in level["rows"]:
-            if row["rule"].startswith(("single", "confidence")):
+            if row["rule"].startswith(("single", "confidence", "model")):
                 for what in ("tokens", "seconds"):
                     name = f"{level['task']}, {level['at']} at a time: {row['rule']}, {what} over a majority of 8"
                     yield Ratio(name, **row[f"{what}_ratio"], higher_is_better=False)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ["--starts", "3", "--rounds", "2", "--seconds", "2", "--concurrency", "8", "32", "--output", str(MEASURED)]
     )
     only_ours = ["--samples", "--logprob-thresholds"]
-    bench_rivals.main(["--concurrency", "32", "--questions", "64", *only_ours, "--output", str(MEASURED)])
+    bench_rivals.main(["--concurrency", "32", "--questions", "128", *only_ours, "--output", str(MEASURED)])
     verdicts: list[Verdict] = []
     failed = 0
     for (file, ratios), before in zip(kinds, committed, strict=True):

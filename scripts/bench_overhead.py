@@ -95,6 +95,8 @@ def percentile_ms(what: str, percent: float) -> Callable[[Sequence[Load]], float
 FIGURES: tuple[tuple[str, Callable[[Sequence[Load]], float], tuple[float | None, float | None]], ...] = (
     ("requests/s", requests_per_second, (0.98, None)),
     ("tokens/s", tokens_per_second, (0.98, None)),
+    ("first chunk, median ms", percentile_ms("first_chunk", 50), (None, 1.05)),
+    ("first chunk, p99 ms", percentile_ms("first_chunk", 99), (None, None)),
     ("first text, median ms", percentile_ms("first_text", 50), (None, 1.05)),
     ("first text, p99 ms", percentile_ms("first_text", 99), (None, None)),
     ("first text after the tag, median ms", percentile_ms("first_word", 50), (None, 1.05)),
@@ -122,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             logs=ROOT / "build" / "bench",
             plain_flags=plain_flags,
         ) as servers:
-            uvloop.run(_measure(servers, questions, args, start, measured, console))
+            for concurrency, rounds in uvloop.run(_measure(servers, questions, args, start, console)).items():
+                measured[concurrency].append(rounds)
             described = setting(servers, [f"scripts/{Path(__file__).name}", *arguments], started)
     levels = [summarise(concurrency, rounds) for concurrency, rounds in measured.items()]
     described |= {"seed": args.seed, "generator beside ours": str(generator)}
@@ -158,10 +161,10 @@ async def _measure(
     questions: Sequence[Question],
     args: argparse.Namespace,
     start: int,
-    measured: dict[int, list[list[Round]]],
     console: Console,
-) -> None:
-    """Put the rounds of this start to those of the others."""
+) -> dict[int, list[Round]]:
+    """The rounds of one start, the ``start``-th, at each concurrency."""
+    measured: dict[int, list[Round]] = {}
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
     headers = {"Content-Type": "application/json"}
@@ -170,13 +173,13 @@ async def _measure(
             for concurrency in args.concurrency:
                 bar = progress.add_task(f"{concurrency} at a time", total=args.rounds)
                 count = await _requests_a_round(session, servers, questions, concurrency, args)
-                rounds: list[Round] = []
+                rounds = measured[concurrency] = list[Round]()
                 for number in range(start * args.rounds, (start + 1) * args.rounds):
                     rounds.append(await _round(session, servers, questions, concurrency, count, number, args.seed))
                     progress.advance(bar)
-                measured[concurrency].append(rounds)
                 for error in [e for one in rounds for e in (*one.ours.errors, *one.plain.errors)][:3]:
                     console.print(f"failed request: {error}", style="bold red", markup=False)
+    return measured
 
 
 async def _requests_a_round(
@@ -242,7 +245,8 @@ def to_markdown(setting: dict[str, Any], levels: Sequence[Level]) -> str:
         "",
         "Both servers alive at once, loaded one at a time, alternating; the same prompts and seeds on both in each "
         "round. Ratios are ours over plain, with 95 % intervals by bootstrap over starts of both and their rounds. "
-        "`first text` is the first "
+        "`first chunk` has the role and no text: it is sent with the first token, and is what vLLM's own benchmark "
+        "counts as the time to the first token. `first text` is the first "
         "chunk with any text in `content` or `reasoning`; the plain server's first text is the tag `<think>` itself, "
         "which ours does not send, so `first text after the tag` compares the same token of both.",
         "",

@@ -24,6 +24,7 @@ from training.evaluation.statistics import Interval
 REPORTS = ("overhead.json", "rivals/rivals.json", "where/where.json")
 SCORING_SHARE, READY_SECONDS = 0.03, 60.0
 TOKENS_SHARE, TIME_SHARE = 0.25, 0.33
+BELOW = 0.03  # accuracy
 LATER_CYCLES = 1.05  # milliseconds a token of the last cycle over the first: what "independent" may mean
 
 
@@ -44,10 +45,8 @@ def goals(overhead: Mapping[str, Any], rivals: Mapping[str, Any], where: Mapping
             if figure["bound"] is not None and figure["name"] != "tokens/s":
                 name = f"`single` over plain vLLM, {level['concurrency']} at a time: {figure['name']}"
                 yield Goal(name, figure["bound"], _interval(figure["ratio"]), figure["is_met"])
-    first = rivals["levels"][0]["at"]
-    for level in rivals["levels"]:
-        if level["at"] == first:
-            yield from _against_rivals(level)
+    for level in sorted(rivals["levels"], key=lambda level: (level["task"], level["at"])):
+        yield from _against_rivals(level)
     for split in _splits(where):
         if split.policy == "confidence":
             share = split.scoring / split.total
@@ -62,25 +61,28 @@ def goals(overhead: Mapping[str, Any], rivals: Mapping[str, Any], where: Mapping
 
 
 def _against_rivals(level: Mapping[str, Any]) -> Iterator[Goal]:
-    """Of our rules that reach the majority's accuracy the quickest; against optillm, in accuracy, tokens and time."""
+    """Of our rules whose accuracy reaches the majority's, the quickest; and that against optillm, in accuracy, tokens
+    and time. Reached: with 97.5 % certainty not more than BELOW under it."""
     rows = {row["rule"]: row for row in level["rows"]}
-    ours = [row for rule, row in rows.items() if rule.startswith("confidence")]
-    reaching = [row for row in ours if row["accuracy_difference"]["value"] >= 0]
+    ours = [row for rule, row in rows.items() if rule.startswith(("confidence", "model"))]
+    reaching = [row for row in ours if row["accuracy_difference"]["low"] >= -BELOW]
     task = f"{level['task']}, {level['at']} at a time"
     if not reaching:
-        yield Goal(f"{task}: accuracy of a majority of 8", ">= 0", "reached by no rule", False)
+        yield Goal(f"{task}: accuracy of a majority of 8", f">= -{BELOW} for certain", "reached by no rule", False)
         return
     best = min(reaching, key=lambda row: row["seconds_ratio"]["value"])
+    rule = f"{best['rule']}; right {interval_text(Interval(**best['accuracy_difference']), sign='+')}"
     for what, bound in (("tokens", TOKENS_SHARE), ("seconds", TIME_SHARE)):
         ratio = best[f"{what}_ratio"]
-        name = f"{task}: {what} of a majority of 8, for its accuracy ({best['rule']})"
+        name = f"{task}: {what} of a majority of 8, for its accuracy ({rule})"
         yield Goal(name, f"<= {bound}", _interval(ratio), ratio["value"] <= bound)
-    for rule, row in rows.items():
-        if rule.startswith("optillm"):
+    for other, row in rows.items():
+        if other.startswith("optillm"):
             ahead = [better(best) >= better(row) for better in (_per_token, _per_second)]
             values = (best["accuracy"]["value"], row["accuracy"]["value"])
             measured = f"{_per_token(best) / _per_token(row):.1f} and {_per_second(best) / _per_second(row):.1f} times"
-            name = f"{task}: right answers a token and a second over {rule} ({values[0]:.1%} and {values[1]:.1%} right)"
+            name = f"{task}: right answers a token and a second of {best['rule']} over {other} "
+            name += f"({values[0]:.1%} and {values[1]:.1%} right)"
             yield Goal(name, "> 1", measured, all(ahead))
 
 
@@ -127,11 +129,11 @@ def plot_png(rivals: Mapping[str, Any], where: Mapping[str, Any]) -> bytes:
 
 
 def _draw_accuracy(axis: Any, level: Mapping[str, Any]) -> None:
-    for row in level["rows"]:
-        axis.plot(1000 * row["seconds"], 100 * row["accuracy"]["value"], "o")
-        axis.annotate(row["rule"], (1000 * row["seconds"], 100 * row["accuracy"]["value"]), fontsize=7)
+    for number, row in enumerate(level["rows"]):
+        marker = "os^D"[number // 10 % 4]  # matplotlib has ten colours before it begins again
+        axis.plot(1000 * row["seconds"], 100 * row["accuracy"]["value"], marker, label=row["rule"])
     axis.set(title=f"{level['task']}, {level['at']} at a time", xlabel="ms a question", ylabel="right, %")
-    axis.margins(x=0.3)
+    axis.legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def _draw_scaling(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
@@ -139,6 +141,9 @@ def _draw_scaling(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
         found = [(level["at"], row["seconds"]) for level in levels for row in level["rows"] if row["rule"] == rule]
         axis.plot(*zip(*((at, 1 / seconds) for at, seconds in found), strict=True), "o-", label=rule)
     axis.set(title=levels[0]["task"], xlabel="requests at a time", ylabel="questions a second", xscale="log")
+    at = [level["at"] for level in levels]
+    axis.set_xticks(at, labels=[str(number) for number in at])
+    axis.minorticks_off()
     axis.legend(fontsize=7)
 
 
@@ -150,7 +155,7 @@ def _draw_parts(axis: Any, splits: Sequence[Split]) -> None:
         axis.barh(names, shares, left=left, label=part)
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axis.set(title="where the time of a request goes", xlabel="%")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def _draw_cycles(axis: Any, cycles: Sequence[Mapping[str, Any]]) -> None:

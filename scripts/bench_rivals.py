@@ -1,9 +1,10 @@
 """What recursion is worth against what a user would pick instead, under the same load on the same machine.
 
-Three rtap servers live at once: with the generator (``single``, ``confidence``), with the policy's own
+Three rtap servers live at once: with the generator (``single``, ``confidence``, ``model``), with the policy's own
 log-probabilities instead of one (``logprob``), and one that answers in single passes, for plain majorities and, where
 an optillm is named, its self_consistency and bon approaches through their own proxy: every rival samples from the same
-policy in the same vLLM. Rules take turns on the same questions, in an order that turns with the rounds. Ratios are over
+policy in the same vLLM, started in the same way (compiled, which a server that is given no model is not). Rules take
+turns on the same questions, in an order that turns with the rounds. Ratios are over
 a majority of 8, with 95 % intervals by bootstrap over rounds (time, tokens) or questions (accuracy). All rules run at
 the first concurrency, only those of the server itself at the others. Writes docs/results/rivals/rivals.{json,md}.
 
@@ -30,7 +31,7 @@ from rich.console import Console
 from training.evaluation.client import Load, RtapServer
 from training.evaluation.questions import Question, load_questions
 from training.evaluation.records import RunSpec, write_atomically
-from training.evaluation.rules import CONFIDENCE, SINGLE, VOTE
+from training.evaluation.rules import CONFIDENCE, MODEL, SINGLE, VOTE
 from training.evaluation.server_process import running_server, serve_command
 from training.evaluation.statistics import Interval, paired_difference, wilson_interval
 from training.tasks import check
@@ -40,7 +41,10 @@ REFERENCE = "majority of 8"
 OPTILLM = "import sys; sys.argv = ['optillm', *sys.argv[1:]]; from optillm.server import main; main()"
 MAX_TOKENS = 512  # optillm asks for 4096 unless told, which is more than the bundled models read
 OPTILLM_APPROACHES = ("self_consistency", "bon")
-LOGPROB_FLAGS = ["--confidence", "logprob", "--logprob-top-k", "1", "--served-model-name", SERVED_NAME]
+POLICY, GENERATOR = str(MODELS / "policy"), str(MODELS / "confidence")
+NAMED = ["--served-model-name", SERVED_NAME]
+LOGPROB_FLAGS = ["--confidence", "logprob", "--logprob-top-k", "1", *NAMED]
+WAVES = 4  # of requests in a round, where there are so many questions: in the last there are fewer and fewer at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 running_server(command, log=logs / f"{name}.log", ready_seconds=300, ready_path=ready_path)
             )
 
-        scored = start("scored", serve_command(None, None, []))
-        plain = start(
-            "plain",
-            serve_command(str(MODELS / "policy"), None, ["--policy", "single", "--served-model-name", SERVED_NAME]),
-        )
-        own = start("logprob", serve_command(str(MODELS / "policy"), None, LOGPROB_FLAGS))
+        scored = start("scored", serve_command(POLICY, GENERATOR, NAMED))
+        plain = start("plain", serve_command(POLICY, None, ["--policy", "single", *NAMED]))
+        own = start("logprob", serve_command(POLICY, None, LOGPROB_FLAGS))
         proxy = None
         if args.optillm is not None:
             os.environ["OPENAI_API_KEY"] = "none"  # optillm wants one
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=["arithmetic", "countdown"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--questions", type=int, default=96,
+        "--questions", type=int, default=128,
         help="of each task, in each round and rule; where few are asked at a time, fewer",
     )  # fmt: skip
     parser.add_argument("--threshold", type=float, default=0.5)
@@ -137,9 +138,9 @@ def _rules(scored: str, plain: str, args: argparse.Namespace) -> dict[str, Rule]
         REFERENCE: _ours(plain, RunSpec(VOTE, samples=8), args),
         "single": _ours(scored, RunSpec(SINGLE), args),
     }
-    spec = RunSpec(CONFIDENCE, args.threshold)
-    for cycles in args.max_cycles:
-        rules[f"confidence, {cycles} cycles at most"] = _ours(scored, spec, args, max_cycles=cycles)
+    for spec in (RunSpec(CONFIDENCE, args.threshold), RunSpec(MODEL)):
+        for cycles in args.max_cycles:
+            rules[f"{spec.rule}, {cycles} cycles at most"] = _ours(scored, spec, args, max_cycles=cycles)
     return rules
 
 
@@ -151,7 +152,7 @@ def _other_rules(scored: str, plain: str, own: str, proxy: str | None, args: arg
         spec = RunSpec(CONFIDENCE, threshold)
         rules[f"logprob {threshold:g}, {most} cycles at most"] = _ours(own, spec, args, max_cycles=most)
     if args.probe_every is not None:
-        rules[f"the same with probes every {args.probe_every} tokens"] = _ours(
+        rules[f"{CONFIDENCE}, {most} cycles at most, probes every {args.probe_every} tokens"] = _ours(
             scored, RunSpec(CONFIDENCE, args.threshold), args, max_cycles=most, probe_every=args.probe_every
         )
     if proxy is not None:
@@ -213,7 +214,7 @@ async def _measure(
     levels: list[tuple[int, str, list[Row]]] = []
     for concurrency in args.concurrency:
         rules = {**always, **others} if concurrency == args.concurrency[0] else always
-        size = min(args.questions, max(16, 2 * concurrency))
+        size = min(args.questions, max(16, WAVES * concurrency))
         for task, all_of_task in questions.items():
             found: dict[str, list[Round]] = {name: [] for name in rules}
             names = list(rules)
@@ -254,8 +255,9 @@ def to_markdown(setting: Mapping[str, Any], levels: Sequence[tuple[int, str, Seq
         "The same questions for every rule, in turns, on servers that live at once; every rival samples from the same "
         "policy through the same vLLM. Ratios and differences are against a plain majority of 8 samples, asked for in "
         "one request of a server without generator. logprob: the mean probability of the sampled tokens in the "
-        "generator's place. Tokens are the policy's; time is wall-clock a question. "
-        "optillm 0.4.0 with its own defaults: self_consistency draws 5 samples one after the other and "
+        "generator's place; model: the policy ends its turn by itself, nothing is scored. Tokens are the policy's; "
+        "time is wall-clock a question. Intervals are over the rounds of one start of the servers: another start may "
+        "differ by more. optillm 0.4.0 with its own defaults: self_consistency draws 5 samples one after the other and "
         "clusters similar answers, bon draws 3 and lets the model rate them.",
         "",
         *(f"- {name}: `{value}`" for name, value in setting.items()),
