@@ -88,9 +88,27 @@ class Supervisor:
             await asyncio.sleep(wait)
             wait = min(2 * wait, longest)
             with suppress(Exception):  # vLLM raises what it likes, and says so in its log; the next attempt may do
-                engine = await asyncio.to_thread(load)
+                engine = await _loaded(load)
                 self._metrics.engine_restarted(ward.name)
                 return engine
+
+
+async def _loaded(load: Load) -> AsyncLLM:
+    """``load`` in a thread. Cancelled, it kills the process that is being started, which ends the load: a thread cannot
+    be cancelled, and the end of this process would wait for it."""
+    others = set(psutil.Process().children())
+    loading = asyncio.get_running_loop().run_in_executor(None, load)
+    try:
+        return await asyncio.shield(loading)
+    except asyncio.CancelledError:
+        while not loading.done():  # its process may not have been started yet
+            for process in set(psutil.Process().children()) - others:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            await asyncio.sleep(_LOOK_SECONDS)
+        if loading.exception() is None:
+            loading.result().shutdown(0)
+        raise
 
 
 async def _release(engine: AsyncLLM) -> None:

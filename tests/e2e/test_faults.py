@@ -1,6 +1,7 @@
 """Engines that die or are stopped under requests, and the drain: real processes, real signals."""
 
 import json
+import re
 import signal
 import threading
 import time
@@ -38,11 +39,16 @@ def stream(url: str, body: dict, begun: threading.Event | None = None) -> tuple[
     return events, done
 
 
+def running_engines(server: Running) -> list[psutil.Process]:
+    """Its engine processes, one that is being started too."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [c for c in children if {"EngineCore", "spawn_main"} & set(re.split(r"\W+", " ".join(c.cmdline())))]
+
+
 def engines(server: Running) -> dict[str, psutil.Process]:
     """The two engine processes by name: the policy's has the larger memory of the KV cache it was given."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    found = [c for c in children if "EngineCore" in " ".join(c.cmdline())]
-    assert len(found) == 2, [c.cmdline() for c in children]
+    found = running_engines(server)
+    assert len(found) == 2, [c.cmdline() for c in found]
     policy, generator = sorted(found, key=lambda c: -c.memory_info().vms)
     return {"policy": policy, "confidence": generator}
 
@@ -69,7 +75,7 @@ def served(folder: Path, *flags: str) -> Iterator[Running]:
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_end_of_the_policy_is_told_to_its_streams_and_ends_the_server(tmp_path, sent):
-    """First that of the generator, which the server survives."""
+    """First that of the generator, which the server survives; one that is being started then ends with it."""
     with served(tmp_path, "--confidence-timeout-seconds", "2") as server:
         engines(server)["confidence"].send_signal(sent)
         reply = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=30).json()
@@ -82,6 +88,9 @@ def test_the_end_of_the_policy_is_told_to_its_streams_and_ends_the_server(tmp_pa
         assert server.metrics()["rtap_engine_up{engine=confidence}"] == 1
 
         processes, begun = engines(server), threading.Event()
+        processes["confidence"].kill()
+        until(lambda: gone([processes["confidence"]]) and len(running_engines(server)) == 2, 30, server)
+        started = running_engines(server)
         with ThreadPoolExecutor(1) as pool:
             streaming = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
             assert begun.wait(30)
@@ -90,8 +99,8 @@ def test_the_end_of_the_policy_is_told_to_its_streams_and_ends_the_server(tmp_pa
             events, _ = streaming.result(30)
             assert time.monotonic() - told < 5
         assert "error" in events[-1], events[-1]
-        assert server.process.wait(30) == 1
-        assert gone(list(processes.values()))
+        assert server.process.wait(15) == 1
+        assert gone([*processes.values(), *started])
         what = "dead" if sent is signal.SIGKILL else "silent"
         assert f"the policy engine is {what}; the server ends" in server.log.read_text()
 

@@ -4,6 +4,8 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -116,6 +118,30 @@ async def test_the_generator_is_started_again_until_that_works(sent):
         assert not watch.supervisor.failed.is_set()
         assert watch.told[-1] == "the confidence engine is up again"
         assert len(watch.told) == 2
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["while it loads", "as it is there"])
+async def test_who_stops_does_not_wait_for_an_engine_that_is_being_started(is_late: bool):
+    begun, started = threading.Event(), list[Engine]()
+
+    def load() -> Engine:
+        """Waits for its process, as vLLM does until that is ready; a late one is ready before anybody can kill it."""
+        begun.set()
+        time.sleep(0.1)
+        started.append(Engine())
+        if not is_late:
+            started[0].process.wait(60)
+            raise RuntimeError("the engine's process has died")
+        return started[0]
+
+    async with watched(load) as watch:
+        watch.engines[1].process.kill()
+        await until(begun.is_set)
+        stopped = time.monotonic()
+    assert time.monotonic() - stopped < 5
+    assert started[0].errored
+    assert started[0].was_shut_down == is_late
+    started[0].context.term()
 
 
 async def test_progress_is_told_as_a_time_of_day():
