@@ -50,12 +50,17 @@ class Cycles:
         live: set[str],
         cutoff: Cutoff,
         spans: "CycleSpans | None" = None,
+        *,
+        runs_on: bool = False,
     ) -> None:
+        """runs_on: the engine does not stop at the end of a cycle, and tells of tokens as they come."""
         self._inner, self._plan, self._call, self._choice, self._live = inner, plan, call, choice, live
         self._cutoff, self._spans = cutoff, spans
         self._aborts: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
-        self._ends = plan.cycle_end_ids
+        self._runs_on = runs_on
+        self._ends = [] if runs_on else plan.cycle_end_ids
+        self._closing = None if runs_on else plan.format.answer_close
         self.end_of_turn_ids = plan.end_of_turn_ids
 
     def encode(self, text: str) -> list[int]:
@@ -94,7 +99,7 @@ class Cycles:
         reason = part.finish_reason
         if reason is not None and reason not in ("stop", "length") and not self._is_cut(reason):
             raise CycleAborted(reason)
-        ends, closing = self._ends, self._plan.format.answer_close
+        ends, closing = self._ends, self._closing
         cycle_ended = part.stop_reason in ends or (not ends and part.stop_reason == closing is not None)
         is_hidden = cycle_ended and not self._call.params.include_stop_str_in_output
         return self._step(output, part)._replace(
@@ -138,10 +143,10 @@ class Cycles:
             params.min_tokens = min(params.min_tokens, params.max_tokens)
         if ends:
             params.stop_token_ids = [*(params.stop_token_ids or ()), *ends]
-        elif self._plan.format.answer_close:
-            params.stop = [*_as_list(params.stop), self._plan.format.answer_close]
+        elif self._closing:
+            params.stop = [*_as_list(params.stop), self._closing]
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
-        whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not may_be_cut
+        whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not (may_be_cut or self._runs_on)
         params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
         if self._plan.logprobs is not None and needs_score(call.limits) and params.logprobs != -1:  # -1 is all of them
             params.logprobs = max(self._plan.logprobs, params.logprobs or 0)

@@ -350,6 +350,15 @@ def _plan(
         feedback=feedback,
         drain=drain,
         logprobs=_logprobs(settings, generator),
+        shows_cycle_end=_shows_cycle_end(fmt, policy),
+    )
+
+
+def _shows_cycle_end(fmt: TrajectoryFormat, policy: AsyncLLM) -> bool:
+    """Whether that is one token, which the text of a reply has."""
+    ids = _encode(policy.renderer.tokenizer, fmt.answer_close) if fmt.answer_close else []
+    return (
+        len(ids) == 1 and cast(Any, policy.renderer.tokenizer).decode(ids, skip_special_tokens=True) == fmt.answer_close
     )
 
 

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What every request shares: the format, the scorer, defaults, counters; spans, where they are asked for."""
+    """What every request shares: the format, the scorer, defaults, counters; spans, where they are asked for.
+
+    logprobs: how many the scorer needs of each sampled token. shows_cycle_end: the end of a cycle is one token, and
+    that is text of a reply.
+    """
 
     settings: Settings
     format: TrajectoryFormat
@@ -32,6 +36,7 @@ class Plan:
     drain: Drain
     logprobs: int | None = None
     tracing: "Tracing | None" = None
+    shows_cycle_end: bool = False
 
     @property
     def cycle_end_ids(self) -> list[int]:

@@ -24,6 +24,7 @@ from server.rtap.errors import InvalidRequest
 from server.rtap.probing import Probing
 from server.rtap.recursion import CycleEvent, FinalEvent, Recursion
 from server.rtap.types import Engine, Policy, Trajectory
+from server.turn import Turn, is_written_through
 from server.wire import Exchange, RtapOptions, current_exchange, resolve_limits
 
 
@@ -173,7 +174,10 @@ class RecursiveEngine:
         finished = False
         with self._living(call.request_id) as live, plan.drain.cutoff(call.limits.deadline_seconds) as cutoff:
             spans = None if plan.tracing is None else plan.tracing.cycles(call, choice)
-            engine = Cycles(self._inner, plan, call, choice, live, cutoff, spans)
+            runs_on = is_written_through(call, plan)
+            cycles = Cycles(self._inner, plan, call, choice, live, cutoff, spans, runs_on=runs_on)
+            turn = Turn(cycles, plan, spans) if runs_on else None
+            engine = turn or cycles
             probing = self._probing(engine, call)
             loop = Recursion(
                 engine if probing is None else probing,
@@ -194,7 +198,7 @@ class RecursiveEngine:
                                 spans.judged(event.cycle)
                         elif isinstance(event, FinalEvent):
                             finished = True
-                            trajectory = _with_probes(event.trajectory, probing)
+                            trajectory = _with_discarded(_with_probes(event.trajectory, probing), turn)
                             call.exchange.trajectories[number] = trajectory
                             plan.metrics.observe(trajectory, max_cycles=call.limits.max_cycles)
                         for output in writer.write(event):
@@ -203,6 +207,8 @@ class RecursiveEngine:
                 for output in writer.abort(aborted.finish_reason):
                     yield output
             finally:
+                if turn is not None:
+                    await turn.aclose()
                 if spans is not None:
                     spans.close()
                 if not finished:
@@ -219,6 +225,12 @@ def _with_probes(trajectory: Trajectory, probing: Probing | None) -> Trajectory:
         num_probes=probing.num_probes,
         num_stopped=probing.num_stopped,
     )
+
+
+def _with_discarded(trajectory: Trajectory, turn: Turn | None) -> Trajectory:
+    if turn is None or not turn.discarded_tokens:
+        return trajectory
+    return replace(trajectory, discarded_tokens=trajectory.discarded_tokens + turn.discarded_tokens)
 
 
 # vLLM asks isinstance(client, EngineClient); delegation by __getattr__ serves the methods, which inheriting the

@@ -137,6 +137,32 @@ def test_policies(server):
     assert vote.choices[0].message.content in [c["answer"] for c in vote.rtap["cycles"]]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_turn_that_the_model_ends_is_one_request_to_the_engine_and_what_several_would_be(server, stream):
+    """A stop string makes it several: the engine holds text back for it. This one never comes."""
+
+    def ask(question: str, **more) -> tuple[str, list, str, float]:
+        before = server.metrics()["vllm:request_success_total"]
+        asked = {"rtap": {"policy": "model", "return_cycles": True}, "temperature": 0, **more}
+        if stream:
+            chunks = _stream(server, question=question, **asked)
+            told, text = chunks[-1].rtap, "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        else:
+            reply = _ask(server, question, **asked)
+            told, text = reply.rtap, reply.choices[0].message.content
+        cycles = [[cycle[k] for k in ("think", "answer", "tokens", "oops_tokens")] for cycle in told["cycles"]]
+        return text, cycles, told["stop_reason"], server.metrics()["vllm:request_success_total"] - before
+
+    counts = set[int]()
+    for question in ("make 82 from 3, 7, 25", "12 * 9", "get 200 from 10, 10, 19", "76-38", "reach 36 with 8, 4, 5"):
+        once, often = ask(question), ask(question, stop=["never\n"])
+        assert once[:3] == often[:3]
+        assert once[3] <= 1  # one that is stopped at the last cycle that is wanted is no success
+        assert often[3] >= len(often[1])
+        counts.add(len(once[1]))
+    assert max(counts) > 1
+
+
 def test_a_deadline_returns_the_best_so_far(server):
     reply = _ask(server, rtap={"threshold": 1.0, "max_cycles": 16, "deadline_seconds": 3}, seed=2)
     assert reply.rtap["stop_reason"] in ("deadline", "max_cycles")
