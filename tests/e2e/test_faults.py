@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -41,8 +41,12 @@ def stream(url: str, body: dict, begun: threading.Event | None = None) -> tuple[
 
 def running_engines(server: Running) -> list[psutil.Process]:
     """Its engine processes, one that is being started too."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    return [c for c in children if {"EngineCore", "spawn_main"} & set(re.split(r"\W+", " ".join(c.cmdline())))]
+    found = list[psutil.Process]()
+    for child in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+            if {"EngineCore", "spawn_main"} & set(re.split(r"\W+", " ".join(child.cmdline()))):
+                found.append(child)
+    return found
 
 
 def engines(server: Running) -> dict[str, psutil.Process]:
