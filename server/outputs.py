@@ -201,6 +201,18 @@ class Writer:
         )
 
 
+def part_of(native: RequestOutput, text: str, tokens: slice, *, is_last: bool) -> RequestOutput:
+    """The engine's output with some of its tokens; how it ended is told by the last part."""
+    whole, output = native.outputs[0], copy.copy(native)
+    part = copy.copy(whole)
+    part.text, part.token_ids = text, whole.token_ids[tokens]
+    part.logprobs = None if whole.logprobs is None else whole.logprobs[tokens]
+    if not is_last:
+        part.finish_reason, part.stop_reason, output.finished = None, None, False
+    output.outputs = [part]
+    return output
+
+
 def _ids(part: CompletionOutput) -> list[int]:
     """The list behind a part of ours, to grow in place: copying per token would be quadratic."""
     return cast(list[int], part.token_ids)

@@ -4,14 +4,11 @@ For a model that ends its turn by itself nothing is decided between its cycles: 
 whether a further one comes is told by the next token, not by a request of its own.
 """
 
-import copy
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm.outputs import RequestOutput
-
 from server.cycles import Cycles
-from server.outputs import Call
+from server.outputs import Call, part_of
 from server.plan import Plan
 from server.rtap import stopping
 from server.rtap.types import Policy, Step
@@ -84,25 +81,13 @@ def cut(step: Step, end_id: int, closing: str) -> tuple[Step, Step | None]:
         return step._replace(finished=True), None
     before, tag, after = step.text.partition(closing)
     first, last = slice(None, end), slice(end, None)
-    head = _piece(step, before + tag, first, _part_of(step.native, before + tag, first, is_last=False))
+    head = _piece(step, before + tag, first, part_of(step.native, before + tag, first, is_last=False))
     return (
         head._replace(finished=True, truncated=False, ended_turn=False),
-        _piece(step, after, last, _part_of(step.native, after, last, is_last=True)),
+        _piece(step, after, last, part_of(step.native, after, last, is_last=True)),
     )
 
 
 def _piece(step: Step, text: str, tokens: slice, native: Any) -> Step:
     logprobs = None if step.logprobs is None else step.logprobs[tokens]
     return step._replace(text=text, token_ids=step.token_ids[tokens], logprobs=logprobs, native=native)
-
-
-def _part_of(native: RequestOutput, text: str, tokens: slice, *, is_last: bool) -> RequestOutput:
-    """The engine's output with some of its tokens; how it ended is told by the last part."""
-    whole, output = native.outputs[0], copy.copy(native)
-    part = copy.copy(whole)
-    part.text, part.token_ids = text, whole.token_ids[tokens]
-    part.logprobs = None if whole.logprobs is None else whole.logprobs[tokens]
-    if not is_last:
-        part.finish_reason, part.stop_reason, output.finished = None, None, False
-    output.outputs = [part]
-    return output
