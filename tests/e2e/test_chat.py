@@ -1,6 +1,7 @@
 """Chat completions through the official SDK: cycles, answers, usage, streams, choices, seeds, budgets."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -154,7 +155,7 @@ def test_a_turn_that_the_model_ends_is_one_request_to_the_engine_and_what_severa
         return text, cycles, told["stop_reason"], server.metrics()["vllm:request_success_total"] - before
 
     counts = set[int]()
-    for question in ("make 82 from 3, 7, 25", "12 * 9", "get 200 from 10, 10, 19", "76-38", "reach 36 with 8, 4, 5"):
+    for question in ("make 82 from 3, 7, 25", "12 * 9", "get 200 from 10, 10, 19"):
         once, often = ask(question), ask(question, stop=["never\n"])
         assert once[:3] == often[:3]
         assert once[3] <= 1  # one that is stopped at the last cycle that is wanted is no success
@@ -188,10 +189,9 @@ def test_options_may_come_as_xargs_but_only_once(server):
 
 
 def test_the_cache_makes_later_cycles_cheap(server):
-    recomputed = []
-    for question in questions(20):
-        reply = _ask(server, question, rtap={"threshold": 1.0, "max_cycles": 5})
-        recomputed += [c["prompt_tokens"] - c["cached_tokens"] for c in reply.rtap["cycles"][1:]]
+    with ThreadPoolExecutor(10) as pool:
+        replies = list(pool.map(lambda q: _ask(server, q, rtap={"threshold": 1.0, "max_cycles": 5}), questions(20)))
+    recomputed = [c["prompt_tokens"] - c["cached_tokens"] for reply in replies for c in reply.rtap["cycles"][1:]]
     # A block is 32 tokens and `<think>` opens a cycle. Only whole blocks are cached, so one block may be recomputed.
     assert max(recomputed) <= 32 + 1
     assert len(recomputed) >= 60

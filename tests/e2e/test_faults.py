@@ -77,11 +77,10 @@ def served(folder: Path, *flags: str) -> Iterator[Running]:
         yield started
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_end_of_the_policy_is_told_to_its_streams_and_ends_the_server(tmp_path, sent):
-    """First that of the generator, which the server survives; one that is being started then ends with it."""
+def test_the_server_survives_its_generator_and_not_its_policy_and_then_waits_for_no_generator(tmp_path):
+    """A generator that hangs is started again; one that is being started ends with the server."""
     with served(tmp_path, "--confidence-timeout-seconds", "2") as server:
-        engines(server)["confidence"].send_signal(sent)
+        engines(server)["confidence"].send_signal(signal.SIGSTOP)
         reply = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=30).json()
         assert reply["rtap"]["degraded"] in ("error", "timeout", "restarting")
         assert reply["choices"][0]["message"]["content"] is not None
@@ -91,22 +90,31 @@ def test_the_end_of_the_policy_is_told_to_its_streams_and_ends_the_server(tmp_pa
         assert "degraded" not in reply["rtap"]
         assert server.metrics()["rtap_engine_up{engine=confidence}"] == 1
 
-        processes, begun = engines(server), threading.Event()
+        processes = engines(server)
         processes["confidence"].kill()
         until(lambda: gone([processes["confidence"]]) and len(running_engines(server)) == 2, 30, server)
-        started = running_engines(server)
-        with ThreadPoolExecutor(1) as pool:
-            streaming = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
-            assert begun.wait(30)
-            told = time.monotonic()
-            processes["policy"].send_signal(sent)
-            events, _ = streaming.result(30)
-            assert time.monotonic() - told < 5
-        assert "error" in events[-1], events[-1]
-        assert server.process.wait(15) == 1
-        assert gone([*processes.values(), *started])
-        what = "dead" if sent is signal.SIGKILL else "silent"
-        assert f"the policy engine is {what}; the server ends" in server.log.read_text()
+        ends_with(server, processes["policy"], signal.SIGKILL, "dead")
+
+
+def test_a_policy_that_hangs_is_the_end_of_the_server(tmp_path):
+    with served(tmp_path) as server:
+        ends_with(server, engines(server)["policy"], signal.SIGSTOP, "silent")
+
+
+def ends_with(server: Running, policy: psutil.Process, sent: signal.Signals, what: str) -> None:
+    """What happens to the policy is told to its streams, and all that runs ends."""
+    begun, others = threading.Event(), running_engines(server)
+    with ThreadPoolExecutor(1) as pool:
+        streaming = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
+        assert begun.wait(30)
+        told = time.monotonic()
+        policy.send_signal(sent)
+        events, _ = streaming.result(30)
+        assert time.monotonic() - told < 5
+    assert "error" in events[-1], events[-1]
+    assert server.process.wait(15) == 1
+    assert gone(others)
+    assert f"the policy engine is {what}; the server ends" in server.log.read_text()
 
 
 def test_a_drain_answers_what_it_cannot_finish_with_what_there_is(tmp_path):
