@@ -53,12 +53,11 @@ class Cycles:
         *,
         runs_on: bool = False,
     ) -> None:
-        """runs_on: the engine does not stop at the end of a cycle, and tells of tokens as they come."""
+        """runs_on: the engine does not stop at the end of a cycle."""
         self._inner, self._plan, self._call, self._choice, self._live = inner, plan, call, choice, live
         self._cutoff, self._spans = cutoff, spans
         self._aborts: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
-        self._runs_on = runs_on
         self._ends = [] if runs_on else plan.cycle_end_ids
         self._closing = None if runs_on else plan.format.answer_close
         self.end_of_turn_ids = plan.end_of_turn_ids
@@ -146,7 +145,7 @@ class Cycles:
         elif self._closing:
             params.stop = [*_as_list(params.stop), self._closing]
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
-        whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not (may_be_cut or self._runs_on)
+        whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not may_be_cut
         params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
         if self._plan.logprobs is not None and needs_score(call.limits) and params.logprobs != -1:  # -1 is all of them
             params.logprobs = max(self._plan.logprobs, params.logprobs or 0)

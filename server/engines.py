@@ -355,11 +355,10 @@ def _plan(
 
 
 def _shows_cycle_end(fmt: TrajectoryFormat, policy: AsyncLLM) -> bool:
-    """Whether that is one token, which the text of a reply has."""
-    ids = _encode(policy.renderer.tokenizer, fmt.answer_close) if fmt.answer_close else []
-    return (
-        len(ids) == 1 and cast(Any, policy.renderer.tokenizer).decode(ids, skip_special_tokens=True) == fmt.answer_close
-    )
+    """Whether it is no special token, which vLLM leaves out of a text."""
+    tokenizer: Any = policy.renderer.tokenizer
+    ids = _encode(tokenizer, fmt.answer_close or "")
+    return tokenizer.decode(ids, skip_special_tokens=True) == fmt.answer_close
 
 
 def _logprobs(settings: Settings, generator: Artifact) -> int | None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Plan:
     """What every request shares: the format, the scorer, defaults, counters; spans, where they are asked for.
 
-    logprobs: how many the scorer needs of each sampled token. shows_cycle_end: the end of a cycle is one token, and
-    that is text of a reply.
+    logprobs: how many the scorer needs of each sampled token. shows_cycle_end: a reply's text has the tag that
+    ends a cycle.
     """
 
     settings: Settings

@@ -11,11 +11,9 @@ import os
 import signal
 import socket
 from argparse import Namespace
-from contextlib import suppress
 from types import FrameType
 from typing import Any, cast
 
-import psutil
 import uvicorn
 from fastapi import FastAPI
 from typing_extensions import override
@@ -28,7 +26,7 @@ from server.drain import Drain
 from server.edge import new_request_id
 from server.head import HeadLimits, bounded_http
 from server.limits import Admission
-from server.supervision import Supervisor
+from server.supervision import Supervisor, kill
 from server.vitals import family
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -122,9 +120,7 @@ def _on_signals(told: asyncio.Event) -> None:
 def leave_now(number: int, _: FrameType | None) -> None:
     """End this process and those of its engines without waiting for anything."""
     engines = [pid for child in multiprocessing.active_children() if (pid := child.pid) is not None]
-    for process in reversed(family(engines)):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    kill(reversed(family(engines)))
     os._exit(128 + number)
 
 

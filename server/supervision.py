@@ -6,7 +6,7 @@ The generator can: requests go on without it while it is loaded anew.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from threading import Thread
 from typing import Any
@@ -75,9 +75,7 @@ class Supervisor:
             verdict = vitals.observe(sign, time.monotonic())
             self._metrics.engine_progress(ward.name, time.time() - (time.monotonic() - vitals.last_progress))
             if verdict is Verdict.SILENT:
-                for process in processes:
-                    with suppress(psutil.NoSuchProcess):
-                        process.kill()
+                kill(processes)
             if verdict is not Verdict.ALIVE:
                 return verdict
             await asyncio.sleep(_LOOK_SECONDS)
@@ -93,6 +91,13 @@ class Supervisor:
                 return engine
 
 
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Those that are still there."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 async def _loaded(load: Load) -> AsyncLLM:
     """``load`` in a thread. Cancelled, it kills the process that is being started, which ends the load: a thread cannot
     be cancelled, and the end of this process would wait for it."""
@@ -102,9 +107,7 @@ async def _loaded(load: Load) -> AsyncLLM:
         return await asyncio.shield(loading)
     except asyncio.CancelledError:
         while not loading.done():  # its process may not have been started yet
-            for process in set(psutil.Process().children()) - others:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill(family(process.pid for process in set(psutil.Process().children()) - others))
             await asyncio.sleep(_LOOK_SECONDS)
         if loading.exception() is None:
             loading.result().shutdown(0)

@@ -23,7 +23,7 @@ def is_written_through(call: Call, plan: Plan) -> bool:
     limits, params = call.limits, call.params
     decides = limits.policy is Policy.MODEL and not stopping.needs_score(limits) and stopping.max_cycles(limits) > 1
     is_plain = params.detokenize and not params.stop and not params.min_tokens and params.structured_outputs is None
-    return decides and is_plain and plan.shows_cycle_end
+    return decides and is_plain and plan.shows_cycle_end and bool(plan.cycle_end_ids)
 
 
 class Turn:
@@ -49,11 +49,10 @@ class Turn:
         self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
     ) -> AsyncGenerator[Step, None]:
         """The first call makes the request; each further one goes on where the one before has ended."""
+        del may_be_cut  # it is cut here, whatever the loop does
         read = None
         if self._stream is None:
-            self._stream = self._cycles.cycle(
-                prompt_token_ids, index=index, max_tokens=max_tokens, may_be_cut=may_be_cut
-            )
+            self._stream = self._cycles.cycle(prompt_token_ids, index=index, max_tokens=max_tokens, may_be_cut=True)
         else:
             read = len(prompt_token_ids)  # all of it is in the engine's cache
             if self._spans is not None:

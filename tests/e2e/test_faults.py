@@ -44,7 +44,7 @@ def running_engines(server: Running) -> list[psutil.Process]:
     found = list[psutil.Process]()
     for child in psutil.Process(server.process.pid).children(recursive=True):
         with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
-            if {"EngineCore", "spawn_main"} & set(re.split(r"\W+", " ".join(child.cmdline()))):
+            if re.search("EngineCore|spawn_main", " ".join(child.cmdline())):
                 found.append(child)
     return found
 
