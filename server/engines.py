@@ -70,7 +70,7 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
       ("CPU Generator does not use offset").
     - Threads: both engines would bind themselves to the same cores.
     - No worker process beside an engine's own: vLLM starts one to set its threads, which is done above already; it
-      costs a further import of everything, 0.7 GB and a hop for every step.
+      costs a further import of everything, 0.7 GB and a hop for every step. And none of gloo's threads (executor.py).
     - A small block: the prefix cache works in whole blocks, and vLLM's 128 would hide most of a short cycle.
     - A KV cache of a fixed size: vLLM's default claims 92 % of the memory and fails where other work has some of it.
     - float32 on an x86 CPU without bfloat16 instructions: it emulates them, at a quarter to a tenth of the speed from a
@@ -114,7 +114,7 @@ def _cpu_executor(sizes: Mapping[str, Any]) -> str | None:
     names = ("tensor", "pipeline", "data", "prefill_context")
     is_whole = all(sizes.get(f"{name}_parallel_size") in (None, 1) for name in names)
     is_unbound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind"
-    return "vllm.v1.executor.uniproc_executor.UniProcExecutor" if is_whole and is_unbound else None
+    return "server.executor.LoneExecutor" if is_whole and is_unbound else None
 
 
 @asynccontextmanager

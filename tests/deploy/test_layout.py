@@ -13,6 +13,7 @@ MAY_IMPORT_VLLM = {
     "server.confidence",
     "server.cycles",
     "server.engines",
+    "server.executor",
     "server.outputs",
     "server.reasoning_parser",
     "server.recursive_engine",
