@@ -46,10 +46,11 @@ check: ## formatting, lint with bandit's rules, strict types, import directions,
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python scripts/scan_secrets.py
 
-bench: ## on the bundled models: parity, overhead, cycles begun ahead, rivals (docs/results), then `rtap eval ARGS`
+bench: ## on the bundled models: parity, overhead, cycles begun ahead, where the time goes, rivals, `rtap eval ARGS`
 	@$(SETUP) $(EXTRA) train
 	$(VENV)/bin/python scripts/bench_parity.py
 	$(VENV)/bin/python scripts/bench_overhead.py
+	$(VENV)/bin/python scripts/bench_executor.py
 	$(VENV)/bin/python scripts/bench_ahead.py
 	$(VENV)/bin/python scripts/bench_where.py
 	$(VENV)/bin/python scripts/bench_rivals.py

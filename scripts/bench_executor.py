@@ -131,7 +131,7 @@ def to_markdown(setting: dict[str, Any], ours: Sequence[Start], others: Sequence
         "| at a time | requests/s, ours | vLLM's | ratio [95 %] | first chunk, median ms | vLLM's | ratio [95 %] |",
         "|---|---|---|---|---|---|---|",
     ]
-    for concurrency in ours[0].loads:
+    for concurrency in sorted(ours[0].loads):
         cells = [str(concurrency)]
         our_loads, other_loads = ([start.loads[concurrency] for start in starts] for starts in (ours, others))
         for figure in FIGURES.values():
