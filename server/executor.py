@@ -1,8 +1,8 @@
-"""The executor of an engine on CPU that is one process: vLLM's own, without threads that wait for nobody.
+"""The executor of an engine on CPU that is one process: vLLM's own, without a dozen threads that wait for nobody.
 
 For each way in which a model can be split vLLM makes two process groups, and each of gloo's has a thread that wakes up
-a hundred times a second: thirteen in an engine, 2.5 % of a core while it is idle, twice with a generator. Without them
-`rtap serve` answers 2 to 12 % more requests on two cores (docs/evaluation.md, "Overhead").
+a hundred times a second: thirteen in an engine, 2.5 % of a core while it is idle, twice with a generator. Here only the
+default group has one (docs/evaluation.md, "Overhead", has what that is worth).
 """
 
 from collections.abc import Callable, Generator, Sequence

@@ -24,8 +24,6 @@ from server.rtap.errors import BodyTooLarge, Draining, InvalidRequest, Overloade
 
 # Decoding, walking and checking cost by the value, not by the byte: of eight megabytes of "[]," they take seconds.
 MOST_CONTAINERS, MOST_STRINGS = 20_000, 50_000
-# Of all bodies that have begun to arrive, as a multiple of the longest that there may be.
-MOST_ARRIVING = 32
 _PIECES = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]', re.DOTALL)
 _NO_JSON = (b"multipart/", b"application/x-www-form-urlencoded")
 _SCOPE_KEY = "rtap.body"
@@ -58,7 +56,6 @@ class Intake:
     ) -> None:
         self._app, self._max_body_bytes, self._caps = app, max_body_bytes, caps
         self._admission, self._drain, self._metrics = admission, drain, metrics
-        self._arriving_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -97,29 +94,22 @@ class Intake:
         return Body(raw, fields)
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body. Raises BodyTooLarge as soon as it is known to be that, Overloaded where too much of others is
-        arriving, and _ClientLeft."""
+        """The whole body. Raises BodyTooLarge as soon as it is known to be that, and _ClientLeft."""
         limit, parts, size = self._max_body_bytes, list[bytes](), 0
         error = BodyTooLarge(f"the request body is larger than {limit} bytes; shorten it or raise --max-body-bytes")
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             raise error
-        try:
-            while True:
-                message = await receive()
-                if message["type"] != "http.request":
-                    raise _ClientLeft
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                self._arriving_bytes += len(parts[-1])
-                if size > limit:
-                    raise error
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-                if self._arriving_bytes > MOST_ARRIVING * limit:
-                    raise Overloaded("too many request bodies are arriving at once; try again in a second")
-        finally:
-            self._arriving_bytes -= size
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise _ClientLeft
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit:
+                raise error
+            if not message.get("more_body", False):
+                return b"".join(parts)
 
 
 def parse(raw: bytes) -> dict[str, Any]:

@@ -24,8 +24,9 @@ MODELS = ROOT / "deploy" / "models"
 # What `rtap serve` sets for the bundled models on a CPU, spelt out for a plain `vllm serve` beside it.
 VLLM_FLAGS = [
     "--no-enable-chunked-prefill", "--block-size", "32", "--enforce-eager",
-    "--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor",
 ]  # fmt: skip
+# And the executor that ours is derived from.
+VLLM_EXECUTOR = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
@@ -115,7 +116,7 @@ def vllm_command(model: str, port: int, *flags: str) -> list[str]:
     dtype = "float32" if emulates_bfloat16(torch.cpu.get_capabilities()) else "auto"
     # What `vllm serve` runs. That command itself cannot start on vllm-cpu: it asks for the version of a package "vllm".
     module = "vllm.entrypoints.launchers.api_server.entry"
-    model_flags = ["--model", str(MODELS / model), "--dtype", dtype, *VLLM_FLAGS]
+    model_flags = ["--model", str(MODELS / model), "--dtype", dtype, *VLLM_FLAGS, *VLLM_EXECUTOR]
     return [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *model_flags, *flags]
 
 

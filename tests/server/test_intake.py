@@ -1,6 +1,5 @@
 """What is refused before it is decoded, how fast, and in how much memory."""
 
-import asyncio
 import json
 import os
 import time
@@ -13,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from server.caps import Caps
 from server.drain import Drain
-from server.intake import MOST_ARRIVING, MOST_CONTAINERS, MOST_STRINGS, Intake, body_of, parse
+from server.intake import MOST_CONTAINERS, MOST_STRINGS, Intake, body_of, parse
 from server.limits import Admission
 from server.metrics import Metrics
 from server.rtap.errors import InvalidRequest
@@ -50,18 +49,13 @@ class Taken:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    async def ask(
-        self, body: bytes, path="/tokenize", pieces: int = 65536, pause: asyncio.Event | None = None, **headers
-    ):
-        """pause: what the last piece waits for."""
+    async def ask(self, body: bytes, path="/tokenize", pieces: int = 65536, **headers: str):
         parts = [body[n : n + pieces] for n in range(0, len(body), pieces)] or [b""]
         waiting = [{"type": "http.request", "body": part, "more_body": True} for part in parts[:-1]]
         waiting += [{"type": "http.request", "body": parts[-1], "more_body": False}]
         sent = []
 
         async def receive():
-            if pause is not None and len(waiting) == 1:
-                await pause.wait()
             return waiting.pop(0)
 
         async def send(message):
@@ -97,23 +91,6 @@ async def test_refusals_leave_no_memory_behind():
             await taken.ask(LARGE[name])
         await taken.ask(b"1" * (9 * MIB))
     assert process.memory_info().rss - before < 64 * MIB
-
-
-async def test_bodies_that_arrive_slowly_hold_no_more_than_some():
-    taken, pause = Taken(limit=2000), asyncio.Event()
-    body = json.dumps({"prompt": "x" * 1900}).encode()
-    slow = [asyncio.create_task(taken.ask(body, pieces=1800, pause=pause)) for _ in range(MOST_ARRIVING + 4)]
-    await asyncio.sleep(0.05)
-    refused = [task.result() for task in slow if task.done()]
-    assert 0 < len(refused) <= 4
-    assert {(status, error["message"].split(";")[0]) for status, error in refused} == {
-        (503, "too many request bodies are arriving at once")
-    }
-    assert (await taken.ask(body))[0] == 200  # in one piece: there is nothing to wait for
-    pause.set()
-    assert {(await task)[0] for task in slow} == {200, 503}
-    again = [asyncio.create_task(taken.ask(body, pieces=1800)) for _ in range(MOST_ARRIVING)]
-    assert {(await task)[0] for task in again} == {200}
 
 
 @pytest.mark.parametrize("declared", [True, False])
