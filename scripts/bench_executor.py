@@ -15,20 +15,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
-import psutil
 import uvloop
-from bench_load import Load, load
+from bench_load import Load, load, open_session
 from bench_overhead import percentile_ms, requests_per_second
 from bench_servers import (
     ROOT,
     SERVED_NAME,
+    STREAMED,
     VLLM_EXECUTOR,
     bench_questions,
     chat_body,
+    cpu_seconds,
+    drawn,
     interval_text,
     machine,
+    processes_of,
     ratio_over_rounds,
     run_of,
 )
@@ -39,7 +41,6 @@ from training.evaluation.server_process import running_server, serve_command
 
 GENERATOR_FLAG = ["--confidence-engine-args", json.dumps({"distributed_executor_backend": VLLM_EXECUTOR})]
 FIGURES = {"requests/s": requests_per_second, "first chunk, median ms": percentile_ms("first_chunk", 50)}
-COMMON = {"rtap": {"policy": "single"}, "stream": True, "stream_options": {"include_usage": True}}
 FLAGS = {"ours": [], "vLLM's": ["--distributed-executor-backend", VLLM_EXECUTOR, *GENERATOR_FLAG]}
 
 
@@ -49,6 +50,11 @@ class Start:
 
     idle_percent: float
     loads: dict[int, Load]
+
+    @property
+    def num_errors(self) -> int:
+        """Requests that failed."""
+        return sum(len(one.errors) for one in self.loads.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     markdown = to_markdown(setting, starts["ours"], starts["vLLM's"])
     write_atomically(args.output / "executor.md", markdown)
     console.print(markdown, markup=False, soft_wrap=True)
-    return 1 if any(one.errors for of_one in starts.values() for start in of_one for one in start.loads.values()) else 0
+    return 1 if any(start.num_errors for of_one in starts.values() for start in of_one) else 0
 
 
 def _start(flags: Sequence[str], number: int, args: argparse.Namespace) -> Start:
@@ -84,39 +90,29 @@ def _start(flags: Sequence[str], number: int, args: argparse.Namespace) -> Start
     command = serve_command(None, None, ["--served-model-name", SERVED_NAME, *flags])
     log = ROOT / "build" / "bench" / "executor.log"
     with running_server(command, log=log, ready_seconds=300, ready_path="/ready") as url:
-        before, began = _cpu_seconds(url), time.monotonic()
+        processes = processes_of(url)
+        before = cpu_seconds(processes)
         time.sleep(args.idle_seconds)
-        idle = 100 * (_cpu_seconds(url) - before) / (time.monotonic() - began)
+        idle = 100 * (cpu_seconds(processes) - before) / args.idle_seconds
         return Start(idle, uvloop.run(_loads(url, number, args)))
-
-
-def _cpu_seconds(url: str) -> float:
-    """Of the server and its engines, so far."""
-    port = url.rpartition(":")[2]
-    own = [p for p in psutil.process_iter(["cmdline"]) if f"--port {port}" in " ".join(p.info["cmdline"] or ())]
-    times = [one.cpu_times() for p in own for one in (p, *p.children(recursive=True))]
-    return sum(one.user + one.system for one in times)
 
 
 async def _loads(url: str, number: int, args: argparse.Namespace) -> dict[int, Load]:
     rng = np.random.default_rng([args.seed, number])
     questions = bench_questions([])
     loads: dict[int, Load] = {}
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2)) as session:
-        session.headers["Content-Type"] = "application/json"
+    async with open_session() as session:
         for concurrency in [args.concurrency[-1], *args.concurrency]:  # the first warms up
             count = 48 if concurrency == 1 else args.requests
-            chosen = [questions[int(i)] for i in rng.integers(len(questions), size=count)]
-            seeds = [int(value) for value in rng.integers(2**31, size=count)]
-            bodies = [chat_body(q, s, 1.0, **COMMON) for q, s in zip(chosen, seeds, strict=True)]
+            pairs = drawn(questions, rng, count)
+            bodies = [chat_body(q, s, 1.0, rtap={"policy": "single"}, **STREAMED) for q, s in pairs]
             loads[concurrency] = await load(session, url, bodies, concurrency)
     return loads
 
 
 def _figures(start: Start) -> dict[str, Any]:
     levels = {c: {name: figure([one]) for name, figure in FIGURES.items()} for c, one in start.loads.items()}
-    errors = sum(len(one.errors) for one in start.loads.values())
-    return {"idle_percent": start.idle_percent, "at_a_time": levels, "errors": errors}
+    return {"idle_percent": start.idle_percent, "at_a_time": levels, "errors": start.num_errors}
 
 
 def to_markdown(setting: dict[str, Any], ours: Sequence[Start], others: Sequence[Start]) -> str:
@@ -141,7 +137,7 @@ def to_markdown(setting: dict[str, Any], ours: Sequence[Start], others: Sequence
             cells += [f"{figure(our_loads):.1f}", f"{figure(other_loads):.1f}", interval_text(ratio)]
         lines.append(f"| {' | '.join(cells)} |")
     idle = [sum(start.idle_percent for start in starts) / len(starts) for starts in (ours, others)]
-    failed = sum(len(load.errors) for start in (*ours, *others) for load in start.loads.values())
+    failed = sum(start.num_errors for start in (*ours, *others))
     lines += [
         "",
         f"While nothing is asked: {idle[0]:.1f} % of a core on ours, {idle[1]:.1f} % on vLLM's. {failed} failed.",

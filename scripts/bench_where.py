@@ -16,8 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-from bench_servers import MODELS, ROOT, run_of, sums
+from bench_servers import MODELS, ROOT, cpu_seconds, processes_of, run_of, sums
 from rich.console import Console
 
 from training.evaluation.client import Load, RtapServer
@@ -155,17 +154,11 @@ async def _measure(url: str, questions: Sequence[Question], args: argparse.Names
 
 
 def _start(url: str, ready_seconds: float) -> Start:
-    port = f"--port {url.rpartition(':')[2]}"
-    parent = next(p for p in psutil.process_iter(["cmdline"]) if port in " ".join(p.info["cmdline"] or ()))
-    processes = [parent, *parent.children(recursive=True)]
-
-    def busy() -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in processes)
-
-    before = busy()
+    processes = processes_of(url)
+    before = cpu_seconds(processes)
     time.sleep(IDLE_SECONDS)
     resident = sum(process.memory_info().rss for process in processes)
-    return Start(ready_seconds, resident / 2**30, (busy() - before) / IDLE_SECONDS)
+    return Start(ready_seconds, resident / 2**30, (cpu_seconds(processes) - before) / IDLE_SECONDS)
 
 
 async def _costs(url: str, questions: Sequence[Question], cycles: int, count: int) -> list[CycleCost]:
