@@ -18,7 +18,7 @@ import bench_rivals
 from bench_servers import ROOT, interval_text
 from rich.console import Console
 
-from training.evaluation.statistics import Interval
+from rtap_training.evaluation.statistics import Interval
 
 COMMITTED = ROOT / "docs" / "results"
 MEASURED = ROOT / "build" / "bench" / "check"

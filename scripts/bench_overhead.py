@@ -36,9 +36,9 @@ from bench_servers import (
 from rich.console import Console
 from rich.progress import Progress
 
-from training.evaluation.questions import Question
-from training.evaluation.records import write_atomically
-from training.evaluation.statistics import Interval
+from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.records import write_atomically
+from rtap_training.evaluation.statistics import Interval
 
 
 @dataclass(frozen=True, slots=True)

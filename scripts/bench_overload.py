@@ -27,9 +27,9 @@ from bench_open_load import Clients, Load, open_session, p99_of, rate_of
 from bench_servers import ROOT, bench_questions, chat_body, interval_text, ratio_over_rounds, run_of
 from prometheus_client.parser import text_string_to_metric_families
 
-from training.evaluation.records import write_atomically
-from training.evaluation.server_process import running_server, serve_command
-from training.evaluation.statistics import Interval
+from rtap_training.evaluation.records import write_atomically
+from rtap_training.evaluation.server_process import running_server, serve_command
+from rtap_training.evaluation.statistics import Interval
 
 TIMES = 5  # of the capacity is offered
 _NEAR_THE_BEST = 0.97  # the fewest clients that complete this share of the best rate are the capacity

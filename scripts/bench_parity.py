@@ -19,9 +19,9 @@ from bench_servers import MODELS, ROOT, Servers, bench_questions, both_servers, 
 from rich.console import Console
 from rich.progress import track
 
-from server.rtap.format import RTAP, parse_cycle
-from training.evaluation.questions import Question
-from training.evaluation.records import write_atomically
+from rtap_core.format import RTAP, parse_cycle
+from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.records import write_atomically
 
 USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 

@@ -18,8 +18,8 @@ from bench_where import PARTS, Split
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from training.evaluation.records import write_atomically
-from training.evaluation.statistics import Interval
+from rtap_training.evaluation.records import write_atomically
+from rtap_training.evaluation.statistics import Interval
 
 REPORTS = ("overhead.json", "rivals/rivals.json", "where/where.json")
 SCORING_SHARE, READY_SECONDS = 0.03, 60.0

@@ -28,13 +28,13 @@ import httpx
 from bench_servers import MODELS, ROOT, SERVED_NAME, interval_text, ratio_over_rounds, run_of
 from rich.console import Console
 
-from training.evaluation.client import Load, RtapServer
-from training.evaluation.questions import Question, load_questions
-from training.evaluation.records import RunSpec, write_atomically
-from training.evaluation.rules import CONFIDENCE, MODEL, SINGLE, VOTE
-from training.evaluation.server_process import running_server, serve_command
-from training.evaluation.statistics import Interval, paired_difference, wilson_interval
-from training.tasks import check
+from rtap_training.evaluation.client import Load, RtapServer
+from rtap_training.evaluation.questions import Question, load_questions
+from rtap_training.evaluation.records import RunSpec, write_atomically
+from rtap_training.evaluation.rules import CONFIDENCE, MODEL, SINGLE, VOTE
+from rtap_training.evaluation.server_process import running_server, serve_command
+from rtap_training.evaluation.statistics import Interval, paired_difference, wilson_interval
+from rtap_training.tasks import check
 
 REFERENCE = "majority of 8"
 # Starts optillm's proxy with the host and port that our launcher appends to every command.

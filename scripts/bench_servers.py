@@ -22,9 +22,9 @@ import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from training.evaluation.questions import Question, load_questions
-from training.evaluation.server_process import running_server, serve_command
-from training.evaluation.statistics import Interval
+from rtap_training.evaluation.questions import Question, load_questions
+from rtap_training.evaluation.server_process import running_server, serve_command
+from rtap_training.evaluation.statistics import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "deploy" / "models"
@@ -42,7 +42,7 @@ PROBE = """
 import json, os
 from argparse import Namespace
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-from server.engines import cpu_defaults
+from rtap_server.engine.loading import cpu_defaults
 before = dict(os.environ)
 args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=None, enforce_eager=False,
                  dtype="auto", distributed_executor_backend=None, tensor_parallel_size=1, pipeline_parallel_size=1)

@@ -22,12 +22,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from training.checkpoint import git_commit, versions
-from training.config import build_config
-from training.questions import load_questions
-from training.rl.config import CONFIGS
-from training.runtime import configure_torch
-from training.tasks.base import Split
+from rtap_training.checkpoint import git_commit, versions
+from rtap_training.config import build_config
+from rtap_training.questions import load_questions
+from rtap_training.rl.config import CONFIGS
+from rtap_training.runtime import configure_torch
+from rtap_training.tasks.base import Split
 
 METHODS = ("grpo", "kdrl", "rlad")
 PARTS = {"rollout": "rollout_func", "teacher": "_teacher_logps"}  # attributes of the trainer
@@ -70,8 +70,8 @@ class Clock(TrainerCallback):
 
 def run_once(method: str, args: argparse.Namespace, seed: int, folder: Path) -> list[dict[str, float]]:
     """Step times of one short run."""
-    from training.rl import command
-    from training.rl.loading import load_for_training
+    from rtap_training.rl import command
+    from rtap_training.rl.loading import load_for_training
 
     teacher = {} if method == "grpo" else {"teacher": str(args.teacher)}
     config = build_config(CONFIGS[method], None, {

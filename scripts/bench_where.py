@@ -19,12 +19,12 @@ from typing import Any
 from bench_servers import MODELS, ROOT, cpu_seconds, processes_of, run_of, sums
 from rich.console import Console
 
-from training.evaluation.client import Load, RtapServer
-from training.evaluation.questions import Question, load_questions
-from training.evaluation.records import CycleRecord, RunSpec, write_atomically
-from training.evaluation.rules import CONFIDENCE, SINGLE
-from training.evaluation.server_process import running_server, serve_command
-from training.tasks import check
+from rtap_training.evaluation.client import Load, RtapServer
+from rtap_training.evaluation.questions import Question, load_questions
+from rtap_training.evaluation.records import CycleRecord, RunSpec, write_atomically
+from rtap_training.evaluation.rules import CONFIDENCE, SINGLE
+from rtap_training.evaluation.server_process import running_server, serve_command
+from rtap_training.tasks import check
 
 PARTS = ("queue", "prefill", "decode", "engine", "scoring", "ours", "http")
 IDLE_SECONDS = 10.0

@@ -59,7 +59,7 @@ scope = "metrics"
 def servers() -> list[psutil.Process]:
     """The server processes of this fleet's replicas."""
     mine = psutil.Process().children(recursive=True)
-    return [process for process in mine if {"server", "--uds"} <= set(_command(process))]
+    return [process for process in mine if {"rtap_server", "--uds"} <= set(_command(process))]
 
 
 def _command(process: psutil.Process) -> list[str]:

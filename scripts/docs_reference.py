@@ -19,17 +19,17 @@ from typing import Any, Union, cast, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from server.errors import STATUS
-from server.rtap.errors import RtapError
-from server.settings import ALIASES, ENV_PREFIX, Settings
-from server.wire import EFFORTS, RtapOptions
+from rtap_core.errors import RtapError
+from rtap_server.http.errors import STATUS
+from rtap_server.http.schema import EFFORTS, RtapOptions
+from rtap_server.settings import ALIASES, ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PACKAGES = ("server", "training", "clients/python", "scripts")
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {int: "whole number", float: "number", bool: "yes or no", str: "text", Path: "path", dict: "JSON object"}
-# What the server gives a field that a request leaves out (server/wire.py, resolve_limits).
+# What the server gives a field that a request leaves out (server/rtap_server/http/schema.py, resolve_limits).
 OPTION_DEFAULTS: Mapping[str, str] = {
     "policy": "`--policy`, else `confidence` with a generator and `model` without",
     "threshold": "`--threshold`, else the generator's own, else 0.5",

@@ -30,8 +30,8 @@ from hypothesis.strategies import SearchStrategy
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis import APIOperation, Case, GenerationMode
 
-from server.routing import RECURSIVE_PATHS, REFUSED_PATHS
-from training.evaluation.server_process import running_server, serve_command
+from rtap_server.http.route_kinds import RECURSIVE_PATHS, REFUSED_PATHS
+from rtap_training.evaluation.server_process import running_server, serve_command
 
 Operation = APIOperation[Any, Any, Any, Any]
 AnyCase = Case[Any]

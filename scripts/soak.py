@@ -37,9 +37,9 @@ from soak_watch import (
     written,
 )
 
-from training.evaluation.records import write_atomically
-from training.evaluation.server_process import running_server, serve_command
-from training.evaluation.statistics import Interval
+from rtap_training.evaluation.records import write_atomically
+from rtap_training.evaluation.server_process import running_server, serve_command
+from rtap_training.evaluation.statistics import Interval
 
 # What fills up to a bound would look like growth for as long as a soak lasts: KV caches, whose memory counts when it is
 # first written, and kept results. These are full after the warm-up.

@@ -18,7 +18,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from scipy import stats  # pyright: ignore[reportMissingTypeStubs]
 
-from training.evaluation.statistics import Interval
+from rtap_training.evaluation.statistics import Interval
 
 MIB = 2**20
 API, POLICY, GENERATOR = "api", "policy engine", "generator engine"

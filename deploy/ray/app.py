@@ -29,9 +29,9 @@ from starlette.types import ASGIApp
 from deploy.ray.child import Child, check_flags
 from deploy.ray.gateway import Gateway, ReplicaLost
 from deploy.ray.traffic import Asked, Head
-from server.gate import Gate
-from server.keys import load_keys
-from server.metrics import Metrics
+from rtap_server.http.api_keys import load_keys
+from rtap_server.http.auth import Gate
+from rtap_server.telemetry.metrics import Metrics
 
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _WHOLE_SECONDS = 4.0

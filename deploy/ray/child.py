@@ -49,7 +49,7 @@ class Child:
         cls,
         flags: Sequence[str],
         api_keys_file: Path | None = None,
-        program: Sequence[str] = (sys.executable, "-m", "server"),
+        program: Sequence[str] = (sys.executable, "-m", "rtap_server"),
     ) -> "Child":
         """Returns when it is ready. Raises ReplicaLost if it ends before."""
         folder = tempfile.TemporaryDirectory(prefix="rtap-replica-")

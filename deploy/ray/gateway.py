@@ -1,6 +1,6 @@
 """The one door of a fleet: an ASGI app that hands each request to a replica of the server and its reply back.
 
-It stands inside ``server.gate.Gate``, which holds the keys and counts their limits for the whole fleet. A request whose
+It stands inside ``http.auth.Gate``, which holds the keys and counts their limits for the whole fleet. A request whose
 replica dies is asked again elsewhere as long as the client has seen nothing of a reply. It does not choose replicas and
 knows nothing of Ray: a ``Fleet`` does.
 """
@@ -20,9 +20,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from deploy.ray.traffic import Asked, EventReader, Head, conversation_of, labelled, tokens_of_reply
-from server.errors import error_body, response_to
-from server.gate import current_visit
-from server.rtap.errors import BodyTooLarge, Overloaded
+from rtap_core.errors import BodyTooLarge, Overloaded
+from rtap_server.http.auth import current_visit
+from rtap_server.http.errors import error_body, response_to
 
 # What one replica alone remembers, and nobody knows which: everyone is asked.
 _REMEMBERED = ("/v1/rtap/feedback", "/v1/responses/")

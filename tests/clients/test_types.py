@@ -9,9 +9,9 @@ import pytest
 
 import rtap_client
 from rtap_client import types
-from server import wire
-from server.rtap import types as server_types
-from server.rtap.types import Policy, Select, StopReason
+from rtap_core import types as server_types
+from rtap_core.types import Policy, Select, StopReason
+from rtap_server.http import schema as wire
 
 WORDS = {Policy: types.Policy, Select: types.Select, StopReason: types.StopReason}
 

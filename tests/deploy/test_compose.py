@@ -13,7 +13,7 @@ import yaml
 from compose_spec import PyCompose
 
 from deploy.compose.make_keys import main as make_keys
-from server.keys import load_keys
+from rtap_server.http.api_keys import load_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "compose"

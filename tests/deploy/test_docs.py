@@ -11,13 +11,13 @@ import docs_reference
 import pytest
 import yaml
 
-from server.rtap.errors import RtapError
-from server.rtap.types import Cycle, Policy, StopReason, Trajectory
-from server.settings import Settings
-from server.wire import cycle_object, trajectory_object
+from rtap_core.errors import RtapError
+from rtap_core.types import Cycle, Policy, StopReason, Trajectory
+from rtap_server.http.schema import cycle_object, trajectory_object
+from rtap_server.settings import Settings
+from rtap_training import evaluate
+from rtap_training.__main__ import _parser as train_parser
 from tests.documents import PAGES, ROOT, Command, anchors, blocks, commands, links
-from training import evaluate
-from training.__main__ import _parser as train_parser
 
 README = ROOT / "README.md"
 ALSO_LINKED = [ROOT / "CHANGELOG.md", ROOT / "training" / "RESULTS.md", *sorted((ROOT / "deploy").rglob("README.md"))]

@@ -13,8 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.keys import KeyRing
-from server.settings import Settings
+from rtap_server.http.api_keys import KeyRing
+from rtap_server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "rtap"

@@ -3,11 +3,12 @@
 import platform
 import re
 import sys
+import sysconfig
 from collections.abc import Callable
+from importlib import metadata
 
 import lock
 import pytest
-import sbom
 import setup_env
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -34,9 +35,15 @@ KNOWN_BAD = {
 KNOWN_PTH = {"distutils-precedence.pth"}
 
 
+def distributions() -> dict[str, metadata.Distribution]:
+    """Every distribution of this environment by its normalised name, without those that a package vendors."""
+    found = metadata.distributions(path=[sysconfig.get_path("purelib")])
+    return {str(canonicalize_name(distribution.name)): distribution for distribution in found}
+
+
 def installed() -> dict[str, str]:
     """Version of every distribution in this environment."""
-    return {name: distribution.version for name, distribution in sbom.installed().items()}
+    return {name: distribution.version for name, distribution in distributions().items()}
 
 
 def locked() -> dict[str, str]:
@@ -46,7 +53,7 @@ def locked() -> dict[str, str]:
 
 def of_installed() -> dict[str, list[str]]:
     """What every distribution here requires; this project's as pyproject.toml has it now."""
-    requires = {name: list(distribution.requires or ()) for name, distribution in sbom.installed().items()}
+    requires = {name: list(distribution.requires or ()) for name, distribution in distributions().items()}
     return {**requires, "rtap": lock.project_requires(setup_env.read_pyproject(setup_env.ROOT))}
 
 
@@ -124,7 +131,7 @@ def test_no_locked_package_runs_code_at_every_start_of_python() -> None:
     names = locked()
     found = {
         file.name
-        for name, distribution in sbom.installed().items()
+        for name, distribution in distributions().items()
         if name in names
         for file in distribution.files or ()
         if file.suffix == ".pth"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.metrics import Metrics
+from rtap_server.telemetry.metrics import Metrics
 from tests.deploy.promql import ROOT, RULES, names, rules
 
 GLOSSARY = ROOT / "docs" / "observability.md"

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.ray.app import Door, FleetArgs, Replica, build
-from server.rtap.errors import ConfigError
-from server.settings import Settings
+from rtap_core.errors import ConfigError
+from rtap_server.settings import Settings
 
 CONFIG: dict[str, Any] = yaml.safe_load(
     (Path(__file__).resolve().parents[2] / "deploy" / "ray" / "config.yaml").read_text(encoding="utf-8")

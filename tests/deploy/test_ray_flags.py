@@ -3,10 +3,10 @@
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-import server.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
-from server.__main__ import _parse
-from server.engines import cpu_defaults, start_engines
-from server.rtap.errors import ConfigError
+import rtap_server.engine.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
+from rtap_core.errors import ConfigError
+from rtap_server.__main__ import _parse
+from rtap_server.engine.loading import cpu_defaults, start_engines
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ async def test_what_cannot_be_split_so_is_one_sentence(flags: str, sentence: str
     args, settings, bundled = _parse(flags.split())
     cpu_defaults(args, bundled=bundled)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.engines._load", lambda *_, **__: pytest.fail("an engine was started"))
+        patch.setattr("rtap_server.engine.loading._load", lambda *_, **__: pytest.fail("an engine was started"))
         with pytest.raises(ConfigError) as raised:
             async with start_engines(args, settings):
                 pass

@@ -13,9 +13,9 @@ from starlette.types import ASGIApp, Message
 
 from deploy.ray.gateway import Gateway, Patience, ReplicaLost
 from deploy.ray.traffic import Asked, Head
-from server.gate import Gate
-from server.keys import load_keys
-from server.metrics import Metrics
+from rtap_server.http.api_keys import load_keys
+from rtap_server.http.auth import Gate
+from rtap_server.telemetry.metrics import Metrics
 
 JSON, EVENTS = (
     Head(200, ((b"content-type", b"application/json"),)),

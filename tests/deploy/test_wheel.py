@@ -21,20 +21,26 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_the_three_packages_and_their_data(wheel: Path) -> None:
+def test_the_wheel_holds_four_packages_and_the_demo_models(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"server", "training", "rtap_client"}
-    assert {"server/rtap/oops.txt", "server/rtap/format.py", "rtap_client/cli.py", "training/__init__.py"} <= names
-    assert "training/evaluation/page.html.j2" in names
+    assert tops == {"rtap_core", "rtap_server", "rtap_training", "rtap_client"}
+    assert {
+        "rtap_core/oops.txt",
+        "rtap_core/format.py",
+        "rtap_client/cli.py",
+        "rtap_training/__init__.py",
+        "rtap_core/models/policy/config.json",
+    } <= names
+    assert "rtap_training/evaluation/page.html.j2" in names
     assert not [name for name in names if name.endswith((".pth", ".pyc"))]
 
 
 def test_every_module_of_the_checkout_is_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     roots = {
-        ROOT / "server": ROOT,
-        ROOT / "training": ROOT,
+        ROOT / "server": ROOT / "server",
+        ROOT / "training": ROOT / "training",
         ROOT / "clients/python/rtap_client": ROOT / "clients/python",
     }
     expected = {path.relative_to(base).as_posix() for root, base in roots.items() for path in root.rglob("*.py")}

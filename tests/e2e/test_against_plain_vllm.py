@@ -5,7 +5,7 @@ import json
 import httpx
 import pytest
 
-from server.rtap.format import RTAP
+from rtap_core.format import RTAP
 from tests.e2e.conftest import side_by_side
 from tests.e2e.questions import questions
 

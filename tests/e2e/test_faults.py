@@ -85,7 +85,11 @@ def test_the_server_survives_its_generator_and_not_its_policy_and_then_waits_for
         assert reply["rtap"]["degraded"] in ("error", "timeout", "restarting")
         assert reply["choices"][0]["message"]["content"] is not None
         assert httpx.get(f"{server.url}/ready").status_code == 200
-        until(lambda: server.metrics().get("rtap_engine_restarts_total{engine=confidence}", 0) > 0, 150, server)
+        until(
+            lambda: server.metrics().get("rtap_engine_restarts_total{engine=confidence}", 0) > 0,
+            150,
+            server,
+        )
         reply = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=30).json()
         assert "degraded" not in reply["rtap"]
         assert server.metrics()["rtap_engine_up{engine=confidence}"] == 1

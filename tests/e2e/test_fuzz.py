@@ -5,7 +5,7 @@ from collections import Counter
 import fuzz
 import httpx
 
-from server.routing import RECURSIVE_PATHS
+from rtap_server.http.route_kinds import RECURSIVE_PATHS
 
 MOST_SECONDS = 60  # of the first round, which is always whole; on idle cores it takes a quarter of that
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from server.confidence import yes_no_ids
-from server.rtap.format import RTAP
+from rtap_core.format import RTAP
+from rtap_server.engine.confidence import yes_no_ids
+from rtap_training.rl import command
+from rtap_training.rl.config import RtapConfig
 from tests.e2e.conftest import VLLM_FLAGS, Running, free_port, rtap_command, running
 from tests.training.rl.tiny_vlm import encoded, picture, save_vlm
-from training.rl import command
-from training.rl.config import RtapConfig
 
 JUDGE = "Answer"  # of all words, one after which this model is not entirely sure of yes or no
 QUESTION = "make 82 from 3, 7, 25"

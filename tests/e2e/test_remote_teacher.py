@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.rtap.errors import ConfigError
+from rtap_core.errors import ConfigError
+from rtap_training.errors import TeacherError
+from rtap_training.questions import load_questions
+from rtap_training.rl import command
+from rtap_training.rl.config import RladConfig
+from rtap_training.rl.loading import load_for_training
+from rtap_training.rl.teacher import RemoteTeacher, Teacher
+from rtap_training.tasks.base import Split
 from tests.e2e.conftest import MODELS, Running, free_port, running, vllm_command
-from training.errors import TeacherError
-from training.questions import load_questions
-from training.rl import command
-from training.rl.config import RladConfig
-from training.rl.loading import load_for_training
-from training.rl.teacher import RemoteTeacher, Teacher
-from training.tasks.base import Split
 
 # Different kernels on both sides add in different orders.
 TOLERANCE = 2e-4

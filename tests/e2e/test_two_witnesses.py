@@ -4,12 +4,12 @@ import httpx
 import pytest
 import torch
 
-from server.rtap.artifact import read_artifact
-from server.rtap.format import RTAP
+from rtap_core.artifact import read_artifact
+from rtap_core.format import RTAP
+from rtap_training.classifier import load_generator
+from rtap_training.huggingface import encode_text, load_policy
+from rtap_training.rollout import encode_question
 from tests.e2e.conftest import MODELS
-from training.classifier import load_generator
-from training.huggingface import encode_text, load_policy
-from training.rollout import encode_question
 
 QUESTIONS = ["make 82 from 3, 7, 25", "37*48+65", "What is 96 - 27 + 8?"]
 

@@ -1,6 +1,6 @@
 """A server for the page's tests: the page's real files, and streams, refusals and states that a test writes.
 
-Events are built by the real ``server.wire``, so that what the page reads here has the shape it has there.
+Events are built by the real ``rtap_server.http.schema``, so that what the page reads here has the shape it has there.
 """
 
 import asyncio
@@ -17,10 +17,10 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from server.errors import error_body
-from server.routes.page import page_router
-from server.rtap.types import Cycle, Policy, StopReason, Trajectory
-from server.wire import cycle_object, trajectory_object
+from rtap_core.types import Cycle, Policy, StopReason, Trajectory
+from rtap_server.http.errors import error_body
+from rtap_server.http.schema import cycle_object, trajectory_object
+from rtap_server.routes.page import page_router
 
 CONFIG: dict[str, Any] = {
     "object": "rtap.config", "version": "0.1.0", "models": ["rtap"], "format": "rtap",

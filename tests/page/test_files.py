@@ -7,9 +7,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from server.routes.page import FILES, page_router
+from rtap_server.routes.page import FILES, page_router
 
-FOLDER = Path(__file__).resolve().parents[2] / "server" / "routes" / "page"
+FOLDER = Path(__file__).resolve().parents[2] / "server" / "rtap_server" / "routes" / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 

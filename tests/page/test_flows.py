@@ -5,7 +5,7 @@ import time
 import pytest
 from playwright.sync_api import Page, expect
 
-from server.rtap.types import Policy, StopReason
+from rtap_core.types import Policy, StopReason
 from tests.page.scripted_server import CONFIG, MENDED, chunk, cycle, stream_of
 
 VOTE = [

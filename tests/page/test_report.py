@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
+from rtap_training.evaluation.page import to_html
+from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+from rtap_training.evaluation.results import Results, task_results
 from tests.page.browser import open_page, violations
-from training.evaluation.page import to_html
-from training.evaluation.questions import Question
-from training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-from training.evaluation.results import Results, task_results
 
 QUESTIONS = 500
 MOST_BYTES = 300_000

@@ -6,7 +6,7 @@ import sys
 import pytest
 from playwright.sync_api import expect
 
-from server.rtap.types import Policy, StopReason
+from rtap_core.types import Policy, StopReason
 from tests.page.scripted_server import MENDED, told
 
 QUESTION = """it's "82" from 3, 7, 25?\n$HOME `id` \\ ${x} 'quoted' é 🎲 </script>"""

@@ -9,7 +9,7 @@ from collections.abc import Generator
 import uvicorn
 from starlette.types import ASGIApp
 
-from server.head import HeadLimits, bounded_http
+from rtap_server.http.head import HeadLimits, bounded_http
 
 LIMITS = HeadLimits(max_bytes=8192, max_fields=32)
 

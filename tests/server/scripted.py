@@ -5,9 +5,9 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from server.rtap.cutoff import Cutoff
-from server.rtap.errors import ConfidenceError
-from server.rtap.types import Judged, Score, Step
+from rtap_core.cutoff import Cutoff
+from rtap_core.errors import ConfidenceError
+from rtap_core.types import Judged, Score, Step
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 EOS = 0x110010

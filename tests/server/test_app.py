@@ -10,8 +10,8 @@ from starlette.routing import Mount, Route
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 
-from server.routing import LIGHT_PATHS, RECURSIVE_PATHS, REFUSED_PATHS, WORKING_PATHS
-from server.settings import Settings
+from rtap_server.http.route_kinds import LIGHT_PATHS, RECURSIVE_PATHS, REFUSED_PATHS, WORKING_PATHS
+from rtap_server.settings import Settings
 from tests.server.whole import CYCLE, Service, make_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

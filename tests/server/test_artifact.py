@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from server.rtap.artifact import Artifact, Fusion, read_artifact, read_artifact_file
-from server.rtap.errors import ConfigError
+from rtap_core.artifact import Artifact, Fusion, read_artifact, read_artifact_file
+from rtap_core.errors import ConfigError
 
 
 def test_a_checkpoint_without_block_is_empty_and_unknown_keys_pass():

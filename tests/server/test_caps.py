@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.caps import BIASES, DEPTH, STOP_CHARACTERS, STOPS, Caps, is_deeper, media_schemes
-from server.rtap.errors import InvalidRequest
+from rtap_core.errors import InvalidRequest
+from rtap_server.http.field_limits import BIASES, DEPTH, STOP_CHARACTERS, STOPS, Caps, is_deeper, media_schemes
 
 CAPS = Caps(16, 20, 1000, allows_templates=False)
 IMAGE = {"type": "image_url", "image_url": {"url": "https://x/a.png"}}

@@ -3,9 +3,9 @@
 import asyncio
 import time
 
-from server.drain import Drain
-from server.rtap.cutoff import Cutoff
-from server.rtap.types import StopReason
+from rtap_core.cutoff import Cutoff
+from rtap_core.types import StopReason
+from rtap_server.engine.drain import Drain
 
 
 async def test_the_deadline_is_told_once_and_on_time():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rtap_client.doctor import Check
-from server import doctor
+from rtap_server import doctor
 
 MODELS = Path(__file__).resolve().parents[2] / "deploy" / "models"
 POLICY, GENERATOR = MODELS / "policy", MODELS / "confidence"

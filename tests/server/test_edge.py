@@ -9,10 +9,10 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
-from server.edge import Edge
-from server.errors import install_handlers, shaped_error, shaped_event
-from server.rtap.errors import Conflict, HeadTooLarge, InvalidRequest, Overloaded, UnknownRequest
-from server.wire import Exchange, begin_exchange, current_exchange
+from rtap_core.errors import Conflict, HeadTooLarge, InvalidRequest, Overloaded, UnknownRequest
+from rtap_server.http.errors import install_handlers, shaped_error, shaped_event
+from rtap_server.http.request_id import Edge
+from rtap_server.http.schema import Exchange, begin_exchange, current_exchange
 from tests.server.live import exchange as over_a_socket
 from tests.server.live import serving
 

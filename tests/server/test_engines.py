@@ -6,10 +6,10 @@ import socket
 
 import pytest
 
-import server.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
-from server.__main__ import _parse
-from server.engines import cpu_defaults, emulates_bfloat16, start_engines
-from server.rtap.errors import ConfigError
+import rtap_server.engine.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
+from rtap_core.errors import ConfigError
+from rtap_server.__main__ import _parse
+from rtap_server.engine.loading import cpu_defaults, emulates_bfloat16, start_engines
 from tests.other_checkpoints import MODELS, save_adapter, save_think
 
 POLICY = str(MODELS / "policy")
@@ -19,7 +19,7 @@ async def _refusal(*flags: str) -> str:
     """What starting the engines for these flags says; starting one would be a failure of the test."""
     args, settings, _ = _parse(list(flags))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.engines._load", lambda *_, **__: pytest.fail("an engine was started"))
+        patch.setattr("rtap_server.engine.loading._load", lambda *_, **__: pytest.fail("an engine was started"))
         with pytest.raises(ConfigError) as raised:
             async with start_engines(args, settings):
                 pass

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.feedback import Feedback
-from server.metrics import Metrics
-from server.rtap.artifact import NUM_BINS
-from server.rtap.errors import InvalidRequest, UnknownRequest
-from server.rtap.types import Policy
+from rtap_core.artifact import NUM_BINS
+from rtap_core.errors import InvalidRequest, UnknownRequest
+from rtap_core.types import Policy
+from rtap_server.telemetry.feedback import Feedback
+from rtap_server.telemetry.metrics import Metrics
 from tests.server.test_wire import CYCLE, _trajectory
 
 

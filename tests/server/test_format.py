@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.rtap.errors import ConfigError
-from server.rtap.format import (
+from rtap_core.errors import ConfigError
+from rtap_core.format import (
     RTAP,
     THINK,
     CycleParser,

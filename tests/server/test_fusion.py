@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from server.confidence import FusedConfidence
-from server.rtap.artifact import Fusion
-from server.rtap.errors import ConfidenceError
-from server.rtap.types import Judged, Score
+from rtap_core.artifact import Fusion
+from rtap_core.errors import ConfidenceError
+from rtap_core.types import Judged, Score
+from rtap_server.engine.confidence import FusedConfidence
 
 FUSION = Fusion(bias=0.1, generator=1.5, logprob_mean=2.0, logprob_min=0.5)
 

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.confidence import PoolingConfidence
-from server.gate import Gate, current_visit, salted
-from server.keys import Key, KeyRing
-from server.limits import KeyLimits
-from server.metrics import Metrics
-from server.rtap.types import Judged
-from server.supervision import Ward
+from rtap_core.types import Judged
+from rtap_server.engine.confidence import PoolingConfidence
+from rtap_server.engine.supervisor import Ward
+from rtap_server.http.admission import KeyLimits
+from rtap_server.http.api_keys import Key, KeyRing
+from rtap_server.http.auth import Gate, current_visit, salted
+from rtap_server.telemetry.metrics import Metrics
 
 
 class Inner:

@@ -1,6 +1,6 @@
 """Names that were written wrong."""
 
-from server.rtap.hints import meant
+from rtap_core.hints import meant
 
 
 def test_what_is_like_it_is_meant_and_nothing_else():

@@ -10,17 +10,17 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from server.caps import Caps
-from server.errors import shaped_error
-from server.idempotency import Run, State
-from server.intake import parse
-from server.privacy import texts_of, without
-from server.rtap.errors import InvalidRequest
-from server.rtap.format import RTAP, THINK, CycleParser, split_cycles
-from server.rtap.lexicon import load_lexicon
-from server.rtap.stopping import normalise_answer
-from server.stream import EventStream
-from server.wire import Exchange
+from rtap_core.errors import InvalidRequest
+from rtap_core.format import RTAP, THINK, CycleParser, split_cycles
+from rtap_core.lexicon import load_lexicon
+from rtap_core.stopping import normalise_answer
+from rtap_server.http.body_limits import parse
+from rtap_server.http.errors import shaped_error
+from rtap_server.http.field_limits import Caps
+from rtap_server.http.idempotency import Run, State
+from rtap_server.http.privacy import texts_of, without
+from rtap_server.http.response_rewriter import EventStream
+from rtap_server.http.schema import Exchange
 from tests.server.test_wire import _trajectory
 
 MEBIBYTE = 2**20

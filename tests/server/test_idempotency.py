@@ -12,15 +12,15 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.caps import Caps
-from server.drain import Drain
-from server.gate import Gate
-from server.idempotency import Idempotency, Run, State, Store
-from server.intake import Intake
-from server.keys import Key, KeyRing
-from server.limits import Admission
-from server.metrics import Metrics
-from server.rtap.errors import Conflict
+from rtap_core.errors import Conflict
+from rtap_server.engine.drain import Drain
+from rtap_server.http.admission import Admission
+from rtap_server.http.api_keys import Key, KeyRing
+from rtap_server.http.auth import Gate
+from rtap_server.http.body_limits import Intake
+from rtap_server.http.field_limits import Caps
+from rtap_server.http.idempotency import Idempotency, Run, State, Store
+from rtap_server.telemetry.metrics import Metrics
 from tests.server.live import serving
 
 PATH = "/v1/chat/completions"

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from server.caps import Caps
-from server.drain import Drain
-from server.intake import MOST_CONTAINERS, MOST_STRINGS, Intake, body_of, parse
-from server.limits import Admission
-from server.metrics import Metrics
-from server.rtap.errors import InvalidRequest
+from rtap_core.errors import InvalidRequest
+from rtap_server.engine.drain import Drain
+from rtap_server.http.admission import Admission
+from rtap_server.http.body_limits import MOST_CONTAINERS, MOST_STRINGS, Intake, body_of, parse
+from rtap_server.http.field_limits import Caps
+from rtap_server.telemetry.metrics import Metrics
 
 MIB = 2**20
 LARGE = {

@@ -9,8 +9,8 @@ import logging
 import httpx
 import pytest
 
-from server.rtap.types import Judged, Score
-from server.settings import Settings
+from rtap_core.types import Judged, Score
+from rtap_server.settings import Settings
 from tests.server.whole import Service, make_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from server import keys as keys_module
-from server.keys import KeyRing, load_keys
-from server.limits import KeyLimits
-from server.rtap.errors import ConfigError
+from rtap_core.errors import ConfigError
+from rtap_server.http import api_keys as keys_module
+from rtap_server.http.admission import KeyLimits
+from rtap_server.http.api_keys import KeyRing, load_keys
 
 SECRET = re.compile(r"key\b|digest|presented|shown|secret", re.IGNORECASE)
 

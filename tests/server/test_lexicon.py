@@ -2,8 +2,8 @@
 
 import pytest
 
-from server.rtap.errors import ConfigError
-from server.rtap.lexicon import OopsCounter, load_lexicon
+from rtap_core.errors import ConfigError
+from rtap_core.lexicon import OopsCounter, load_lexicon
 
 LEXICON = load_lexicon()
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.limits import Account, Admission, Bucket, KeyLimits
-from server.rtap.errors import InvalidRequest, Overloaded, RateLimited
+from rtap_core.errors import InvalidRequest, Overloaded, RateLimited
+from rtap_server.http.admission import Account, Admission, Bucket, KeyLimits
 
 STEPS = st.lists(st.tuples(st.floats(0, 300), st.integers(0, 5_000)), max_size=40)
 

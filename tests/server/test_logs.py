@@ -15,10 +15,10 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from server.edge import Edge
-from server.logs import LOGGER, REQUESTS, RequestLog, announce, use_json
-from server.outcome import notes_of
-from server.wire import Exchange
+from rtap_server.http.request_id import Edge
+from rtap_server.http.request_log import notes_of
+from rtap_server.http.schema import Exchange
+from rtap_server.telemetry.logs import LOGGER, REQUESTS, RequestLog, announce, use_json
 from tests.server.test_wire import _trajectory
 
 

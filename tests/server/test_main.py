@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from server.__main__ import main
-from server.settings import Settings
+from rtap_server.__main__ import main
+from rtap_server.settings import Settings
 from tests.documents import PAGES, commands
 
 

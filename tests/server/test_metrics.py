@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 
-from server.limits import Admission
-from server.metrics import Metrics
-from server.rtap.types import Policy
-from server.wire import reasoning_tokens
+from rtap_core.types import Policy
+from rtap_server.http.admission import Admission
+from rtap_server.http.schema import reasoning_tokens
+from rtap_server.telemetry.metrics import Metrics
 from tests.server.test_wire import _trajectory
 
 

@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from server.caps import Caps
-from server.drain import Drain
-from server.edge import Edge
-from server.feedback import Feedback
-from server.intake import Intake
-from server.limits import Admission
-from server.metrics import Metrics
-from server.middleware import RecursionMiddleware
-from server.routing import RECURSIVE_PATHS
-from server.rtap.types import Policy
-from server.wire import RtapOptions, current_exchange, parse_options
+from rtap_core.types import Policy
+from rtap_server.engine.drain import Drain
+from rtap_server.http.admission import Admission
+from rtap_server.http.body_limits import Intake
+from rtap_server.http.field_limits import Caps
+from rtap_server.http.recursion_fields import RecursionMiddleware
+from rtap_server.http.request_id import Edge
+from rtap_server.http.route_kinds import RECURSIVE_PATHS
+from rtap_server.http.schema import RtapOptions, current_exchange, parse_options
+from rtap_server.telemetry.feedback import Feedback
+from rtap_server.telemetry.metrics import Metrics
 from tests.server.test_wire import _JSON, _OPTIONS, SETTINGS
 
 

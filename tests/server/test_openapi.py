@@ -5,11 +5,11 @@ from fastapi import FastAPI
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from server.openapi import describe_rtap
-from server.routing import RECURSIVE_PATHS
-from server.rtap.errors import InvalidRequest
-from server.settings import Settings
-from server.wire import RtapOptions, parse_options
+from rtap_core.errors import InvalidRequest
+from rtap_server.http.openapi import describe_rtap
+from rtap_server.http.route_kinds import RECURSIVE_PATHS
+from rtap_server.http.schema import RtapOptions, parse_options
+from rtap_server.settings import Settings
 
 SETTINGS = Settings(max_cycles=4, max_cycles_limit=5)
 

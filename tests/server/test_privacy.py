@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from server.privacy import keep_logs_private, texts_of, without, without_internals
+from rtap_server.http.privacy import keep_logs_private, texts_of, without, without_internals
 
 CANARY = "CANARY-9f3e7c1b and more of the prompt"
 

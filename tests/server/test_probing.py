@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from server.rtap.format import RTAP
-from server.rtap.probing import Probing
-from server.rtap.recursion import FinalEvent, Recursion, StepEvent
-from server.rtap.types import Limits, StopReason
+from rtap_core.format import RTAP
+from rtap_core.probing import Probing
+from rtap_core.recursion import FinalEvent, Recursion, StepEvent
+from rtap_core.types import Limits, StopReason
 from tests.server.scripted import ScriptedConfidence, ScriptedEngine, decode, encode
 
 QUESTION = encode("q")

@@ -5,11 +5,11 @@ from contextlib import aclosing
 
 import pytest
 
-from server.rtap.cutoff import Cutoff
-from server.rtap.errors import ConfidenceError
-from server.rtap.format import RTAP, THINK
-from server.rtap.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
-from server.rtap.types import Limits, Policy, Score, Select, StopReason
+from rtap_core.cutoff import Cutoff
+from rtap_core.errors import ConfidenceError
+from rtap_core.format import RTAP, THINK
+from rtap_core.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
+from rtap_core.types import Limits, Policy, Score, Select, StopReason
 from tests.server.scripted import EOS, ScriptedConfidence, ScriptedEngine, decode, encode
 
 QUESTION = encode("make 82?")

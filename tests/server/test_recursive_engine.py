@@ -15,18 +15,18 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from server.cycles import metered
-from server.drain import Drain
-from server.feedback import Feedback
-from server.gate import Visit, _visit
-from server.metrics import Metrics
-from server.plan import Plan
-from server.recursive_engine import RecursiveEngine
-from server.rtap.artifact import Artifact
-from server.rtap.format import RTAP
-from server.rtap.types import Judged, Score
-from server.settings import Settings
-from server.wire import ANSWER_MARK, Exchange, RtapOptions, begin_exchange
+from rtap_core.artifact import Artifact
+from rtap_core.format import RTAP
+from rtap_core.types import Judged, Score
+from rtap_server.engine.drain import Drain
+from rtap_server.engine.recursive_engine import RecursiveEngine
+from rtap_server.engine.server_state import Plan
+from rtap_server.engine.vllm_cycles import metered
+from rtap_server.http.auth import Visit, _visit
+from rtap_server.http.schema import ANSWER_MARK, Exchange, RtapOptions, begin_exchange
+from rtap_server.settings import Settings
+from rtap_server.telemetry.feedback import Feedback
+from rtap_server.telemetry.metrics import Metrics
 from tests.server.scripted import EOS, ScriptedConfidence, decode, encode
 
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"

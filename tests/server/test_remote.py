@@ -5,9 +5,9 @@ import asyncio
 import httpx
 import pytest
 
-from server.confidence import RemoteConfidence
-from server.rtap.errors import ConfidenceError
-from server.rtap.types import Judged, Score
+from rtap_core.errors import ConfidenceError
+from rtap_core.types import Judged, Score
+from rtap_server.engine.confidence import RemoteConfidence
 
 JUDGED = Judged([1, 2], [3], [1, 2])
 

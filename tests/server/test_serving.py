@@ -14,12 +14,12 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from vllm.utils.gc_utils import freeze_gc_heap
 
-from server.__main__ import _parse
-from server.drain import Drain
-from server.limits import Admission
-from server.metrics import Metrics
-from server.serving import _config, serve_app
-from server.supervision import Supervisor, Ward
+from rtap_server.__main__ import _parse
+from rtap_server.engine.drain import Drain
+from rtap_server.engine.supervisor import Supervisor, Ward
+from rtap_server.http.admission import Admission
+from rtap_server.run import _config, serve_app
+from rtap_server.telemetry.metrics import Metrics
 from tests.other_checkpoints import MODELS
 from tests.server.live import LIMITS
 

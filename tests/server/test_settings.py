@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from server.rtap.errors import ConfigError
-from server.rtap.types import Policy
-from server.settings import Settings, add_flags, load_settings
+from rtap_core.errors import ConfigError
+from rtap_core.types import Policy
+from rtap_server.settings import Settings, add_flags, load_settings
 
 
 def _load(argv: list[str], environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Settings:

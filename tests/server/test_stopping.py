@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from server.rtap import stopping
-from server.rtap.types import Cycle, Limits, Policy, Select, StopReason
+from rtap_core import stopping
+from rtap_core.types import Cycle, Limits, Policy, Select, StopReason
 
 _BASE = Cycle(0, "t", "1", None, False, 10, 3, 0, 20, 0, 0.1, None, 0)
 _NEVER = {"ended_turn": False, "truncated": False, "no_room": False, "cut": None}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.stream import EventStream, annotate_reply
-from server.wire import Exchange, RtapOptions
+from rtap_server.http.response_rewriter import EventStream, annotate_reply
+from rtap_server.http.schema import Exchange, RtapOptions
 from tests.server.test_wire import CYCLE, _trajectory
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -15,9 +15,9 @@ import pytest
 import zmq
 from prometheus_client import CollectorRegistry
 
-from server import supervision
-from server.metrics import Metrics
-from server.supervision import Supervisor, Ward
+from rtap_server.engine import supervisor as supervision
+from rtap_server.engine.supervisor import Supervisor, Ward
+from rtap_server.telemetry.metrics import Metrics
 
 
 class Engine:

@@ -13,12 +13,12 @@ from opentelemetry.trace import SpanKind, StatusCode
 from starlette.types import Message, Scope
 from vllm.sampling_params import RequestOutputKind
 
-import server
-from server.confidence import RemoteConfidence, YesNoConfidence
-from server.outcome import notes_of
-from server.rtap.types import Judged
-from server.tracing import Tracing, TracingMiddleware
-from server.wire import Exchange
+import rtap_server
+from rtap_core.types import Judged
+from rtap_server.engine.confidence import RemoteConfidence, YesNoConfidence
+from rtap_server.http.request_log import notes_of
+from rtap_server.http.schema import Exchange
+from rtap_server.telemetry.tracing import Tracing, TracingMiddleware
 from tests.server.test_recursive_engine import DOUBT, WRONG, FakeLLM, Slow, all_of, ask, build
 from tests.server.test_wire import _trajectory
 from tests.server.test_yesno import _Engine
@@ -177,11 +177,13 @@ async def test_what_does_not_recurse_has_no_span(tracing, exporter):
 
 def test_a_server_without_traces_does_not_import_this_module():
     """Nor OpenTelemetry for it: whoever needs it imports it where the flag was seen, or for its types alone."""
-    for path in Path(server.__path__[0]).rglob("*.py"):
+    for path in Path(rtap_server.__path__[0]).rglob("*.py"):
         if path.name != "tracing.py":
             top = ast.parse(path.read_text("utf-8"))
             imported = [ast.unparse(node) for node in top.body if isinstance(node, ast.Import | ast.ImportFrom)]
-            assert not [line for line in imported if "server.tracing" in line or "opentelemetry" in line], path
+            assert not [
+                line for line in imported if "rtap_server.telemetry.tracing" in line or "opentelemetry" in line
+            ], path
 
 
 async def test_a_generator_elsewhere_and_the_policy_as_judge_are_told_of_the_trace():

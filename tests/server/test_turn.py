@@ -12,10 +12,10 @@ from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-from server.recursive_engine import RecursiveEngine
-from server.rtap.types import Cycle, Step
-from server.turn import cut
-from server.wire import ANSWER_MARK
+from rtap_core.types import Cycle, Step
+from rtap_server.engine.recursive_engine import RecursiveEngine
+from rtap_server.engine.turn import cut
+from rtap_server.http.schema import ANSWER_MARK
 from tests.server.scripted import EOS, decode, encode
 from tests.server.test_recursive_engine import all_of, ask, build
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from server.vitals import Sign, Verdict, Vitals, family, look
+from rtap_server.engine.vitals import Sign, Verdict, Vitals, family, look
 
 QUIET = Sign(is_alive=True, is_busy=False, is_stopped=False, reads_disk=False, cpu_seconds=1.0)
 

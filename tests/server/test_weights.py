@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from server.rtap.errors import ConfigError
-from server.weights import check_folder, load_format, refuse_own_code
+from rtap_core.errors import ConfigError
+from rtap_server.engine.checkpoint_safety import check_folder, load_format, refuse_own_code
 from tests.other_checkpoints import MODELS
 
 

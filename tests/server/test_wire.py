@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.rtap.artifact import Artifact
-from server.rtap.errors import InvalidRequest
-from server.rtap.types import Cycle, Limits, Policy, Select, StopReason, Trajectory
-from server.settings import Settings
-from server.wire import (
+from rtap_core.artifact import Artifact
+from rtap_core.errors import InvalidRequest
+from rtap_core.types import Cycle, Limits, Policy, Select, StopReason, Trajectory
+from rtap_server.http.schema import (
     RtapOptions,
     effort_of,
     options_of,
@@ -23,6 +22,7 @@ from server.wire import (
     tokens_of,
     trajectory_object,
 )
+from rtap_server.settings import Settings
 
 SETTINGS = Settings()
 CYCLE = Cycle(0, "12*9=108", "108", 0.25, False, 20, 5, 1, 30, 16, 0.12345678, 0.002, 40)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from server.confidence import YesNoConfidence, yes_no_ids
-from server.rtap.errors import ConfidenceError, ConfigError
-from server.rtap.types import Judged
+from rtap_core.errors import ConfidenceError, ConfigError
+from rtap_core.types import Judged
+from rtap_server.engine.confidence import YesNoConfidence, yes_no_ids
 
 JUDGED = Judged([1, 2], [5, 6], [1, 2, 3, 4])
 

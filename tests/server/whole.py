@@ -17,19 +17,19 @@ from vllm.renderers import renderer_from_config
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
-import server.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
-from server.__main__ import _parse
-from server.app import create_app
-from server.drain import Drain
-from server.feedback import Feedback
-from server.keys import load_keys
-from server.limits import Admission
-from server.metrics import Metrics
-from server.plan import Plan
-from server.rtap.artifact import Artifact
-from server.rtap.format import RTAP
-from server.rtap.types import Confidence
-from server.settings import Settings
+import rtap_server.engine.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
+from rtap_core.artifact import Artifact
+from rtap_core.format import RTAP
+from rtap_core.types import Confidence
+from rtap_server.__main__ import _parse
+from rtap_server.app import create_app
+from rtap_server.engine.drain import Drain
+from rtap_server.engine.server_state import Plan
+from rtap_server.http.admission import Admission
+from rtap_server.http.api_keys import load_keys
+from rtap_server.settings import Settings
+from rtap_server.telemetry.feedback import Feedback
+from rtap_server.telemetry.metrics import Metrics
 from tests.other_checkpoints import MODELS
 
 POLICY = str(MODELS / "policy")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from training.calibration import (
+from rtap_training.calibration import (
     auroc,
     best_threshold,
     constant_direction,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from training.checkpoint import git_commit, manifest, replacing
-from training.config import SftConfig
+from rtap_training.checkpoint import git_commit, manifest, replacing
+from rtap_training.config import SftConfig
 
 
 def write(output: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.choice import Sample, best, compare, vote
+from rtap_training.choice import Sample, best, compare, vote
 
 A, B, C = "a", "b", "c"
 

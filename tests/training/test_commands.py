@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from training.__main__ import main
+from rtap_training.__main__ import main
 
 BUNDLED_POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
 TINY = ["--hidden-size", "32", "--num-layers", "2", "--num-heads", "2", "--num-kv-heads", "1", "--ffn-size", "64"]

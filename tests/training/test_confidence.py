@@ -9,18 +9,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from server.rtap.errors import ConfigError
-from server.rtap.format import RTAP
-from training.classifier import body_of, build_generator, build_scratch, confidences
-from training.confidence import balanced_loss, label, pairwise_loss
-from training.config import ConfidenceConfig, Loss, SftConfig
-from training.examples import Example
-from training.huggingface import encode_text
-from training.judging import ALONE, GENERATOR, LOGPROB_RULES, Witnesses, judge_task, logprob_scores, report, witness
-from training.own_cycles import Asked, training_problems
-from training.policy import build_policy
-from training.rollout import SampledCycle, Trajectory
-from training.tokenizer import TAGS, build_tokenizer, token_id
+from rtap_core.errors import ConfigError
+from rtap_core.format import RTAP
+from rtap_training.classifier import body_of, build_generator, build_scratch, confidences
+from rtap_training.confidence import balanced_loss, label, pairwise_loss
+from rtap_training.config import ConfidenceConfig, Loss, SftConfig
+from rtap_training.examples import Example
+from rtap_training.huggingface import encode_text
+from rtap_training.judging import (
+    ALONE,
+    GENERATOR,
+    LOGPROB_RULES,
+    Witnesses,
+    judge_task,
+    logprob_scores,
+    report,
+    witness,
+)
+from rtap_training.own_cycles import Asked, training_problems
+from rtap_training.policy import build_policy
+from rtap_training.rollout import SampledCycle, Trajectory
+from rtap_training.tokenizer import TAGS, build_tokenizer, token_id
 
 CONFIG = ConfidenceConfig(questions=10, synthetic_pairs=0, validation_share=0.2)
 

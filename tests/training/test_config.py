@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from server.rtap.errors import ConfigError
-from training.__main__ import STAGES, main
-from training.config import ConfidenceConfig, SftConfig, add_flags, build_config
-from training.rl.config import CONFIGS
+from rtap_core.errors import ConfigError
+from rtap_training.__main__ import STAGES, main
+from rtap_training.config import ConfidenceConfig, SftConfig, add_flags, build_config
+from rtap_training.rl.config import CONFIGS
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_no_stage_writes_over_the_bundled_models_unless_told_to(kind: type[Any])
 
 def test_help_is_quick() -> None:
     started = perf_counter()
-    done = subprocess.run([sys.executable, "-m", "training", "sft", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "rtap_training", "sft", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--tasks" in done.stdout
     assert perf_counter() - started < 5  # about 0.1 s; importing torch would take longer on a busy machine

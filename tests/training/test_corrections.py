@@ -7,16 +7,16 @@ from random import Random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from server.rtap.format import RTAP, parse_cycle
-from training.__main__ import main
-from training.config import CorrectConfig
-from training.corrections import build_rows
-from training.data import Encoded
-from training.huggingface import decode_ids, encode_text, load_policy, load_tokenizer
-from training.own_cycles import training_problems
-from training.rollout import SampledCycle, Trajectory, encode_question
-from training.tasks import TASKS
-from training.tasks.trajectory import TURN_END
+from rtap_core.format import RTAP, parse_cycle
+from rtap_training.__main__ import main
+from rtap_training.config import CorrectConfig
+from rtap_training.corrections import build_rows
+from rtap_training.data import Encoded
+from rtap_training.huggingface import decode_ids, encode_text, load_policy, load_tokenizer
+from rtap_training.own_cycles import training_problems
+from rtap_training.rollout import SampledCycle, Trajectory, encode_question
+from rtap_training.tasks import TASKS
+from rtap_training.tasks.trajectory import TURN_END
 
 POLICY = Path("deploy/models/policy")
 QUESTIONS = ["arithmetic", "countdown", "knights"]

@@ -26,10 +26,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from server.rtap.errors import ConfigError
-from training.evaluate import main
-from training.evaluation.plan import OWN_QUANTILES
-from training.evaluation.server_process import running_server, serve_command
+from rtap_core.errors import ConfigError
+from rtap_training.evaluate import main
+from rtap_training.evaluation.plan import OWN_QUANTILES
+from rtap_training.evaluation.server_process import running_server, serve_command
 
 QUESTIONS = 60
 ROOT = Path(__file__).resolve().parents[2]
@@ -438,7 +438,7 @@ def test_a_server_does_not_outlive_an_evaluation_that_is_told_to_stop(tmp_path: 
     script = textwrap.dedent("""
         import sys
         from pathlib import Path
-        from training.evaluation.server_process import running_server
+        from rtap_training.evaluation.server_process import running_server
         sleeper = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
         with running_server(sleeper, log=Path(sys.argv[1]), ready_seconds=60):
             pass

@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from training.evaluation.judgement import WORST, judge
-from training.evaluation.page import bar, interval, percent, task_view, to_html
-from training.evaluation.questions import Question
-from training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-from training.evaluation.results import Results, task_results
-from training.evaluation.statistics import Interval
+from rtap_training.evaluation.judgement import WORST, judge
+from rtap_training.evaluation.page import bar, interval, percent, task_view, to_html
+from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+from rtap_training.evaluation.results import Results, task_results
+from rtap_training.evaluation.statistics import Interval
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
 TASK = "demo"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from server.rtap.errors import ConfigError
-from training.evaluation.client import outcome_of
-from training.evaluation.comparison import VoteSeconds, choose_threshold, compare_with_logprob, compare_with_vote
-from training.evaluation.measurement import confidence_quality, measure
-from training.evaluation.questions import Question, load_questions
-from training.evaluation.records import CycleRecord, Outcome, Run, RunSpec, write_atomically
+from rtap_core.errors import ConfigError
+from rtap_training.evaluation.client import outcome_of
+from rtap_training.evaluation.comparison import VoteSeconds, choose_threshold, compare_with_logprob, compare_with_vote
+from rtap_training.evaluation.measurement import confidence_quality, measure
+from rtap_training.evaluation.questions import Question, load_questions
+from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec, write_atomically
 
 
 def cycle(answer: str | None, *, right: bool = False, confidence: float | None = None, tokens: int = 10) -> CycleRecord:

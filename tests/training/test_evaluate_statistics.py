@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from training.evaluation import statistics as s
+from rtap_training.evaluation import statistics as s
 
 
 def random_answers(seed: int, questions: int = 60, samples: int = 8) -> tuple[list[int], list[float], list[bool]]:

@@ -2,11 +2,11 @@
 
 import pytest
 
-from training.events import MAX_ROWS, Sample, last_confidences, samples_table, scalars_of
-from training.rl.figures import means_of, samples_of, sums_of
-from training.rl.messages import last_text
-from training.rl.rollouts import RolledCycle, Rollout
-from training.rollout import SampledCycle, Trajectory
+from rtap_training.events import MAX_ROWS, Sample, last_confidences, samples_table, scalars_of
+from rtap_training.rl.figures import means_of, samples_of, sums_of
+from rtap_training.rl.messages import last_text
+from rtap_training.rl.rollouts import RolledCycle, Rollout
+from rtap_training.rollout import SampledCycle, Trajectory
 
 RIGHT, WRONG = SampledCycle((1, 2, 3), "82", True), SampledCycle((4, 5), "81", False)
 CUT = SampledCycle((6,), None, False)

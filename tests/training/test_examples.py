@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.rtap.format import split_cycles
-from training.examples import PAIRS, Example, balance, collect, cycle_text, pair_batches, synthetic_texts
-from training.tasks import TASKS
-from training.tasks.countdown import Countdown, CountdownProblem
-from training.tasks.expression import evaluate
+from rtap_core.format import split_cycles
+from rtap_training.examples import PAIRS, Example, balance, collect, cycle_text, pair_batches, synthetic_texts
+from rtap_training.tasks import TASKS
+from rtap_training.tasks.countdown import Countdown, CountdownProblem
+from rtap_training.tasks.expression import evaluate
 
 ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.booleans()), min_size=1, max_size=60)
 

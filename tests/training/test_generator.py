@@ -11,17 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from server.rtap.errors import ConfigError
+from rtap_core.errors import ConfigError
+from rtap_training.__main__ import main
+from rtap_training.generator import _batches, _fresh
+from rtap_training.generator_config import GeneratorConfig
+from rtap_training.generator_samples import prompt_ids, write
+from rtap_training.huggingface import load_tokenizer, save_checkpoint
+from rtap_training.rl.generator import LabelledCycle
+from rtap_training.rl.loading import Loaded, load_for_training
+from rtap_training.rl.lockstep import Request
+from rtap_training.rollout import encode_question
 from tests.training.rl.tiny import BUNDLED
-from training.__main__ import main
-from training.generator import _batches, _fresh
-from training.generator_config import GeneratorConfig
-from training.generator_samples import prompt_ids, write
-from training.huggingface import load_tokenizer, save_checkpoint
-from training.rl.generator import LabelledCycle
-from training.rl.loading import Loaded, load_for_training
-from training.rl.lockstep import Request
-from training.rollout import encode_question
 
 SMALL = ["--num-questions", "12", "--eval-questions", "4", "--samples", "2", "--max-cycle-tokens", "12"]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from server.rtap.format import RTAP
-from training.__main__ import main
-from training.huggingface import encode_text, load_policy, load_tokenizer
-from training.imitation import right_turns
-from training.rollout import SampledCycle, Trajectory
-from training.tasks.trajectory import TURN_END
-from training.tokenizer import token_id
+from rtap_core.format import RTAP
+from rtap_training.__main__ import main
+from rtap_training.huggingface import encode_text, load_policy, load_tokenizer
+from rtap_training.imitation import right_turns
+from rtap_training.rollout import SampledCycle, Trajectory
+from rtap_training.tasks.trajectory import TURN_END
+from rtap_training.tokenizer import token_id
 
 POLICY = Path("deploy/models/policy")
 SHORT = ["--tasks", "arithmetic=1", "--questions", "12", "--samples", "2", "--max-steps", "2", "--eval-questions", "4"]

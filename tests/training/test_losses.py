@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from training.losses import (
+from rtap_training.losses import (
     clipped_surrogate,
     group_advantages,
     grpo_loss,

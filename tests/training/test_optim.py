@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Linear, Parameter
 
-from training.optim import Budget, build_adamw, build_muon, descend, orthogonalise, schedule
+from rtap_training.optim import Budget, build_adamw, build_muon, descend, orthogonalise, schedule
 
 
 def test_schedule_warms_up_then_falls_to_a_tenth() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from server.rtap.errors import ConfigError
-from training import pipeline
-from training.checkpoint import MANIFEST
+from rtap_core.errors import ConfigError
+from rtap_training import pipeline
+from rtap_training.checkpoint import MANIFEST
 
 RECIPE = """
 stages:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from server.rtap.errors import ConfigError
-from training.questions import held_out_questions, load_questions
-from training.tasks import TASKS, task_of
-from training.tasks.base import Split
+from rtap_core.errors import ConfigError
+from rtap_training.questions import held_out_questions, load_questions
+from rtap_training.tasks import TASKS, task_of
+from rtap_training.tasks.base import Split
 
 
 def write(path: Path, count: int) -> Path:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from training.calibration import expected_calibration_error
-from training.reliability import plot_png, reliability_bins
+from rtap_training.calibration import expected_calibration_error
+from rtap_training.reliability import plot_png, reliability_bins
 
 SCORES = np.array([0.91, 0.93, 0.11, 0.13, 1.0])
 LABELS = np.array([1, 0, 0, 0, 1], dtype=bool)

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from training import sft
-from training.__main__ import main
-from training.config import SftConfig, build_config, run_dir
-from training.errors import TrainingError
-from training.loop import Loop
-from training.optim import build_adamw
-from training.runs import States, last_whole
-from training.streams import Stream
+from rtap_training import sft
+from rtap_training.__main__ import main
+from rtap_training.config import SftConfig, build_config, run_dir
+from rtap_training.errors import TrainingError
+from rtap_training.loop import Loop
+from rtap_training.optim import build_adamw
+from rtap_training.runs import States, last_whole
+from rtap_training.streams import Stream
 
 BUNDLED_POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
 SETTINGS: dict[str, Any] = {
@@ -171,11 +171,11 @@ def test_minutes_used_before_the_kill_count(tmp_path: Path, monkeypatch: pytest.
     with loop(minutes=1) as first:
         assert first.goes_on()
         first.descend(layer(torch.ones(2)).sum(), rows=1, tokens=1)
-        monkeypatch.setattr("training.optim.monotonic", lambda: time.monotonic() + 57)
+        monkeypatch.setattr("rtap_training.optim.monotonic", lambda: time.monotonic() + 57)
         assert first.goes_on()
     monkeypatch.undo()
     with loop(minutes=1) as second:
         assert 56.9 < second.summary()["seconds"] < 60
         assert second.goes_on()
-        monkeypatch.setattr("training.optim.monotonic", lambda: time.monotonic() + 4)
+        monkeypatch.setattr("rtap_training.optim.monotonic", lambda: time.monotonic() + 4)
         assert not second.goes_on()

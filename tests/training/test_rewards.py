@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.rtap.format import RTAP, THINK
-from training.rewards import answer_reward, confidence_final, confidence_increase, length_penalty, well_formed
+from rtap_core.format import RTAP, THINK
+from rtap_training.rewards import answer_reward, confidence_final, confidence_increase, length_penalty, well_formed
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from server.rtap.errors import ConfigError
-from server.rtap.format import RTAP
-from training.config import SamplerKind, SftConfig
-from training.policy import build_policy
-from training.rollout import (
+from rtap_core.errors import ConfigError
+from rtap_core.format import RTAP
+from rtap_training.config import SamplerKind, SftConfig
+from rtap_training.policy import build_policy
+from rtap_training.rollout import (
     MAX_CYCLE_TOKENS,
     Trajectory,
     TransformersSampler,
@@ -17,7 +17,7 @@ from training.rollout import (
     sample_until,
     sampler_kind,
 )
-from training.tokenizer import build_tokenizer, token_id
+from rtap_training.tokenizer import build_tokenizer, token_id
 
 
 @pytest.fixture(scope="module")

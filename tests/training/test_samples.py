@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from server.rtap.errors import ConfigError
-from training.errors import TrainingError
-from training.rollout import SampledCycle, Trajectory
-from training.samples import CHUNK_ROWS, read_or_sample
+from rtap_core.errors import ConfigError
+from rtap_training.errors import TrainingError
+from rtap_training.rollout import SampledCycle, Trajectory
+from rtap_training.samples import CHUNK_ROWS, read_or_sample
 
 HEADER: dict[str, Any] = {"format": 2, "samples": CHUNK_ROWS // 2, "questions": 5, "seed": 7}  # chunks of two questions
 

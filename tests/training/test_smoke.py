@@ -9,8 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from training.__main__ import main
-from training.events import MAX_ROWS
+from rtap_training.__main__ import main
+from rtap_training.events import MAX_ROWS
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300

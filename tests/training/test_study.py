@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from server.rtap.errors import ConfigError
-from training import study
-from training.__main__ import STAGES
-from training.config import build_config
-from training.rl.config import CONFIGS
+from rtap_core.errors import ConfigError
+from rtap_training import study
+from rtap_training.__main__ import STAGES
+from rtap_training.config import build_config
+from rtap_training.rl.config import CONFIGS
 
 POLICY = Path("deploy/models/policy").resolve()
 
@@ -68,7 +68,7 @@ def test_a_missing_figure_is_a_dash(suite: Path) -> None:
     assert "| b | – | – |" in text
 
 
-STUDIES = sorted(Path("training/recipes/studies").glob("*.yaml"))
+STUDIES = sorted(Path("training/rtap_training/recipes/studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.rtap.format import RTAP, split_cycles
-from training.tasks import TASKS
-from training.tasks.base import Split, sample_split, split_of
-from training.tasks.trajectory import TURN_END, build_turn, sample_conversation
+from rtap_core.format import RTAP, split_cycles
+from rtap_training.tasks import TASKS
+from rtap_training.tasks.base import Split, sample_split, split_of
+from rtap_training.tasks.trajectory import TURN_END, build_turn, sample_conversation
 
 WEIGHTS = {"countdown": 0.4, "arithmetic": 0.2, "knights": 0.4}
 

@@ -1,4 +1,4 @@
-"""The part of TRL that we override or call, as ``training/rl/trl.py`` declares it, against the installed TRL.
+"""The part of TRL that we override or call, as ``rl/trl.py`` declares it, against the installed TRL.
 
 A failure here says which name moved; nothing of the trainer can be trusted until it is looked at.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from trl import GRPOTrainer
 
-import training.rl.trl
-from training.rl.trainer import RecursiveTrainer
+import rtap_training.rl.trl
+from rtap_training.rl.trainer import RecursiveTrainer
 
 
 def declared() -> ast.ClassDef:
-    tree = ast.parse(Path(training.rl.trl.__file__).read_text("utf-8"))
+    tree = ast.parse(Path(rtap_training.rl.trl.__file__).read_text("utf-8"))
     return next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.errors import TeacherError
-from training.losses import grpo_loss, trrd_loss
-from training.recipes.verl import questions as recipe_questions
-from training.recipes.verl import trrd
-from training.tasks.base import Question
+from rtap_training.errors import TeacherError
+from rtap_training.losses import grpo_loss, trrd_loss
+from rtap_training.recipes.verl import questions as recipe_questions
+from rtap_training.recipes.verl import trrd
+from rtap_training.tasks.base import Question
 
 FOLDER = Path(trrd.__file__).parent
 HAS_VERL = find_spec("verl") is not None

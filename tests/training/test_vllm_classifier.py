@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.rtap.format import RTAP
-from training.classifier import load_generator, pooled
-from training.examples import Example
-from training.huggingface import encode_text
-from training.rollout import encode_question
+from rtap_core.format import RTAP
+from rtap_training.classifier import load_generator, pooled
+from rtap_training.examples import Example
+from rtap_training.huggingface import encode_text
+from rtap_training.rollout import encode_question
 
 GENERATOR = Path(__file__).parents[2] / "deploy" / "models" / "confidence"
 SCRIPT = """

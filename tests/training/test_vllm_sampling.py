@@ -12,21 +12,21 @@ from typing import Any
 
 import pytest
 
-from server.rtap.format import RTAP, parse_cycle
-from training.huggingface import decode_ids, load_tokenizer
-from training.rollout import MAX_CYCLE_TOKENS
-from training.tokenizer import token_id
+from rtap_core.format import RTAP, parse_cycle
+from rtap_training.huggingface import decode_ids, load_tokenizer
+from rtap_training.rollout import MAX_CYCLE_TOKENS
+from rtap_training.tokenizer import token_id
 
 POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
 SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from training.own_cycles import Asked, build_sampler, sample_chunk
-from training.config import ConfidenceConfig, SamplerKind
-from training.huggingface import load_policy
-from training.questions import held_out_questions
-from training.tasks import TASKS
+from rtap_training.own_cycles import Asked, build_sampler, sample_chunk
+from rtap_training.config import ConfidenceConfig, SamplerKind
+from rtap_training.huggingface import load_policy
+from rtap_training.questions import held_out_questions
+from rtap_training.tasks import TASKS
 
 torch.set_num_threads(1)
 path, wanted = Path(sys.argv[1]), []

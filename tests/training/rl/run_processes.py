@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from transformers import PreTrainedModel
 
-from training.config import build_config
-from training.questions import load_questions
-from training.rl import command
-from training.rl.config import CONFIGS, RlConfig
-from training.rl.lockstep import Request, Written
-from training.rl.trainer import RecursiveTrainer
-from training.tasks.base import Split
+from rtap_training.config import build_config
+from rtap_training.questions import load_questions
+from rtap_training.rl import command
+from rtap_training.rl.config import CONFIGS, RlConfig
+from rtap_training.rl.lockstep import Request, Written
+from rtap_training.rl.trainer import RecursiveTrainer
+from rtap_training.tasks.base import Split
 
 RANK = int(os.environ.get("RANK", "0"))
 

@@ -1,4 +1,4 @@
-"""The accelerate files under training/recipes/accelerate, through accelerate's own parser; nothing is launched."""
+"""The accelerate files under recipes/accelerate, through accelerate's own parser; nothing is launched."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from training.rl.config import RlConfig
+from rtap_training.rl.config import RlConfig
 
-FOLDER = Path(__file__).parents[3] / "training" / "recipes" / "accelerate"
+FOLDER = Path(__file__).parents[3] / "training" / "rtap_training" / "recipes" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
 SHARDED = [file for file in FILES if file.stem != "one_gpu"]
 
@@ -42,7 +42,7 @@ def test_accelerate_reads_every_field(file: Path) -> None:
 @pytest.mark.parametrize("file", SHARDED, ids=names(SHARDED))
 def test_launching_asks_for_fsdp2_with_every_process_loading(file: Path) -> None:
     args, _, _ = _validate_launch_command(
-        launch_command_parser().parse_args(["--config_file", str(file), "-m", "training", "rtap"])
+        launch_command_parser().parse_args(["--config_file", str(file), "-m", "rtap_training", "rtap"])
     )
     environment = prepare_multi_gpu_env(args)
     assert load_config_from_file(str(file)).distributed_type is DistributedType.FSDP
@@ -54,10 +54,10 @@ def test_launching_asks_for_fsdp2_with_every_process_loading(file: Path) -> None
 
 @pytest.mark.parametrize("file", FILES, ids=names(FILES))
 def test_the_commands_in_the_head_use_flags_that_exist(file: Path) -> None:
-    commands = re.findall(r"accelerate launch (--config_file \S+)(.*?)-m training rtap (.*?)…", head(file))
+    commands = re.findall(r"accelerate launch (--config_file \S+)(.*?)-m rtap_training rtap (.*?)…", head(file))
     assert len(commands) == 1
     config, launch, training = commands[0]
-    assert config.split()[1] == f"training/recipes/accelerate/{file.name}"
+    assert config.split()[1] == f"training/rtap_training/recipes/accelerate/{file.name}"
     assert set(re.findall(r"--\w+", launch)) <= {o for a in launch_command_parser()._actions for o in a.option_strings}
     ours = {f"--{name.replace('_', '-')}" for name in RlConfig.__dataclass_fields__}
     assert set(re.findall(r"--[a-z0-9-]+", training)) <= ours

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from training.rl.batches import forward_by_length
+from rtap_training.rl.batches import forward_by_length
 
 PROMPTS = [3, 1, 2, 3, 2]
 COMPLETIONS = [2, 9, 1, 4, 0]

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from server.rtap.types import Cycle, Policy, StopReason, Trajectory
-from training.huggingface import load_policy
-from training.questions import held_out_questions
-from training.rl.generator import OnlineGenerator, load_online_generator
-from training.rl.loading import load_for_training
-from training.rl.measure import Plan, forced_figures, measure, own_figures
-from training.tasks import TASKS
-from training.tasks.base import Question
+from rtap_core.types import Cycle, Policy, StopReason, Trajectory
+from rtap_training.huggingface import load_policy
+from rtap_training.questions import held_out_questions
+from rtap_training.rl.generator import OnlineGenerator, load_online_generator
+from rtap_training.rl.loading import load_for_training
+from rtap_training.rl.measure import Plan, forced_figures, measure, own_figures
+from rtap_training.tasks import TASKS
+from rtap_training.tasks.base import Question
 
 BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
 QUESTION = Question("make 6 from 1, 2, 3", "1+2+3", "countdown")

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from server.rtap.errors import ConfigError
+from rtap_core.errors import ConfigError
+from rtap_training.rl import command
+from rtap_training.rl.config import GrpoConfig
+from rtap_training.rl.runs import last_checkpoint
 from tests.training.rl.tiny import BUNDLED, save_generator, save_policy
-from training.rl import command
-from training.rl.config import GrpoConfig
-from training.rl.runs import last_checkpoint
 
 ROOT = Path(__file__).parents[3]
 UPDATES = 20

@@ -16,17 +16,17 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
-from server.rtap.errors import ConfigError
+from rtap_core.errors import ConfigError
+from rtap_training.errors import TeacherError, TrainingError
+from rtap_training.huggingface import load_tokenizer
+from rtap_training.questions import load_questions
+from rtap_training.rl import command
+from rtap_training.rl.config import GrpoConfig, KdrlConfig, RladConfig, RlConfig, RtapConfig
+from rtap_training.rl.loading import load_for_training
+from rtap_training.rl.lockstep import Written
+from rtap_training.rl.runs import last_checkpoint
+from rtap_training.tasks.base import Split
 from tests.training.rl.tiny import BUNDLED, save_policy
-from training.errors import TeacherError, TrainingError
-from training.huggingface import load_tokenizer
-from training.questions import load_questions
-from training.rl import command
-from training.rl.config import GrpoConfig, KdrlConfig, RladConfig, RlConfig, RtapConfig
-from training.rl.loading import load_for_training
-from training.rl.lockstep import Written
-from training.rl.runs import last_checkpoint
-from training.tasks.base import Split
 
 SMALL = {
     "max_steps": 4, "save_steps": 2, "questions_per_step": 2, "group_size": 4, "micro_batch": 4, "num_questions": 16,

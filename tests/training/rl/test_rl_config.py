@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from server.rtap.errors import ConfigError
-from training.config import build_config
-from training.rl.config import CONFIGS, ClampGradient, GrpoConfig, KdrlConfig, Method, RladConfig, RtapConfig
+from rtap_core.errors import ConfigError
+from rtap_training.config import build_config
+from rtap_training.rl.config import CONFIGS, ClampGradient, GrpoConfig, KdrlConfig, Method, RladConfig, RtapConfig
 
 
 def test_rtap_has_the_papers_settings() -> None:

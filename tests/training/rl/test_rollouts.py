@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from server.rtap.format import RTAP, THINK, TrajectoryFormat
-from training.rl.lockstep import Generate, Request, Written
-from training.rl.rollouts import Asked, Dialect, Rollout, roll_out
+from rtap_core.format import RTAP, THINK, TrajectoryFormat
+from rtap_training.rl.lockstep import Generate, Request, Written
+from rtap_training.rl.rollouts import Asked, Dialect, Rollout, roll_out
 
 # One token a tag, one a character, END ends the turn.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -4,8 +4,8 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from training.rl.lockstep import Request, Written
-from training.rl.rounds import Rounds
+from rtap_training.rl.lockstep import Request, Written
+from rtap_training.rl.rounds import Rounds
 
 SPARE = Request(0, [9], 1)
 Batches = list[list[Request]]

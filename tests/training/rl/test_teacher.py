@@ -9,10 +9,10 @@ import httpx
 import pytest
 import torch
 
+from rtap_training.errors import TeacherError
+from rtap_training.huggingface import load_tokenizer
+from rtap_training.rl.teacher import ROWS_IN_FLIGHT, RemoteTeacher
 from tests.training.rl.tiny import BUNDLED
-from training.errors import TeacherError
-from training.huggingface import load_tokenizer
-from training.rl.teacher import ROWS_IN_FLIGHT, RemoteTeacher
 
 CARD = {"data": [{"id": "big", "max_model_len": 64}]}
 

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from server.rtap.errors import ConfigError
+from rtap_core.errors import ConfigError
+from rtap_training.questions import load_questions
+from rtap_training.rl import command
+from rtap_training.rl.config import RladConfig, RtapConfig
+from rtap_training.rl.dataset import build_dataset, open_image
+from rtap_training.rl.lockstep import Request, Written
+from rtap_training.rl.trainer import RecursiveTrainer
+from rtap_training.tasks.base import PicturedQuestion, Question, Split
 from tests.training.rl.tiny import BUNDLED, save_policy
 from tests.training.rl.tiny_vlm import encoded, picture, save_vlm
-from training.questions import load_questions
-from training.rl import command
-from training.rl.config import RladConfig, RtapConfig
-from training.rl.dataset import build_dataset, open_image
-from training.rl.lockstep import Request, Written
-from training.rl.trainer import RecursiveTrainer
-from training.tasks.base import PicturedQuestion, Question, Split
 
 UPDATES = 10
 

@@ -17,8 +17,8 @@ from transformers import (
     LlavaProcessor,
 )
 
+from rtap_training.huggingface import load_tokenizer
 from tests.training.rl.tiny import BUNDLED
-from training.huggingface import load_tokenizer
 
 SIZE, PATCH = 28, 14
 IMAGE = "<image>"

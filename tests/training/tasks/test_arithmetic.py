@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.tasks.arithmetic import Arithmetic, parse_expression
-from training.tasks.expression import evaluate
+from rtap_training.tasks.arithmetic import Arithmetic, parse_expression
+from rtap_training.tasks.expression import evaluate
 
 TASK = Arithmetic()
 SEEDS = st.integers(0, 2**32)

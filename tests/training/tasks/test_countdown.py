@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.tasks.base import Attempt
-from training.tasks.countdown import Countdown, CountdownProblem, candidates, parse_question
-from training.tasks.expression import evaluate
+from rtap_training.tasks.base import Attempt
+from rtap_training.tasks.countdown import Countdown, CountdownProblem, candidates, parse_question
+from rtap_training.tasks.expression import evaluate
 
 TASK = Countdown()
 SEEDS = st.integers(0, 2**32)

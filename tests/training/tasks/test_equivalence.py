@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.rtap.errors import ConfigError
-from training.tasks.equivalence import MAX_LENGTH, Comparer, Counts
+from rtap_core.errors import ConfigError
+from rtap_training.tasks.equivalence import MAX_LENGTH, Comparer, Counts
 
 CALM = {"equal", "compared", "unreadable_answers"}
 

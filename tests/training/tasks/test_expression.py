@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.tasks.expression import evaluate
+from rtap_training.tasks.expression import evaluate
 
 
 @pytest.mark.parametrize(

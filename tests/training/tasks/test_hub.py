@@ -5,9 +5,9 @@ from typing import Any
 import datasets
 import pytest
 
-from server.rtap.errors import ConfigError
-from training.tasks.base import Question, Split
-from training.tasks.hub import RECIPES, after_hashes, last_boxed, load_dataset_questions
+from rtap_core.errors import ConfigError
+from rtap_training.tasks.base import Question, Split
+from rtap_training.tasks.hub import RECIPES, after_hashes, last_boxed, load_dataset_questions
 
 Key = tuple[str, str | None, str]
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.rtap.errors import ConfigError
-from training.tasks.base import Question, Split
-from training.tasks.jsonl import question_split, read_questions, read_rows
+from rtap_core.errors import ConfigError
+from rtap_training.tasks.base import Question, Split
+from rtap_training.tasks.jsonl import question_split, read_questions, read_rows
 
 GOOD = '{"question": "a?", "answer": "1"}'
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.huggingface import load_tokenizer
-from training.tasks.base import Attempt
-from training.tasks.knights import Knights, KnightsProblem
-from training.tasks.puzzle import parse_puzzle, parse_statement
+from rtap_training.huggingface import load_tokenizer
+from rtap_training.tasks.base import Attempt
+from rtap_training.tasks.knights import Knights, KnightsProblem
+from rtap_training.tasks.puzzle import parse_puzzle, parse_statement
 
 TASK = Knights(2, 8, weights=None)
 SEEDS = st.integers(0, 2**32)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.tasks.knights import Knights
-from training.tasks.puzzle import first_clash, parse_guess, parse_puzzle, parse_statement, solutions
+from rtap_training.tasks.knights import Knights
+from rtap_training.tasks.puzzle import first_clash, parse_guess, parse_puzzle, parse_statement, solutions
 
 TASK = Knights(2, 8, weights=None)
 SEEDS = st.integers(0, 2**32)

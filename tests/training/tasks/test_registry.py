@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.rtap.errors import ConfigError
-from training.tasks import TASKS, check, parse_mix, task_of
-from training.tasks.base import Split, sample_split, split_of
+from rtap_core.errors import ConfigError
+from rtap_training.tasks import TASKS, check, parse_mix, task_of
+from rtap_training.tasks.base import Split, sample_split, split_of
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))

@@ -1,0 +1,101 @@
+"""The vLLM reasoning parser for text that RecursiveEngine has already split: reasoning, ANSWER_MARK, content.
+
+vLLM imports this file by path (``--reasoning-parser-plugin``) in the API process and in the engine process, so that
+chat completions, responses and Anthropic messages all map cycles to reasoning and content the same way.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from typing_extensions import override
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
+from vllm.reasoning import ReasoningParser, ReasoningParserManager
+
+from rtap_core.format import RTAP, THINK
+from rtap_server.http.schema import ANSWER_MARK, REASONING, REASONING_CONTENT, REASONING_PARSER
+
+
+class RecursiveReasoningParser(ReasoningParser):
+    """Split at the mark. ``engine_based_streaming``: vLLM then hands over deltas only and keeps no growing text."""
+
+    engine_based_streaming = True
+
+    def __init__(self, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(tokenizer, *args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
+        self._ended = False
+
+    @cached_property
+    def _close_id(self) -> int | None:
+        """The token that ends reasoning, looked up when it is asked for: a parser is made three times a request."""
+        vocab: dict[str, int] = self.vocab
+        closing = RTAP.answer_open if RTAP.answer_open in vocab else THINK.think_close
+        return vocab.get(closing or "")
+
+    @property
+    @override
+    def reasoning_start_str(self) -> str:
+        return RTAP.think_open
+
+    @property
+    @override
+    def reasoning_end_str(self) -> str:
+        return RTAP.think_close
+
+    @override
+    def has_engine_confirmed_reasoning_end(self) -> bool:
+        return self._ended
+
+    @override
+    def extract_reasoning(self, model_output: str, request: Any) -> tuple[str | None, str | None]:
+        reasoning, _, content = model_output.partition(ANSWER_MARK)
+        return reasoning or None, content or None
+
+    @override
+    def extract_reasoning_streaming(
+        self,
+        previous_text: str,
+        current_text: str,
+        delta_text: str,
+        previous_token_ids: Sequence[int],
+        current_token_ids: Sequence[int],
+        delta_token_ids: Sequence[int],
+    ) -> DeltaMessage | None:
+        reasoning, mark, content = delta_text.partition(ANSWER_MARK)
+        self._ended = self._ended or bool(mark)
+        if not reasoning and not content:
+            return None
+        # A field that is set to nothing would be sent as null; one that vLLM does not know is sent as it is. That would
+        # be so for requests that want no reasoning, too, with content beside it: RecursiveEngine writes no such delta.
+        if not content:
+            both: dict[str, Any] = {REASONING: reasoning, REASONING_CONTENT: reasoning}
+            return DeltaMessage(**both)
+        return DeltaMessage(reasoning=reasoning, content=content) if reasoning else DeltaMessage(content=content)
+
+    def finish_streaming(self) -> DeltaMessage | None:
+        """Nothing is ever held back."""
+        return None
+
+    @override
+    def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
+        # Asked of prompts, whose tags (an earlier turn's, or a user's own) say nothing about what will be written.
+        return False
+
+    # The two below are read in the engine process, for structured outputs: on the ids that a cycle writes.
+
+    @override
+    def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Iterable[int]) -> bool:
+        return self._close_id in set(delta_ids)
+
+    @override
+    def extract_content_ids(self, input_ids: list[int]) -> list[int]:
+        ids = list(input_ids)
+        return ids[len(ids) - ids[::-1].index(self._close_id) :] if self._close_id in ids else []
+
+    @override
+    def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
+        # Only makes vLLM send usage details; the middleware puts in the number, which the ids alone do not tell.
+        return 0
+
+
+ReasoningParserManager.register_module(REASONING_PARSER, True, RecursiveReasoningParser)

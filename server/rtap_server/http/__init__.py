@@ -1,0 +1,1 @@
+"""HTTP around vLLM's routes: authentication, limits, request fields, response rewriting, errors."""

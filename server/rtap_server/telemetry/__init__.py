@@ -1,0 +1,1 @@
+"""Metrics, tracing, logs and feedback statistics."""

@@ -1,0 +1,136 @@
+"""``rtap train``: the training commands. Heavy imports wait until a command runs, so that ``--help`` is quick."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rtap_core.errors import ConfigError, RtapError
+from rtap_core.hints import meant
+from rtap_training.config import (
+    BUNDLED,
+    ConfidenceConfig,
+    CorrectConfig,
+    ImitateConfig,
+    SftConfig,
+    add_flags,
+    build_config,
+)
+from rtap_training.generator_config import GeneratorConfig
+from rtap_training.rl.config import CONFIGS
+
+EVAL_COUNT = 600
+RECIPE = Path("training/rtap_training/recipes/bundled.yaml")
+# Supervised stages: the module whose ``run`` does it, its config, its help.
+STAGES: dict[str, tuple[str, type[Any], str]] = {
+    "sft": ("rtap_training.sft", SftConfig, "cold start of a policy on Think–Answer traces"),
+    "correct": (
+        "rtap_training.corrections",
+        CorrectConfig,
+        "go on from a policy: right cycles after its own wrong ones",
+    ),
+    "imitate": ("rtap_training.imitation", ImitateConfig, "teach a student what its teacher samples right"),
+    "confidence": (
+        "rtap_training.confidence",
+        ConfidenceConfig,
+        "train a confidence generator on a policy's own answers",
+    ),
+    "generator": (
+        "rtap_training.generator",
+        GeneratorConfig,
+        "the same for any Hugging Face model, on questions of your own",
+    ),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rtap train", description="Train what rtap serves.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, kind, what) in STAGES.items():
+        add_flags(commands.add_parser(name, help=what, allow_abbrev=False), kind)
+    for name, kind in CONFIGS.items():
+        add_flags(commands.add_parser(name, help=(kind.__doc__ or "").splitlines()[0], allow_abbrev=False), kind)
+    study = commands.add_parser(
+        "study", help="train and measure the runs of a suite over seeds, and tabulate them", allow_abbrev=False
+    )
+    study.add_argument("suite", type=Path, help="YAML file: title, seeds, baseline, common, runs, measure")
+    study.add_argument("--output", type=Path, required=True, help="folder of results.json and results.md")
+    pipeline = commands.add_parser(
+        "pipeline", help="run the stages of a recipe: the bundled models from nothing", allow_abbrev=False
+    )
+    pipeline.add_argument("--recipe", type=Path, default=RECIPE, help="YAML file of stages (default: %(default)s)")
+    pipeline.add_argument("--folder", type=Path, default=Path("runs/bundled"), help="outputs (default: %(default)s)")
+    pipeline.add_argument("--smoke", action="store_true", help="a few steps a stage: whether the chain holds together")
+    pipeline.add_argument("--install", action="store_true", help="replace the bundled models with what comes out")
+    pipeline.add_argument("--models", type=Path, default=BUNDLED, help="where to install (default: %(default)s)")
+    questions = commands.add_parser("questions", help="write the held-out question files", allow_abbrev=False)
+    questions.add_argument("--output", type=Path, default=BUNDLED / "eval", help="folder (default: %(default)s)")
+    questions.add_argument("--count", type=int, default=EVAL_COUNT, help="questions a task (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    # A worker that spins between steps would take the cores from a server on the same machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    parser = _parser()
+    parsed, unknown = parser.parse_known_args(argv)
+    flags: dict[str, Any] = vars(parsed)
+    command = flags.pop("command")
+    if unknown:
+        kinds: dict[str, type[Any]] = {name: kind for name, (_, kind, _) in STAGES.items()} | dict(CONFIGS)
+        known = [f"--{item.name.replace('_', '-')}" for item in fields(kinds[command])] if command in kinds else []
+        hint = meant(unknown[0].partition("=")[0], known)
+        parser.error(f"{command} knows no {' '.join(unknown)}{hint}; `rtap train {command} --help` lists its flags")
+    try:
+        _run(command, flags)
+    except RtapError as error:
+        sys.stderr.write(f"rtap train: {error}\n")
+        return 2
+    return 0
+
+
+def _run(command: str, flags: dict[str, Any]) -> None:
+    # TRL warns of any vLLM but those it names; the pair that pyproject.toml pins was tried.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    match command:
+        case "questions":
+            from rtap_training.questions import write_held_out
+
+            for path in write_held_out(flags["output"], flags["count"]):
+                sys.stdout.write(f"{path}\n")
+        case "study":
+            from rtap_training import study
+
+            study.run(flags["suite"], flags["output"], _train)
+        case "pipeline":
+            from rtap_training import pipeline
+
+            models = flags["models"] if flags["install"] else None
+            pipeline.run(flags["recipe"], flags["folder"], _train, is_smoke=flags["smoke"], install_into=models)
+        case _:
+            _train(command, flags)
+
+
+def _train(command: str, flags: dict[str, Any]) -> None:
+    """One training stage; ``config`` among the flags is a YAML file."""
+    file: Path | None = flags.pop("config", None)
+    if command in STAGES:
+        module, kind, _ = STAGES[command]
+        import_module(module).run(build_config(kind, file, flags))
+    elif command in CONFIGS:
+        config = build_config(CONFIGS[command], file, flags)
+        from rtap_training.rl import command as rl
+
+        rl.run(config)
+    else:
+        raise ConfigError(f"unknown training command {command!r}; known are {', '.join([*STAGES, *CONFIGS])}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

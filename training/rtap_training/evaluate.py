@@ -1,0 +1,200 @@
+"""``rtap eval``: measure what each stopping rule is worth on question files, against a real server.
+
+Only the arguments are handled here; nothing heavy is imported until they are understood. The work is in
+``rtap_training.evaluation``.
+"""
+
+import argparse
+import asyncio
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+
+from rtap_core.artifact import BUNDLED_MODELS
+from rtap_core.errors import ConfigError
+from rtap_training.evaluation.rules import OWN_SERVER, RULES
+
+if TYPE_CHECKING:
+    from rtap_training.evaluation.plan import Settings
+
+Value = TypeVar("Value")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``rtap eval``. Result: 0; 1 when requests failed; 2 for arguments or servers that cannot work."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    args = _parser().parse_args(arguments[:at])
+    console, error_console = Console(), Console(stderr=True)
+    shown = [text.replace(args.api_key, "…") for text in arguments] if args.api_key else arguments
+    command = shlex.join(["rtap", "eval", *shown])
+    try:
+        return _evaluate(_settings(args, serve_flags=tuple(arguments[at + 1 :]), command=command), console)
+    except ConfigError as error:
+        error_console.print(f"rtap eval: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        error_console.print("rtap eval: stopped; finished runs are kept, --resume goes on from them")
+        return 130
+
+
+def _evaluate(settings: "Settings", console: Console) -> int:
+    from rtap_training.evaluation.conduct import conduct
+    from rtap_training.evaluation.report import show, write_results
+
+    results = asyncio.run(conduct(settings, console))
+    show(results, console)
+    for path in write_results(results, settings.output):
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    if results.errors:
+        console.print(f"{results.errors} requests failed; they are in no figure but `errors`", style="bold red")
+    return 1 if results.errors else 0
+
+
+def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command: str) -> "Settings":
+    from rtap_training.evaluation.client import Load
+    from rtap_training.evaluation.plan import Plan, Settings
+
+    rules = args.policies
+    own_servers = {rule: url for rule in OWN_SERVER if (url := getattr(args, f"{rule}_server")) is not None}
+    if rules is None:  # yesno is for models that learnt to judge; the others, as far as there are servers for them
+        rules = [
+            r for r in RULES if r not in OWN_SERVER or r in own_servers or (r == "logprob" and args.server is None)
+        ]
+    if args.model is not None and args.model_flag is not None:
+        raise ConfigError("the model is given twice, as MODEL and as --model; give it once")
+    plan = Plan(
+        frozenset(rules),
+        tuple(sorted(set(args.thresholds))),
+        {rule: tuple(sorted(set(getattr(args, f"{rule}_thresholds")))) for rule in OWN_SERVER},
+        tuple(sorted(set(args.samples))),
+    )
+    return Settings(
+        plan=plan,
+        load=Load(args.concurrency, args.temperature, args.seed, args.max_cycles, args.max_tokens),
+        questions=tuple(args.questions or _bundled_questions()),
+        limit=args.limit,
+        server=args.server,
+        own_servers=own_servers,
+        model=args.model or args.model_flag,
+        confidence_model=args.confidence_model,
+        serve_flags=serve_flags,
+        api_key=args.api_key,
+        timeout_seconds=args.timeout,
+        ready_seconds=args.ready_timeout,
+        token_budget=args.token_budget,
+        output=args.output,
+        resume=args.resume,
+        command=command,
+    )
+
+
+def _bundled_questions() -> list[Path]:
+    """Held-out questions of what the bundled policy has learnt. A checkout has them, an installed package has not."""
+    folder = BUNDLED_MODELS / "eval"
+    files = [folder / "arithmetic.jsonl", folder / "countdown.jsonl"]
+    if not all(file.is_file() for file in files):
+        raise ConfigError(f"no --questions given, and no bundled ones in {folder}; give a JSONL file")
+    return files
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rtap eval",
+        usage="rtap eval [MODEL] [--questions FILE ...] [flags] [-- flags of the server that is started]",
+        description="Measure accuracy, tokens and time of each stopping rule on question files.",
+        epilog="Example: rtap eval --policies single,confidence --limit 100 -- --max-model-len 1024",
+        allow_abbrev=False,
+    )
+    where = parser.add_argument_group("where to ask (neither --server nor MODEL: serve the bundled models)")
+    where.add_argument("model", nargs="?", metavar="MODEL", help="a model to serve for the time of the evaluation")
+    where.add_argument("--model", dest="model_flag", metavar="PATH", help="the same as MODEL")
+    where.add_argument("--server", metavar="URL", help="a running rtap server")
+    for rule in OWN_SERVER:
+        text = f"one started with --confidence {rule}, for that rule"
+        where.add_argument(f"--{rule}-server", metavar="URL", help=text)
+    where.add_argument("--confidence-model", metavar="PATH", help="its confidence generator")
+    where.add_argument("--api-key", default=os.environ.get("RTAP_API_KEY"), help="(default: RTAP_API_KEY)")
+    what = parser.add_argument_group("what to ask")
+    told = "JSONL: question, answer (default: those of the bundled tasks)"
+    what.add_argument("--questions", type=Path, nargs="+", metavar="FILE", help=told)
+    what.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each task")
+    policies = f"some of {','.join(RULES)} (default: all but yesno)"
+    what.add_argument("--policies", type=_list(_rule), metavar="LIST", help=policies)
+    thresholds = "0.2,0.4,0.6,0.8"
+    _add(what, "--thresholds", _list(_share), thresholds, "of the confidence rule", "LIST")
+    for rule in OWN_SERVER:
+        text = "(default: quantiles of its scores)"
+        what.add_argument(f"--{rule}-thresholds", type=_list(_share), default=[], metavar="LIST", help=text)
+    _add(what, "--samples", _list(_positive), "1,2,4,8", "how many samples vote", "LIST")
+    what.add_argument("--max-cycles", type=_positive, metavar="N", help="cycles at most (default: the server's)")
+    what.add_argument("--max-tokens", type=_positive, metavar="N", help="tokens a reply at most (default: no limit)")
+    _add(what, "--temperature", _temperature, "1.0", "sampling temperature", "T")
+    _add(what, "--seed", int, "0", "every question gets its own seed from it", "S")
+    how = parser.add_argument_group("how to ask, and what comes out")
+    _add(how, "--concurrency", _positive, "32", "requests at a time", "N")
+    _add(how, "--timeout", _positive, "600", "for one request", "SECONDS")
+    _add(how, "--ready-timeout", _positive, "300", "for a server to start", "SECONDS")
+    _add(how, "--token-budget", _share, "0.35", "share of the vote's tokens that the best threshold may spend", "SHARE")
+    _add(how, "--output", Path, "rtap-eval", "folder of report.html, results.{json,csv,md}, the plot", "DIR")
+    how.add_argument("--resume", action="store_true", help="take finished runs of the same settings from DIR/runs")
+    return parser
+
+
+def _add(
+    group: "argparse._ArgumentGroup",  # pyright: ignore[reportPrivateUsage]  # argparse names no public type for it
+    flag: str,
+    kind: Callable[[str], object],
+    default: str,
+    meaning: str,
+    metavar: str,
+) -> None:
+    """A flag whose help shows its default as it would be typed."""
+    group.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{meaning} (default: {default})")
+
+
+def _list(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """Parser of a comma-separated list."""
+
+    def parse(text: str) -> list[Value]:
+        items = [item.strip() for item in text.split(",")]
+        if not all(items):
+            raise argparse.ArgumentTypeError(f"{text!r} must be values with commas between, like 1,2,4")
+        return [kind(item) for item in items]
+
+    return parse
+
+
+def _rule(text: str) -> str:
+    if text not in RULES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no policy; choose from {', '.join(RULES)}")
+    return text
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    return _number(text, high=1.0)
+
+
+def _temperature(text: str) -> float:
+    return _number(text, high=2.0)
+
+
+def _number(text: str, *, high: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0.0 <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to {high:g}")
+    return value

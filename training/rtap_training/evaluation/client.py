@@ -1,0 +1,161 @@
+"""Ask a running rtap server and turn its replies into outcomes. Requests are neither retried nor dropped."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import httpx
+
+from rtap_core.errors import ConfigError
+from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+
+Checker = Callable[[str, str, str], bool]  # (question, answer, reference) -> right?
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How a run asks. seed: base of the per-question seeds; max_cycles, max_tokens, probe_every: None leaves them to
+    the server."""
+
+    concurrency: int
+    temperature: float
+    seed: int
+    max_cycles: int | None = None
+    max_tokens: int | None = None
+    probe_every: int | None = None
+
+
+class RtapServer:
+    """A running server; ``model`` and ``config`` are known once ``connect`` has returned."""
+
+    def __init__(self, base_url: str, *, api_key: str | None, timeout_seconds: float, concurrency: int) -> None:
+        self._base_url = base_url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout_seconds = timeout_seconds
+        self._concurrency = concurrency
+        self.model = ""
+        self.config: Mapping[str, Any] = {}
+
+    async def connect(self) -> Self:
+        """Learn ``model`` and ``config``. Raises ConfigError where no rtap server answers."""
+        async with self._client() as client:
+            self.config = await self._get(client, "/v1/rtap/config")
+            self.model = (await self._get(client, "/v1/models"))["data"][0]["id"]
+        return self
+
+    def _client(self) -> httpx.AsyncClient:
+        """Connections of one run. Not kept for the next: one that idled between two runs may be closed, by vLLM or by
+        httpx's own pool, in the moment in which a request has been given to it."""
+        limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
+        return httpx.AsyncClient(
+            base_url=self._base_url, headers=self._headers, timeout=self._timeout_seconds, limits=limits
+        )
+
+    async def _get(self, client: httpx.AsyncClient, path: str) -> Mapping[str, Any]:
+        try:
+            response = await client.get(path)
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise ConfigError(
+                f"no server answers at {self._base_url} ({reason}); start one with `rtap serve`"
+            ) from error
+        if not response.is_success:
+            hint = "put its key into RTAP_API_KEY" if response.status_code == 401 else "is this an rtap server?"
+            raise ConfigError(f"{self._base_url}{path} answers {response.status_code}; {hint}")
+        return response.json()
+
+    async def _ask(
+        self, client: httpx.AsyncClient, index: int, question: Question, spec: RunSpec, load: Load, check: Checker
+    ) -> Outcome:
+        """One question under one rule. Every failure becomes an outcome with ``error``."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question.text}],
+            "temperature": load.temperature,
+            "seed": question.seed(load.seed),
+            "rtap": {**spec.request(max_cycles=load.max_cycles), "return_cycles": True},
+        }
+        if load.probe_every is not None:
+            body["rtap"]["probe_every"] = load.probe_every
+        if load.max_tokens is not None:
+            body["max_completion_tokens"] = load.max_tokens
+        start = time.perf_counter()
+        try:
+            response = await client.post("/v1/chat/completions", json=body)
+        except httpx.HTTPError as error:
+            return Outcome(index, error=f"{type(error).__name__}: {error}")
+        seconds = time.perf_counter() - start
+        if not response.is_success:
+            return Outcome(index, error=f"HTTP {response.status_code}: {response.text[:300]}")
+        try:
+            return outcome_of(index, question, response.json(), seconds, check)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            return Outcome(index, error=f"reply not understood ({type(error).__name__}: {error})")
+
+    async def run(
+        self,
+        task: str,
+        questions: Sequence[Question],
+        spec: RunSpec,
+        load: Load,
+        check: Checker,
+        *,
+        on_outcome: Callable[[Outcome], None],
+    ) -> Run:
+        """All questions under one rule, ``load.concurrency`` at a time; ``on_outcome`` hears of each as it ends."""
+        waiting = iter(enumerate(questions))
+        outcomes: list[Outcome] = []
+
+        async def work(client: httpx.AsyncClient) -> None:
+            for index, question in waiting:
+                outcome = await self._ask(client, index, question, spec, load, check)
+                outcomes.append(outcome)
+                on_outcome(outcome)
+
+        async with self._client() as client:
+            start = time.perf_counter()
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(min(load.concurrency, len(questions))):
+                    workers.create_task(work(client))
+            wall_seconds = time.perf_counter() - start
+        return Run(task, spec, tuple(sorted(outcomes, key=lambda outcome: outcome.index)), wall_seconds)
+
+
+def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds: float, check: Checker) -> Outcome:
+    """Read one chat completion with its ``rtap`` field. Raises KeyError, TypeError, … where it is not one."""
+    rtap: Mapping[str, Any] = reply["rtap"]
+
+    def is_right(answer: str | None) -> bool:
+        return answer is not None and check(question.text, answer, question.answer)
+
+    cycles = tuple(
+        CycleRecord(
+            answer=cycle["answer"],
+            is_correct=is_right(cycle["answer"]),
+            confidence=cycle["confidence"],
+            tokens=cycle["tokens"],
+            oops_tokens=cycle["oops_tokens"],
+            prompt_tokens=cycle["prompt_tokens"],
+            cached_tokens=cycle["cached_tokens"],
+            seconds=cycle["seconds"],
+            confidence_seconds=cycle["confidence_seconds"] or 0.0,
+        )
+        # samples of a vote are listed as they finish, short ones first: a prefix of that order would be no fair sample
+        for cycle in sorted(rtap["cycles"], key=lambda cycle: cycle["index"])
+    )
+    answer = (reply["choices"][0]["message"]["content"] or "").strip() or None
+    return Outcome(
+        index=index,
+        answer=answer,
+        is_correct=is_right(answer),
+        stop_reason=rtap["stop_reason"],
+        policy_tokens=reply["usage"]["completion_tokens"] + rtap["discarded_tokens"],
+        generator_tokens=rtap["confidence_tokens"],
+        seconds=seconds,
+        first_answer_seconds=rtap["first_answer_seconds"],
+        degraded=rtap.get("degraded"),
+        cycles=cycles,
+    )

@@ -1,0 +1,153 @@
+"""From the outcomes of a run to its figures: accuracy, cost, recursion, and the quality of the confidence."""
+
+import statistics as plain
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rtap_training.evaluation.records import CycleRecord, Run, RunSpec
+from rtap_training.evaluation.rules import MAJORITY, VOTE
+from rtap_training.evaluation.statistics import (
+    Interval,
+    WithinQuestion,
+    brier,
+    expected_calibration_error,
+    global_auroc,
+    mean_interval,
+    wilson_interval,
+    within_question_auroc,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Figures of one run, over the ``n`` answered requests; the ``errors`` failed ones are in no other figure.
+
+    Tokens, cycles and Oops tokens are means per question. wall_seconds, questions_per_second: at the stated
+    concurrency, None for a vote recomputed from another run's samples. later_recomputed_*: prompt tokens that the
+    engine computed again for a cycle that follows another; None where there is none or the server does not tell.
+    unanswered: questions that ended without any answer (they count as wrong). stop_reasons, error_messages: how many
+    of each.
+    """
+
+    task: str
+    spec: RunSpec
+    n: int
+    errors: int
+    accuracy: Interval
+    policy_tokens: Interval
+    generator_tokens: float
+    wall_seconds: float | None
+    questions_per_second: float | None
+    median_seconds: float | None
+    median_first_answer_seconds: float | None
+    cycles: float
+    oops_tokens: float
+    oops_per_1000_tokens: float
+    cached_prompt_tokens: float
+    recomputed_prompt_tokens: float
+    later_recomputed_mean: float | None
+    later_recomputed_max: int | None
+    unanswered: int
+    degraded: int
+    stop_reasons: Mapping[str, int] = field(default_factory=dict[str, int])
+    error_messages: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(frozen=True, slots=True)
+class ConfidenceQuality:
+    """How good the confidence is, over all scored answers of a vote run (``samples`` answers a question).
+
+    best_of: accuracy of taking the most confident of all samples; ceiling: share of questions with a right answer
+    among them. auroc, ece, brier: over all answers together.
+    """
+
+    task: str
+    source: str
+    samples: int
+    scored_answers: int
+    share_right: float
+    within: WithinQuestion | None
+    auroc: float | None
+    ece: float | None
+    brier: float | None
+    best_of: Interval
+    ceiling: Interval
+
+
+def measure(run: Run) -> Measurement:
+    """Figures of one run."""
+    answered = run.answered
+    n = len(answered)
+    cycles = [cycle for outcome in answered for cycle in outcome.cycles]
+    tokens = sum(outcome.policy_tokens for outcome in answered)
+    oops = sum(cycle.oops_tokens for cycle in cycles)
+    first_answers = [o.first_answer_seconds for o in answered if o.first_answer_seconds is not None]
+    timed = run.wall_seconds is not None
+    later = [] if run.spec.rule in (VOTE, MAJORITY) else [c for outcome in answered for c in outcome.cycles[1:]]
+    later_recomputed = [c.prompt_tokens - c.cached_tokens for c in later if c.cached_tokens is not None]
+    return Measurement(
+        task=run.task,
+        spec=run.spec,
+        n=n,
+        errors=len(run.outcomes) - n,
+        accuracy=wilson_interval(sum(outcome.is_correct for outcome in answered), n),
+        policy_tokens=mean_interval([outcome.policy_tokens for outcome in answered]),
+        generator_tokens=_per(sum(outcome.generator_tokens for outcome in answered), n),
+        wall_seconds=run.wall_seconds,
+        questions_per_second=n / run.wall_seconds if run.wall_seconds else None,
+        median_seconds=plain.median(o.seconds for o in answered) if timed and answered else None,
+        median_first_answer_seconds=plain.median(first_answers) if first_answers else None,
+        cycles=_per(len(cycles), n),
+        oops_tokens=_per(oops, n),
+        oops_per_1000_tokens=1000 * _per(oops, tokens),
+        cached_prompt_tokens=_per(sum(c.cached_tokens or 0 for c in cycles), n),
+        recomputed_prompt_tokens=_per(sum(_recomputed(c) for c in cycles), n),
+        later_recomputed_mean=plain.fmean(later_recomputed) if later_recomputed else None,
+        later_recomputed_max=max(later_recomputed, default=None),
+        unanswered=sum(outcome.answer is None for outcome in answered),
+        degraded=sum(outcome.degraded is not None for outcome in answered),
+        stop_reasons=dict(sorted(Counter(outcome.stop_reason for outcome in answered).items())),
+        error_messages=dict(Counter(outcome.error for outcome in run.outcomes if outcome.error is not None)),
+    )
+
+
+def confidence_quality(run: Run, source: str) -> ConfidenceQuality | None:
+    """Quality of the confidence in a vote run; ``source`` names who gave it. None if no answer carries one."""
+    scored = [
+        (outcome.index, cycle.confidence, cycle.is_correct)
+        for outcome in run.answered
+        for cycle in outcome.cycles
+        if cycle.confidence is not None and cycle.answer is not None
+    ]
+    if not scored:
+        return None
+    questions = [index for index, _, _ in scored]
+    scores = [score for _, score, _ in scored]
+    labels = [label for _, _, label in scored]
+    n = len(run.answered)
+    best: dict[int, tuple[float, bool]] = {}
+    for index, score, label in scored:
+        if index not in best or score > best[index][0]:
+            best[index] = (score, label)
+    return ConfidenceQuality(
+        task=run.task,
+        source=source,
+        samples=run.spec.samples or 1,
+        scored_answers=len(scored),
+        share_right=sum(labels) / len(labels),
+        within=within_question_auroc(questions, scores, labels),
+        auroc=global_auroc(scores, labels),
+        ece=expected_calibration_error(scores, labels),
+        brier=brier(scores, labels),
+        best_of=wilson_interval(sum(label for _, label in best.values()), n),
+        ceiling=wilson_interval(sum(any(c.is_correct for c in outcome.cycles) for outcome in run.answered), n),
+    )
+
+
+def _recomputed(cycle: CycleRecord) -> int:
+    return cycle.prompt_tokens - (cycle.cached_tokens or 0)
+
+
+def _per(total: float, n: int) -> float:
+    return total / n if n else 0.0

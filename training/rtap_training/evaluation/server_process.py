@@ -1,0 +1,121 @@
+"""Start an rtap server as a child process, wait until it is ready, and stop it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import httpx
+
+import rtap_core
+from rtap_core.errors import ConfigError
+
+STOP_SECONDS = 30.0
+
+
+def serve_command(model: str | None, confidence_model: str | None, flags: Sequence[str]) -> list[str]:
+    """Command line of ``rtap serve``, without host and port. No model: the bundled one."""
+    command = [sys.executable, "-m", "rtap_server"]
+    if model is not None:
+        command.append(model)
+    if confidence_model is not None:
+        command += ["--confidence-model", confidence_model]
+    return [*command, *flags]
+
+
+@contextmanager
+def running_server(
+    command: Sequence[str], *, log: Path, ready_seconds: float, ready_path: str = "/ready"
+) -> Generator[str]:
+    """Base URL of ``command`` served on a free local port; it and its children end with the context.
+
+    It is ready when ``ready_path`` answers 200. Its output goes to ``log``. Raises ConfigError with the cause
+    from the log when it ends or takes too long.
+    """
+    port = _free_port()
+    base_url = f"http://127.0.0.1:{port}"
+    # the child must import the same checkout, wherever this command was started
+    checkout = str(Path(rtap_core.__path__[0]).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # so that the engines it starts can be stopped with it
+        )
+    try:
+        with _signals_unwind():
+            _wait_until_ready(process, base_url + ready_path, log, ready_seconds)
+            yield base_url
+    finally:
+        _stop(process)
+
+
+@contextmanager
+def _signals_unwind() -> Generator[None]:
+    """Let signals that would end this process at once raise SystemExit instead, so that the server does not outlive
+    it. Signals that somebody already handles or ignores (nohup) are left alone."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    taken: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        taken = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path, ready_seconds: float) -> None:
+    deadline = time.monotonic() + ready_seconds
+    with httpx.Client(timeout=5.0) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise ConfigError(f"the server ended before it was ready: {_cause(log)} (whole log: {log})")
+            with suppress(httpx.TransportError):  # not listening yet
+                if client.get(address).is_success:
+                    return
+            time.sleep(0.25)
+    raise ConfigError(f"the server was not ready after {ready_seconds:.0f} s: {_cause(log)} (whole log: {log})")
+
+
+def _cause(log: Path) -> str:
+    """The sentence of the log that says why: the server's own, else the first error raised, else the last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    own = [line for line in lines if re.match(r"rtap serve: (?!loading |ready at )", line)]
+    # at the start of a line, or behind vLLM's log prefix
+    raised = [found[1] for line in lines if (found := re.search(r"(?:^|\] )([A-Z]\w*(?:Error|Exception): .*)", line))]
+    return next(iter([*own, *raised, *reversed(lines)]), "it wrote nothing")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server's whole session: politely, then for certain."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what the server left behind
+    process.wait()

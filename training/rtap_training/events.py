@@ -1,0 +1,112 @@
+"""What TensorBoard shows of a stage beside its curve: figures of what the model writes, and a table of samples.
+
+Not here: which figures there are of a reinforcement-learning step (``rl/figures.py``, TRL).
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from rtap_training.rollout import Trajectory
+
+FOLDER, TAG = "tensorboard", "samples"  # of a run; of its table
+SHOWN = ("within_auroc", "global_auroc", "ece", "brier")  # of a judgement; the manifest has more
+MAX_ROWS = 12  # of a table
+_MAX_TEXT = 600  # characters of a cell
+
+
+class Checked(Protocol):
+    """A cycle whose answer was looked at."""
+
+    @property
+    def answer(self) -> str | None: ...
+
+    @property
+    def is_right(self) -> bool: ...
+
+
+class Turn(Protocol):
+    """What was written to one question."""
+
+    @property
+    def cycles(self) -> Sequence[Checked]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One turn as a reader of the table wants it. confidence: of the last cycle; None where nothing scored it."""
+
+    question: str
+    text: str
+    cycles: int
+    tokens: int
+    is_right: bool
+    confidence: float | None = None
+
+
+def samples_table(samples: Sequence[Sample]) -> str:
+    """Markdown, as TensorBoard renders text; at most MAX_ROWS of them."""
+    lines = ["| right | confidence | cycles | tokens | question | written |", "|---|---|---|---|---|---|"]
+    for s in samples[:MAX_ROWS]:
+        confidence = "–" if s.confidence is None else f"{s.confidence:.3f}"
+        verdict = "yes" if s.is_right else "no"
+        lines.append(f"| {verdict} | {confidence} | {s.cycles} | {s.tokens} | {_cell(s.question)} | {_cell(s.text)} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Literal text of one line: neither tags nor bars of it may shape the table."""
+    short = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
+    escaped = short.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]|~#])", r"\\\1", " ".join(escaped.split()))
+
+
+def open_events(folder: Path, *, resumed_at: int) -> Any:
+    """A writer of TensorBoard events; those of an earlier run from its start are dropped, as its log is."""
+    from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+    if resumed_at == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    return cast(Any, SummaryWriter)(str(folder), purge_step=resumed_at + 1)
+
+
+def add_events(folder: Path, step: int, scalars: Mapping[str, float], samples: Mapping[str, Sequence[Sample]]) -> None:
+    """Scalars, and a table for each entry of ``samples``, beside what the folder holds."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    events = cast(Any, SummaryWriter)(str(folder))
+    for name, value in scalars.items():
+        events.add_scalar(name, value, step)
+    for name, rows in samples.items():
+        events.add_text(name, samples_table(rows), step)
+    events.close()
+
+
+def scalars_of(
+    trajectories: Sequence[Trajectory], texts: Sequence[str], count_oops: Callable[[str], int]
+) -> dict[str, float]:
+    """Means over trajectories, whose texts are ``texts``."""
+    tokens = sum(len(c.ids) for t in trajectories for c in t.cycles)
+    return means_over(trajectories, tokens=tokens, oops=sum(map(count_oops, texts)))
+
+
+def means_over(turns: Sequence[Turn], *, tokens: int, oops: int) -> dict[str, float]:
+    """Means over turns. tokens, oops: in all of them."""
+    count = max(1, len(turns))
+    return {
+        "first_right": sum(t.cycles[0].is_right for t in turns) / count,
+        "right": sum(t.cycles[-1].is_right for t in turns) / count,
+        "cycles": sum(len(t.cycles) for t in turns) / count,
+        "tokens": tokens / count,
+        "oops_per_1000_tokens": 1000 * oops / max(1, tokens),
+    }
+
+
+def last_confidences(turns: Sequence[Turn], scores: Sequence[float]) -> list[float | None]:
+    """``scores``: of all cycles with an answer, in order. None for a turn whose last cycle has no answer."""
+    rest = iter(scores)
+    rows = [[None if c.answer is None else next(rest) for c in t.cycles] for t in turns]
+    return [row[-1] if row else None for row in rows]

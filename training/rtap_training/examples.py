@@ -1,0 +1,123 @@
+"""What a confidence generator is trained and judged on: single cycles, labelled, with their balance weights.
+
+Balance is the paper's (R-TAP eq. 6): within each question right and wrong cycles weigh the same in sum. Questions
+whose cycles are all right or all wrong have no contrast; eq. 6 is undefined there, so they get a smaller total weight
+and only teach the general level. Synthetic pairs (a right working and hard wrong ones) give most of them contrast.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from rtap_core.format import RTAP
+from rtap_training.tasks.base import Attempt, Problem
+
+PAIRS = 4
+"""Pairs a question and epoch. Ours: more would only repeat the same questions sooner."""
+
+Row = tuple[int, tuple[int, ...], bool]
+"""Question index, prompt and cycle ids, right or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One distinct cycle of one question. ``count``: how often it was sampled."""
+
+    question: int
+    ids: tuple[int, ...]
+    is_right: bool
+    count: int
+    weight: float = 0.0
+
+
+def collect(rows: Iterable[Row]) -> list[Example]:
+    """Merge equal rows; order of first appearance."""
+    counts = Counter(rows)
+    return [Example(question, ids, is_right, count) for (question, ids, is_right), count in counts.items()]
+
+
+def balance(examples: Sequence[Example], *, global_weight: float) -> list[Example]:
+    """Set the weights: a question's right cycles sum to 1/2, its wrong ones to 1/2; without contrast all sum to
+    ``global_weight``."""
+    totals: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for example in examples:
+        totals[example.question][example.is_right] += example.count
+    weighted: list[Example] = []
+    for e in examples:
+        wrong, right = totals[e.question]
+        if wrong and right:
+            weight = e.count / (2 * (right if e.is_right else wrong))
+        else:
+            weight = global_weight * e.count / (wrong + right)
+        weighted.append(Example(e.question, e.ids, e.is_right, e.count, weight))
+    return weighted
+
+
+def group(examples: Sequence[Example], batch_tokens: int) -> list[list[Example]]:
+    """Batches of similar length: rows times longest row within ``batch_tokens``."""
+    groups: list[list[Example]] = [[]]
+    for example in sorted(examples, key=lambda e: len(e.ids)):
+        if groups[-1] and (len(groups[-1]) + 1) * len(example.ids) > batch_tokens:
+            groups.append([])
+        groups[-1].append(example)
+    return groups
+
+
+def read_once(
+    rows: Sequence[tuple[int, ...]], batch_tokens: int, read: Callable[[Sequence[Example]], Sequence[float]]
+) -> list[float]:
+    """``read`` of every row of ids, in batches; equal rows are read once."""
+    values: dict[tuple[int, ...], float] = {}
+    distinct = [Example(0, ids, False, 1) for ids in dict.fromkeys(rows)]
+    for batch in group(distinct, batch_tokens) if distinct else []:
+        values |= {example.ids: value for example, value in zip(batch, read(batch), strict=True)}
+    return [values[ids] for ids in rows]
+
+
+def pair_batches(examples: Sequence[Example], rng: Random, batch_tokens: int) -> list[list[Example]]:
+    """One pairwise epoch: batches of right and wrong cycles in turn, each two of one question and of similar length.
+
+    Every question with contrast gives the same number of pairs, drawn as often as their cycles were sampled.
+    """
+    sides: defaultdict[int, tuple[list[Example], list[Example]]] = defaultdict(lambda: ([], []))
+    for example in examples:
+        sides[example.question][example.is_right].append(example)
+    pairs: list[tuple[Example, Example]] = []
+    for wrong, right in sides.values():
+        if wrong and right:
+            drawn = (rng.choices(side, [e.count for e in side], k=PAIRS) for side in (right, wrong))
+            pairs += zip(*drawn, strict=True)
+    rng.shuffle(pairs)  # so that pairs of equal length meet others in every epoch
+    batches: list[list[Example]] = [[]]
+    for pair in sorted(pairs, key=_longer):
+        if batches[-1] and (len(batches[-1]) + 2) * _longer(pair) > batch_tokens:
+            batches.append([])
+        batches[-1] += pair
+    rng.shuffle(batches)
+    return batches
+
+
+def _longer(pair: tuple[Example, Example]) -> int:
+    return max(len(e.ids) for e in pair)
+
+
+def synthetic_texts(problem: Problem, rng: Random, pairs: int) -> list[tuple[str, bool]]:
+    """``pairs`` right and wrong cycles as text; half of the wrong ones lie in ways a sampler rarely does, where the
+    task has such lies."""
+    texts: list[tuple[str, bool]] = []
+    for _ in range(pairs):
+        right = problem.right_attempt(rng)
+        wrong = problem.wrong_attempt(rng, [])
+        doubt = problem.doubt(rng, wrong.value) if wrong and rng.random() < 0.4 else ""
+        texts.append((cycle_text(right, doubt), True))
+        false = problem.false_attempt(rng) if rng.random() < 0.5 else None
+        miss = wrong if false is None else false
+        if miss is not None:
+            texts.append((cycle_text(miss, doubt), False))
+    return texts
+
+
+def cycle_text(attempt: Attempt, doubt: str) -> str:
+    """A cycle as the policy would write it."""
+    return RTAP.render_cycle(doubt + "".join(s.text for s in attempt.think), attempt.answer.text)

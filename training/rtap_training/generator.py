@@ -1,0 +1,230 @@
+"""Train a confidence generator for any Hugging Face model on a user's own questions (``rtap train generator``).
+
+Label by the checkers what the model samples, train, calibrate, judge; go on after any kill. The bundled models'
+generator has a command of its own (``confidence.py``), with made-up cycles and a second witness. Not here:
+the sampling (``generator_samples.py``), and one step (``rl/generator.py``).
+"""
+
+import gc
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from random import Random
+from time import monotonic
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rtap_core.artifact import CERTAIN, NUM_BINS, Fusion
+from rtap_core.errors import ConfigError
+from rtap_training.calibration import Bools, Floats, best_threshold, figures, fit_platt, histogram, sigmoid
+from rtap_training.checkpoint import manifest, sha256
+from rtap_training.config import run_dir
+from rtap_training.errors import TrainingError
+from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
+from rtap_training.generator_config import GeneratorConfig
+from rtap_training.generator_samples import Turn, clean_up, sample
+from rtap_training.huggingface import cast_to, save_checkpoint
+from rtap_training.optim import Budget
+from rtap_training.progress import Progress
+from rtap_training.questions import Question, load_questions
+from rtap_training.rl.generator import LabelledCycle, OnlineGenerator
+from rtap_training.rl.loading import load_for_training
+from rtap_training.runs import States, check_resumable, plain
+from rtap_training.runtime import configure_torch
+from rtap_training.tasks.base import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Cycles:
+    """Scored cycles in the order of their turns. logits: of the generator alone."""
+
+    logits: Floats
+    labels: Bools
+    questions: list[int]
+    is_first: Bools
+
+
+def run(config: GeneratorConfig) -> None:
+    """Sample, train, calibrate, judge on held-out questions, save, and print the figures. Raises ConfigError.
+
+    Goes on from the run's last state, and from what was sampled, where there is something.
+    """
+    check_resumable(config.output, config)
+    configure_torch(config.threads, config.seed)
+    fitting, validation, held_out = _questions(config)
+    loaded = load_for_training(config.policy)
+    if loaded.sees_images:
+        raise ConfigError(f"{config.policy} is a vision-language model; a generator reads text alone")
+    parts = (("fitting", fitting), ("validation", validation), ("held-out", held_out))
+    sampled = [sample(loaded, part, config, name, config.seed + i) for i, (name, part) in enumerate(parts)]
+    cycles = _labelled(sampled[0])
+    _check_contrast([c.is_right for c in cycles], "training")
+    _check_contrast([c.is_right for c in _labelled(sampled[1])], "validation")
+    dialect, tokenizer = loaded.dialect, loaded.tokenizer
+    del loaded
+    gc.collect()
+    states = States(run_dir(config.output), plain(config), data_sha256=sha256(json.dumps(cycles)))
+    model = _fresh(config, pad_id=cast(int, tokenizer.pad_token_id))
+    generator = OnlineGenerator(
+        model, learning_rate=config.learning_rate, iterations=1, global_weight=config.global_weight, average=_alone
+    )
+    training = _train(generator, _batches(cycles, config), config, states)
+    cast_to(model, torch.bfloat16)  # what is saved is what is judged
+    cast_to(model, torch.float32)
+    known, unseen = _score(generator, sampled[1]), _score(generator, sampled[2])
+    slope, offset = fit_platt(known.logits, known.labels)
+    threshold = best_threshold(sigmoid(slope * known.logits + offset), known.labels)
+    confidences = sigmoid(slope * unseen.logits + offset)
+    judged = asdict(figures(confidences, unseen.labels, unseen.questions))
+    fusion = Fusion(bias=round(offset, 4), generator=round(slope, 4), logprob_mean=0.0, logprob_min=0.0)
+    calibration = {"bins": NUM_BINS, "reference": histogram(confidences[unseen.is_first]), "held_out": judged}
+    cast(Any, model.config).rtap = {
+        "format": dialect.format.name, "kind": "confidence", "threshold": threshold, "fusion": fusion.model_dump(),
+        "calibration": calibration,
+    }  # fmt: skip
+    summary = training | {"threshold": threshold, "held_out": judged}
+    _show(config, training["steps"], judged, held_out, sampled[2], confidences)
+    data = "\n".join(q.identity for q in (*fitting, *validation))
+    record = manifest("rtap train generator", config, data=data, seconds=training["seconds"], figures=summary)
+    cast_to(model, torch.bfloat16)
+    save_checkpoint(config.output, model, tokenizer, record)
+    clean_up(states)
+    sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+
+
+def _alone(_: Sequence[Tensor]) -> None:
+    """The mean over one process."""
+
+
+def _questions(config: GeneratorConfig) -> tuple[list[Question], list[Question], list[Question]]:
+    """To fit on, to calibrate on, and to judge on; no question in two of them."""
+    known = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
+    held_out = load_questions(config.questions, Split.HELD_OUT, seed=config.seed, count=config.eval_questions)
+    kept = max(1, round(config.validation_share * len(known)))
+    if kept >= len(known):
+        raise ConfigError(f"{config.questions} has {len(known)} training questions; give more")
+    return known[kept:], known[:kept], held_out
+
+
+# Samples.
+
+
+def _labelled(turns: Sequence[Turn]) -> list[LabelledCycle]:
+    """Finished cycles; those without an answer teach nothing."""
+    return [
+        LabelledCycle(str(t.question), (*t.prompt_ids, *c.ids), c.is_right)
+        for t in turns
+        for c in t.cycles
+        if c.answer is not None
+    ]
+
+
+def _check_contrast(labels: Sequence[bool], whose: str) -> None:
+    if sum(labels) in (0, len(labels)):
+        raise ConfigError(
+            f"{sum(labels)} of {len(labels)} finished answers to the {whose} questions are right, so there is nothing "
+            "to tell apart; take other questions, more of them, more samples or more max_cycle_tokens"
+        )
+
+
+# Training and judgement.
+
+
+def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
+    """The policy's body (R-TAP app. A) under a fresh head of one label."""
+    cast(Any, torch).manual_seed(config.seed)
+    factory = cast(Any, AutoModelForSequenceClassification)
+    try:
+        model = factory.from_pretrained(config.policy, num_labels=1, dtype=torch.float32)
+    except ValueError as error:
+        raise ConfigError(f"transformers has no sequence classifier of {config.policy}'s kind: {error}") from error
+    model.config.pad_token_id = pad_id  # else nothing tells where a padded row ends
+    return cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _batches(cycles: Sequence[LabelledCycle], config: GeneratorConfig) -> list[list[LabelledCycle]]:
+    """What each step of all epochs learns from: the cycles of some questions. Raises ConfigError where no question
+    teaches anything."""
+    by_question: dict[str, list[LabelledCycle]] = {}
+    for cycle in cycles:
+        by_question.setdefault(cycle.question, []).append(cycle)
+    names = [n for n, own in by_question.items() if config.global_weight or len({c.is_right for c in own}) == 2]
+    if not names:
+        raise ConfigError("no question has right and wrong answers; take more samples, or a global_weight above 0")
+    rng, size = Random(config.seed), config.questions_per_step
+    batches: list[list[LabelledCycle]] = []
+    for _ in range(config.epochs):
+        rng.shuffle(names)
+        batches += ([c for name in names[k : k + size] for c in by_question[name]] for k in range(0, len(names), size))
+    return batches
+
+
+def _train(
+    generator: OnlineGenerator, batches: Sequence[list[LabelledCycle]], config: GeneratorConfig, states: States
+) -> dict[str, Any]:
+    """All steps, or those after the last state. Raises TrainingError when the loss is not finite."""
+    last = states.last
+    shared, own = states.load(last) if last is not None else ({}, {})
+    budget = Budget(0.0, len(batches), used=shared.get("seconds", 0.0), steps=shared.get("steps", 0))
+    progress, saved = Progress("generator", states.folder, budget), monotonic()
+    if last is not None:
+        generator.load_state_dict(shared["generator"])
+        progress.load_state_dict(shared["progress"])
+        torch.set_rng_state(own["torch"])
+    with progress:
+        for batch in batches[budget.steps :]:
+            loss = generator.update(batch)
+            if loss is None or not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss is {loss} at step {budget.steps + 1}; {states.last_words}. A lower learning_rate "
+                    f"usually helps; a run with another needs another output, or {states.folder} removed"
+                )
+            budget.steps += 1
+            progress.record(loss, rows=len(batch), tokens=sum(len(c.ids) for c in batch))
+            is_step = config.save_steps > 0 and budget.steps % config.save_steps == 0
+            is_time = monotonic() - saved > config.save_minutes * 60
+            if is_step or is_time or budget.steps == len(batches):
+                state = {"generator": generator.state_dict(), "progress": progress.state_dict()}
+                steps = {"steps": budget.steps, "seconds": budget.seconds}
+                states.save(budget.steps, state | steps, {"torch": torch.get_rng_state()})
+                saved = monotonic()
+    return progress.summary()
+
+
+def _score(generator: OnlineGenerator, turns: Sequence[Turn]) -> Cycles:
+    found = [(t, i, (*t.prompt_ids, *c.ids)) for t in turns for i, c in enumerate(t.cycles) if c.answer is not None]
+    p = np.array(generator.score([ids for _, _, ids in found]), dtype=np.float64).clip(CERTAIN, 1 - CERTAIN)
+    return Cycles(
+        np.log(p / (1 - p)),
+        np.array([t.cycles[i].is_right for t, i, _ in found], dtype=np.bool_),
+        [t.question for t, _, _ in found],
+        np.array([i == 0 for _, i, _ in found], dtype=np.bool_),
+    )
+
+
+def _show(
+    config: GeneratorConfig,
+    step: int,
+    judged: dict[str, Any],
+    questions: Sequence[Question],
+    turns: Sequence[Turn],
+    confidences: Floats,
+) -> None:
+    """The judgement in TensorBoard, as the other stages have it."""
+    last = last_confidences(turns, confidences.tolist())
+    samples = [
+        Sample(
+            questions[t.question].question, "".join(c.text for c in t.cycles), len(t.cycles), t.tokens, t.is_right, p
+        )
+        for t, p in zip(turns, last, strict=True)
+    ]  # fmt: skip
+    tokens, oops = sum(t.tokens for t in turns), sum(c.oops_tokens for t in turns for c in t.cycles)
+    scalars = {f"held_out/{name}": value for name, value in means_over(turns, tokens=tokens, oops=oops).items()}
+    scalars |= {f"held_out/confidence/{name}": judged[name] for name in SHOWN if judged[name] is not None}
+    add_events(run_dir(config.output) / FOLDER, step, scalars, {TAG: samples})

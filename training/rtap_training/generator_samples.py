@@ -1,0 +1,153 @@
+"""What a Hugging Face model writes on a user's questions, in its own chat template and trajectory format.
+
+Kept in the run's folder until the run has succeeded, so that one that was killed samples only what is missing. Not
+here: the loop that is sampled (``rl/rollouts.py``), and the file (``samples.py``).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+
+from rtap_core.errors import ConfigError
+from rtap_training.config import run_dir
+from rtap_training.generator_config import GeneratorConfig
+from rtap_training.huggingface import cast_to
+from rtap_training.rl.loading import Loaded
+from rtap_training.rl.lockstep import Request, Written
+from rtap_training.rl.rollouts import Asked, RolledCycle, Rollout, roll_out
+from rtap_training.runs import States
+from rtap_training.samples import header, read_or_make
+from rtap_training.tasks import check
+from rtap_training.tasks.base import Question
+
+CHUNK_ROWS = 256  # trajectories that a kill costs at most
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One sampled trajectory. question: its index. tokens: how many were written, with what the loop opened."""
+
+    question: int
+    prompt_ids: tuple[int, ...]
+    cycles: tuple[RolledCycle, ...]
+    tokens: int
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the last cycle is right."""
+        return self.cycles[-1].is_right
+
+
+def sample(loaded: Loaded, questions: Sequence[Question], config: GeneratorConfig, part: str, seed: int) -> list[Turn]:
+    """``samples`` trajectories of every question, those of one side by side. part: names the file that keeps them."""
+    prompts = [prompt_ids(loaded, q.question) for q in questions]
+    identities = [json.dumps([p, q.answer]) for p, q in zip(prompts, questions, strict=True)]
+    first = header(
+        config.policy, identities, sampler="transformers", samples=config.samples, max_cycles=config.max_cycles,
+        seed=seed,
+    )  # fmt: skip
+    _to_device(loaded)
+
+    def ask(index: int) -> Asked:
+        question = questions[index]
+
+        def is_right(answer: str) -> bool:
+            return check(question.question, answer, question.answer)
+
+        return Asked(str(index), prompts[index], is_right)
+
+    def make(indices: Sequence[int], chunk_seed: int) -> list[str]:
+        cast(Any, torch).manual_seed(chunk_seed)
+        rollouts = roll_out(
+            [ask(i) for i in indices for _ in range(config.samples)],
+            lambda requests: write(loaded, requests, config.batch_rows),
+            loaded.dialect,
+            max_cycles=config.max_cycles,
+            max_tokens=config.max_cycles * config.max_cycle_tokens,
+            max_cycle_tokens=config.max_cycle_tokens,
+        )
+        return [_render(rollouts[k : k + config.samples]) for k in range(0, len(rollouts), config.samples)]
+
+    file = run_dir(config.output) / f"samples-{part}.jsonl"
+    first |= {"max_cycle_tokens": config.max_cycle_tokens}
+    return [turn for line in read_or_make(file, first, make, chunk_rows=CHUNK_ROWS) for turn in _parse(line)]
+
+
+def clean_up(states: States) -> None:
+    """After success: states and samples go, the log stays."""
+    states.remove()
+    for file in states.folder.glob("samples-*.jsonl"):
+        file.unlink()
+
+
+def _render(rollouts: Sequence[Rollout]) -> str:
+    """One question's."""
+    rows = [
+        [len(r.completion_ids), [[c.ids, c.text, c.answer, c.is_right, c.oops_tokens] for c in r.cycles]]
+        for r in rollouts
+    ]
+    return json.dumps({"question": int(rollouts[0].question), "prompt": rollouts[0].prompt_ids, "samples": rows})
+
+
+def _parse(line: str) -> list[Turn]:
+    content = json.loads(line)
+    return [
+        Turn(
+            content["question"],
+            tuple(content["prompt"]),
+            tuple(RolledCycle(tuple(ids), *rest) for ids, *rest in cycles),
+            tokens,
+        )
+        for tokens, cycles in content["samples"]
+    ]
+
+
+def prompt_ids(loaded: Loaded, question: str) -> list[int]:
+    """A question alone in the model's chat template, as the server renders it. Raises ConfigError without one."""
+    tokenizer = cast(Any, loaded.tokenizer)
+    if not tokenizer.chat_template:
+        raise ConfigError("the policy's tokenizer has no chat template, so nothing says how it is asked; add one")
+    messages = [{"role": "user", "content": question}]
+    text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return loaded.dialect.encode(text)
+
+
+def _to_device(loaded: Loaded) -> None:
+    """A GPU where there is one, and there in bfloat16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cast(Any, loaded.model).to(device).eval()
+    if device == "cuda":
+        cast_to(loaded.model, torch.bfloat16)
+
+
+@torch.inference_mode()
+def write(loaded: Loaded, requests: Sequence[Request], batch_rows: int) -> list[Written]:
+    """Continue every request at temperature 1, similar lengths together."""
+    dialect, model = loaded.dialect, cast(Any, loaded.model)
+    ends = sorted(dialect.end_of_turn_ids | dialect.cycle_end_ids)
+    pad_id = cast(int, loaded.tokenizer.pad_token_id)
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+    written: dict[int, Written] = {}
+    for start in tqdm(range(0, len(order), batch_rows), desc="sampling", unit="batch", leave=False):
+        rows = order[start : start + batch_rows]
+        prompts = [requests[i].prompt_ids for i in rows]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[*[pad_id] * (width - len(p)), *p] for p in prompts], device=model.device)
+        mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=model.device)
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+            max_new_tokens=max(requests[i].max_tokens for i in rows), eos_token_id=ends, pad_token_id=pad_id,
+        )  # fmt: skip
+        fresh = cast(list[list[int]], output[:, width:].tolist())
+        for i, row in zip(rows, fresh, strict=True):
+            written[i] = Written(_until(row, ends)[: requests[i].max_tokens], None)
+    return [written[i] for i in range(len(requests))]
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Up to the first end, which is kept."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]

@@ -1,0 +1,49 @@
+"""The calls into transformers whose types are partly unknown, each once, behind typed functions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from rtap_core.errors import ConfigError
+from rtap_training.checkpoint import replacing, write_manifest
+
+
+def load_policy(path: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """A policy in fp32 for evaluation, and its tokenizer. Raises ConfigError when ``path`` is no such checkpoint."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is no checkpoint (no config.json); train one with `rtap train sft`")
+    model = cast(Qwen3ForCausalLM, cast(Any, Qwen3ForCausalLM).from_pretrained(path, dtype=torch.float32))
+    return model.eval(), load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint."""
+    return cast(PreTrainedTokenizerFast, cast(Any, AutoTokenizer).from_pretrained(path))
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids of a text, nothing added."""
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def decode_ids(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """Text of ids, specials included."""
+    return cast(str, cast(Any, tokenizer).decode(list(ids)))
+
+
+def cast_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the dtype of all weights in place."""
+    cast(Any, model).to(dtype)
+
+
+def save_checkpoint(output: Path, model: PreTrainedModel, processor: Any, record: Mapping[str, Any]) -> None:
+    """Write model, its tokenizer or processor, and manifest to ``output`` in one swap, in the dtype the model has."""
+    with replacing(output) as folder:
+        cast(Any, model).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
+        write_manifest(folder, record)

@@ -1,0 +1,200 @@
+"""Judge a generator on held-out questions: AUROCs, calibration, and the choice among samples against what is free.
+
+The generator is judged as it is served, joined with the policy's log-probabilities where a fusion was fitted, and
+alone. What is free: a majority vote, and the policy's own log-probabilities of what it wrote. Not here: the formulas
+(``calibration.py``, ``choice.py``) and the judgement under a server (``rtap eval``).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+
+from rtap_core.artifact import Fusion
+from rtap_core.format import RTAP
+from rtap_training.calibration import (
+    Bools,
+    Floats,
+    auroc,
+    figures,
+    fit_logistic,
+    intervals,
+    within_question_auroc,
+)
+from rtap_training.choice import Sample, compare
+from rtap_training.classifier import confidences
+from rtap_training.rollout import SampledCycle, Trajectory
+from rtap_training.tokenizer import token_id
+
+GENERATOR, ALONE = "generator", "generator_alone"
+"""The confidence that is served, and what the generator says of itself; the same where nothing is fused."""
+LOGPROB_RULES = ("logprob_mean", "logprob_min", "logprob_answer")
+"""Mean and smallest log-probability of a cycle's tokens; mean of those between the answer's tags."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Scores and labels of all cycles with an answer, their questions, and the first cycles of each question."""
+
+    scores: Floats
+    labels: Bools
+    questions: list[int]
+    first_cycles: list[list[Sample]]
+
+
+@dataclass(frozen=True, slots=True)
+class Witnesses:
+    """What is known of each cycle with an answer, in the order of the trajectories: the generator's probability, and
+    the log-probability rules over what the policy sampled in it."""
+
+    cycles: list[tuple[Trajectory, SampledCycle]]
+    probabilities: Floats
+    logprobs: list[dict[str, float]]
+
+    @property
+    def labels(self) -> Bools:
+        """Whether each is right."""
+        return np.array([c.is_right for _, c in self.cycles], dtype=np.bool_)
+
+    def confidences(self, fusion: Fusion | None) -> Floats:
+        """As they are served."""
+        return self.probabilities if fusion is None else np.array([fusion.joined(*seen) for seen in self._seen()])
+
+    def fit(self) -> Fusion:
+        """The fusion that describes these cycles best; starts from the generator alone."""
+        features = np.array([Fusion.features(*seen) for seen in self._seen()])
+        weights = fit_logistic(features, self.labels, np.array([0.0, 1.0, 0.0, 0.0]))
+        bias, generator, mean, smallest = (round(float(w), 4) for w in weights)
+        return Fusion(bias=bias, generator=generator, logprob_mean=mean, logprob_min=smallest)
+
+    def _seen(self) -> Iterator[tuple[float, float, float]]:
+        """What a fusion joins, of each cycle."""
+        for probability, known in zip(self.probabilities.tolist(), self.logprobs, strict=True):
+            yield probability, known["logprob_mean"], known["logprob_min"]
+
+
+def witness(
+    model: Qwen3ForSequenceClassification,
+    policy: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    trajectories: Sequence[Trajectory],
+    batch_tokens: int,
+) -> Witnesses:
+    """Score every cycle alone with its question, and read what the policy sampled in it after all that came before."""
+    cycle_open = token_id(tokenizer, RTAP.cycle_open)
+    cycles: list[tuple[Trajectory, SampledCycle]] = []
+    sampled: list[tuple[list[int], tuple[int, ...]]] = []
+    for trajectory in trajectories:
+        context = list(trajectory.prompt)
+        for depth, cycle in enumerate(trajectory.cycles):
+            if cycle.answer is not None:
+                cycles.append((trajectory, cycle))
+                # The loop opens later cycles, so the policy sampled what follows.
+                sampled.append(([*context, cycle_open], cycle.ids[1:]) if depth else (context[:], cycle.ids))
+            context += cycle.ids
+    logprobs = logprob_scores(policy, sampled, token_id(tokenizer, RTAP.answer_open or ""), batch_tokens)
+    probabilities = confidences(model, [(*t.prompt, *c.ids) for t, c in cycles], batch_tokens)
+    return Witnesses(cycles, np.array(probabilities, dtype=np.float64), logprobs)
+
+
+def judge_task(
+    model: Qwen3ForSequenceClassification,
+    policy: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    trajectories: Sequence[Trajectory],
+    batch_tokens: int,
+    fusion: Fusion | None = None,
+) -> Judged:
+    """Confidences of all cycles, and every rule's scores of first ones."""
+    known = witness(model, policy, tokenizer, trajectories, batch_tokens)
+    scores = known.confidences(fusion)
+    rules = {
+        id(cycle): free | {GENERATOR: float(score), ALONE: float(alone)}
+        for (_, cycle), free, score, alone in zip(
+            known.cycles, known.logprobs, scores, known.probabilities, strict=True
+        )
+    }
+    samples: dict[int, list[Sample]] = {}
+    for trajectory in trajectories:
+        first = trajectory.cycles[0]
+        sample = Sample(first.answer, first.is_right, rules.get(id(first), {}))
+        samples.setdefault(trajectory.question, []).append(sample)
+    return Judged(scores, known.labels, [t.question for t, _ in known.cycles], list(samples.values()))
+
+
+def report(judged: Mapping[str, Judged]) -> dict[str, Any]:
+    """Figures of each task, and of ``all`` together."""
+    return {name: _figures(part) for name, part in {**judged, "all": pool(list(judged.values()))}.items()}
+
+
+def pool(parts: Sequence[Judged]) -> Judged:
+    """One judgement over all; the tasks' questions are not mixed up."""
+    questions: list[int] = []
+    for part in parts:
+        start = 1 + max(questions, default=-1)
+        questions += [start + q for q in part.questions]
+    return Judged(
+        np.concatenate([p.scores for p in parts]),
+        np.concatenate([p.labels for p in parts]),
+        questions,
+        [q for p in parts for q in p.first_cycles],
+    )
+
+
+def _figures(judged: Judged) -> dict[str, Any]:
+    if not len(judged.scores):
+        return {"cycles": 0}
+    own = asdict(figures(judged.scores, judged.labels, judged.questions))
+    return own | {
+        "intervals": intervals(judged.scores, judged.labels, judged.questions),
+        "first_cycles": _rankings(judged.first_cycles),
+        "choice": compare(judged.first_cycles, generator=GENERATOR, baselines=(ALONE, *LOGPROB_RULES)),
+    }
+
+
+def _rankings(questions: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+    """AUROCs of every rule over first cycles with an answer, where the rules can be compared."""
+    rows = [(index, s) for index, samples in enumerate(questions) for s in samples if s.answer is not None]
+    labels = np.array([s.is_right for _, s in rows], dtype=np.bool_)
+    ranked: dict[str, Any] = {}
+    for rule in (GENERATOR, ALONE, *LOGPROB_RULES):
+        scores = np.array([s.scores[rule] for _, s in rows], dtype=np.float64)
+        within, _ = within_question_auroc(scores, labels, [index for index, _ in rows])
+        ranked[rule] = {"within_auroc": _known(within), "global_auroc": _known(auroc(scores, labels))}
+    return ranked
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else round(value, 4)
+
+
+@torch.inference_mode()
+def logprob_scores(
+    policy: Qwen3ForCausalLM, rows: Sequence[tuple[Sequence[int], tuple[int, ...]]], answer_open: int, batch_tokens: int
+) -> list[dict[str, float]]:
+    """The rules' scores of rows of (prompt, cycle); equal rows are read once."""
+    policy.eval()
+    distinct = sorted(dict.fromkeys((tuple(p), c) for p, c in rows), key=lambda row: len(row[0]) + len(row[1]))
+    scores: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[str, float]] = {}
+    while distinct:
+        size = max(1, min(len(distinct), batch_tokens // (len(distinct[-1][0]) + len(distinct[-1][1]))))
+        batch, distinct = distinct[-size:], distinct[:-size]  # longest first: the last row fixes the width
+        width = max(len(p) + len(c) for p, c in batch)
+        ids = torch.tensor([[*p, *c, *[0] * (width - len(p) - len(c))] for p, c in batch])  # right-padded, unread
+        logps = policy(input_ids=ids[:, :-1], use_cache=False).logits.float().log_softmax(-1)
+        sampled = cast(torch.Tensor, logps).gather(-1, ids[:, 1:, None])[..., 0]  # (B, T - 1)
+        for (prompt, cycle), row in zip(batch, sampled, strict=True):
+            own = row[len(prompt) - 1 : len(prompt) + len(cycle) - 1].double().numpy()
+            scores[prompt, cycle] = _rule_scores(own, cycle, answer_open)
+    return [scores[tuple(p), c] for p, c in rows]
+
+
+def _rule_scores(logps: Floats, cycle: Sequence[int], answer_open: int) -> dict[str, float]:
+    """logps (T,) of the tokens of ``cycle``, which ends with its closing tag. A cycle without answer uses all."""
+    opened = max((i for i, token in enumerate(cycle) if token == answer_open), default=-1)
+    answer = logps[opened + 1 : -1] if opened < len(cycle) - 2 else logps
+    values = (logps.mean(), logps.min(), answer.mean())
+    return {rule: float(value) for rule, value in zip(LOGPROB_RULES, values, strict=True)}

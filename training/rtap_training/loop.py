@@ -1,0 +1,133 @@
+"""The training loop of ``sft`` and ``confidence``: budget, schedule, log, and states to resume from after any kill.
+
+A run of ``max_steps`` steps that was killed and started again gives the curve and the weights of one that was not; a
+run of some minutes counts those it has used. What a step computes is the caller's.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from time import monotonic
+from types import TracebackType
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from rtap_training.errors import TrainingError
+from rtap_training.optim import Budget, descend, schedule
+from rtap_training.parallel import rank, synchronised
+from rtap_training.progress import Progress
+from rtap_training.runs import States
+from rtap_training.streams import Stream
+
+
+class LoopConfig(Protocol):
+    """Settings of the loop. 0 in ``max_steps``: train ``minutes``; in ``save_steps``: save by minutes alone."""
+
+    @property
+    def minutes(self) -> float: ...
+    @property
+    def max_steps(self) -> int: ...
+    @property
+    def save_steps(self) -> int: ...
+    @property
+    def save_minutes(self) -> float: ...
+    @property
+    def warmup_share(self) -> float: ...
+
+
+class Loop:
+    """``with Loop(...) as loop: while loop.goes_on(): loop.descend(...)``, in every process."""
+
+    def __init__(
+        self,
+        name: str,
+        config: LoopConfig,
+        states: States,
+        *,
+        model: Module,
+        optimisers: Sequence[torch.optim.Optimizer],
+        stream: Stream[Any],
+    ) -> None:
+        self._config = config
+        self._states = states
+        self._model = model
+        self._optimisers = optimisers
+        self._stream = stream
+        self._factor = 0.0
+        self._saved = monotonic()
+        last = states.last
+        shared, own = states.load(last) if last is not None else ({}, {})
+        self._saved_step: int = shared.get("steps", 0)
+        self._budget = Budget(config.minutes, config.max_steps, used=shared.get("seconds", 0.0), steps=self._saved_step)
+        self._progress = Progress(name, states.folder, self._budget, is_shown=rank() == 0)
+        if last is not None:
+            self._load(shared, own)
+
+    def __enter__(self) -> "Loop":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+
+    def goes_on(self) -> bool:
+        """Whether there is another step to take. Saves when it is time, and after the last step.
+
+        The first process's clock decides, so that all take the same number of steps at the same rates.
+        """
+        steps, config = self._budget.steps, self._config
+        is_time = monotonic() - self._saved > config.save_minutes * 60
+        done, is_time = synchronised(self._budget.progress, float(is_time))
+        is_step = config.save_steps > 0 and steps % config.save_steps == 0
+        if steps > self._saved_step and (is_step or is_time or done >= 1):
+            self._save()
+        self._factor = schedule(done, warmup_share=config.warmup_share)
+        return done < 1
+
+    def descend(self, loss: Tensor, *, rows: int, tokens: int) -> None:
+        """One step down ``loss``. Raises TrainingError when loss or gradient is not finite."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._broken(f"the loss is {value}")
+        try:
+            descend(loss, self._optimisers, factor=self._factor)
+        except FloatingPointError as error:
+            raise self._broken(str(error)) from error
+        self._budget.steps += 1
+        self._progress.record(value, rows=rows, tokens=tokens)
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of the run so far; rows and tokens are of the first process, the others read as many."""
+        return self._progress.summary()
+
+    def _broken(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} at step {self._budget.steps + 1}; {self._states.last_words}. Lower rates usually help; a run with "
+            f"others needs another output, or {self._states.folder} removed"
+        )
+
+    def _save(self) -> None:
+        shared = {
+            "model": self._model.state_dict(),
+            "optimisers": [o.state_dict() for o in self._optimisers],
+            "steps": self._budget.steps,
+            "seconds": self._budget.seconds,
+            "progress": self._progress.state_dict(),
+        }
+        own = {"stream": self._stream.state_dict(), "python": random.getstate(), "torch": torch.get_rng_state()}
+        self._states.save(self._budget.steps, shared, own)
+        self._saved, self._saved_step = monotonic(), self._budget.steps
+
+    def _load(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        self._model.load_state_dict(shared["model"])
+        for optimiser, state in zip(self._optimisers, shared["optimisers"], strict=True):
+            cast(Any, optimiser).load_state_dict(state)
+        self._progress.load_state_dict(shared["progress"])
+        self._stream.load_state_dict(own["stream"])
+        random.setstate(own["python"])
+        torch.set_rng_state(own["torch"])

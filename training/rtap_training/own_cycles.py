@@ -1,0 +1,135 @@
+"""What a policy writes on training questions: sampled, checked, and kept on disk until the run has succeeded."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Generic, Protocol, TypeVar
+
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from rtap_training.config import SamplerKind, run_dir
+from rtap_training.rollout import (
+    Continue,
+    Sampler,
+    Trajectory,
+    TransformersSampler,
+    VllmSampler,
+    sample_trajectories,
+    sampler_kind,
+)
+from rtap_training.runs import States
+from rtap_training.samples import header, read_or_sample
+from rtap_training.tasks import TASKS, parse_mix
+from rtap_training.tasks.base import Problem, Split, sample_split
+
+
+class SamplingConfig(Protocol):
+    """Settings of the sampling. ``samples`` trajectories of ``max_cycles`` cycles at most for each question."""
+
+    @property
+    def policy(self) -> Path: ...
+    @property
+    def output(self) -> Path: ...
+    @property
+    def samples_file(self) -> Path | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def tasks(self) -> str: ...
+    @property
+    def questions(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def max_cycles(self) -> int: ...
+    @property
+    def sampler(self) -> SamplerKind: ...
+    @property
+    def threads(self) -> int: ...
+
+
+Config = TypeVar("Config", bound=SamplingConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(Generic[Config]):
+    """A policy, and how its cycles come about."""
+
+    policy: Qwen3ForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    config: Config
+
+
+def training_problems(config: SamplingConfig) -> tuple[list[Problem], list[str]]:
+    """Training problems and a phrasing of each, tasks interleaved."""
+    rng, shares = Random(config.seed), parse_mix(config.tasks)
+    problems: list[Problem] = []
+    questions: list[str] = []
+    for _ in range(config.questions):
+        name = rng.choices(list(shares), list(shares.values()))[0]
+        problem = sample_split(TASKS[name], rng, Split.TRAIN)
+        problems.append(problem)
+        questions.append(problem.phrase(rng))
+    return problems, questions
+
+
+def build_sampler(asked: Asked[Config]) -> Sampler:
+    """What the config wants, on this machine."""
+    if sampler_kind(asked.config.sampler) is SamplerKind.VLLM:
+        return VllmSampler(asked.config.policy, threads=asked.config.threads)
+    return TransformersSampler(asked.policy)
+
+
+def sample_training(asked: Asked[Config], sampler: Sampler, questions: Sequence[str]) -> list[Trajectory]:
+    """Trajectories of the training questions, kept in a file until the run has succeeded, or longer if it is named."""
+    config = asked.config
+    file = config.samples_file or run_dir(config.output) / "samples.jsonl"
+    return sample(asked, sampler, file, questions, config.samples, config.seed)
+
+
+def sampled_turns(asked: Asked[Config]) -> tuple[list[Problem], list[Trajectory]]:
+    """Training problems, and trajectories of them: ``problems[t.question]`` is what trajectory ``t`` answers."""
+    problems, questions = training_problems(asked.config)
+    with closing(build_sampler(asked)) as sampler:
+        return problems, sample_training(asked, sampler, questions)
+
+
+def sample(
+    asked: Asked[Config], sampler: Sampler, file: Path, questions: Sequence[str], samples: int, seed: int
+) -> list[Trajectory]:
+    """What ``file`` has, and the rest."""
+    kind = sampler_kind(asked.config.sampler)
+    first = header(
+        asked.config.policy, questions, sampler=kind, samples=samples, max_cycles=asked.config.max_cycles, seed=seed
+    )
+
+    def chunk(indices: Sequence[int], chunk_seed: int) -> list[Trajectory]:
+        return sample_chunk(asked, sampler.seeded(chunk_seed), questions, indices, samples)
+
+    return read_or_sample(file, first, chunk)
+
+
+def sample_chunk(
+    asked: Asked[Config], write: Continue, questions: Sequence[str], indices: Sequence[int], samples: int
+) -> list[Trajectory]:
+    """Trajectories of ``questions[i]`` for i in ``indices``, each with i as its question."""
+
+    def check(index: int, answer: str) -> bool:
+        return any(task.check(questions[indices[index]], answer) for task in TASKS.values())
+
+    trajectories = sample_trajectories(
+        write, asked.tokenizer, [questions[i] for i in indices], check,
+        samples=samples, max_cycles=asked.config.max_cycles, max_positions=asked.policy.config.max_position_embeddings,
+    )  # fmt: skip
+    for trajectory in trajectories:
+        trajectory.question = indices[trajectory.question]
+    return trajectories
+
+
+def clean_up(states: States) -> None:
+    """After success: states and samples go, logs and plot stay."""
+    states.remove()
+    for file in (*states.folder.glob("samples.jsonl"), *states.folder.glob("held_out-*.jsonl")):
+        file.unlink()

@@ -1,0 +1,51 @@
+"""The bundled policy's architecture: a Qwen3 of about three million parameters, and its Hugging Face config."""
+
+from typing import Any, cast
+
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rtap_training.config import SftConfig
+from rtap_training.tasks.trajectory import TURN_END
+from rtap_training.tokenizer import pad_id, token_id
+
+MAX_POSITIONS = 1024
+
+
+def policy_config(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    """Qwen3 with tied embeddings, full attention, and the ``rtap`` block the server reads."""
+    settings = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=token_id(tokenizer, TURN_END),
+        pad_token_id=pad_id(tokenizer),
+    )
+    cast(Any, settings).rtap = {"format": "rtap"}
+    return settings
+
+
+def build_policy(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Fresh weights from torch's global generator."""
+    model = Qwen3ForCausalLM(policy_config(config, tokenizer))
+    model.generation_config = generation_config(tokenizer)
+    return model
+
+
+def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """Plain sampling at temperature 1; the turn's end stops it."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        bos_token_id=None,
+        eos_token_id=token_id(tokenizer, TURN_END),
+        pad_token_id=pad_id(tokenizer),
+    )

@@ -1,0 +1,224 @@
+"""Run one reinforcement-learning command: load, check, resume or start, train, save what ``rtap serve`` loads."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from time import monotonic
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.utils import add_fused_lm_head
+
+from rtap_core.errors import ConfigError
+from rtap_training.checkpoint import manifest
+from rtap_training.events import FOLDER
+from rtap_training.huggingface import cast_to, save_checkpoint
+from rtap_training.questions import Question, load_questions
+from rtap_training.rl.config import RlConfig
+from rtap_training.rl.dataset import build_dataset
+from rtap_training.rl.generator import OnlineGenerator, load_online_generator
+from rtap_training.rl.loading import Loaded, load_for_training
+from rtap_training.rl.parts import Parts
+from rtap_training.rl.runs import JsonLog, SamplesTable, check_same_run, describe, last_checkpoint
+from rtap_training.rl.teacher import LocalTeacher, RemoteTeacher, Teacher, check_same_tokens, load_teacher
+from rtap_training.rl.trainer import RecursiveTrainer
+from rtap_training.runs import step_of
+from rtap_training.runtime import configure_torch
+from rtap_training.tasks import check
+from rtap_training.tasks.base import Split
+
+
+def run(config: RlConfig) -> None:
+    """Train to ``config.output``; goes on from the run's last whole checkpoint where there is one."""
+    configure_torch(config.threads, config.seed)
+    checkpoint = last_checkpoint(config.run_dir)
+    if checkpoint is not None:
+        check_same_run(checkpoint, config)
+    questions = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
+    loaded = load_for_training(config.policy)
+    trainer = build_trainer(config, loaded, questions)
+    log = JsonLog(
+        config.run_dir / "train.jsonl",
+        resumed_at=step_of(checkpoint) if checkpoint else 0,
+        is_writer=trainer.is_world_process_zero(),
+    )
+    trainer.add_callback(log)
+    is_first = trainer.is_world_process_zero()
+    trainer.add_callback(SamplesTable(config.run_dir / FOLDER, lambda: trainer.samples, is_writer=is_first))
+    started = monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # needs every process
+    if trainer.is_world_process_zero():
+        data = "\n".join(q.question for q in questions)
+        record = manifest(f"rtap train {config.method}", config, data=data, seconds=monotonic() - started,
+                          figures=log.last)  # fmt: skip
+        _save(config, trainer, weights, loaded, record)
+        sys.stdout.write(json.dumps(log.last, indent=2) + "\n")
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.end_training()  # waits for the writer
+
+
+def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question]) -> RecursiveTrainer:
+    """The trainer with all its parts; nothing has been generated or written yet."""
+
+    def is_right(row: int, answer: str) -> bool:
+        return check(questions[row].question, answer, questions[row].answer)
+
+    parts = Parts(loaded.dialect, is_right, None, None, record=lambda: describe(config))
+    trainer = RecursiveTrainer(
+        config=config,
+        parts=parts,
+        args=trl_arguments(config),
+        model=loaded.model,
+        processing_class=loaded.processor,
+        train_dataset=build_dataset(questions, sees_images=loaded.sees_images),
+    )
+    parts.generator = _generator(config, loaded, trainer)
+    parts.teacher = _teacher(config, loaded, trainer)
+    return trainer
+
+
+def trl_arguments(config: RlConfig) -> GRPOConfig:
+    """Our config in TRL's words. Losses and advantages are ours, so TRL's switches for them stay unused."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is used knowingly, and pinned
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / FOLDER)
+    # Else transformers fills weights in one process of a machine and FSDP those of the policy in the others; nobody
+    # fills those of generator, teacher and TRL's reference model, which then differ from process to process.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    rows = _rows_of_a_process(config, int(os.environ.get("WORLD_SIZE", "1")))
+    micro_batch = min(config.micro_batch, rows)
+    vllm: dict[str, Any] = {}
+    if config.vllm != "none":
+        # Long rows multiply small differences to nothing under sequence masking (trl#4772), so: per token, cut at 2.
+        vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_mode": "token_truncate",
+                "vllm_importance_sampling_clip_max": 2.0}  # fmt: skip
+        if config.vllm != "colocate":
+            vllm |= {"vllm_mode": "server", "vllm_server_base_url": config.vllm}
+    return GRPOConfig(
+        output_dir=str(config.run_dir),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=rows // micro_batch,
+        num_generations=config.group_size,
+        num_iterations=config.num_iterations,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        beta=config.beta,
+        epsilon=config.clip_low,
+        epsilon_high=config.clip_high,
+        loss_type="grpo",
+        max_completion_length=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=config.repetition_penalty,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        seed=config.seed,
+        report_to=["tensorboard"],
+        use_cpu=not torch.cuda.is_available(),
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **vllm,
+    )
+
+
+def _rows_of_a_process(config: RlConfig, num_processes: int) -> int:
+    rows, rest = divmod(config.generation_rows, num_processes)
+    if rest or rows % min(config.micro_batch, max(rows, 1)):
+        raise ConfigError(
+            f"group_size*questions_per_step={config.generation_rows} sequences over {num_processes} processes cannot "
+            f"be read in micro batches of {config.micro_batch}; change questions_per_step or micro_batch"
+        )
+    return rows
+
+
+def _generator(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> OnlineGenerator | None:
+    if config.confidence is None:
+        return None
+    model = load_online_generator(config.confidence)
+    readable = cast(int, cast(Any, model).get_input_embeddings().num_embeddings)
+    if readable < len(loaded.tokenizer):
+        raise ConfigError(
+            f"{config.confidence} reads {readable} token ids, the policy has {len(loaded.tokenizer)}; "
+            "train the generator from this policy"
+        )
+    cast(Any, model).to(trainer.accelerator.device)
+
+    def average(tensors: Sequence[Tensor]) -> None:
+        if trainer.accelerator.num_processes > 1:
+            for tensor in tensors:
+                tensor.copy_(cast(Tensor, trainer.accelerator.reduce(tensor, reduction="mean")))
+
+    return OnlineGenerator(
+        model,
+        learning_rate=config.generator_rate,
+        iterations=config.generator_iterations,
+        global_weight=config.generator_global_weight,
+        average=average,
+    )
+
+
+def _teacher(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> Teacher | None:
+    if config.teacher is None:
+        return None
+    if loaded.sees_images:
+        raise ConfigError("a teacher reads token ids only, so it cannot score what a vision-language policy saw")
+    if config.teacher.startswith(("http://", "https://")):
+        if config.temperature != 1:
+            raise ConfigError("a remote teacher scores at temperature 1; set temperature to 1 or use a local teacher")
+        remote = RemoteTeacher(config.teacher)
+        if remote.context_length is not None and config.max_tokens >= remote.context_length:
+            raise ConfigError(
+                f"max_tokens={config.max_tokens} leaves no room for a prompt in the teacher's context of "
+                f"{remote.context_length}; lower it, or serve the teacher with a larger --max-model-len"
+            )
+        remote.check_same_tokens(loaded.tokenizer)
+        return remote
+    model = load_teacher(config.teacher)
+    check_same_tokens(loaded.tokenizer, cast(Any, AutoTokenizer).from_pretrained(config.teacher))
+    add_fused_lm_head(model, temperature=config.temperature)
+    cast(Any, model).to(trainer.accelerator.device)
+    return LocalTeacher(model, trainer.log_probs)
+
+
+def _save(
+    config: RlConfig, trainer: RecursiveTrainer, weights: dict[str, Tensor], loaded: Loaded, record: dict[str, Any]
+) -> None:
+    """Policy and generator, each in one swap."""
+    write_model(config.output, loaded.model, weights, loaded.processor, record)
+    if trainer.parts.generator is not None:
+        output = config.confidence_output or config.output.with_name(f"{config.output.name}-confidence")
+        generator = trainer.parts.generator.model
+        # Fitted to a policy that is no more; a fresh fit is `rtap train confidence`.
+        block = cast(dict[str, Any], getattr(generator.config, "rtap", None) or {})
+        for name in ("fusion", "threshold", "calibration"):
+            block.pop(name, None)
+        write_model(output, generator, generator.state_dict(), loaded.tokenizer, record)
+
+
+def write_model(
+    output: Path, model: PreTrainedModel, weights: dict[str, Tensor], processor: Any, record: dict[str, Any]
+) -> None:
+    """``weights`` in bf16 as a checkpoint of ``model``'s kind, with its tokenizer or processor and manifest.
+
+    The live model stays as it is, and may hold only its share of the weights.
+    """
+    with torch.device("meta"):
+        copy = cast(Any, type(model))(deepcopy(model.config))
+    copy.load_state_dict(weights, assign=True)
+    copy.tie_weights()
+    cast_to(copy, torch.bfloat16)
+    if hasattr(model, "generation_config"):  # a classifier has none
+        copy.generation_config = model.generation_config
+    save_checkpoint(output, copy, processor, record)

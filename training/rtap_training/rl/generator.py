@@ -1,0 +1,135 @@
+"""The confidence generator during reinforcement learning: scores cycles, and learns from them before the policy does.
+
+Own optimiser, own state in the checkpoint. Any ``…ForSequenceClassification`` checkpoint with one label works. Not
+here: what the scores are worth (``rewards.py``) and the training before RL (``confidence.py``).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rtap_core.errors import ConfigError
+from rtap_training.examples import Example, balance, collect, group, read_once
+from rtap_training.rl.rollouts import Rollout
+
+BATCH_TOKENS = 8192
+MAX_GRADIENT_NORM = 1.0
+
+
+class LabelledCycle(NamedTuple):
+    """One finished cycle. ``ids``: of prompt and cycle."""
+
+    question: str
+    ids: tuple[int, ...]
+    is_right: bool
+
+
+def labelled_cycles(rollouts: Iterable[Rollout]) -> list[LabelledCycle]:
+    """What a generator can learn from these rollouts; cycles without an answer teach nothing."""
+    return [
+        LabelledCycle(r.question, (*r.prompt_ids, *c.ids), c.is_right)
+        for r in rollouts
+        for c in r.cycles
+        if c.answer is not None
+    ]
+
+
+class OnlineGenerator:
+    """A generator that follows the policy.
+
+    average: replaces each tensor by its mean over the processes; called once an update, in every process.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        learning_rate: float,
+        iterations: int,
+        global_weight: float,
+        average: Callable[[Sequence[Tensor]], None],
+    ) -> None:
+        self.model = model.train()
+        self._iterations = iterations
+        self._global_weight = global_weight
+        self._average = average
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimiser = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0)
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
+        """Confidence in [0, 1] of every row of prompt and cycle ids; equal rows are read once."""
+        self.model.eval()
+        return read_once(rows, BATCH_TOKENS, lambda batch: cast(Any, self._logits(batch).sigmoid()).tolist())
+
+    def update(self, cycles: Sequence[LabelledCycle], *, rank: int = 0, num_processes: int = 1) -> float | None:
+        """Balanced cross-entropy (R-TAP eq. 6) on these cycles, ``iterations`` times.
+
+        ``cycles``: those of all processes, the same list in each, because the balance is over whole questions and a
+        question's rollouts may lie on several. Each process reads its share of them. Returns the first iteration's
+        loss, that of cycles not yet learnt; None where no question has contrast.
+        """
+        names = {name: index for index, name in enumerate(dict.fromkeys(c.question for c in cycles))}
+        rows = ((names[c.question], c.ids, c.is_right) for c in cycles)
+        examples = [e for e in balance(collect(rows), global_weight=self._global_weight) if e.weight]
+        # The mean over processes must come out as the sum over all examples.
+        scale = num_processes / sum(e.weight for e in examples) if examples else 0.0
+        share = sorted(examples, key=lambda e: len(e.ids))[rank::num_processes]
+        first: float | None = None
+        self.model.train()
+        for _ in range(self._iterations):
+            loss = self._descend(share, scale)
+            first = loss if first is None else first
+        return first if examples else None
+
+    def _descend(self, examples: Sequence[Example], scale: float) -> float:
+        self._optimiser.zero_grad(set_to_none=False)
+        loss = torch.zeros((), device=self._parameters[0].device)
+        for batch in group(examples, BATCH_TOKENS) if examples else []:
+            logits = self._logits(batch)
+            labels = torch.tensor([float(e.is_right) for e in batch], device=logits.device)
+            weights = torch.tensor([e.weight * scale for e in batch], device=logits.device)
+            part = (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weights).sum()
+            cast(Any, part).backward()
+            loss += part.detach()
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._average([loss, *(p.grad for p in self._parameters if p.grad is not None)])
+        torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
+        cast(Any, self._optimiser).step()
+        return loss.item()
+
+    def _logits(self, batch: Sequence[Example]) -> Tensor:
+        """(B,) in fp32. Right-padded: the model pools each row's last token that is not padding."""
+        pad_id = cast(int, self.model.config.pad_token_id)
+        width = max(len(e.ids) for e in batch)
+        device = self._parameters[0].device
+        ids = torch.tensor([[*e.ids, *[pad_id] * (width - len(e.ids))] for e in batch], device=device)
+        lengths = torch.tensor([len(e.ids) for e in batch], device=device)
+        mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
+        return cast(Any, self.model)(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimiser."""
+        return {"model": self.model.state_dict(), "optimiser": self._optimiser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self.model.load_state_dict(state["model"])
+        self._optimiser.load_state_dict(state["optimiser"])
+
+
+def load_online_generator(path: Path) -> PreTrainedModel:
+    """The checkpoint in fp32. Raises ConfigError when it is none, or has not exactly one label."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is no checkpoint (no config.json); train one with `rtap train confidence`")
+    model = cast(Any, AutoModelForSequenceClassification).from_pretrained(path, dtype=torch.float32)
+    if model.config.num_labels != 1 or model.config.pad_token_id is None:
+        raise ConfigError(f"{path} must be a sequence classifier with one label and a pad token")
+    return cast(PreTrainedModel, model)

@@ -1,0 +1,170 @@
+"""Measure a policy on held-out questions without a server: the same loop and stop rules, on plain transformers.
+
+For tables of many small runs, where starting vLLM for each would cost more than measuring. What users are promised is
+measured through the real server by ``rtap eval``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from rtap_core.recursion import FinalEvent, Recursion
+from rtap_core.stopping import majority
+from rtap_core.types import Confidence, Cycle, Judged, Limits, Policy, Score, Select, Trajectory
+from rtap_training.calibration import within_question_auroc
+from rtap_training.questions import Question
+from rtap_training.rl.generator import OnlineGenerator
+from rtap_training.rl.lockstep import Lockstep, Request, RowEngine, Written, in_lockstep
+from rtap_training.rl.rollouts import Dialect
+from rtap_training.rollout import TransformersSampler, encode_question
+from rtap_training.tasks import check
+
+NEVER = 2.0  # a threshold that no confidence reaches
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """samples: trajectories a question under policy ``model``. forced: trajectories that are made to write all
+    ``max_cycles`` cycles, for what stopping by confidence would have returned at ``threshold``."""
+
+    max_cycles: int = 4
+    samples: int = 8
+    forced: int = 2
+    threshold: float = 0.55
+    max_cycle_tokens: int = 160
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Scorer:
+    """The generator as ``rtap_core.types.Confidence``; one row at a time is enough for measuring."""
+
+    generator: OnlineGenerator
+
+    async def score(self, judged: Judged) -> Score:
+        ids = (*judged.question_token_ids, *judged.cycle_token_ids)
+        return Score(self.generator.score([ids])[0], len(ids))
+
+
+def measure(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    dialect: Dialect,
+    generator: OnlineGenerator | None,
+    questions: Sequence[Question],
+    plan: Plan,
+) -> dict[str, float | None]:
+    """Figures by name. Shares are of questions (or of trajectories), tokens and cycles are means a trajectory."""
+    model.eval()
+    own = _run(model, tokenizer, dialect, None, questions, plan.samples,
+               Limits(Policy.MODEL, max_cycles=plan.max_cycles, select=Select.LAST), plan)  # fmt: skip
+    figures = own_figures(own, questions)
+    if plan.forced:
+        scorer = None if generator is None else _Scorer(generator)
+        limits = Limits(Policy.CONFIDENCE, threshold=NEVER, max_cycles=plan.max_cycles)
+        forced = _run(model, tokenizer, dialect, scorer, questions, plan.forced, limits, plan)
+        figures |= forced_figures(forced, questions, plan.threshold, is_scored=generator is not None)
+    return figures
+
+
+def _run(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    dialect: Dialect,
+    confidence: Confidence | None,
+    questions: Sequence[Question],
+    samples: int,
+    limits: Limits,
+    plan: Plan,
+) -> list[list[Trajectory]]:
+    """``samples`` trajectories of every question."""
+    prompts = [encode_question(tokenizer, q.question) for q in questions for _ in range(samples)]
+    write = TransformersSampler(model).seeded(plan.seed)
+    stops = tuple(sorted(dialect.end_of_turn_ids | dialect.cycle_end_ids))
+
+    def generate(requests: Sequence[Request]) -> list[Written]:
+        rows = write([r.prompt_ids for r in requests], stops)
+        return [Written(ids[: plan.max_cycle_tokens], None) for ids in rows]
+
+    async def follow(lockstep: Lockstep, row: int) -> Trajectory:
+        engine = RowEngine(
+            lockstep, row, frozenset(stops), dialect.end_of_turn_ids, dialect.decode, dialect.encode,
+            plan.max_cycle_tokens,
+        )  # fmt: skip
+        async for event in Recursion(engine, dialect.format, confidence, dialect.count_oops).run(prompts[row], limits):
+            if isinstance(event, FinalEvent):
+                return event.trajectory
+        raise AssertionError("a trajectory ends with its final event")
+
+    flat = in_lockstep(generate, len(prompts), follow)
+    return [flat[i : i + samples] for i in range(0, len(flat), samples)]
+
+
+def _is_right(question: Question, cycle: Cycle | None) -> bool:
+    return cycle is not None and cycle.answer is not None and check(question.question, cycle.answer, question.answer)
+
+
+def own_figures(runs: Sequence[Sequence[Trajectory]], questions: Sequence[Question]) -> dict[str, float | None]:
+    """Policy ``model``: what the policy returns when it decides itself, and a vote over its samples."""
+    pairs = [(q, t) for q, row in zip(questions, runs, strict=True) for t in row]
+    cycles = [c for _, t in pairs for c in t.cycles]
+    tokens = sum(c.tokens for c in cycles)
+    oops = sum(c.oops_tokens for c in cycles)
+
+    def vote(question: Question, candidates: Sequence[Cycle]) -> bool:
+        place = majority(candidates)
+        return place is not None and _is_right(question, candidates[place])
+
+    def returned(t: Trajectory) -> Cycle | None:
+        return None if t.selected is None else t.cycles[t.selected]
+
+    return {
+        "first": fmean(_is_right(q, t.cycles[0]) for q, t in pairs),
+        "first_tokens": fmean(t.cycles[0].tokens for _, t in pairs),
+        "first_vote": fmean(vote(q, [t.cycles[0] for t in row]) for q, row in zip(questions, runs, strict=True)),
+        "model": fmean(_is_right(q, returned(t)) for q, t in pairs),
+        "model_vote": fmean(
+            vote(q, [c for c in map(returned, row) if c is not None]) for q, row in zip(questions, runs, strict=True)
+        ),
+        "model_cycles": len(cycles) / len(pairs),
+        "model_tokens": tokens / len(pairs),
+        "oops": oops / len(pairs),
+        "oops_per_1000": 1000 * oops / tokens,
+    }
+
+
+def forced_figures(
+    runs: Sequence[Sequence[Trajectory]], questions: Sequence[Question], threshold: float, *, is_scored: bool
+) -> dict[str, float | None]:
+    """All cycles written: the last one's answer, and what policy ``confidence`` would have returned and spent."""
+    pairs = [(q, t.cycles) for q, row in zip(questions, runs, strict=True) for t in row]
+    figures: dict[str, float | None] = {
+        "last": fmean(_is_right(q, cycles[-1]) for q, cycles in pairs),
+        "ever": fmean(any(_is_right(q, c) for c in cycles) for q, cycles in pairs),
+    }
+    if not is_scored:
+        return figures
+    chosen: list[bool] = []
+    spent: list[int] = []
+    for question, cycles in pairs:
+        kept = next((i + 1 for i, c in enumerate(cycles) if (c.confidence or 0.0) >= threshold), len(cycles))
+        best = max(range(kept), key=lambda i: (cycles[i].confidence or -1.0, i))
+        chosen.append(_is_right(question, cycles[best]))
+        spent.append(sum(c.tokens for c in cycles[:kept]))
+    scored = [
+        (i, c, _is_right(q, c)) for i, (q, cycles) in enumerate(pairs) for c in cycles if c.confidence is not None
+    ]
+    samples = len(runs[0])
+    auroc, _ = within_question_auroc(
+        np.array([c.confidence for _, c, _ in scored], dtype=np.float64),
+        np.array([right for _, _, right in scored]),
+        [i // samples for i, _, _ in scored],
+    )
+    return figures | {
+        "confidence": fmean(chosen),
+        "confidence_tokens": fmean(spent),
+        "within_auroc": None if np.isnan(auroc) else auroc,
+    }

@@ -1,0 +1,50 @@
+"""The objective of a method for each token, from what TRL's batch holds. The maths is in ``losses.py``."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from rtap_training.losses import clipped_surrogate, is_clipped, kdrl_weight, kl_k2, kl_k3, trrd_log_ratio
+from rtap_training.rl.config import Method, RlConfig
+
+
+def objective(
+    config: RlConfig, logp: Tensor, inputs: Mapping[str, Tensor], *, step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate on the method's ratio plus its KL terms; and figures to log. All (B, T)."""
+    old = inputs.get("old_per_token_logps")  # TRL leaves it out where a generation serves one update
+    log_ratio = _log_ratio(config, logp, logp.detach() if old is None else old, inputs)
+    advantages, clip = inputs["advantages"], {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    per_token = clipped_surrogate(log_ratio, advantages, **clip)
+    if "importance_sampling_ratio" in inputs:
+        per_token = per_token * inputs["importance_sampling_ratio"]
+    metrics = {
+        "clip_ratio/region_mean": is_clipped(log_ratio, advantages, **clip),
+        "kl_old": kl_k3(logp.detach(), logp.detach() if old is None else old),
+    }
+    if config.method is Method.KDRL:
+        distance = kl_k2(logp, inputs["teacher_per_token_logps"])
+        weight = kdrl_weight(step, start=config.kdrl_start, end=config.kdrl_end, decay=config.kdrl_decay)
+        per_token = per_token + weight * distance
+        metrics["kl_teacher"] = distance
+    if config.beta > 0:
+        distance = kl_k3(logp, inputs["ref_per_token_logps"])
+        per_token = per_token + config.beta * distance
+        metrics["kl"] = distance
+    if "teacher_per_token_logps" in inputs:
+        gap = logp - inputs["teacher_per_token_logps"]
+        metrics |= {"teacher/log_ratio": gap, "teacher/clamped": gap.abs() > config.teacher_clamp}
+    return per_token, metrics
+
+
+def _log_ratio(config: RlConfig, logp: Tensor, old: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    if config.method is not Method.RLAD:
+        return logp - old
+    return trrd_log_ratio(
+        logp,
+        old,
+        inputs["teacher_per_token_logps"],
+        alpha=config.alpha,
+        teacher_clamp=config.teacher_clamp,
+        clamp_gradient=config.clamp_gradient.value,
+    )

@@ -1,0 +1,182 @@
+"""Recursive rollouts: each trajectory is cut after its first right cycle (R-TAP alg. 1) and becomes one training row.
+
+The cut is the server's own stop rule with the answer checker in the generator's place: confidence 1 for a right
+answer, 0 for a wrong one, threshold 1. Rows are token ids throughout; nothing is decoded and encoded again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rtap_core.format import TrajectoryFormat, parse_cycle
+from rtap_core.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
+from rtap_core.types import Judged, Limits, Policy, Score
+from rtap_training.rl.lockstep import Generate, Lockstep, RowEngine, in_lockstep
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question as the policy sees it. question: what tells it from others. check: whether an answer is right."""
+
+    question: str
+    prompt_ids: list[int]
+    check: Callable[[str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a policy's tokens spell trajectories.
+
+    end_of_turn_id: the one appended after a right answer. cycle_end_ids: tokens that end a cycle but not the turn.
+    """
+
+    format: TrajectoryFormat
+    end_of_turn_id: int
+    end_of_turn_ids: frozenset[int]
+    cycle_end_ids: frozenset[int]
+    decode: Callable[[Sequence[int]], str]
+    encode: Callable[[str], list[int]]
+    count_oops: Callable[[str], int]
+
+
+@dataclass(frozen=True, slots=True)
+class RolledCycle:
+    """One kept cycle. ``ids`` is what a generator scores: opening, thought, answer, its end tag also where the policy
+    ended its turn without writing it. ``answer`` is None when cut."""
+
+    ids: tuple[int, ...]
+    text: str
+    answer: str | None
+    is_right: bool
+    oops_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One training row.
+
+    completion_ids (T,): all cycles, and the end of the turn after a right one. is_boundary (T,): tokens that the cut
+    set, not the policy: the end tag of an answer that ended with the turn, the opening of a further cycle, and the end
+    of the turn. logps (T,): the sampler's, NaN at boundaries; None where the sampler gives none.
+    """
+
+    question: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    is_boundary: list[bool]
+    logps: list[float] | None
+    cycles: tuple[RolledCycle, ...]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the last kept cycle is right."""
+        return self.cycles[-1].is_right
+
+
+@dataclass(frozen=True, slots=True)
+class Checker:
+    """The answer checker as ``rtap_core.types.Confidence``: 1 for a right answer, 0 for a wrong one."""
+
+    asked: Asked
+    dialect: Dialect
+
+    async def score(self, judged: Judged) -> Score:
+        """Never raises ConfidenceError."""
+        text = self.dialect.decode(judged.cycle_token_ids)
+        _, answer = parse_cycle(text, self.dialect.format, ended_by_model=True)
+        return Score(float(answer is not None and self.asked.check(answer)))
+
+
+def roll_out(
+    asked: Sequence[Asked],
+    generate: Generate,
+    dialect: Dialect,
+    *,
+    max_cycles: int,
+    max_tokens: int,
+    max_cycle_tokens: int | None,
+) -> list[Rollout]:
+    """One rollout for every row of ``asked``, in that order; rows of one question come repeated by the caller."""
+    limits = Limits(policy=Policy.CONFIDENCE, threshold=1.0, max_cycles=max_cycles, max_tokens=max_tokens)
+
+    async def follow(lockstep: Lockstep, row: int) -> Rollout:
+        engine = RowEngine(
+            lockstep, row, dialect.end_of_turn_ids | dialect.cycle_end_ids, dialect.end_of_turn_ids,
+            dialect.decode, dialect.encode, max_cycle_tokens,
+        )  # fmt: skip
+        checker = Checker(asked[row], dialect)
+        return await _collect(
+            asked[row], Recursion(engine, dialect.format, checker, dialect.count_oops), limits, dialect
+        )
+
+    return in_lockstep(generate, len(asked), follow)
+
+
+async def _collect(asked: Asked, recursion: Recursion, limits: Limits, dialect: Dialect) -> Rollout:
+    """Follow one trajectory's events and keep what was written, with its origin."""
+    row = _Row(dialect)
+    cycles: list[RolledCycle] = []
+    closing = tuple(dialect.encode(dialect.format.answer_close or ""))
+    # A chat template may write the first opening itself; the cycle is read with it.
+    opened = dialect.decode(asked.prompt_ids).rstrip().endswith(dialect.format.think_open)
+    async for event in recursion.run(asked.prompt_ids, limits):
+        match event:
+            case StepEvent(step=step) if step.finished:
+                row.write(step.token_ids, step.native)
+            case StepEvent(step=step):
+                row.open(step.token_ids)
+            case CycleEvent(cycle=cycle):
+                ids = row.end_cycle()
+                written = ids
+                if cycle.answer is not None and closing and ids[-len(closing) :] != closing:
+                    ids = (*ids, *closing)
+                text = (dialect.format.think_open if opened and not cycles else "") + dialect.decode(written)
+                cycles.append(RolledCycle(ids, text, cycle.answer, cycle.confidence == 1.0, cycle.oops_tokens))
+            case FinalEvent():
+                row.finish(is_right=cycles[-1].is_right)
+    return Rollout(asked.question, asked.prompt_ids, row.ids, row.is_boundary, row.logps, tuple(cycles))
+
+
+class _Row:
+    """A row while its trajectory is written."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self.ids: list[int] = []
+        self.is_boundary: list[bool] = []
+        self.logps: list[float] | None = None
+        self._cycle_start = 0
+
+    def write(self, ids: Sequence[int], logps: Sequence[float] | None) -> None:
+        """Tokens that the policy sampled."""
+        self._append(ids, logps, is_boundary=False)
+
+    def open(self, ids: Sequence[int]) -> None:
+        """What the loop writes between two cycles: the end of turn that the model may have written before it is not
+        part of the row."""
+        while self.ids and self.ids[-1] in self._dialect.end_of_turn_ids:
+            self.ids.pop()
+            self.is_boundary.pop()
+            if self.logps is not None:
+                self.logps.pop()
+        self._cycle_start = len(self.ids)
+        self._append(ids, None, is_boundary=True)
+
+    def end_cycle(self) -> tuple[int, ...]:
+        """Ids of the cycle just written, without the end of the turn."""
+        ids = self.ids[self._cycle_start :]
+        while ids and ids[-1] in self._dialect.end_of_turn_ids:
+            ids.pop()
+        return tuple(ids)
+
+    def finish(self, *, is_right: bool) -> None:
+        """The end of the turn belongs after a right answer, whether or not the policy would have written it."""
+        if is_right and self.ids[-1] not in self._dialect.end_of_turn_ids:
+            self._append([self._dialect.end_of_turn_id], None, is_boundary=True)
+
+    def _append(self, ids: Sequence[int], logps: Sequence[float] | None, *, is_boundary: bool) -> None:
+        if logps is not None and self.logps is None:
+            self.logps = [float("nan")] * len(self.ids)
+        self.ids += ids
+        self.is_boundary += [is_boundary] * len(ids)
+        if self.logps is not None:
+            self.logps += logps if logps is not None else [float("nan")] * len(ids)

@@ -1,0 +1,170 @@
+"""The teacher of RLAD and KDRL: log-probabilities of the student's tokens, nothing generated.
+
+Only the sampled token's log-probability is used (RLAD eq. 3), so the ids must mean the same to both: checked before
+the run, token by token. Local (a checkpoint) or remote (a vLLM server's prompt log-probabilities).
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol, cast
+
+import httpx
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from rtap_training.errors import TeacherError
+
+REMOTE_TIMEOUT_SECONDS = 120.0
+ROWS_IN_FLIGHT = 16
+PROBE = [{"role": "user", "content": "make 82 from 3, 7, 25"}]
+OTHER_CONTEXTS = "the teacher's chat template renders prompts differently, so it would score other contexts"
+
+
+class Teacher(Protocol):
+    """Scores completions in their context."""
+
+    def logps(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
+        """Log-probabilities (B, T) of the last ``logits_to_keep`` = T tokens of ``input_ids`` (B, P+T)."""
+        ...
+
+
+LogProbs = Callable[[PreTrainedModel, Tensor, Tensor, int], Tensor]
+"""The trainer's own log-probabilities (model, ids, mask, T) -> (B, T), so that both sides are computed alike."""
+
+
+class LocalTeacher:
+    """A checkpoint on this machine, in evaluation mode, in one batched forward pass a generation."""
+
+    def __init__(self, model: PreTrainedModel, log_probs: LogProbs) -> None:
+        self.model = model
+        self._log_probs = log_probs
+
+    @torch.no_grad()
+    def logps(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
+        """As the protocol says."""
+        return self._log_probs(self.model, input_ids, attention_mask, logits_to_keep)
+
+
+def patient_client() -> httpx.Client:
+    """Tries a connection again before it gives up."""
+    return httpx.Client(transport=httpx.HTTPTransport(retries=3))
+
+
+class RemoteTeacher:
+    """A vLLM server: ``/v1/completions`` with ``prompt_logprobs`` of each whole row, several rows in flight.
+
+    Prompt log-probabilities are of the unscaled distribution (temperature 1) whatever the server's --logprobs-mode, and
+    vLLM computes them without its prefix cache, chunk by chunk where it prefills so. Nothing is generated but the one
+    token that the API insists on, so a row must be shorter than the server's context.
+    """
+
+    def __init__(self, address: str, open_client: Callable[[], httpx.Client] = patient_client) -> None:
+        self._open_client = open_client
+        self._address = address.rstrip("/")
+        with open_client() as client:
+            card = self._call(client, "/v1/models", lambda reply: reply["data"][0])
+        self._model: str = card["id"]
+        self.context_length: int | None = card.get("max_model_len")
+
+    def logps(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
+        """As the protocol says; padded positions are 0."""
+        rows: list[list[int]] = [
+            cast(Any, ids[mask.bool()]).tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)
+        ]
+        lengths = cast(list[int], cast(Any, attention_mask[:, -logits_to_keep:].sum(dim=1)).tolist())
+        result = torch.zeros(input_ids.size(0), logits_to_keep, device=input_ids.device)
+        with self._open_client() as client, ThreadPoolExecutor(ROWS_IN_FLIGHT) as pool:
+            scored = pool.map(partial(self._score, client), rows)
+            for row, (scores, length) in enumerate(zip(scored, lengths, strict=True)):
+                result[row, :length] = torch.tensor(scores[len(scores) - length :])
+        return result
+
+    def check_same_tokens(self, student: PreTrainedTokenizerBase) -> None:
+        """As the function of that name, by what the server makes of ids and of a conversation."""
+        with self._open_client() as client:
+            self._check_ids(client, student)
+            prompt = self._call(client, "/tokenize", lambda reply: reply["tokens"], {"messages": PROBE})
+        if prompt != cast(Any, student).encode(_render(student, PROBE), add_special_tokens=False):
+            raise TeacherError(OTHER_CONTEXTS)
+
+    def _check_ids(self, client: httpx.Client, student: PreTrainedTokenizerBase) -> None:
+        ids = sorted(student.get_vocab().values())
+
+        def is_same(count: int) -> bool:
+            theirs = self._call(client, "/detokenize", lambda reply: reply["prompt"], {"tokens": ids[:count]})
+            return theirs == cast(Any, student).decode(ids[:count], skip_special_tokens=False)
+
+        if not is_same(len(ids)):
+            first = bisect_left(range(1, len(ids)), True, key=lambda count: not is_same(count))
+            raise TeacherError(
+                f"teacher and student must share token ids, but the teacher at {self._address} reads id {ids[first]} "
+                f"({student.convert_ids_to_tokens(ids[first])!r} to the student) otherwise; take a teacher with the "
+                "student's tokenizer"
+            )
+
+    def _score(self, client: httpx.Client, ids: list[int]) -> list[float]:
+        """Of all tokens but the first."""
+        body = {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
+
+        def read(reply: Any) -> list[float]:
+            entries = reply["choices"][0]["prompt_logprobs"][1:]
+            return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)]
+
+        return self._call(client, "/v1/completions", read, body | {"model": self._model})
+
+    def _call(
+        self, client: httpx.Client, path: str, read: Callable[[Any], Any], body: dict[str, Any] | None = None
+    ) -> Any:
+        """GET, or POST of ``body``; ``read`` takes what is wanted from the JSON. Raises TeacherError."""
+        url = self._address + path
+        method = "GET" if body is None else "POST"
+        try:
+            reply = client.request(method, url, json=body, timeout=REMOTE_TIMEOUT_SECONDS)
+        except httpx.HTTPError as error:
+            raise TeacherError(f"no teacher answers at {url}: {error!r}; is `vllm serve` running there?") from error
+        if reply.status_code >= 400:
+            raise TeacherError(f"the teacher at {url} answered {reply.status_code}: {reply.text[:300]}")
+        try:
+            return read(reply.json())
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise TeacherError(
+                f"the teacher at {url} answered something else than was asked: {error!r}; it must be a vLLM "
+                "server, which gives prompt log-probabilities"
+            ) from error
+
+
+def load_teacher(path: str) -> PreTrainedModel:
+    """The checkpoint in fp32, frozen. Raises TeacherError when it cannot be loaded."""
+    try:
+        model = cast(Any, AutoModelForCausalLM).from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise TeacherError(f"cannot load the teacher {path}: {error}") from error
+    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+
+def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Every id of the student must be the same token to the teacher, special ids and prompt rendering included.
+
+    A teacher with more tokens is fine (padded vocabularies differ in size). Raises TeacherError with the first
+    difference: log-probabilities of other tokens would train silently into nonsense.
+    """
+    theirs = {index: token for token, index in teacher.get_vocab().items()}
+    for token, index in sorted(student.get_vocab().items(), key=lambda item: item[1]):
+        if theirs.get(index) != token:
+            raise TeacherError(
+                f"teacher and student must share token ids, but id {index} is {token!r} to the student and "
+                f"{theirs.get(index)!r} to the teacher; take a teacher with the student's tokenizer"
+            )
+    if student.eos_token_id != teacher.eos_token_id:
+        raise TeacherError(
+            f"teacher and student end a turn differently: {teacher.eos_token!r} and {student.eos_token!r}"
+        )
+    if _render(student, PROBE) != _render(teacher, PROBE):
+        raise TeacherError(OTHER_CONTEXTS)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    return cast(Any, tokenizer).apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -1,0 +1,124 @@
+"""Sampled trajectories on disk: sampling goes on where it was stopped, and a generator is trained again without it.
+
+JSON lines: a header that identifies policy and sampling, then one line a question, written in chunks of questions that
+have their own seed. A file made by anything else is refused.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tqdm import tqdm
+
+from rtap_core.errors import ConfigError
+from rtap_training.checkpoint import sha256
+from rtap_training.errors import TrainingError
+from rtap_training.rollout import SampledCycle, Trajectory
+
+CHUNK_ROWS = 2048
+_FORMAT = 2
+
+Sample = Callable[[Sequence[int], int], list[Trajectory]]
+"""(question indices, seed) -> their trajectories, those of one question side by side."""
+
+Make = Callable[[Sequence[int], int], list[str]]
+"""(question indices, seed) -> a line of JSON for each question."""
+
+
+def header(
+    policy: Path, questions: Sequence[str], *, sampler: str, samples: int, max_cycles: int, seed: int
+) -> dict[str, Any]:
+    """What the samples depend on."""
+    return {
+        "format": _FORMAT,
+        "policy_sha256": _weights_sha256(policy),
+        "sampler": sampler,
+        "samples": samples,
+        "max_cycles": max_cycles,
+        "seed": seed,
+        "questions": len(questions),
+        "questions_sha256": sha256("\n".join(questions)),
+    }
+
+
+def _weights_sha256(policy: Path) -> str:
+    """Of all files of weights; those of a large model are many, and none is read whole."""
+    digest = hashlib.sha256()
+    for file in sorted(policy.glob("*.safetensors")) or sorted(policy.glob("*.bin")):
+        with file.open("rb") as weights:
+            while part := weights.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def read_or_sample(file: Path, first: dict[str, Any], sample: Sample) -> list[Trajectory]:
+    """All trajectories that ``first``, the header, tells of; see ``read_or_make``."""
+
+    def make(indices: Sequence[int], seed: int) -> list[str]:
+        fresh = sample(indices, seed)
+        return [_render(i, [t for t in fresh if t.question == i]) for i in indices]
+
+    return [t for line in read_or_make(file, first, make, chunk_rows=CHUNK_ROWS) for t in _parse(line)]
+
+
+def read_or_make(file: Path, first: dict[str, Any], make: Make, *, chunk_rows: int) -> list[str]:
+    """The line of every question that ``first``, the header, tells of: those in ``file``, then the others, made in
+    chunks of ``chunk_rows`` samples and appended.
+
+    Raises TrainingError when the file cannot be written; what was sampled before stays there.
+    """
+    count, chunk = first["questions"], max(1, chunk_rows // first["samples"])
+    done = _read(file, first)
+    whole = len(done) if len(done) == count else len(done) - len(done) % chunk  # a kill may have cut a chunk
+    kept = done[:whole]
+    if whole == count:
+        return kept
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in (json.dumps(first), *kept)), "utf-8")
+        partial.replace(file)
+        for start in tqdm(range(whole, count, chunk), desc=f"sampling {file.stem}", unit="chunk"):
+            indices = range(start, min(count, start + chunk))
+            fresh = make(indices, Random(f"{first['seed']}:{start}").getrandbits(40))
+            with file.open("a", encoding="utf-8") as appended:
+                appended.write("".join(f"{line}\n" for line in fresh))
+            kept += fresh
+    except OSError as error:
+        raise TrainingError(f"cannot write samples to {file}: {error}; those before are kept") from error
+    return kept
+
+
+def _read(file: Path, expected: dict[str, Any]) -> list[str]:
+    """The whole lines after the header; none where there is no file yet."""
+    lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []  # what follows the last newline was cut
+    if not lines:
+        return []
+    found: dict[str, Any] = json.loads(lines[0])
+    differing = [f"{name}: {found.get(name)!r}" for name in expected if found.get(name) != expected[name]]
+    if differing:
+        raise ConfigError(
+            f"{file} holds samples of another policy or setting ({', '.join(differing)}); remove it or name another"
+        )
+    return lines[1:]
+
+
+def _render(question: int, trajectories: Sequence[Trajectory]) -> str:
+    cycles = [[[c.ids, c.answer, c.is_right] for c in t.cycles] for t in trajectories]
+    return json.dumps({"question": question, "prompt": trajectories[0].prompt, "samples": cycles})
+
+
+def _parse(line: str) -> list[Trajectory]:
+    content = json.loads(line)
+    return [
+        Trajectory(
+            content["question"],
+            content["prompt"],
+            [SampledCycle(tuple(ids), answer, is_right) for ids, answer, is_right in cycles],
+            is_open=False,
+        )
+        for cycles in content["samples"]
+    ]

@@ -1,0 +1,171 @@
+"""Cold start: train a policy from nothing on Think–Answer traces with honest arithmetic (``rtap train sft``)."""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from rtap_core.errors import ConfigError
+from rtap_training.checkpoint import manifest, sha256
+from rtap_training.config import SftConfig, run_dir
+from rtap_training.data import Batch, batches, conversation_text
+from rtap_training.held_out import Turns, show_held_out
+from rtap_training.huggingface import cast_to, load_policy, load_tokenizer, save_checkpoint
+from rtap_training.loop import Loop
+from rtap_training.optim import build_muon
+from rtap_training.parallel import rank, run_processes
+from rtap_training.policy import MAX_POSITIONS, build_policy
+from rtap_training.questions import held_out_questions
+from rtap_training.rollout import TransformersSampler, sample_trajectories
+from rtap_training.runs import States, check_resumable, plain
+from rtap_training.runtime import configure_torch
+from rtap_training.tasks import TASKS, parse_mix
+from rtap_training.tasks.trajectory import TURN_END, sample_conversation
+from rtap_training.tokenizer import PAD, TAGS, TURN_START, build_tokenizer
+
+CORPUS_SIZE = 20_000  # conversations a tokenizer is built on
+DIGEST_SIZE = 1_000  # those that stand for the endless data in manifests and states
+EVAL_CYCLES = 3
+
+
+def policy_loss(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
+    """Mean cross-entropy over the trained tokens; logits are computed for those only."""
+    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state  # (B, T, D)
+    trained = batch.mask[:, 1:]
+    logits: Tensor = model.lm_head(hidden[:, :-1][trained])
+    return F.cross_entropy(logits, batch.ids[:, 1:][trained])
+
+
+def run(config: SftConfig) -> None:
+    """Train in all processes; the first evaluates on held-out questions, saves and prints the figures.
+
+    Goes on from the run's last state where there is one.
+    """
+    check_resumable(config.output, config)
+    run_processes(_work, config.processes, config)
+
+
+def _work(config: SftConfig) -> None:
+    configure_torch(config.threads, config.seed)
+    model, tokenizer = _start(config)
+    data = "".join(sample_texts(config, DIGEST_SIZE))
+    states = States(run_dir(config.output), plain(config), data_sha256=sha256(data))
+    training = train(model, tokenizer, config, states)
+    if rank() != 0:
+        return
+    turns = write_held_out(model, tokenizer, tasks=config.tasks, count=config.eval_questions, seed=config.seed)
+    show_held_out(config.output, training["steps"], turns, tokenizer)
+    figures = training | {"held_out": held_out_figures(turns)}
+    record = manifest("rtap train sft", config, data=data, seconds=training["seconds"], figures=figures) | {
+        "parameters": sum(p.numel() for p in model.parameters())
+    }
+    save(config.output, model, tokenizer, record)
+    states.remove()
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def _start(config: SftConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """The model that training starts from. Raises ConfigError when a checkpoint cannot give what is asked of it."""
+    if config.initial is not None:
+        return load_policy(config.initial)
+    if config.tokenizer is not None:
+        tokenizer = load_complete_tokenizer(config.tokenizer)
+    else:
+        corpus = sample_texts(config, CORPUS_SIZE)
+        tokenizer = build_tokenizer(corpus, vocab_size=config.vocab_size, max_length=MAX_POSITIONS)
+    return build_policy(config, tokenizer), tokenizer
+
+
+def sample_texts(config: SftConfig, count: int) -> list[str]:
+    """Conversations of the mix as text: what a tokenizer is built on, and the data of the run by example."""
+    weights, rng = parse_mix(config.tasks), Random(config.seed)
+    return [conversation_text(sample_conversation(TASKS, weights, rng))[0] for _ in range(count)]
+
+
+def load_complete_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint. Raises ConfigError unless turns and cycles are written in tokens that it has."""
+    if not (path / "tokenizer.json").is_file():
+        raise ConfigError(f"{path} has no tokenizer (no tokenizer.json); name a checkpoint of `rtap train sft`")
+    tokenizer = load_tokenizer(path)
+    known = tokenizer.get_vocab()
+    missing = [token for token in (PAD, TURN_START, TURN_END, *TAGS) if token not in known]
+    if missing:
+        raise ConfigError(f"the tokenizer of {path} has no tokens {' '.join(missing)}, which every trace is written in")
+    return tokenizer
+
+
+def train(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig, states: States
+) -> dict[str, Any]:
+    """The loop, from the start or from the last state. Every process has its own stream of traces."""
+    optimisers = build_muon(
+        model.named_parameters(),
+        matrix_rate=config.matrix_rate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    seed = (config.seed + 1) * 1000 + rank()
+    stream = batches(tokenizer, parse_mix(config.tasks), seed=seed, batch_tokens=config.batch_tokens)
+    model.train()
+    with Loop("sft", config, states, model=model, optimisers=optimisers, stream=stream) as loop:
+        while loop.goes_on():
+            batch = next(stream)
+            loop.descend(policy_loss(model, batch), rows=len(batch.ids), tokens=batch.ids.numel())
+    return loop.summary()
+
+
+def write_held_out(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, tasks: str, count: int, seed: int
+) -> dict[str, Turns]:
+    """One turn on each of ``count`` held-out questions of each task in the mix; a cycle is forced open after a wrong
+    one."""
+    model.eval()
+    turns: dict[str, Turns] = {}
+    for name in parse_mix(tasks):
+        questions = [q.question for q in held_out_questions(TASKS[name], count)]
+        trajectories = sample_trajectories(
+            TransformersSampler(model).seeded(seed), tokenizer, questions,
+            lambda index, answer, task=TASKS[name], asked=questions: task.check(asked[index], answer),
+            samples=1, max_cycles=EVAL_CYCLES, max_positions=MAX_POSITIONS,
+        )  # fmt: skip
+        turns[name] = Turns(questions, trajectories)
+    return turns
+
+
+def held_out_figures(turns: Mapping[str, Turns]) -> dict[str, Any]:
+    """Accuracy of each task: the first cycle, by level too, and each later cycle of those that it was opened for."""
+    figures: dict[str, Any] = {}
+    for name, part in turns.items():
+        rights: defaultdict[int, list[bool]] = defaultdict(list)
+        by_level: defaultdict[int, list[bool]] = defaultdict(list)
+        for trajectory in part.trajectories:
+            level = TASKS[name].level(part.questions[trajectory.question])
+            by_level[level].append(trajectory.cycles[0].is_right)
+            for depth, cycle in enumerate(trajectory.cycles):
+                rights[depth].append(cycle.is_right)
+        by_cycle = [_share(r) for r in rights.values()]
+        figures[name] = {
+            "questions": len(part.questions), "accuracy": by_cycle[0], "accuracy_by_cycle": by_cycle,
+            "accuracy_by_level": {level: _share(by_level[level]) for level in sorted(by_level)},
+        }  # fmt: skip
+    return figures
+
+
+def _share(rights: list[bool]) -> float:
+    return round(sum(rights) / len(rights), 4)
+
+
+def save(output: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:
+    """Write a bf16 checkpoint; the live model stays fp32."""
+    copy = deepcopy(model)
+    cast_to(copy, torch.bfloat16)
+    save_checkpoint(output, copy, tokenizer, record)
