@@ -117,6 +117,12 @@ class Trajectory:
         return sum(c.confidence_tokens for c in self.cycles) + self.probe_confidence_tokens
 
     @property
+    def reasoning_tokens(self) -> int:
+        """All generated tokens except those of the returned answer."""
+        written = sum(c.tokens for c in self.cycles)
+        return written - (0 if self.selected is None else self.cycles[self.selected].answer_tokens)
+
+    @property
     def answer(self) -> str | None:
         """The returned answer."""
         return None if self.selected is None else self.cycles[self.selected].answer

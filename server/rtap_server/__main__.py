@@ -81,7 +81,7 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
 
 def _use_reasoning_parser(args: Namespace) -> None:
     """Cycles become reasoning and content through vLLM's own seam for it, a reasoning parser plugin."""
-    from rtap_server.http.schema import REASONING_PARSER
+    from rtap_server.engine.output_writer import REASONING_PARSER
 
     chosen = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
     if chosen and chosen != REASONING_PARSER:
@@ -172,19 +172,17 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
     from rtap_server.engine.loading import start_engines
     from rtap_server.engine.supervisor import Supervisor
     from rtap_server.http.admission import Admission
-    from rtap_server.http.head import HeadLimits
     from rtap_server.run import serve_app
 
     async with start_engines(args, settings) as engines:
         plan, admission = engines.plan, Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
-        app = await create_app(engines.policy, args, settings, plan, keys, admission)
+        app = await create_app(engines.policy, args, plan, keys, admission)
         supervisor = Supervisor(engines.wards, plan.metrics, settings.engine_silence_seconds, announce)
         announce(f"ready at {address}")
         return await serve_app(
             app,
             args,
             sock,
-            heads=HeadLimits(settings.max_header_bytes, settings.max_header_fields),
             drain=plan.drain,
             drain_seconds=settings.drain_seconds,
             admission=admission,

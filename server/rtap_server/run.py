@@ -26,8 +26,6 @@ from rtap_server.engine.drain import Drain
 from rtap_server.engine.supervisor import Supervisor, kill
 from rtap_server.engine.vitals import family
 from rtap_server.http.admission import Admission
-from rtap_server.http.head import HeadLimits, bounded_http
-from rtap_server.http.request_id import new_request_id
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS_SECONDS = 5  # to write the last bytes of what was answered at the end
@@ -58,7 +56,6 @@ async def serve_app(
     args: Namespace,
     sock: socket.socket,
     *,
-    heads: HeadLimits,
     drain: Drain,
     drain_seconds: float,
     admission: Admission,
@@ -67,7 +64,7 @@ async def serve_app(
     """Serve until a signal and the drain after it are over. Result: why the server could not go on, else None.
 
     Raises what the web server or the supervisor raised, after the drain."""
-    server = _Server(_config(app, args, heads))
+    server = _Server(_config(app, args))
     app.state.server = server  # vLLM's error handlers end it when the engine is dead
     refresher = _ssl_refresher(args, server.config)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
@@ -136,7 +133,7 @@ def _keep_alive_seconds() -> int:
     return envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE if envs.is_set(name) else _KEEP_ALIVE_SECONDS
 
 
-def _config(app: FastAPI, args: Namespace, heads: HeadLimits) -> uvicorn.Config:
+def _config(app: FastAPI, args: Namespace) -> uvicorn.Config:
     """What vLLM's flags say of the web server."""
     log_config = cast(dict[str, Any] | None, get_uvicorn_log_config(args))
     options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}
@@ -153,7 +150,7 @@ def _config(app: FastAPI, args: Namespace, heads: HeadLimits) -> uvicorn.Config:
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
         ssl_ciphers=args.ssl_ciphers,
-        http=bounded_http(heads, new_request_id),
+        http="h11",
         **options,
     )
     config.load()

@@ -20,9 +20,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from rtap_core.artifact import Fusion
 from rtap_core.errors import ConfidenceError, ConfigError
 from rtap_core.types import Confidence, Judged, Score
-from rtap_server.engine.output_writer import Call
+from rtap_server.engine.output_writer import GenerateCall
+from rtap_server.engine.request_state import salted_prompt
 from rtap_server.engine.supervisor import Ward
-from rtap_server.http.auth import salted
 
 # A string every tokenizer has an opinion on: tags, digits, spaces, a letter outside ASCII.
 PROBE = "<think>12 * 9 = 108 é</think><answer>108</answer>"
@@ -58,7 +58,7 @@ class PoolingConfidence:
         if engine is None:
             raise ConfidenceError("the generator is being started again", reason="restarting")
         outputs = engine.encode(
-            cast(Any, salted({"prompt_token_ids": token_ids})),
+            cast(Any, salted_prompt({"prompt_token_ids": token_ids})),
             PoolingParams(task="classify", use_activation=True),
             f"score-{next(self._numbers)}",
         )
@@ -96,7 +96,7 @@ class FusedConfidence:
         params = SamplingParams(
             max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        prompt = salted({"type": "token", "prompt_token_ids": token_ids})
+        prompt = salted_prompt({"type": "token", "prompt_token_ids": token_ids})
         outputs = self._policy.generate(cast(Any, prompt), params, f"read-{next(self._numbers)}")
         async with aclosing(outputs):
             async for output in outputs:
@@ -173,7 +173,7 @@ class YesNoConfidence:
         asked = self._ask(token_ids, judged.request)
         return Score(await _in_time(asked, self._timeout_seconds, late, failed), len(token_ids))
 
-    async def _ask(self, token_ids: list[int], call: Call | None) -> float:
+    async def _ask(self, token_ids: list[int], call: GenerateCall | None) -> float:
         prompt = {"type": "token", "prompt_token_ids": token_ids} if call is None else call.prompt_with(token_ids)
         names = ("lora_request", "priority", "trace_headers")
         shared = {} if call is None else {k: call.options[k] for k in names if k in call.options}
@@ -217,7 +217,7 @@ async def _in_time(work: Awaitable[Result], timeout_seconds: float, late: str, f
         raise ConfidenceError(f"{failed}: {type(error).__name__}") from error
 
 
-def _trace_headers(call: Call | None) -> dict[str, str]:
+def _trace_headers(call: GenerateCall | None) -> dict[str, str]:
     """What makes the remote server's spans part of the request's trace, where there is one."""
     return {} if call is None else dict(call.options.get("trace_headers") or {})
 

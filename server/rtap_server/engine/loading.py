@@ -44,7 +44,7 @@ from rtap_server.engine.confidence import (
     yes_no_ids,
 )
 from rtap_server.engine.drain import Drain
-from rtap_server.engine.server_state import Plan
+from rtap_server.engine.server_state import ServerState
 from rtap_server.engine.supervisor import Ward
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
@@ -59,7 +59,7 @@ class Engines:
     """What runs: the policy's engine, the plan that recursion follows, and all engines as they are to be watched."""
 
     policy: AsyncLLM
-    plan: Plan
+    plan: ServerState
     wards: Sequence[Ward]
 
 
@@ -328,18 +328,18 @@ def _plan(
     confidence: Confidence | None,
     generator: Artifact,
     lexicon: Lexicon,
-) -> Plan:
+) -> ServerState:
     metrics, feedback, drain = Metrics(REGISTRY), Feedback(generator.calibration.reference), Drain()
     metrics.build(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
     metrics.calibration(feedback)
-    metrics.draining(drain)
+    metrics.draining(lambda: drain.has_begun, lambda: drain.trajectories)
     tags = {tag: _encode(policy.renderer.tokenizer, tag) for tag in fmt.tags}
 
     def encode(text: str) -> list[int]:
         """A tag is asked for many times a cycle, and a tokenizer is slow."""
         return list(tags[text]) if text in tags else _encode(policy.renderer.tokenizer, text)
 
-    return Plan(
+    return ServerState(
         settings=settings,
         format=fmt,
         confidence=confidence,

@@ -1,4 +1,4 @@
-"""Events of a trajectory as vLLM RequestOutputs, in the output kind that the caller of ``generate`` asked for."""
+"""Convert trajectory events to vLLM RequestOutputs (delta, cumulative or final)."""
 
 import copy
 from collections.abc import Sequence
@@ -11,44 +11,48 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from rtap_core.format import TrajectoryFormat
 from rtap_core.recursion import CycleEvent, Event, StepEvent
 from rtap_core.types import Cycle, Limits, StopReason, Trajectory
-from rtap_server.http.auth import Visit
-from rtap_server.http.schema import ANSWER_MARK, Exchange
+from rtap_server.engine.request_state import RequestState
+
+REASONING_PARSER = "rtap"  # registered name of our vLLM reasoning parser
+# Responses have vLLM's field name and DeepSeek's, which many clients read.
+REASONING, REASONING_CONTENT = "reasoning", "reasoning_content"
+# Separates reasoning from content in the text for vLLM's reasoning parser. It is removed from model text.
+ANSWER_MARK = "\x1e"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One ``generate`` call of vLLM's routes. options: its keyword arguments, handed to every cycle.
+class GenerateCall:
+    """One ``generate`` call of a vLLM route. options: its keyword arguments, passed on to every cycle.
 
-    split: the caller parses reasoning, so text is written as reasoning, ANSWER_MARK, content; otherwise as it is.
-    visit: of the key that asks, where keys are asked for."""
+    parses_reasoning: the route has a reasoning parser, so text is reasoning, ANSWER_MARK, content; else unchanged."""
 
-    exchange: Exchange
+    state: RequestState
     first_choice: int
     prompt: dict[str, Any]
     params: SamplingParams
     request_id: str
     options: dict[str, Any]
     limits: Limits
-    split: bool
-    visit: Visit | None = None
+    parses_reasoning: bool
 
     def prompt_with(self, token_ids: Sequence[int]) -> dict[str, Any]:
-        """The prompt continued to ``token_ids``, with its images and cache salt. Its text is of the first part only, so
-        is its time of arrival: vLLM would count each cycle's latency from the beginning of the first."""
-        of_the_first = ("prompt", "prompt_token_offsets", "arrival_time")
-        rest = {key: value for key, value in self.prompt.items() if key not in of_the_first}
+        """The prompt continued to ``token_ids``, with its images and cache salt.
+
+        Without its arrival time, from which vLLM would measure the latency of every cycle."""
+        first_only = ("prompt", "prompt_token_offsets", "arrival_time")
+        rest = {key: value for key, value in self.prompt.items() if key not in first_only}
         return {**rest, "prompt_token_ids": list(token_ids)}
 
 
-class Writer:
-    """Writes one choice of one call.
+class OutputWriter:
+    """Outputs of one choice.
 
-    Split text: thinking as it comes; an answer is held until it is judged, then written as reasoning, or after the
-    mark as content. Raw text (``/v1/completions``): everything as it was written, tags included.
-    Every token id is handed on exactly once, so vLLM's own usage counts are right.
+    With a reasoning parser: thinking is streamed; an answer is held until it is scored, then written as reasoning or,
+    after ANSWER_MARK, as content. Without one (``/v1/completions``): all text unchanged, tags included.
+    Every token id is passed on exactly once, so that vLLM's usage counts are right.
     """
 
-    def __init__(self, call: Call, choice: int, fmt: TrajectoryFormat) -> None:
+    def __init__(self, call: GenerateCall, choice: int, fmt: TrajectoryFormat) -> None:
         self._call, self._format = call, fmt
         self._kind = call.params.output_kind
         self._is_stream = self._kind is RequestOutputKind.DELTA
@@ -57,16 +61,16 @@ class Writer:
         self._held: Cycle | None = None
         self._part = self._new_part(choice)
         self._total = self._new_part(choice)
-        self._has_told = False  # any text or token
+        self._has_output = False  # any text or token
 
     def write(self, event: Event) -> Sequence[RequestOutput]:
-        """Outputs for one event; none while there is nothing to tell the client."""
+        """Outputs for one event, possibly none."""
         if isinstance(event, StepEvent):
             is_first = self._first is None
             return self._step(event) or (self._opened() if is_first else ())
         if isinstance(event, CycleEvent):
             if event.stop is not None:
-                self._held = event.cycle  # whether it is returned is told by the trajectory
+                self._held = event.cycle  # the trajectory decides whether it is returned
             elif self._reject(event.cycle):
                 return self._emit()
             return ()
@@ -76,30 +80,31 @@ class Writer:
         native: RequestOutput | None = event.step.native
         if self._first is None:
             self._first = native
-        text = event.think.replace(ANSWER_MARK, "") if self._call.split else event.step.text
-        if self._call.split and event.in_answer:
-            outputs = self._emit_text(text) if text else ()  # the answer's ids wait for the verdict
+        text = event.think.replace(ANSWER_MARK, "") if self._call.parses_reasoning else event.step.text
+        if self._call.parses_reasoning and event.in_answer:
+            outputs = self._emit_text(text) if text else ()  # the answer's token ids wait for its score
             self._append(event, native)
             return outputs
-        if self._is_stream and native is not None and self._is_all(native, text):
-            return (self._adopted(native),)
+        if self._is_stream and native is not None and self._is_complete(native, text):
+            return (self._passed_on(native),)
         self._append(event, native)
         self._part.text += text
         return self._emit() if self._part.text else ()
 
     def _opened(self) -> Sequence[RequestOutput]:
-        """An output without text or tokens for the first step: a chat stream begins with the role, and that need not
-        wait for the text that follows the first token, a tag."""
-        return (self._wrap(self._new_part(self._part.index)),) if self._is_stream and self._call.split else ()
+        """An empty output for the first step, so that a chat stream starts before the first text."""
+        return (
+            (self._wrap(self._new_part(self._part.index)),) if self._is_stream and self._call.parses_reasoning else ()
+        )
 
-    def _is_all(self, native: RequestOutput, text: str) -> bool:
-        """Whether the engine's own output is all that there is to tell, as for nearly all tokens."""
+    def _is_complete(self, native: RequestOutput, text: str) -> bool:
+        """True when the engine's own output can be passed on, as for nearly all tokens."""
         is_waiting = bool(self._part.text or self._part.token_ids)
         return bool(text) and not native.finished and not is_waiting and native.outputs[0].text == text
 
-    def _adopted(self, native: RequestOutput) -> RequestOutput:
-        """The engine's output as one of this request: its choice, its prompt, and no more than it asked for."""
-        part, self._has_told = native.outputs[0], True
+    def _passed_on(self, native: RequestOutput) -> RequestOutput:
+        """The engine's output with the request's id, choice index, prompt and logprobs."""
+        part, self._has_output = native.outputs[0], True
         part.index = self._part.index
         if not self._wants_logprobs:
             part.logprobs = None
@@ -117,8 +122,8 @@ class Writer:
             _logprobs(self._part).extend(injected if native is None else native.outputs[0].logprobs or ())
 
     def _reject(self, cycle: Cycle) -> bool:
-        """Put a held answer among the reasoning. False when there is none."""
-        if not self._call.split or cycle.answer is None:
+        """Append a rejected answer to the reasoning. False when there is none."""
+        if not self._call.parses_reasoning or cycle.answer is None:
             return False
         answer = cycle.answer.replace(ANSWER_MARK, "")
         self._part.text += f"\n{self._format.answer_open or ''}{answer}{self._format.answer_close or ''}\n"
@@ -126,31 +131,31 @@ class Writer:
 
     def _final(self, trajectory: Trajectory) -> Sequence[RequestOutput]:
         outputs: Sequence[RequestOutput] = ()
-        if self._call.split:
+        if self._call.parses_reasoning:
             if self._held is not None and not self._held.accepted:
                 self._reject(self._held)
             answer = trajectory.answer or trajectory.partial_answer
             if answer is not None:
-                outputs = self._emit() if self._part.text else ()  # no delta is of both kinds
+                outputs = self._emit() if self._part.text else ()  # a delta is reasoning or content
                 self._part.text = ANSWER_MARK + answer.replace(ANSWER_MARK, "")
         finish = trajectory.finish
         cut = trajectory.stop_reason is StopReason.MAX_TOKENS or (finish is not None and finish.truncated)
         is_cut = trajectory.stop_reason in (StopReason.DEADLINE, StopReason.DRAINED)
-        too_late = is_cut and trajectory.selected is None
-        self._part.finish_reason = "length" if cut or too_late else "stop"
-        if self._is_stream and not (self._has_told or self._part.text or self._part.token_ids):
-            self._part.text = ANSWER_MARK  # vLLM streams no end of what has neither text nor tokens; nobody sees it
-        if finish is not None and finish.ended_turn:  # the loop's own stop is nobody's business
+        is_unanswered = is_cut and trajectory.selected is None
+        self._part.finish_reason = "length" if cut or is_unanswered else "stop"
+        if self._is_stream and not (self._has_output or self._part.text or self._part.token_ids):
+            self._part.text = ANSWER_MARK  # vLLM drops a last chunk without text and tokens
+        if finish is not None and finish.ended_turn:  # not the loop's own stop token
             self._part.stop_reason = finish.native.outputs[0].stop_reason
         return (*outputs, *self._emit())
 
     def abort(self, finish_reason: str) -> Sequence[RequestOutput]:
-        """The engine gave up: what there is, with its reason."""
+        """The output so far, with the finish reason of an aborted cycle."""
         self._part.finish_reason = finish_reason
         return self._emit()
 
     def _emit_text(self, text: str) -> Sequence[RequestOutput]:
-        """Text alone, while token ids are being held."""
+        """Output ``text`` while token ids are held back."""
         held, self._part = self._part, self._new_part(self._part.index)
         self._part.text = text
         outputs = self._emit()
@@ -158,9 +163,9 @@ class Writer:
         return outputs
 
     def _emit(self) -> tuple[RequestOutput, ...]:
-        """What has gathered, in the caller's output kind."""
+        """The collected text and tokens, in the caller's output kind."""
         part, self._part = self._part, self._new_part(self._part.index)
-        self._has_told = self._has_told or bool(part.text or part.token_ids)
+        self._has_output = self._has_output or bool(part.text or part.token_ids)
         if self._is_stream:
             return (self._wrap(part),)
         total = self._total
@@ -202,7 +207,7 @@ class Writer:
 
 
 def part_of(native: RequestOutput, text: str, tokens: slice, *, is_last: bool) -> RequestOutput:
-    """The engine's output with some of its tokens; how it ended is told by the last part."""
+    """The engine's output with some of its tokens; only the last part keeps the finish reason."""
     whole, output = native.outputs[0], copy.copy(native)
     part = copy.copy(whole)
     part.text, part.token_ids = text, whole.token_ids[tokens]
@@ -214,7 +219,7 @@ def part_of(native: RequestOutput, text: str, tokens: slice, *, is_last: bool) -
 
 
 def _ids(part: CompletionOutput) -> list[int]:
-    """The list behind a part of ours, to grow in place: copying per token would be quadratic."""
+    """The mutable list behind our own part; a copy for each token would be quadratic."""
     return cast(list[int], part.token_ids)
 
 

@@ -13,7 +13,7 @@ from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.reasoning import ReasoningParser, ReasoningParserManager
 
 from rtap_core.format import RTAP, THINK
-from rtap_server.http.schema import ANSWER_MARK, REASONING, REASONING_CONTENT, REASONING_PARSER
+from rtap_server.engine.output_writer import ANSWER_MARK, REASONING, REASONING_CONTENT, REASONING_PARSER
 
 
 class RecursiveReasoningParser(ReasoningParser):

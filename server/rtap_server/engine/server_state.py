@@ -1,4 +1,4 @@
-"""What all requests of a server share, put together once at start (``engines.py``). Values only."""
+"""State that all requests of a server share, built once at start."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ServerState:
     """What every request shares: the format, the scorer, defaults, counters; spans, where they are asked for.
 
     logprobs: how many the scorer needs of each sampled token. shows_cycle_end: a reply's text has the tag that

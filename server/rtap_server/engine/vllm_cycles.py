@@ -1,12 +1,8 @@
-"""One cycle on vLLM: an ordinary ``AsyncLLM.generate`` on the token ids so far, as the loop's Engine protocol has it.
-
-It knows neither the loop nor what a cycle is worth.
-"""
+"""Cycles on vLLM: each an ordinary ``AsyncLLM.generate`` on the token ids so far, or all of them from one request."""
 
 import asyncio
 import copy
-import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,158 +10,245 @@ from vllm.engine.protocol import EngineClient
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from rtap_core import stopping
 from rtap_core.cutoff import Cutoff
-from rtap_core.stopping import needs_score
-from rtap_core.types import Step, StopReason
-from rtap_server.engine.output_writer import Call
-from rtap_server.engine.server_state import Plan
-from rtap_server.http.auth import Visit
+from rtap_core.types import Policy, Step, StopReason
+from rtap_server.engine.output_writer import GenerateCall, part_of
+from rtap_server.engine.request_state import RequestState
+from rtap_server.engine.server_state import ServerState
 
 if TYPE_CHECKING:
     from rtap_server.telemetry.tracing import CycleSpans
 
-# Cycle seeds of one request are spread by a prime so that n choices (seed + index, as vLLM does) never meet them.
+# Seeds of cycles are a prime apart, so that they never equal those of other choices (seed + index, as in vLLM).
 _SEED_STRIDE = 1_000_003
 _SEED_RANGE = 2**63
-_ABORT_SECONDS = 0.05
+_ABORT_RETRY_SECONDS = 0.05
 
 
 class CycleAborted(Exception):
-    """The engine gave up a cycle: ``abort`` by a route of vLLM's, ``error``, or ``repetition``. Ends the request."""
+    """The engine ended a cycle with ``abort``, ``error`` or ``repetition``; so does the request."""
 
     def __init__(self, finish_reason: str) -> None:
         super().__init__(finish_reason)
         self.finish_reason = finish_reason
 
 
-class Cycles:
-    """The loop's Engine protocol on an AsyncLLM, bound to one choice of one request."""
+class VllmCycles:
+    """The Engine protocol of ``rtap_core`` on an AsyncLLM, for one choice of one request."""
 
     def __init__(
         self,
         inner: EngineClient,
-        plan: Plan,
-        call: Call,
+        server: ServerState,
+        call: GenerateCall,
         choice: int,
-        live: set[str],
+        engine_id: Callable[[str], str],
+        running: set[str],
         cutoff: Cutoff,
         spans: "CycleSpans | None" = None,
         *,
-        runs_on: bool = False,
+        stops_at_cycle_end: bool = True,
     ) -> None:
-        """runs_on: the engine does not stop at the end of a cycle."""
-        self._inner, self._plan, self._call, self._choice, self._live = inner, plan, call, choice, live
-        self._cutoff, self._spans = cutoff, spans
+        """engine_id: makes a unique id of the route's. running: engine ids in flight, kept up to date here."""
+        self._inner, self._server, self._call, self._choice = inner, server, call, choice
+        self._engine_id, self._running, self._cutoff, self._spans = engine_id, running, cutoff, spans
         self._aborts: set[asyncio.Task[None]] = set()
-        self._numbers = itertools.count()
-        self._ends = [] if runs_on else plan.cycle_end_ids
-        self._closing = None if runs_on else plan.format.answer_close
-        self.end_of_turn_ids = plan.end_of_turn_ids
+        self._end_ids = server.cycle_end_ids if stops_at_cycle_end else []
+        self._end_text = server.format.answer_close if stops_at_cycle_end else None
+        self.end_of_turn_ids = server.end_of_turn_ids
 
     def encode(self, text: str) -> list[int]:
-        return self._plan.encode(text)
+        return self._server.encode(text)
 
     async def cycle(
         self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
     ) -> AsyncGenerator[Step, None]:
         call = self._call
-        starts = len(prompt_token_ids) == len(call.prompt["prompt_token_ids"])
-        prompt = call.prompt if starts else call.prompt_with(prompt_token_ids)
-        name = f"{call.request_id}-c{self._choice}.{next(self._numbers)}"  # a cycle may be probed while it is written
-        params = self._params(index, max_tokens, is_continued=not starts, may_be_cut=may_be_cut)
-        self._live.add(name)
+        is_first = len(prompt_token_ids) == len(call.prompt["prompt_token_ids"])
+        prompt = call.prompt if is_first else call.prompt_with(prompt_token_ids)
+        engine_id = self._engine_id(call.request_id)
+        params = self._params(index, max_tokens, is_continued=not is_first, may_be_cut=may_be_cut)
+        self._running.add(engine_id)
         try:
-            options: dict[str, Any] = {**call.options, "reasoning_ended": False} if call.split else call.options
+            options: dict[str, Any] = (
+                {**call.options, "reasoning_ended": False} if call.parses_reasoning else call.options
+            )
             if self._spans is not None:
                 options = {**options, "trace_headers": self._spans.headers(index)}
-            outputs = self._inner.generate(cast(Any, prompt), params, name, **options)
-            if call.visit is not None:
-                outputs = metered(outputs, call.visit, params.output_kind)
-            with self._cutoff.calling(lambda: self._abort(name)):
+            outputs = self._inner.generate(cast(Any, prompt), params, engine_id, **options)
+            if call.state.owner:  # only API keys have token limits
+                outputs = count_spent(outputs, call.state, params.output_kind)
+            with self._cutoff.calling(lambda: self._abort(engine_id)):
                 async with aclosing(outputs):
                     async for output in outputs:
                         part = output.outputs[0]
                         yield self._step(output, part) if part.finish_reason is None else self._last(output, part)
         finally:
-            self._live.discard(name)
+            self._running.discard(engine_id)
 
     def _step(self, output: RequestOutput, part: CompletionOutput) -> Step:
         read, cached = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
         return Step(part.text, part.token_ids, False, False, False, read, cached, output, cast(Any, part.logprobs))
 
     def _last(self, output: RequestOutput, part: CompletionOutput) -> Step:
-        """The step with which the engine says why the cycle ends. Raises CycleAborted."""
+        """The last step of a cycle, with the reason for its end. Raises CycleAborted."""
         reason = part.finish_reason
         if reason is not None and reason not in ("stop", "length") and not self._is_cut(reason):
             raise CycleAborted(reason)
-        ends, closing = self._ends, self._closing
-        cycle_ended = part.stop_reason in ends or (not ends and part.stop_reason == closing is not None)
+        end_ids, end_text = self._end_ids, self._end_text
+        cycle_ended = part.stop_reason in end_ids or (not end_ids and part.stop_reason == end_text is not None)
         is_hidden = cycle_ended and not self._call.params.include_stop_str_in_output
         return self._step(output, part)._replace(
-            text=part.text + (closing or "") if is_hidden else part.text,
+            text=part.text + (end_text or "") if is_hidden else part.text,
             finished=True,
             truncated=reason == "length",
             ended_turn=reason == "stop" and not cycle_ended,
         )
 
     def _is_cut(self, finish_reason: str) -> bool:
-        """Whether the engine gave the cycle up because the trajectory is to end. A signal to the whole process group,
-        which is what Ctrl-C sends, makes engines give up what they have before anybody cuts it."""
-        if finish_reason == "abort" and self._plan.drain.has_begun:
+        """True when the engine aborted the cycle because the trajectory must end.
+
+        Ctrl-C signals the whole process group, so engines may abort before the drain cuts the trajectory."""
+        if finish_reason == "abort" and self._server.drain.has_begun:
             self._cutoff.cut(StopReason.DRAINED)
         return finish_reason == "abort" and self._cutoff.reason is not None
 
-    def _abort(self, name: str) -> None:
-        """Make the engine end a cycle with what it has."""
+    def _abort(self, engine_id: str) -> None:
+        """Make the engine end a cycle with the tokens it has."""
 
         async def until_gone() -> None:
-            while name in self._live:  # it may be on its way to the engine, which would not know it yet
-                await self._inner.abort(name)
-                await asyncio.sleep(_ABORT_SECONDS)
+            while engine_id in self._running:  # the engine ignores the abort of a request that has not arrived yet
+                await self._inner.abort(engine_id)
+                await asyncio.sleep(_ABORT_RETRY_SECONDS)
 
         task = asyncio.create_task(until_gone())
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
 
     def _params(self, index: int, max_tokens: int | None, *, is_continued: bool, may_be_cut: bool) -> SamplingParams:
-        """The request's sampling parameters for one cycle: its own seed, the rest of the budget, the format's end."""
-        call, ends = self._call, self._ends
+        """Sampling parameters of one cycle: its own seed, the remaining budget, the format's end of a cycle."""
+        call, end_ids = self._call, self._end_ids
         params = copy.copy(call.params)
         params.n, params.max_tokens = 1, max_tokens
-        # The one thing in it that AsyncLLM changes in place; the rest may be shared.
-        params._all_stop_token_ids = {*params._all_stop_token_ids, *ends}  # pyright: ignore[reportPrivateUsage]
+        # AsyncLLM changes this field alone in place; the shallow copy may share the rest.
+        params._all_stop_token_ids = {*params._all_stop_token_ids, *end_ids}  # pyright: ignore[reportPrivateUsage]
         if params.seed is not None:
             params.seed = (params.seed + self._choice + index * _SEED_STRIDE) % _SEED_RANGE
         if is_continued:
             params.min_tokens, params.prompt_logprobs, params.skip_reading_prefix_cache = 0, None, False
         elif params.max_tokens is not None:
             params.min_tokens = min(params.min_tokens, params.max_tokens)
-        if ends:
-            params.stop_token_ids = [*(params.stop_token_ids or ()), *ends]
-        elif self._closing:
-            params.stop = [*_as_list(params.stop), self._closing]
+        if end_ids:
+            params.stop_token_ids = [*(params.stop_token_ids or ()), *end_ids]
+        elif self._end_text:
+            params.stop = [*_as_list(params.stop), self._end_text]
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
         whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not may_be_cut
         params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
-        if self._plan.logprobs is not None and needs_score(call.limits) and params.logprobs != -1:  # -1 is all of them
-            params.logprobs = max(self._plan.logprobs, params.logprobs or 0)
+        if (
+            self._server.logprobs is not None and stopping.needs_score(call.limits) and params.logprobs != -1
+        ):  # -1: the whole vocabulary
+            params.logprobs = max(self._server.logprobs, params.logprobs or 0)
         return params
 
 
-async def metered(
-    outputs: AsyncGenerator[RequestOutput, None], visit: Visit, kind: RequestOutputKind
+def fits_one_request(call: GenerateCall, server: ServerState) -> bool:
+    """True when one engine request can generate all cycles of a choice.
+
+    Only the model decides when to stop, the end of a cycle is one visible token, and no sampling parameter applies to
+    each engine request separately."""
+    limits, params = call.limits, call.params
+    model_decides = (
+        limits.policy is Policy.MODEL and not stopping.needs_score(limits) and stopping.max_cycles(limits) > 1
+    )
+    is_plain = params.detokenize and not params.stop and not params.min_tokens and params.structured_outputs is None
+    return model_decides and is_plain and server.shows_cycle_end and bool(server.cycle_end_ids)
+
+
+class OneRequestCycles:
+    """All cycles of a choice from one engine request, split where they end.
+
+    No prompt is read again between cycles. Tokens sampled after the last cycle are discarded."""
+
+    def __init__(self, cycles: VllmCycles, server: ServerState, spans: "CycleSpans | None" = None) -> None:
+        """cycles: with ``stops_at_cycle_end=False``."""
+        self.end_of_turn_ids = cycles.end_of_turn_ids
+        self._cycles, self._spans = cycles, spans
+        (self._end_id,), self._end_text = server.cycle_end_ids, server.format.answer_close or ""
+        self._stream: AsyncGenerator[Step, None] | None = None
+        self._rest: Step | None = None
+
+    @property
+    def discarded_tokens(self) -> int:
+        """Tokens after the last cycle that the engine has reported."""
+        return 0 if self._rest is None else len(self._rest.token_ids)
+
+    def encode(self, text: str) -> list[int]:
+        return self._cycles.encode(text)
+
+    async def cycle(
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
+    ) -> AsyncGenerator[Step, None]:
+        """The first call makes the engine request; each later one continues where the previous cycle ended."""
+        del may_be_cut
+        read = None
+        if self._stream is None:
+            self._stream = self._cycles.cycle(prompt_token_ids, index=index, max_tokens=max_tokens, may_be_cut=True)
+        else:
+            read = len(prompt_token_ids)  # the whole prompt is in the engine's cache
+            if self._spans is not None:
+                self._spans.headers(index)  # starts the span of this cycle
+        is_finished = False
+        while not is_finished:
+            step = await anext(self._stream) if self._rest is None else self._rest
+            step, self._rest = split_step(step, self._end_id, self._end_text)
+            is_finished = step.finished
+            yield step if read is None else step._replace(prompt_tokens=read, cached_tokens=read)
+
+    async def aclose(self) -> None:
+        """Abort the engine request."""
+        if self._stream is not None:
+            await self._stream.aclose()
+
+
+def split_step(step: Step, end_id: int, end_text: str) -> tuple[Step, Step | None]:
+    """(step up to the end of a cycle, rest); (step, None) when no cycle ends in it.
+
+    A step has several tokens when its reader was slow."""
+    if end_id not in step.token_ids:
+        return step, None
+    end = list(step.token_ids).index(end_id) + 1
+    if end == len(step.token_ids):
+        return step._replace(finished=True), None
+    before, tag, after = step.text.partition(end_text)
+    first, last = slice(None, end), slice(end, None)
+    head = _piece(step, before + tag, first, part_of(step.native, before + tag, first, is_last=False))
+    return (
+        head._replace(finished=True, truncated=False, ended_turn=False),
+        _piece(step, after, last, part_of(step.native, after, last, is_last=True)),
+    )
+
+
+def _piece(step: Step, text: str, tokens: slice, native: Any) -> Step:
+    logprobs = None if step.logprobs is None else step.logprobs[tokens]
+    return step._replace(text=text, token_ids=step.token_ids[tokens], logprobs=logprobs, native=native)
+
+
+async def count_spent(
+    outputs: AsyncGenerator[RequestOutput, None], state: RequestState, kind: RequestOutputKind
 ) -> AsyncGenerator[RequestOutput, None]:
-    """``outputs`` as they come; what was sampled, and read outside the prefix cache, is charged to the visit."""
-    is_read, written = False, dict[int, int]()
+    """Pass ``outputs`` on; add tokens sampled, and read outside the prefix cache, to ``state.spent_tokens``."""
+    is_first, sampled = True, dict[int, int]()
     async with aclosing(outputs):
         async for output in outputs:
-            if not is_read:
-                is_read = True
-                visit.spent_tokens += len(output.prompt_token_ids or ()) - (output.num_cached_tokens or 0)
+            if is_first:
+                is_first = False
+                state.spent_tokens += len(output.prompt_token_ids or ()) - (output.num_cached_tokens or 0)
             for part in output.outputs:
-                before = 0 if kind is RequestOutputKind.DELTA else written.get(part.index, 0)
-                written[part.index] = len(part.token_ids)
-                visit.spent_tokens += written[part.index] - before
+                before = 0 if kind is RequestOutputKind.DELTA else sampled.get(part.index, 0)
+                sampled[part.index] = len(part.token_ids)
+                state.spent_tokens += sampled[part.index] - before
             yield output
 
 

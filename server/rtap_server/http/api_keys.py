@@ -1,7 +1,6 @@
-"""Who may ask: API keys from a file and from the environment, never from a command line.
+"""API keys from a file and from the environment, never from a command line, which other users can read.
 
-Keys are kept and compared as SHA-256 digests only, always against all of them and in constant time. No message and no
-log line says anything of a key but the name that its owner gave it.
+Only SHA-256 digests are kept. A key is compared with all of them in constant time. Messages name keys, never show them.
 """
 
 import hashlib
@@ -23,14 +22,14 @@ from rtap_server.telemetry.logs import announce
 
 KEYS_VARIABLE = "RTAP_API_KEYS"
 _VLLM_VARIABLE = "VLLM_API_KEY"
-_LOOK_EVERY_SECONDS = 1.0
-_Text = Annotated[str, Field(pattern=r"^[!-~]+$")]  # what a header carries unchanged
+_CHECK_SECONDS = 1.0
+_Text = Annotated[str, Field(pattern=r"^[!-~]+$")]  # printable ASCII, which a header carries unchanged
 _Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key. opens_metrics_only: it is for a scraper, and opens nothing but ``/metrics``."""
+    """One key. opens_metrics_only: a scraper's key, valid for ``/metrics`` alone."""
 
     name: str
     digest: bytes
@@ -39,61 +38,62 @@ class Key:
 
 
 class KeyRing:
-    """The keys that count now. A file is read again when it has changed, which is looked for at most once a second;
-    while it is missing or broken the keys before it stay."""
+    """The valid keys. A changed file is read again, checked at most once a second.
+
+    While the file is missing or invalid the previous keys stay valid."""
 
     def __init__(self, fixed: Sequence[Key], file: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises ConfigError for a file that cannot be used."""
         self._fixed, self._file, self._clock = tuple(fixed), file, clock
-        self._looked, self._stamp = clock(), None if file is None else _stamp(file)
+        self._checked, self._file_version = clock(), None if file is None else _file_version(file)
         self._keys = self._fixed if file is None else self._with(file)
 
     @property
     def is_empty(self) -> bool:
-        """Whether nobody has to show a key. True or false for the whole life of the ring."""
+        """True when the server has no keys. It never changes during a run."""
         return not self._keys
 
     @property
     def guards_metrics(self) -> bool:
-        """Whether ``/metrics`` takes keys of its own only."""
+        """True when ``/metrics`` needs a key of scope 'metrics'."""
         return any(key.opens_metrics_only for key in self._keys)
 
     def find(self, presented: bytes) -> Key | None:
-        """The key that ``presented`` is. It takes the same time whichever it is, and for none."""
-        self._look()
-        shown, found = hashlib.sha256(presented).digest(), None
+        """The key equal to ``presented``, or None, in constant time."""
+        self._reload()
+        digest, found = hashlib.sha256(presented).digest(), None
         for key in self._keys:
-            if hmac.compare_digest(shown, key.digest):
+            if hmac.compare_digest(digest, key.digest):
                 found = key
         return found
 
-    def _look(self) -> None:
+    def _reload(self) -> None:
         now = self._clock()
-        if self._file is None or now - self._looked < _LOOK_EVERY_SECONDS:
+        if self._file is None or now - self._checked < _CHECK_SECONDS:
             return
-        self._looked = now
-        stamp = _stamp(self._file)
-        if stamp == self._stamp:
+        self._checked = now
+        version = _file_version(self._file)
+        if version == self._file_version:
             return
-        self._stamp = stamp
+        self._file_version = version
         try:
             self._keys = self._with(self._file)
         except ConfigError as error:
-            announce(f"{error}; the keys before it still count", logging.ERROR)
+            announce(f"{error}; the previous keys stay valid", logging.ERROR)
 
     def _with(self, file: Path) -> tuple[Key, ...]:
-        """The fixed keys, then those of the file, whose limits win where one is in both."""
+        """The fixed keys, then those of ``file``; a key in both has the limits of the file."""
         keys = (*self._fixed, *_read_file(file))
         if all(key.opens_metrics_only for key in keys):
-            raise ConfigError(f"{file} has no key that opens more than /metrics: add one without a scope")
+            raise ConfigError(f"{file} has only keys for /metrics: add a key without a scope")
         return keys
 
 
 def load_keys(file: Path | None, environ: Mapping[str, str]) -> KeyRing:
     """Keys of the file and of the variables RTAP_API_KEYS (comma separated) and VLLM_API_KEY.
 
-    Raises ConfigError for a file that cannot be used, and for a variable that is there but names no key: a server that
-    somebody wanted closed must not come up open."""
+    Raises ConfigError for an invalid file, and for a variable that is set but has no key: the server must not start
+    without authentication by mistake."""
     fixed = list[Key]()
     if KEYS_VARIABLE in environ:
         given = [part.strip() for part in environ[KEYS_VARIABLE].split(",") if part.strip()]
@@ -128,7 +128,7 @@ class _Entry(BaseModel):
         return self
 
     def key_of(self) -> Key:
-        """As it is kept."""
+        """The Key with its digest."""
         digest = _digest(self.key) if self.key is not None else bytes.fromhex(self.sha256 or "")
         limits = KeyLimits(self.requests_per_minute, self.tokens_per_minute, self.concurrent)
         return Key(self.name, digest, limits, opens_metrics_only=self.scope is not None)
@@ -141,7 +141,7 @@ class _File(BaseModel):
 
 
 def _read_file(file: Path) -> list[Key]:
-    """Errors say where, never what: nothing of the file is in them."""
+    """Keys of a TOML file. Errors name the place and never show contents, which may be keys."""
     try:
         keys = [entry.key_of() for entry in _File.model_validate(tomllib.loads(file.read_text("utf-8"))).keys]
     except OSError as error:
@@ -150,16 +150,16 @@ def _read_file(file: Path) -> list[Key]:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"API keys file {file}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
-    except ValueError as error:  # no UTF-8, or no TOML
+    except ValueError as error:  # not UTF-8, or not TOML
         line = re.search(r"line \d+", str(error))
-        raise ConfigError(f"the API keys file {file} is no TOML{f' ({line.group()})' if line else ''}") from None
+        raise ConfigError(f"the API keys file {file} is not valid TOML{f' ({line.group()})' if line else ''}") from None
     if len({key.name for key in keys}) < len(keys) or len({key.digest for key in keys}) < len(keys):
-        raise ConfigError(f"API keys file {file}: a name or a key is there twice")
+        raise ConfigError(f"API keys file {file}: a name or a key is listed twice")
     return keys
 
 
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written or replaced; None while there is none."""
+def _file_version(file: Path) -> tuple[int, int, int] | None:
+    """(inode, modification time, size) of a file; None while it does not exist."""
     try:
         found = file.stat()
     except OSError:

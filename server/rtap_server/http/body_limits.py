@@ -1,100 +1,90 @@
-"""Every POST before anything else looks at it: is the path open, the body small and JSON, does it ask for too much.
-
-Plain ASGI, inside the gate and outside all that does work. What passes is in the scope for the layers inside
-(``body_of``), decoded once. It admits nothing and starts nothing.
-"""
+"""Read and check the body of every POST request before a route sees it: size, JSON, field limits, blocked routes."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, cast
 
 import msgspec
-from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rtap_core.errors import BodyTooLarge, Draining, InvalidRequest, Overloaded, RtapError
+from rtap_core.errors import BodyTooLarge, Draining, InvalidRequest, RtapError
 from rtap_server.engine.drain import Drain
+from rtap_server.engine.request_state import current_request
 from rtap_server.http.admission import Admission
-from rtap_server.http.errors import response_to
-from rtap_server.http.field_limits import Caps
-from rtap_server.http.privacy import texts_of, without
-from rtap_server.http.request_id import ErrorShaper
-from rtap_server.http.route_kinds import RECURSIVE_PATHS, REFUSED_PATHS
+from rtap_server.http.errors import error_response, rejection_reason
+from rtap_server.http.field_limits import FieldLimits
+from rtap_server.http.route_kinds import BLOCKED_PATHS, RECURSIVE_PATHS, route_path
 from rtap_server.telemetry.metrics import Metrics
 
-# Decoding, walking and checking cost by the value, not by the byte: of eight megabytes of "[]," they take seconds.
-MOST_CONTAINERS, MOST_STRINGS = 20_000, 50_000
-_PIECES = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]', re.DOTALL)
-_NO_JSON = (b"multipart/", b"application/x-www-form-urlencoded")
-_SCOPE_KEY = "rtap.body"
+# Decoding and checking cost by the value, not by the byte: eight megabytes of "[]," take seconds.
+MAX_CONTAINERS, MAX_STRINGS = 20_000, 50_000
+_STRING_OR_CONTAINER = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]', re.DOTALL)
+_NOT_JSON = (b"multipart/", b"application/x-www-form-urlencoded")
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
-    """A request's body. fields: decoded, empty where it is none or no JSON (a form, say)."""
-
-    raw: bytes
-    fields: dict[str, Any]
+class _Disconnected(Exception):
+    """The client left before its body was complete."""
 
 
-class _ClientLeft(Exception):
-    """The client went away before its body was complete."""
+class BodyLimitsMiddleware:
+    """Read the body of a POST request into its RequestState, or refuse it.
 
-
-class Intake:
-    """Around every POST."""
+    It starts no work: routes inside receive the body again from the state."""
 
     def __init__(
         self,
         app: ASGIApp,
         *,
         max_body_bytes: int,
-        caps: Caps,
+        field_limits: FieldLimits,
         admission: Admission,
         drain: Drain,
         metrics: Metrics,
+        blocked_paths: Mapping[str, str] = BLOCKED_PATHS,
     ) -> None:
-        self._app, self._max_body_bytes, self._caps = app, max_body_bytes, caps
-        self._admission, self._drain, self._metrics = admission, drain, metrics
+        self._app, self._max_body_bytes, self._field_limits = app, max_body_bytes, field_limits
+        self._admission, self._drain, self._metrics, self._blocked = admission, drain, metrics, blocked_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        state = current_request()
         try:
-            body = await self._take(scope, receive)
-        except _ClientLeft:
+            state.body, state.fields = await self._read(scope, receive)
+        except _Disconnected:
             return
-        except (InvalidRequest, BodyTooLarge, Overloaded) as error:
-            self._metrics.rejected(_REASONS[type(error)])
-            await response_to(error)(scope, receive, send)
+        except RtapError as error:
+            self._metrics.rejected(rejection_reason(error))
+            await error_response(error)(scope, receive, send)
             return
+        await self._app(scope, replay(state.body, receive), send)
 
-        def clean(message: str) -> str:
-            return without(message, texts_of(body.fields))
-
-        await self._app({**scope, _SCOPE_KEY: body}, replay(body.raw, receive), ErrorShaper(send, clean))
-
-    async def _take(self, scope: Scope, receive: Receive) -> Body:
-        path, headers = get_route_path(scope), dict(scope["headers"])
+    async def _read(self, scope: Scope, receive: Receive) -> tuple[bytes, dict[str, Any]]:
+        """The body and its JSON object, which is empty for a body that is not JSON."""
+        path, headers = route_path(scope), dict(scope["headers"])
         if self._drain.has_begun:
-            raise Draining("the server is about to end and takes nothing new; try again, another one may answer")
-        if path in REFUSED_PATHS:
-            raise InvalidRequest(f"{path} is closed: {REFUSED_PATHS[path]}")
-        # A full server says so before it reads; to whoever may only want what is there already, after that.
-        if path in RECURSIVE_PATHS and b"idempotency-key" not in headers:
-            self._admission.check()
-        raw = await self._read(headers, receive)
-        kind = headers.get(b"content-type", b"").strip().lower()
-        is_json = path in RECURSIVE_PATHS or (bool(raw) and not kind.startswith(_NO_JSON))
-        fields = parse(raw) if is_json else {}
-        self._caps.check(fields)
+            raise Draining("the server is shutting down and accepts no new requests; retry on another server")
+        if path in self._blocked:
+            raise InvalidRequest(f"{path} is blocked on this server: {self._blocked[path]}")
+        if b"idempotency-key" in headers:
+            raise InvalidRequest(
+                "Idempotency-Key is not supported: leave the header out; a retry is a new request",
+                param="Idempotency-Key",
+            )
+        if path in RECURSIVE_PATHS:
+            self._admission.check()  # a full server refuses before it reads
+        body = await self._read_bytes(headers, receive)
+        content_type = headers.get(b"content-type", b"").strip().lower()
+        is_json = path in RECURSIVE_PATHS or (bool(body) and not content_type.startswith(_NOT_JSON))
+        fields = parse_json(body) if is_json else {}
+        self._field_limits.check(fields)
         if path not in RECURSIVE_PATHS:
-            self._caps.check_length(fields)
-        return Body(raw, fields)
+            self._field_limits.check_length(fields)
+        return body, fields
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body. Raises BodyTooLarge as soon as it is known to be that, and _ClientLeft."""
+    async def _read_bytes(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        """The whole body. Raises BodyTooLarge as early as possible, and _Disconnected."""
         limit, parts, size = self._max_body_bytes, list[bytes](), 0
         error = BodyTooLarge(f"the request body is larger than {limit} bytes; shorten it or raise --max-body-bytes")
         declared = headers.get(b"content-length", b"0")
@@ -103,7 +93,7 @@ class Intake:
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                raise _ClientLeft
+                raise _Disconnected
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > limit:
@@ -112,53 +102,40 @@ class Intake:
                 return b"".join(parts)
 
 
-def parse(raw: bytes) -> dict[str, Any]:
-    """The JSON object that it is. Raises InvalidRequest."""
-    if raw.count(b"[") + raw.count(b"{") > MOST_CONTAINERS or raw.count(b'"') > 2 * MOST_STRINGS:
-        _check_pieces(raw)  # they may all be in one text
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in ``body``. Raises InvalidRequest."""
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS or body.count(b'"') > 2 * MAX_STRINGS:
+        _check_counts(body)  # the characters may all be inside one string
     try:
-        request: Any = msgspec.json.decode(raw)
+        decoded: Any = msgspec.json.decode(body)
     except RecursionError:
         raise InvalidRequest("the request body is nested too deep") from None
     except msgspec.DecodeError as error:
-        raise InvalidRequest(f"the request body is no JSON: {error}") from None
-    if not isinstance(request, dict):
+        raise InvalidRequest(f"the request body is not JSON: {error}") from None
+    if not isinstance(decoded, dict):
         raise InvalidRequest("the request body must be a JSON object")
-    return cast(dict[str, Any], request)
+    return cast(dict[str, Any], decoded)
 
 
-def _check_pieces(raw: bytes) -> None:
+def _check_counts(body: bytes) -> None:
     containers = 0
-    for pieces, piece in enumerate(_PIECES.finditer(raw), 1):
-        containers += raw[piece.start()] != 0x22  # a quote
-        if containers > MOST_CONTAINERS or pieces - containers > MOST_STRINGS:
+    for count, match in enumerate(_STRING_OR_CONTAINER.finditer(body), 1):
+        containers += body[match.start()] != 0x22  # a quote
+        if containers > MAX_CONTAINERS or count - containers > MAX_STRINGS:
             raise InvalidRequest(
-                f"the request body has more than {MOST_CONTAINERS} objects and lists, or {MOST_STRINGS} texts"
+                f"the request body has more than {MAX_CONTAINERS} objects and lists, or {MAX_STRINGS} strings"
             )
 
 
-def body_of(scope: Scope) -> Body:
-    """The body of a POST that came through an Intake."""
-    return scope[_SCOPE_KEY]
-
-
 def replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives the body once and then whatever the client does next (its leaving, above all)."""
-    given = False
+    """A ``receive`` that yields ``body`` once, then the client's further messages, such as its disconnect."""
+    is_given = False
 
-    async def again() -> Message:
-        nonlocal given
-        if given:
+    async def receive_again() -> Message:
+        nonlocal is_given
+        if is_given:
             return await receive()
-        given = True
+        is_given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
-
-
-_REASONS: dict[type[RtapError], str] = {
-    InvalidRequest: "invalid",
-    BodyTooLarge: "body_too_large",
-    Draining: "draining",
-    Overloaded: "overloaded",
-}
+    return receive_again

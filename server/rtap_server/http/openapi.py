@@ -1,7 +1,4 @@
-"""What ``/openapi.json`` says beside vLLM's own words: the ``rtap`` object of a request, with this server's ceilings.
-
-It describes only; ``wire.py`` checks.
-"""
+"""Add the ``rtap`` request object, with this server's limits, to vLLM's OpenAPI document."""
 
 from typing import Any
 
@@ -20,13 +17,13 @@ _CEILINGS = {
 
 
 def describe_rtap(app: FastAPI, settings: Settings) -> None:
-    """Make the app's document name our field where vLLM's routes take it."""
-    describe_rest = app.openapi  # FastAPI keeps what it has built, so the fields below are put in once
+    """Make ``app.openapi`` describe ``rtap`` on the recursive routes."""
+    describe_vllm = app.openapi  # FastAPI caches its document, so the field is added once
 
     def describe() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _add_options(describe_rest(), settings)
-        return describe_rest()
+            _add_options(describe_vllm(), settings)
+        return describe_vllm()
 
     app.openapi = describe
 

@@ -1,179 +1,207 @@
-"""The HTTP edge of recursion: read the ``rtap`` request field, take a place, put the ``rtap`` object into the reply.
-
-Plain ASGI, because anything that buffers would break streaming and disconnects. It sits inside ``intake.py``, which has
-read and capped the body, and outside vLLM's routes; it rewrites replies of the four endpoints that recurse only.
-"""
+"""Recursion around vLLM's routes: read the ``rtap`` fields of a request, admit it, rewrite its response."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import Any, cast
 
 import msgspec
-from starlette._utils import get_route_path
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from pydantic import TypeAdapter, ValidationError
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rtap_core.errors import InvalidRequest, Overloaded, RtapError, UnknownRequest
-from rtap_core.types import Policy
+from rtap_core.artifact import Artifact
+from rtap_core.errors import InvalidRequest, RtapError
+from rtap_core.types import Limits, Policy, Select
+from rtap_server.engine.request_state import RequestState, current_request
+from rtap_server.engine.server_state import ServerState
 from rtap_server.http.admission import Admission
-from rtap_server.http.auth import current_owner, current_visit
-from rtap_server.http.body_limits import body_of, replay
-from rtap_server.http.errors import response_to
-from rtap_server.http.request_log import notes_of
-from rtap_server.http.response_rewriter import EventStream, Told, annotate_reply
-from rtap_server.http.route_kinds import ABORT_PATHS, RECURSIVE_PATHS, RESPONSES, RESPONSES_PATH, WORKING_PATHS
-from rtap_server.http.schema import Exchange, RtapOptions, begin_exchange, effort_of, options_of, prefix_of, tokens_of
+from rtap_server.http.body_limits import replay
+from rtap_server.http.errors import error_response, rejection_reason, shortened
+from rtap_server.http.field_limits import lax_int
+from rtap_server.http.response_rewriter import ResponseRewriter
+from rtap_server.http.route_kinds import GENERATING_PATHS, RECURSIVE_PATHS, route_path
+from rtap_server.http.schema import EFFORTS, RtapOptions
 from rtap_server.settings import Settings
-from rtap_server.telemetry.feedback import Feedback
-from rtap_server.telemetry.metrics import Metrics
 
-_Prepared = tuple[AbstractContextManager[None], Receive, Send]
-
-
-class RecursionMiddleware:
-    """Around a POST that works: a place. Around a recursive one: also an Exchange, and a rewritten reply."""
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        settings: Settings,
-        metrics: Metrics,
-        feedback: Feedback,
-        admission: Admission,
-        max_model_len: int,
-    ) -> None:
-        self._app, self._settings, self._metrics, self._feedback = app, settings, metrics, feedback
-        self._admission, self._max_model_len = admission, max_model_len
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        path = get_route_path(scope)
-        try:
-            _check_owner(path)
-            place, receive, send = self._prepared(path, scope, receive, send)
-        except (InvalidRequest, Overloaded, UnknownRequest) as error:
-            self._metrics.rejected(_REASONS[type(error)])
-            await response_to(error)(scope, receive, send)
-            return
-        with place:
-            await self._app(scope, receive, send)
-
-    def _prepared(self, path: str, scope: Scope, receive: Receive, send: Send) -> _Prepared:
-        if scope["method"] == "POST" and path in RECURSIVE_PATHS:
-            return self._recursive(path, scope, receive, send)
-        if scope["method"] == "POST" and path in WORKING_PATHS:
-            fields = body_of(scope).fields
-            params: Any = fields.get("sampling_params")
-            asked = cast(dict[str, Any], params) if isinstance(params, dict) else fields
-            tokens = self._tokens(asked, RtapOptions(policy=Policy.SINGLE)) if WORKING_PATHS[path] else 0
-            return self._admission.admit(tokens), receive, send
-        return nullcontext(), receive, send
-
-    def _tokens(self, fields: Mapping[str, Any], options: RtapOptions | None) -> int:
-        return tokens_of(fields, options, self._settings, max_model_len=self._max_model_len)
-
-    def _recursive(self, path: str, scope: Scope, receive: Receive, send: Send) -> _Prepared:
-        given = body_of(scope)
-        request, body = dict(given.fields), given.raw
-        if request.get("use_beam_search"):
-            raise InvalidRequest(
-                "beam search has no cycles to stop; leave out use_beam_search", param="use_beam_search"
-            )
-        if request.get("background"):
-            raise InvalidRequest(
-                "a response in the background would be outside this server's limits; leave out background",
-                param="background",
-            )
-        options = options_of(request, self._settings)
-        owned = _owned(request) if path == RESPONSES_PATH else {}
-        if owned or "rtap" in request:
-            request |= owned
-            request.pop("rtap", None)  # vLLM does not know it
-            body = msgspec.json.encode(request)
-        model, owner = request.get("model"), current_owner()
-        exchange = Exchange(
-            options, effort_of(request), prefix_of(path, request), model if isinstance(model, str) else ""
-        )
-
-        def told(reply_id: str) -> None:
-            self._feedback.remember(reply_id, exchange.trajectories, owner)
-
-        place = self._admission.admit(self._tokens(request, options))
-        begin_exchange(exchange)
-        notes_of(scope).exchange = exchange
-        return place, replay(body, receive), _Rewriter(send, path, request, exchange, told)
-
-
-def _owned(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Where keys are asked for, a response has an id that shows whose it is, and goes on from its own key's only."""
-    visit, before = current_visit(), request.get("previous_response_id")
-    if visit is None:
-        return {}
-    if request.get("request_id") is not None:
-        raise InvalidRequest("leave out request_id: this server gives responses their ids", param="request_id")
-    if isinstance(before, str) and not visit.owns_response(before):
-        raise UnknownRequest("previous_response_id names no response of this key")
-    return {"request_id": visit.new_response_id()}
-
-
-def _check_owner(path: str) -> None:
-    """One key's responses and requests are no other's to read or to stop."""
-    visit = current_visit()
-    if visit is None:
-        return
-    if path.startswith(RESPONSES) and not visit.owns_response(path.removeprefix(RESPONSES).partition("/")[0]):
-        raise UnknownRequest("this key has no such response")
-    if path in ABORT_PATHS:
-        raise InvalidRequest("requests of other keys have ids too: close the connection of the one that is to stop")
-
-
-_REASONS: dict[type[RtapError], str] = {
-    InvalidRequest: "invalid",
-    Overloaded: "overloaded",
-    UnknownRequest: "unknown",
+_XARGS_PREFIX = "rtap_"
+_LAX_BOOL = TypeAdapter(bool)  # as vLLM's requests parse a boolean
+_UNSUPPORTED = {
+    "use_beam_search": "beam search has no cycles to stop; leave out use_beam_search",
+    "background": "a background response would escape this server's limits; leave out background",
 }
 
 
-class _Rewriter:
-    """The ``send`` of a recursive exchange."""
+class RecursionMiddleware:
+    """Admit POST requests that run a model, and make those of the four recursive endpoints recurse.
 
-    def __init__(self, send: Send, path: str, request: Mapping[str, Any], exchange: Exchange, told: Told) -> None:
-        self._send, self._path, self._request, self._exchange, self._told = send, path, request, exchange, told
-        self._start: Message | None = None
-        self._stream: EventStream | None = None
-        self._parts: list[bytes] = []
+    Plain ASGI, because a buffering middleware breaks streaming and disconnects."""
 
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            await self._begin(message)
-        elif message["type"] != "http.response.body" or (self._stream is None and self._start is None):
-            await self._send(message)
-        elif self._stream is not None:
-            body = self._stream.feed(message.get("body", b""))
-            if body or not message.get("more_body", False):
-                await self._send({**message, "body": body})
-        else:
-            await self._gather(message)
+    def __init__(self, app: ASGIApp, *, server: ServerState, admission: Admission, max_model_len: int) -> None:
+        self._app, self._server, self._admission, self._max_model_len = app, server, admission, max_model_len
 
-    async def _begin(self, message: Message) -> None:
-        kind = dict(message["headers"]).get(b"content-type", b"")
-        if message["status"] != 200:
-            await self._send(message)
-        elif kind.startswith(b"text/event-stream"):
-            self._stream = EventStream(self._path, self._request, self._exchange, self._told)
-            await self._send(message)
-        else:
-            self._start = message  # its content-length is known only with the whole body
-
-    async def _gather(self, message: Message) -> None:
-        assert self._start is not None
-        self._parts.append(message.get("body", b""))
-        if message.get("more_body", False):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = route_path(scope)
+        is_recursive = path in RECURSIVE_PATHS
+        if scope["type"] != "http" or scope["method"] != "POST" or not (is_recursive or path in GENERATING_PATHS):
+            await self._app(scope, receive, send)
             return
-        body = annotate_reply(b"".join(self._parts), self._path, self._exchange, self._told)
-        headers = [(k, v) for k, v in self._start["headers"] if k != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
-        await self._send({**self._start, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        state = current_request()
+        with ExitStack() as admitted:
+            try:
+                if is_recursive:
+                    read_recursion_fields(state, path, self._server)
+                admitted.enter_context(self._admission.admit(self._max_new_tokens(state, path)))
+            except RtapError as error:
+                self._server.metrics.rejected(rejection_reason(error))
+                await error_response(error)(scope, receive, send)
+                return
+            if is_recursive:
+                receive = replay(state.body, receive)
+                send = ResponseRewriter(send, path, state, self._server.feedback)
+            await self._app(scope, receive, send)
+
+    def _max_new_tokens(self, state: RequestState, path: str) -> int:
+        if not GENERATING_PATHS.get(path, True):
+            return 0
+        params: Any = state.fields.get("sampling_params")
+        fields = cast(dict[str, Any], params) if isinstance(params, dict) else state.fields
+        return max_new_tokens(fields, state.limits, max_model_len=self._max_model_len)
+
+
+def read_recursion_fields(state: RequestState, path: str, server: ServerState) -> None:
+    """Resolve the recursion fields of ``state.fields`` into ``state``, once, and take ``rtap`` out of its body.
+
+    Raises InvalidRequest."""
+    fields = state.fields
+    for name, reason in _UNSUPPORTED.items():
+        if fields.get(name):
+            raise InvalidRequest(reason, param=name)
+    options = parse_options(fields, server.settings)
+    state.limits = resolve_limits(
+        options, server.settings, server.generator, has_confidence=server.confidence is not None, effort=effort(fields)
+    )
+    state.return_cycles = options.return_cycles
+    state.prefix = continued_text(path, fields)
+    model = fields.get("model")
+    state.model = model if isinstance(model, str) else ""
+    if "rtap" in fields:  # a field that vLLM does not know
+        state.body = msgspec.json.encode({name: value for name, value in fields.items() if name != "rtap"})
+
+
+def parse_options(fields: Mapping[str, Any], settings: Settings) -> RtapOptions:
+    """Options of a request: its ``rtap`` object, or entries of ``vllm_xargs`` named ``rtap_<field>``.
+
+    Raises InvalidRequest for a wrong field, a value above the server's ceiling, and for both forms at once."""
+    xargs: Any = fields.get("vllm_xargs")
+    entries = cast(dict[str, Any], xargs) if isinstance(xargs, dict) else {}
+    from_xargs = {k.removeprefix(_XARGS_PREFIX): v for k, v in entries.items() if k.startswith(_XARGS_PREFIX)}
+    if from_xargs and "rtap" in fields:
+        raise InvalidRequest("give the rtap options once: in 'rtap' or in 'vllm_xargs'", param="rtap")
+    if from_xargs:
+        return _validated(from_xargs, settings, where="vllm_xargs.rtap_*")
+    return _validated(fields["rtap"], settings, where="rtap") if "rtap" in fields else RtapOptions()
+
+
+def _validated(raw: Any, settings: Settings, *, where: str) -> RtapOptions:
+    if not isinstance(raw, Mapping):
+        raise InvalidRequest(f"{where}={shortened(raw)} must be an object such as {{'threshold': 0.8}}", param=where)
+    try:
+        options = RtapOptions.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = shortened(".".join(str(part) for part in first["loc"]))[1:-1]
+        param = f"{where}.{name}"
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(RtapOptions.model_fields)
+            raise InvalidRequest(f"unknown field {param}; known: {known}", param=param) from error
+        raise InvalidRequest(f"{param}={shortened(first['input'])}: {first['msg']}", param=param) from error
+    for name in ("max_cycles", "samples", "deadline_seconds"):
+        value, limit = getattr(options, name), getattr(settings, f"{name}_limit")
+        if value is not None and value > limit:
+            raise InvalidRequest(
+                f"{where}.{name}={value} is above this server's limit of {limit}", param=f"{where}.{name}"
+            )
+    return options
+
+
+def resolve_limits(
+    options: RtapOptions, settings: Settings, generator: Artifact, *, has_confidence: bool, effort: str | None = None
+) -> Limits:
+    """Limits of one request: its options, else its effort's, else the server's, else those of the generator's artifact.
+
+    ``max_tokens`` is left to the engine, which knows vLLM's default for it. An unknown effort is vLLM's to refuse.
+    Raises InvalidRequest when the policy needs a confidence generator and none is loaded."""
+    default_policy = settings.policy or (Policy.CONFIDENCE if has_confidence else Policy.MODEL)
+    policy = options.policy or default_policy
+    if policy is Policy.CONFIDENCE and not has_confidence:
+        raise InvalidRequest(
+            "policy 'confidence' needs a confidence generator, and this server has none; "
+            "use policy 'model' or start the server with --confidence-model",
+            param="rtap.policy",
+        )
+    default_select = Select.BEST if policy is Policy.CONFIDENCE else Select.LAST
+    level = EFFORTS.get(effort or "", EFFORTS["medium"])
+    threshold = next(v for v in (settings.threshold, generator.threshold, 0.5) if v is not None)
+    max_cycles = min(max(1, round(settings.max_cycles * level.max_cycles_factor)), settings.max_cycles_limit)
+    return Limits(
+        policy=policy,
+        threshold=threshold + level.threshold_raise * (1 - threshold)
+        if options.threshold is None
+        else options.threshold,
+        max_cycles=options.max_cycles or max_cycles,
+        samples=options.samples or settings.samples,
+        select=options.select or settings.select or default_select,
+        patience=options.patience or settings.patience,
+        deadline_seconds=options.deadline_seconds or settings.deadline_seconds or settings.deadline_seconds_limit,
+        probe_every=options.probe_every or settings.probe_every,
+    )
+
+
+def max_new_tokens(fields: Mapping[str, Any], limits: Limits | None, *, max_model_len: int) -> int:
+    """Tokens that a request may generate: its max_tokens, else the model length, for each sample of each choice of each
+    prompt. Wrong types are vLLM's to refuse."""
+
+    def count(name: str) -> int | None:
+        value = lax_int(fields.get(name))
+        return None if value is None else max(1, value)
+
+    names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+    given = next((tokens for name in names if (tokens := count(name)) is not None), max_model_len)
+    samples = limits.samples if limits is not None and limits.policy is Policy.VOTE else 1
+    prompt: Any = fields.get("prompt")
+    items = cast(list[Any], prompt) if isinstance(prompt, list) else []
+    prompts = 1 if items and isinstance(items[0], int) else max(1, len(items))  # a list of token ids is one prompt
+    return min(given, max_model_len) * (count("n") or 1) * samples * prompts
+
+
+def effort(fields: Mapping[str, Any]) -> str | None:
+    """The reasoning effort of a request to any of the four endpoints. Wrong types are vLLM's to refuse."""
+
+    def inside(name: str) -> Mapping[str, Any]:
+        value = fields.get(name)
+        return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
+
+    is_disabled = inside("thinking").get("type") == "disabled"  # /v1/messages
+    given = fields.get("reasoning_effort") or inside("reasoning").get("effort") or inside("output_config").get("effort")
+    return "none" if is_disabled else given if isinstance(given, str) else None
+
+
+def continued_text(path: str, fields: Mapping[str, Any]) -> str:
+    """Text of the last message when the request asks the model to continue it; else empty. Wrong types are vLLM's to
+    refuse."""
+    items: Any = fields.get({"/v1/chat/completions": "messages", "/v1/responses": "input"}.get(path, ""))
+    if not isinstance(items, list) or not items or not isinstance(items[-1], dict):
+        return ""
+    last = cast(dict[str, Any], items[-1])
+    if path == "/v1/responses":
+        is_continued = last.get("status") in ("in_progress", "incomplete") and last.get("type", "message") == "message"
+    else:
+        try:
+            is_continued = _LAX_BOOL.validate_python(fields.get("continue_final_message") or False)
+        except ValidationError:
+            is_continued = False
+    content: Any = last.get("content") if is_continued else None
+    if isinstance(content, list):
+        parts = [cast(dict[str, Any], part) for part in cast(list[Any], content) if isinstance(part, dict)]
+        texts: list[Any] = [part.get("text") for part in parts]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""

@@ -1,24 +1,20 @@
-"""Put trajectories into replies that vLLM has framed: whole JSON bodies, and server-sent events one by one.
+"""Add trajectories to responses that vLLM has written: whole JSON bodies, and server-sent events one by one.
 
 Streams stay ordinary OpenAI chunks. Only events that need a change are decoded; content deltas pass as bytes.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import msgspec
+from starlette.types import Message, Send
 
-from rtap_server.http.errors import shaped_event
-from rtap_server.http.schema import (
-    ANSWER_MARK,
-    REASONING,
-    REASONING_CONTENT,
-    Exchange,
-    cycle_object,
-    reasoning_tokens,
-    trajectory_object,
-)
+from rtap_server.engine.output_writer import ANSWER_MARK, REASONING, REASONING_CONTENT
+from rtap_server.engine.request_state import RequestState
+from rtap_server.http.errors import shape_error_event
+from rtap_server.http.schema import cycle_object, trajectory_object
+from rtap_server.telemetry.feedback import Feedback
 
 _DATA, _DONE, _ERROR = b"data: ", b"data: [DONE]", b'data: {"error"'
 _NAMED_ERROR = b"event: error\n" + _DATA  # Anthropic's
@@ -28,76 +24,118 @@ _CHAT, _COMPLETIONS, _RESPONSES, _MESSAGES = (
     "/v1/responses",
     "/v1/messages",
 )
-# What an event must contain to be worth decoding: a finish or usage to complete. Nothing that a model writes looks like
-# it: within a JSON string the quotes are escaped.
-_MARKERS: Mapping[str, re.Pattern[bytes]] = {
+# An event that matches has a finish reason or usage to complete. A model's text cannot match: its quotes are escaped.
+_NEEDS_REWRITE: Mapping[str, re.Pattern[bytes]] = {
     _CHAT: re.compile(b'"finish_reason":"|"usage":{'),
     _COMPLETIONS: re.compile(b'"finish_reason":"|"usage":{'),
     _RESPONSES: re.compile(b'"response.(?:completed|incomplete)"'),
     _MESSAGES: re.compile(b'"message_(?:start|delta)"'),
 }
-Told = Callable[[str], None]
-"""Called with a reply's id when its trajectories are told, before the bytes that tell them are sent."""
 
 
-def annotate_reply(body: bytes, path: str, exchange: Exchange, told: Told) -> bytes:
-    """A whole 200 reply with its ``rtap`` object, both reasoning names and the true reasoning token count.
+class ResponseRewriter:
+    """The ASGI ``send`` of a recursive request. Error responses pass unchanged.
 
-    A body that is no JSON object, or an exchange that never reached the engine, comes back as it was."""
-    if not exchange.trajectories:
+    Feedback remembers the trajectories before the bytes that report them are sent."""
+
+    def __init__(self, send: Send, path: str, state: RequestState, feedback: Feedback) -> None:
+        self._send, self._path, self._state, self._feedback = send, path, state, feedback
+        self._start: Message | None = None
+        self._stream: EventStream | None = None
+        self._parts: list[bytes] = []
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif message["type"] != "http.response.body" or (self._stream is None and self._start is None):
+            await self._send(message)
+        elif self._stream is not None:
+            body = self._stream.feed(message.get("body", b""))
+            if body or not message.get("more_body", False):
+                await self._send({**message, "body": body})
+        else:
+            await self._collect(message)
+
+    async def _begin(self, message: Message) -> None:
+        content_type = dict(message["headers"]).get(b"content-type", b"")
+        if message["status"] != 200:
+            await self._send(message)
+        elif content_type.startswith(b"text/event-stream"):
+            self._stream = EventStream(self._path, self._state, self._feedback)
+            await self._send(message)
+        else:
+            self._start = message  # its content-length is known only with the whole body
+
+    async def _collect(self, message: Message) -> None:
+        assert self._start is not None
+        self._parts.append(message.get("body", b""))
+        if message.get("more_body", False):
+            return
+        body = annotate_body(b"".join(self._parts), self._path, self._state, self._feedback)
+        headers = [(k, v) for k, v in self._start["headers"] if k != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self._send({**self._start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def annotate_body(body: bytes, path: str, state: RequestState, feedback: Feedback) -> bytes:
+    """A whole 200 response with its ``rtap`` object, both reasoning fields and the true reasoning token count.
+
+    Unchanged when it is not a JSON object, or when the request never reached the engine."""
+    if not state.trajectories:
         return body
     try:
-        reply: Any = msgspec.json.decode(body)
+        decoded: Any = msgspec.json.decode(body)
     except msgspec.DecodeError:
         return body
-    if not isinstance(reply, dict):
+    if not isinstance(decoded, dict):
         return body
-    fields = cast(dict[str, Any], reply)
+    fields = cast(dict[str, Any], decoded)
     for choice in fields.get("choices") or ():
         message = choice.get("message")
         if isinstance(message, dict) and REASONING in message:
             message[REASONING_CONTENT] = message[REASONING]
-        if len(exchange.trajectories) > 1 and choice["index"] in exchange.trajectories:
-            choice["rtap"] = _trajectory(exchange, choice["index"])
-    _complete_usage(fields.get("usage"), path, exchange)
-    fields["rtap"] = _trajectory(exchange, 0)
-    told(fields["id"])
+        if len(state.trajectories) > 1 and choice["index"] in state.trajectories:
+            choice["rtap"] = _trajectory(state, choice["index"])
+    _complete_usage(fields.get("usage"), path, state)
+    fields["rtap"] = _trajectory(state, 0)
+    feedback.remember(fields["id"], state.trajectories, state.owner)
     return msgspec.json.encode(fields)
 
 
 class EventStream:
-    """Rewrites one stream. ``feed`` takes bytes as vLLM sends them and gives bytes to send, event by event."""
+    """Rewrite one stream. ``feed`` takes bytes as vLLM sends them and returns the bytes to send."""
 
-    def __init__(self, path: str, request: Mapping[str, Any], exchange: Exchange, told: Told) -> None:
-        self._path, self._exchange, self._told = path, exchange, told
-        self._markers = _MARKERS[path]
-        self._held = bytearray()
-        self._head: dict[str, Any] | None = None
-        self._finished = 0
+    def __init__(self, path: str, state: RequestState, feedback: Feedback) -> None:
+        self._path, self._state, self._feedback = path, state, feedback
+        self._needs_rewrite = _NEEDS_REWRITE[path]
+        self._buffer = bytearray()
+        self._chunk_head: dict[str, Any] | None = None
+        self._num_finished = 0
         self._message_id = ""
-        options = request.get("stream_options")
-        self._usage_follows = isinstance(options, dict) and bool(cast(dict[str, Any], options).get("include_usage"))
+        options = state.fields.get("stream_options")
+        self._has_usage_chunk = isinstance(options, dict) and bool(cast(dict[str, Any], options).get("include_usage"))
 
     def feed(self, data: bytes) -> bytes:
-        """Events that are complete with ``data``, rewritten; cycle events that happened before them first."""
-        if not self._held and 0 < data.find(b"\n\n") == len(data) - 2:
-            return self._event(data[:-2])  # as nearly all come: one, whole
-        looked_at = max(0, len(self._held) - 1)  # up to here no event ends
-        self._held += data
-        end = self._held.rfind(b"\n\n", looked_at)
+        """Events that ``data`` completes, rewritten, each after the cycle events that preceded it."""
+        if not self._buffer and 0 < data.find(b"\n\n") == len(data) - 2:
+            return self._event(data[:-2])  # nearly always: one whole event
+        searched = max(0, len(self._buffer) - 1)
+        self._buffer += data
+        end = self._buffer.rfind(b"\n\n", searched)
         if end < 0:
             return b""
-        events = bytes(self._held[:end])
-        del self._held[: end + 2]
+        events = bytes(self._buffer[:end])
+        del self._buffer[: end + 2]
         return b"".join(self._event(event) for event in events.split(b"\n\n"))
 
     def _event(self, event: bytes) -> bytes:
-        cycles = self._cycle_events(event) if self._exchange.pending else b""
+        cycles = self._cycle_events(event) if self._state.cycles else b""
         if event.startswith(_ERROR):
-            event = _DATA + shaped_event(event[len(_DATA) :])
+            event = _DATA + shape_error_event(event[len(_DATA) :], self._state.request_id)
         elif self._path == _MESSAGES and event.startswith(_NAMED_ERROR):
-            event = _NAMED_ERROR + shaped_event(event[len(_NAMED_ERROR) :])
-        elif event != _DONE and self._markers.search(event):
+            event = _NAMED_ERROR + shape_error_event(event[len(_NAMED_ERROR) :], self._state.request_id)
+        elif event != _DONE and self._needs_rewrite.search(event):
             event = self._rewrite(event)
         return cycles + event + b"\n\n"
 
@@ -106,67 +144,68 @@ class EventStream:
         chunk: dict[str, Any] = msgspec.json.decode(event[start:])
         if self._path in (_CHAT, _COMPLETIONS):
             for choice in chunk.get("choices") or ():
-                if choice.get("text") == ANSWER_MARK:  # the end of a choice that has none
+                if choice.get("text") == ANSWER_MARK:  # the last chunk of a choice without text
                     choice["text"] = ""
-                self._finished += choice.get("finish_reason") is not None
-            _complete_usage(chunk.get("usage"), self._path, self._exchange)
+                self._num_finished += choice.get("finish_reason") is not None
+            _complete_usage(chunk.get("usage"), self._path, self._state)
             if self._is_last(chunk):
                 self._attach(chunk)
         elif chunk["type"] == "message_start":
             self._message_id = chunk["message"]["id"]
         else:
-            reply = chunk.get("response", chunk)
-            _complete_usage(reply.get("usage"), self._path, self._exchange)
-            reply["rtap"] = _trajectory(self._exchange, 0)
-            self._told(reply.get("id", self._message_id))
+            response = chunk.get("response", chunk)
+            _complete_usage(response.get("usage"), self._path, self._state)
+            response["rtap"] = _trajectory(self._state, 0)
+            self._remember(response.get("id", self._message_id))
         return event[:start] + msgspec.json.encode(chunk)
 
     def _is_last(self, chunk: dict[str, Any]) -> bool:
-        if self._usage_follows:
+        if self._has_usage_chunk:
             return not chunk.get("choices")
-        ended = any(choice.get("finish_reason") for choice in chunk.get("choices") or ())
-        return ended and self._finished == max(1, self._exchange.num_choices)
+        is_end = any(choice.get("finish_reason") for choice in chunk.get("choices") or ())
+        return is_end and self._num_finished == max(1, self._state.num_choices)
 
     def _attach(self, chunk: dict[str, Any]) -> None:
-        chunk["rtap"] = _trajectory(self._exchange, 0)
-        if len(self._exchange.trajectories) > 1:
-            chunk["rtap_choices"] = [_trajectory(self._exchange, i) for i in sorted(self._exchange.trajectories)]
-        self._told(chunk["id"])
+        chunk["rtap"] = _trajectory(self._state, 0)
+        if len(self._state.trajectories) > 1:
+            chunk["rtap_choices"] = [_trajectory(self._state, i) for i in sorted(self._state.trajectories)]
+        self._remember(chunk["id"])
+
+    def _remember(self, response_id: str) -> None:
+        self._feedback.remember(response_id, self._state.trajectories, self._state.owner)
 
     def _cycle_events(self, event: bytes) -> bytes:
         """One chunk with an empty delta for each cycle that ended since the last event (chat only)."""
-        pending, options = self._exchange.pending, self._exchange.options
+        cycles = self._state.cycles
         if self._path != _CHAT:
-            pending.clear()
+            cycles.clear()
             return b""
-        if self._head is None:
+        if self._chunk_head is None:
             if not event.startswith(_DATA + b"{"):
                 return b""
             first: dict[str, Any] = msgspec.json.decode(event[len(_DATA) :])
             if "id" not in first:
-                return b""  # an error, not a chunk
-            self._head = {k: first[k] for k in ("id", "object", "created", "model")}
+                return b""  # an error
+            self._chunk_head = {k: first[k] for k in ("id", "object", "created", "model")}
         chunks: list[bytes] = []
-        while pending:
-            index, cycle = pending.popleft()
-            shown = cycle_object(cycle, with_think=bool(options and options.return_cycles))
+        while cycles:
+            index, cycle = cycles.popleft()
+            shown = cycle_object(cycle, with_think=self._state.return_cycles)
             choice: dict[str, Any] = {"index": index, "delta": {}, "finish_reason": None}
-            chunk: dict[str, Any] = self._head | {"choices": [choice], "rtap": {"event": "cycle", "cycle": shown}}
+            chunk: dict[str, Any] = self._chunk_head | {"choices": [choice], "rtap": {"event": "cycle", "cycle": shown}}
             chunks.append(_DATA + msgspec.json.encode(chunk) + b"\n\n")
         return b"".join(chunks)
 
 
-def _trajectory(exchange: Exchange, choice: int) -> dict[str, Any] | None:
-    trajectory, options = exchange.trajectories.get(choice), exchange.options
-    if trajectory is None:
-        return None
-    return trajectory_object(trajectory, with_think=bool(options and options.return_cycles))
+def _trajectory(state: RequestState, choice: int) -> dict[str, Any] | None:
+    trajectory = state.trajectories.get(choice)
+    return None if trajectory is None else trajectory_object(trajectory, with_think=state.return_cycles)
 
 
-def _complete_usage(usage: Any, path: str, exchange: Exchange) -> None:
-    """vLLM cannot tell from token ids which answers were returned; the trajectories can."""
-    if not isinstance(usage, dict) or path in (_COMPLETIONS, _MESSAGES) or not exchange.trajectories:
+def _complete_usage(usage: Any, path: str, state: RequestState) -> None:
+    """Set the reasoning tokens: vLLM cannot tell from token ids which answers were returned."""
+    if not isinstance(usage, dict) or path in (_COMPLETIONS, _MESSAGES) or not state.trajectories:
         return
     details = "output_tokens_details" if path == _RESPONSES else "completion_tokens_details"
-    tokens = sum(reasoning_tokens(t) for t in exchange.trajectories.values())
+    tokens = sum(t.reasoning_tokens for t in state.trajectories.values())
     usage[details] = {**(cast(dict[str, Any], usage).get(details) or {}), "reasoning_tokens": tokens}

@@ -1,13 +1,14 @@
-"""Which POST does what, of all that vLLM and we mount: recursion, other model work, nothing much, or nothing at all.
+"""Classify POST routes: recursive, generating, lightweight, blocked.
 
-Plain tables. A test walks the app's routes and fails on one that is in none of them.
+A test walks the app's routes and fails on a POST route that is in none of these tables.
 """
+
+from starlette.types import Scope
 
 RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 
-# Model work without recursion: it takes a place among the requests that are answered at a time. True: it writes
-# tokens, so many as a request of its kind may write count as well.
-WORKING_PATHS = {
+# Routes that run a model without recursion. They count as requests in flight; True: their tokens count as well.
+GENERATING_PATHS = {
     "/inference/v1/generate": True,
     "/v1/audio/transcriptions": True,
     "/v1/audio/translations": True,
@@ -25,8 +26,7 @@ WORKING_PATHS = {
     "/v2/embed": False,
 }
 
-# Neither: text to tokens and back, verdicts, a request's end, probes of other platforms.
-LIGHT_PATHS = frozenset(
+LIGHTWEIGHT_PATHS = frozenset(
     {
         "/tokenize",
         "/detokenize",
@@ -46,14 +46,21 @@ LIGHT_PATHS = frozenset(
     }
 )
 
+# Routes that vLLM mounts whatever its flags: generation around the recursion, and the restart of engines. With the
+# reason that the error gives.
 _NOT_RECURSIVE = "it does not recurse; send single requests to /v1/chat/completions"
-# Of vLLM's routes that it mounts whatever its flags: other ways into generation, whose replies would show everything as
-# reasoning, and the one that restarts engines.
-REFUSED_PATHS = {
+BLOCKED_PATHS = {
     "/v1/chat/completions/batch": _NOT_RECURSIVE,
     "/invocations": _NOT_RECURSIVE,
     "/scale_elastic_ep": "this server scales by replicas",
     "/is_scaling_elastic_ep": "this server scales by replicas",
 }
-RESPONSES_PATH, RESPONSES = "/v1/responses", "/v1/responses/"
-ABORT_PATHS = frozenset({"/abort_requests", "/inference/v1/abort_requests"})  # by ids that clients may choose
+_ABORT = "request ids are shared by all API keys; close the connection of the request to abort"
+BLOCKED_WITH_KEYS = {"/abort_requests": _ABORT, "/inference/v1/abort_requests": _ABORT}
+
+
+def route_path(scope: Scope) -> str:
+    """The path that the router matches: ``path`` without the ``root_path`` that a proxy prefix adds (ASGI spec)."""
+    path: str = scope.get("path", "")
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and (path == root or path.startswith(f"{root}/")) else path

@@ -1,4 +1,4 @@
-"""``/v1/rtap``: score a pair that was written elsewhere, take verdicts on answers, say how this server recurses."""
+"""Routes under ``/v1/rtap``: score an existing answer, accept feedback on answers, report the configuration."""
 
 from typing import Any, Protocol, cast
 
@@ -8,22 +8,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from rtap_core.errors import ConfidenceError, InvalidRequest
 from rtap_core.types import Judged
 from rtap_server import __version__
-from rtap_server.engine.server_state import Plan
-from rtap_server.http.auth import current_owner, current_visit
-from rtap_server.http.schema import RtapOptions, resolve_limits
-from rtap_server.settings import Settings
+from rtap_server.engine.request_state import current_request
+from rtap_server.engine.server_state import ServerState
+from rtap_server.http.recursion_fields import resolve_limits
+from rtap_server.http.schema import RtapOptions
 
 
 class ChatRenderer(Protocol):
-    """What of a Hugging Face tokenizer is used here."""
+    """The part of a Hugging Face tokenizer that these routes use."""
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
-        """The prompt of a conversation as text."""
+        """The prompt of a conversation, as text."""
         ...
 
 
 class ScoreRequest(BaseModel):
-    """One question and one Think–Answer pair."""
+    """One question and the Think–Answer pair to score."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,7 +33,7 @@ class ScoreRequest(BaseModel):
 
 
 class FeedbackRequest(BaseModel):
-    """request_id: the ``id`` of a reply. choice: which of its choices."""
+    """request_id: the ``id`` of a response. choice: index of the judged choice. correct: the user's verdict."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,7 +43,7 @@ class FeedbackRequest(BaseModel):
 
 
 class FeedbackResponse(BaseModel):
-    """confidence: what the answer had; None for an unscored one. The rest: over the server's recent verdicts."""
+    """confidence: of the judged answer; None when it had no score. The other figures cover recent verdicts."""
 
     object: str = "rtap.feedback"
     request_id: str
@@ -54,46 +54,46 @@ class FeedbackResponse(BaseModel):
 
 
 class ScoreResponse(BaseModel):
-    """confidence: in [0, 1]. confidence_tokens: tokens read for it by the generator, and by the policy where its
-    log-probabilities are joined with the score."""
+    """confidence: in [0, 1]. confidence_tokens: prompt tokens of the generator, and of the policy when its
+    log-probabilities are part of the score."""
 
     object: str = "rtap.score"
     confidence: float
     confidence_tokens: int
 
 
-def rtap_router(plan: Plan, settings: Settings, tokenizer: ChatRenderer, model_names: list[str]) -> APIRouter:
-    """Routes over one running plan."""
-    router = APIRouter(prefix="/v1/rtap", tags=["rtap"])
+def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[str]) -> APIRouter:
+    """Build the router. tokenizer: the policy's. model_names: as served."""
+    router, settings = APIRouter(prefix="/v1/rtap", tags=["rtap"]), server.settings
 
     @router.post("/score")
     async def score(request: ScoreRequest) -> ScoreResponse:  # pyright: ignore[reportUnusedFunction]
         kind = settings.confidence_kind
-        if plan.confidence is None or kind == "logprob":
-            raise InvalidRequest(f"this server cannot score given pairs: its confidence is '{kind}'")
+        if server.confidence is None or kind == "logprob":
+            raise InvalidRequest(f"this server cannot score an existing answer: its confidence is '{kind}'")
         prompt = cast(
             str,
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": request.question}], tokenize=False, add_generation_prompt=True
             ),
         )
-        question, cycle = plan.encode(prompt), plan.format.render_cycle(request.think, request.answer)
+        question, cycle = server.encode(prompt), server.format.render_cycle(request.think, request.answer)
         try:
-            result = await plan.confidence.score(Judged(question, plan.encode(cycle), question))
+            result = await server.confidence.score(Judged(question, server.encode(cycle), question))
         except ConfidenceError as error:
             if error.reason == "too_long":
                 raise InvalidRequest(str(error)) from error
             raise
-        visit = current_visit()
-        if visit is not None:
-            visit.spent_tokens += result.tokens
+        current_request().spent_tokens += result.tokens
         return ScoreResponse(confidence=result.confidence, confidence_tokens=result.tokens)
 
     @router.post("/feedback")
     async def feedback(request: FeedbackRequest) -> FeedbackResponse:  # pyright: ignore[reportUnusedFunction]
-        known = plan.feedback
-        confidence = known.judge(request.request_id, request.choice, correct=request.correct, owner=current_owner())
-        plan.metrics.judged(correct=request.correct)
+        known = server.feedback
+        confidence = known.judge(
+            request.request_id, request.choice, correct=request.correct, owner=current_request().owner
+        )
+        server.metrics.judged(correct=request.correct)
         return FeedbackResponse(
             request_id=request.request_id,
             confidence=confidence,
@@ -104,14 +104,12 @@ def rtap_router(plan: Plan, settings: Settings, tokenizer: ChatRenderer, model_n
 
     @router.get("/config")
     async def config() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
-        limits = resolve_limits(
-            RtapOptions(), settings, plan.generator, has_confidence=plan.confidence is not None, max_tokens=None
-        )
+        limits = resolve_limits(RtapOptions(), settings, server.generator, has_confidence=server.confidence is not None)
         return {
             "object": "rtap.config",
             "version": __version__,
             "models": model_names,
-            "format": plan.format.name,
+            "format": server.format.name,
             "defaults": {
                 "policy": limits.policy,
                 "threshold": limits.threshold,
@@ -130,7 +128,7 @@ def rtap_router(plan: Plan, settings: Settings, tokenizer: ChatRenderer, model_n
             "confidence": {
                 "kind": settings.confidence_kind,
                 "timeout_seconds": settings.confidence_timeout_seconds,
-                "calibration": plan.generator.calibration.model_dump(),
+                "calibration": server.generator.calibration.model_dump(),
             },
         }
 

@@ -4,12 +4,11 @@ Labels are bounded: policies, stop reasons and cycle numbers up to the server's 
 """
 
 import asyncio
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from rtap_core.types import Cycle, Policy, StopReason, Trajectory
-from rtap_server.engine.drain import Drain
-from rtap_server.http.admission import Admission
 from rtap_server.telemetry.feedback import Feedback
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -105,10 +104,10 @@ class Metrics:
         self._ece.set_function(lambda: feedback.ece)
         self._drift.set_function(lambda: feedback.drift)
 
-    def draining(self, drain: Drain) -> None:
+    def draining(self, has_begun: Callable[[], bool], trajectories: Callable[[], int]) -> None:
         """Whether it has begun, and what it would have to wait for, read at every scrape."""
-        self._draining.set_function(lambda: float(drain.has_begun))
-        self._trajectories.set_function(lambda: float(drain.trajectories))
+        self._draining.set_function(lambda: float(has_begun()))
+        self._trajectories.set_function(lambda: float(trajectories()))
 
     def tasks(self, loop: asyncio.AbstractEventLoop) -> None:
         """Read at every scrape: what grows without requests growing was started and never ended."""
@@ -131,9 +130,9 @@ class Metrics:
         """A user said whether an answer was right."""
         self._feedback.labels("true" if correct else "false").inc()
 
-    def in_flight(self, admission: Admission) -> None:
+    def in_flight(self, count: Callable[[], int]) -> None:
         """Requests that have a place, read at every scrape."""
-        self._in_flight.set_function(lambda: float(admission.requests_in_flight))
+        self._in_flight.set_function(lambda: float(count()))
 
     def rejected(self, reason: str) -> None:
         """A request was refused; ``reason`` is one of a few words of ours."""
