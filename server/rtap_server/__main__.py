@@ -1,4 +1,4 @@
-"""``rtap serve``: vLLM's own argument parser plus one R-TAP group, then the service until it is told to stop."""
+"""``rtap serve``: vLLM's argument parser with a group of R-TAP flags, then the service."""
 
 import errno
 import logging
@@ -13,18 +13,18 @@ from typing import NoReturn, cast
 
 from rtap_core.artifact import BUNDLED_MODELS
 from rtap_core.errors import ConfigError
-from rtap_core.hints import meant
 from rtap_server.doctor import engine_check, engine_package, has_nvidia_gpu
 from rtap_server.http.api_keys import KeyRing, load_keys
-from rtap_server.settings import Settings, add_flags, load_settings
+from rtap_server.settings import REMOVED, Settings, add_flags, closest_match, load_settings
 from rtap_server.telemetry.logs import announce, use_json
 
-_HELP = "`rtap serve --help=R-TAP` lists the flags of recursion, `--help=all` those of vLLM too"
+_MAX_HEADER_BYTES = 2**16  # uvicorn's own default; vLLM's is 4 MiB
+_HELP = "`rtap serve --help=R-TAP` lists the R-TAP flags, `--help=all` all flags"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code: 0 after a clean stop, 1 when the server could not go on,
-    2 for settings that cannot work."""
+    """Serve until SIGTERM or SIGINT. Returns the exit code: 0 after a clean stop, 1 after a failure, 2 for invalid
+    settings."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
@@ -36,24 +36,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
-    """(vLLM's arguments with ours resolved, settings, whether the bundled models are served)."""
+    """(vLLM's arguments, settings, True when the bundled models are served)."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
             unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-            hint = meant(unknown[1], self._option_string_actions) if unknown else ""
+            if unknown and unknown[1] in REMOVED:
+                raise ConfigError(f"{unknown[1]} was removed: {REMOVED[unknown[1]]}")
+            hint = closest_match(unknown[1], self._option_string_actions) if unknown else ""
             super().error(f"{message}{hint}; {_HELP}")
 
     parser = Parser(
         prog="rtap serve",
         usage="rtap serve [MODEL] [--confidence-model PATH|URL] [R-TAP flags] [any vllm serve flag]",
-        description="Serve a model that thinks in recursive Think–Answer cycles. Without MODEL: the bundled ones.",
+        description="Serve a model that thinks in recursive Think–Answer cycles. Without MODEL: the bundled models.",
         epilog=_HELP,
     )
     make_arg_parser(parser)
-    parser.set_defaults(model=None)
+    parser.set_defaults(model=None, h11_max_incomplete_event_size=_MAX_HEADER_BYTES)
     add_flags(parser)
     args = cast(Namespace, parser.parse_args(argv))
     values, environ = dict(vars(args)), dict(os.environ)
@@ -75,59 +77,53 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
     if settings.log_format == "json":
         _log_as_json(args)
     if args.otlp_traces_endpoint:
-        os.environ.setdefault("OTEL_SERVICE_NAME", "rtap")  # of vLLM's spans and ours
+        os.environ.setdefault("OTEL_SERVICE_NAME", "rtap")
     return args, settings, bundled
 
 
 def _use_reasoning_parser(args: Namespace) -> None:
-    """Cycles become reasoning and content through vLLM's own seam for it, a reasoning parser plugin."""
+    """Install our reasoning parser, through vLLM's plugin flags."""
     from rtap_server.engine.output_writer import REASONING_PARSER
 
     chosen = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
     if chosen and chosen != REASONING_PARSER:
-        raise ConfigError(f"leave out --reasoning-parser {chosen}: the trajectory format decides what is reasoning")
+        raise ConfigError(
+            f"leave out --reasoning-parser {chosen}: the trajectory format separates reasoning from answers"
+        )
     args.reasoning_parser = args.structured_outputs_config.reasoning_parser = REASONING_PARSER
     plugin = str(Path(__file__).with_name("engine") / "reasoning_parser.py")
     args.reasoning_parser_plugin = args.structured_outputs_config.reasoning_parser_plugin = plugin
 
 
 def _refuse_unsupported(args: Namespace) -> None:
-    """Ways of vllm serve to start something other than one API process over its engines; a key that others can read."""
+    """Refuse vLLM flags that start anything but one API process, and a key on the command line."""
     if args.headless or args.grpc or (args.api_server_count or 1) > 1:
         raise ConfigError(
             "rtap runs one API process: leave out --headless, --grpc and --api-server-count; scale with replicas"
         )
-    from vllm.entrypoints.launchers.utils import constants
-
-    h11_defaults = (constants.H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT, constants.H11_MAX_HEADER_COUNT_DEFAULT)
-    if (args.h11_max_incomplete_event_size, args.h11_max_header_count) != h11_defaults:
-        raise ConfigError("leave out --h11-…: here --max-header-bytes and --max-header-fields bound a request's head")
     if args.api_key:
         raise ConfigError(
-            "leave out --api-key, which every user of the machine can read: put keys into the variable RTAP_API_KEYS "
-            "or into the file of --api-keys-file"
+            "leave out --api-key, which other users of this machine can read: set RTAP_API_KEYS or use --api-keys-file"
         )
 
 
 def _log_as_json(args: Namespace) -> None:
-    """vLLM has JSON logs of its own and hands them on to its engines; ours take the same shape."""
+    """Turn on vLLM's JSON logs, its engine processes included, and give our lines the same shape."""
     from vllm.config.logging import LoggingConfig
     from vllm.logging_utils.formatter import JSON_FORMAT
 
     config: LoggingConfig = getattr(args, "logging_config", None) or LoggingConfig()
     if getattr(args, "log_config_file", None) or config.pylogging_config_file:
-        raise ConfigError("--log-format json and a logging configuration file: leave out one of them")
+        raise ConfigError("--log-format json excludes a logging configuration file: leave out one of them")
     args.logging_config = replace(config, formatter="json")
-    args.disable_uvicorn_access_log = True  # its lines have whole paths, and tell less than ours
+    args.disable_uvicorn_access_log = True  # RequestLogMiddleware logs each request
     use_json(JSON_FORMAT)
 
 
 def _bundled(name: str) -> str:
     path = BUNDLED_MODELS / name
     if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"no MODEL given, and the bundled one is not at {path}: name a model or serve from a checkout"
-        )
+        raise ConfigError(f"no MODEL was given, and the bundled one is missing at {path}: name a model")
     return str(path)
 
 
@@ -135,17 +131,17 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     import uvloop
     from vllm.entrypoints.launchers.launcher import setup_server  # pyright: ignore[reportUnknownVariableType]
 
-    from rtap_server.engine.loading import cpu_defaults
-    from rtap_server.run import on_signals_leave
+    from rtap_server.engine.cpu_defaults import cpu_defaults
+    from rtap_server.run import exit_on_signals
 
     keys = load_keys(settings.api_keys_file, os.environ)
     cpu_defaults(args, bundled=bundled)
-    args.host = args.host or "127.0.0.1"  # vLLM's default is every interface; here that is asked for, not given
+    args.host = args.host or "127.0.0.1"  # vLLM's default is all interfaces
     try:
         address, sock = setup_server(args, reuse_port=False)
     except (OSError, OverflowError) as error:
         raise ConfigError(_cannot_listen(args.host, args.port, error)) from error
-    on_signals_leave()
+    exit_on_signals()
     with sock:
         engine = engine_check(engine_package(), has_gpu=has_nvidia_gpu())
         if engine["status"] == "warning":
@@ -153,21 +149,21 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
         announce(f"loading {args.model}")
         failure = uvloop.run(_serve(args, settings, sock, address, keys))
     if failure is not None:
-        announce(f"{failure}; the server ends, to be started again", logging.ERROR)
+        announce(f"{failure}; the server exits with code 1", logging.ERROR)
     return 0 if failure is None else 1
 
 
 def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> str:
-    """Whether it is the address or the port that another has to be chosen for."""
+    """Error message that names the flag to change."""
     if isinstance(error, OverflowError):
         return f"cannot listen on port {port}: choose a --port from 0 to 65535"
     is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-    other = "--host: 127.0.0.1 for this machine alone, 0.0.0.0 for all its addresses" if is_host else "--port"
+    other = "--host (127.0.0.1: this machine only, 0.0.0.0: all interfaces)" if is_host else "--port"
     return f"cannot listen on {host}:{port}: {error.strerror}; choose another {other}"
 
 
 async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str, keys: KeyRing) -> str | None:
-    """Result: why the server could not go on, None after a clean stop."""
+    """Why the server failed, or None after a clean stop."""
     from rtap_server.app import create_app
     from rtap_server.engine.loading import start_engines
     from rtap_server.engine.supervisor import Supervisor
@@ -175,15 +171,15 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
     from rtap_server.run import serve_app
 
     async with start_engines(args, settings) as engines:
-        plan, admission = engines.plan, Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
-        app = await create_app(engines.policy, args, plan, keys, admission)
-        supervisor = Supervisor(engines.wards, plan.metrics, settings.engine_silence_seconds, announce)
+        server, admission = engines.server, Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
+        app = await create_app(engines.policy, args, server, keys, admission)
+        supervisor = Supervisor(engines.supervised, server.metrics, settings.engine_silence_seconds, announce)
         announce(f"ready at {address}")
         return await serve_app(
             app,
             args,
             sock,
-            drain=plan.drain,
+            drain=server.drain,
             drain_seconds=settings.drain_seconds,
             admission=admission,
             supervisor=supervisor,

@@ -1,7 +1,7 @@
-"""What a checkpoint may bring along that runs: pickled weights, and Python code of its own. Looked for before loading.
+"""Refuse checkpoints that run code when loaded: pickled weights and custom Python modules.
 
-It reads names and ``config.json`` of local folders; a Hugging Face name is held to safetensors by vLLM's own flag, and
-its code by ``refuse_own_code`` once vLLM has read its configuration.
+Local folders are checked here by file names and ``config.json``. For a Hugging Face name vLLM's load format enforces
+safetensors, and ``refuse_custom_code`` runs once vLLM has read the configuration.
 """
 
 import json
@@ -17,12 +17,12 @@ _WITH_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "
 
 
 def load_format(given: str, *, allows_pickles: bool) -> str:
-    """vLLM's ``--load-format`` where it would choose by itself: safetensors and nothing else, unless allowed."""
+    """``--load-format`` for vLLM: safetensors instead of auto, unless pickles are allowed."""
     return "safetensors" if given == "auto" and not allows_pickles else given
 
 
 def check_folder(model: str, given_format: str, *, allows_pickles: bool, trusts_code: bool) -> None:
-    """Raise ConfigError for a local checkpoint of pickled weights or with code of its own, unless these are allowed."""
+    """Raise ConfigError for a local checkpoint with pickled weights only, or with custom code, unless allowed."""
     folder = Path(model)
     if not folder.is_dir():
         return
@@ -32,20 +32,20 @@ def check_folder(model: str, given_format: str, *, allows_pickles: bool, trusts_
     if given_format == "auto" and pickles and not has_safe and not allows_pickles:
         raise ConfigError(
             f"{model} has only pickled weights ({pickles[0]}), which can run code while they are loaded: save it as "
-            "safetensors, or load it all the same with --allow-pickled-weights"
+            "safetensors, or allow them with --allow-pickled-weights"
         )
     if trusts_code:
         return
     for name in _WITH_CODE:
-        refuse_own_code(model, _read(folder / name), name)
+        refuse_custom_code(model, _read(folder / name), name)
 
 
-def refuse_own_code(model: str, config: Mapping[str, Any], where: str = "config.json") -> None:
-    """Raise ConfigError for a configuration that names Python code of the checkpoint's own."""
+def refuse_custom_code(model: str, config: Mapping[str, Any], where: str = "config.json") -> None:
+    """Raise ConfigError for a configuration with ``auto_map``."""
     if config.get("auto_map"):
         raise ConfigError(
-            f"{model} names Python code of its own (auto_map in its {where}): --trust-remote-code runs it; where vLLM "
-            "knows the architecture itself, a copy without auto_map does as well"
+            f"{model} has custom Python code (auto_map in its {where}): allow it with --trust-remote-code, or remove "
+            "auto_map if vLLM supports the architecture"
         )
 
 
@@ -53,5 +53,5 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         found: Any = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
-        return {}  # vLLM says what is wrong with it, where it needs it
+        return {}  # vLLM reports an invalid file if it needs it
     return cast(dict[str, Any], found) if isinstance(found, dict) else {}

@@ -1,7 +1,7 @@
-"""The vLLM reasoning parser for text that RecursiveEngine has already split: reasoning, ANSWER_MARK, content.
+"""vLLM reasoning parser for text in which OutputWriter has put ANSWER_MARK between reasoning and content.
 
-vLLM imports this file by path (``--reasoning-parser-plugin``) in the API process and in the engine process, so that
-chat completions, responses and Anthropic messages all map cycles to reasoning and content the same way.
+vLLM imports this file by path (``--reasoning-parser-plugin``) in the API process and in the engine process. Chat
+completions, responses and Anthropic messages all split reasoning and content through it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from rtap_server.engine.output_writer import ANSWER_MARK, REASONING, REASONING_C
 
 
 class RecursiveReasoningParser(ReasoningParser):
-    """Split at the mark. ``engine_based_streaming``: vLLM then hands over deltas only and keeps no growing text."""
+    """Split at the mark. ``engine_based_streaming`` makes vLLM pass deltas only, without the text so far."""
 
     engine_based_streaming = True
 
@@ -27,7 +27,7 @@ class RecursiveReasoningParser(ReasoningParser):
 
     @cached_property
     def _close_id(self) -> int | None:
-        """The token that ends reasoning, looked up when it is asked for: a parser is made three times a request."""
+        """The token that ends reasoning. Cached lazily: vLLM makes three parsers a request."""
         vocab: dict[str, int] = self.vocab
         closing = RTAP.answer_open if RTAP.answer_open in vocab else THINK.think_close
         return vocab.get(closing or "")
@@ -65,23 +65,22 @@ class RecursiveReasoningParser(ReasoningParser):
         self._ended = self._ended or bool(mark)
         if not reasoning and not content:
             return None
-        # A field that is set to nothing would be sent as null; one that vLLM does not know is sent as it is. That would
-        # be so for requests that want no reasoning, too, with content beside it: RecursiveEngine writes no such delta.
+        # Only fields that are set are sent; DeltaMessage accepts reasoning_content, which vLLM does not define.
         if not content:
             both: dict[str, Any] = {REASONING: reasoning, REASONING_CONTENT: reasoning}
             return DeltaMessage(**both)
         return DeltaMessage(reasoning=reasoning, content=content) if reasoning else DeltaMessage(content=content)
 
     def finish_streaming(self) -> DeltaMessage | None:
-        """Nothing is ever held back."""
+        """Nothing is buffered."""
         return None
 
     @override
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
-        # Asked of prompts, whose tags (an earlier turn's, or a user's own) say nothing about what will be written.
+        # Called for prompts; their tags say nothing about the text to come.
         return False
 
-    # The two below are read in the engine process, for structured outputs: on the ids that a cycle writes.
+    # The engine process calls the next two for structured outputs, on the token ids of a cycle.
 
     @override
     def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Iterable[int]) -> bool:
@@ -94,7 +93,7 @@ class RecursiveReasoningParser(ReasoningParser):
 
     @override
     def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
-        # Only makes vLLM send usage details; the middleware puts in the number, which the ids alone do not tell.
+        # Makes vLLM send usage details; ResponseRewriter sets the number.
         return 0
 
 

@@ -1,13 +1,14 @@
-"""State that all requests of a server share, built once at start."""
+"""State that all requests of a server share: settings, format, confidence, counters, graceful shutdown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rtap_core.artifact import Artifact
+from rtap_core.cutoff import Cutoff
 from rtap_core.format import TrajectoryFormat
-from rtap_core.types import Confidence
-from rtap_server.engine.drain import Drain
+from rtap_core.types import Confidence, StopReason
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.metrics import Metrics
@@ -16,12 +17,51 @@ if TYPE_CHECKING:
     from rtap_server.telemetry.tracing import Tracing
 
 
+class Drain:
+    """Graceful shutdown: refuse new requests, let running ones finish, then end them with the best answer so far.
+
+    has_begun: new requests are refused. is_over: running trajectories were cut."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.is_over = False
+        self._running: set[Cutoff] = set()
+
+    @property
+    def num_trajectories(self) -> int:
+        """Running trajectories."""
+        return len(self._running)
+
+    @contextmanager
+    def cutoff(self, deadline_seconds: float | None) -> Generator[Cutoff]:
+        """The cutoff of one running trajectory."""
+        with Cutoff(deadline_seconds) as cutoff:
+            self._running.add(cutoff)
+            try:
+                if self.is_over:
+                    cutoff.cut(StopReason.DRAINED)
+                yield cutoff
+            finally:
+                self._running.discard(cutoff)
+
+    def begin(self) -> None:
+        """Refuse new requests from now on."""
+        self.has_begun = True
+
+    def end(self) -> None:
+        """Cut all running trajectories."""
+        self.has_begun = self.is_over = True
+        for cutoff in tuple(self._running):
+            cutoff.cut(StopReason.DRAINED)
+
+
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """What every request shares: the format, the scorer, defaults, counters; spans, where they are asked for.
+    """Shared by all requests, built once at start.
 
-    logprobs: how many the scorer needs of each sampled token. shows_cycle_end: a reply's text has the tag that
-    ends a cycle.
+    confidence: None when no confidence source is configured. generator: artifact of the confidence generator.
+    count_oops: Oops tokens of a text. logprobs: the ``logprobs`` that confidence needs of each cycle.
+    shows_cycle_end: the tag that ends a cycle is visible in generated text.
     """
 
     settings: Settings
@@ -40,6 +80,6 @@ class ServerState:
 
     @property
     def cycle_end_ids(self) -> list[int]:
-        """The one token that ends a cycle, where the format has such a tag as a token of its own."""
+        """The token that ends a cycle; empty when the format's closing tag is not exactly one token."""
         ids = self.encode(self.format.answer_close) if self.format.answer_close else []
         return ids if len(ids) == 1 else []

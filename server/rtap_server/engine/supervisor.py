@@ -1,130 +1,168 @@
-"""Watch over the engines: what dies or falls silent is noticed within seconds.
+"""Supervise the engines: notice a dead or silent engine, restart the generator, end the server with the policy.
 
-The policy cannot be replaced under its requests: its end is that of the process, which an orchestrator starts again.
-The generator can: requests go on without it while it is loaded anew.
+The policy cannot be replaced under its requests, so its end is that of the process, which an orchestrator restarts.
+Requests continue without the generator while it restarts.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from threading import Thread
-from typing import Any
 
 import psutil
-import zmq
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rtap_server.engine.vitals import Verdict, Vitals, family, look
+from rtap_server.engine import vllm_compat
 from rtap_server.telemetry.metrics import Metrics
 
-_LOOK_SECONDS = 0.5
-_BACK_OFF_SECONDS = (1.0, 60.0)  # between attempts to start an engine: the first, and at most
+_CHECK_SECONDS = 0.5
+_RETRY_SECONDS = (1.0, 60.0)  # before a restart: at first, and at most after doubling
 Load = Callable[[], AsyncLLM]
 
 
-class Ward:
-    """An engine that is watched. name: its metric label. engine: None while there is none.
+class SupervisedEngine:
+    """An engine and how to restart it. engine: None while a restart is in progress.
 
-    load: starts it anew, in a thread; None for one that must not be. Raises whatever vLLM raises."""
+    name: its metric label. load: starts it, blocking; None for an engine that is not restarted. num_outputs: messages
+    received from the engine process."""
 
     def __init__(self, name: str, engine: AsyncLLM, load: Load | None = None) -> None:
-        self.name, self.load = name, load
-        self.engine: AsyncLLM | None = engine
+        self.name, self.load, self.num_outputs = name, load, 0
+        self.engine: AsyncLLM | None = None
+        self.use(engine)
+
+    def use(self, engine: AsyncLLM) -> None:
+        """Make ``engine`` the running one and count its messages."""
+        self.engine = engine
+        vllm_compat.on_output(engine, self._count_output)
+
+    def _count_output(self) -> None:
+        self.num_outputs += 1
+
+
+@dataclass(slots=True)
+class SilenceTimer:
+    """Seconds since an engine with unfinished requests last sent a message.
+
+    An interval between two observations counts at most ``max_interval_seconds``: while the machine is paused or the
+    event loop is blocked nobody could have seen a message."""
+
+    max_interval_seconds: float
+    silent_seconds: float = 0.0
+    _num_outputs: int = 0
+
+    def observe(self, interval_seconds: float, *, num_outputs: int, is_busy: bool) -> None:
+        """Record one observation, ``interval_seconds`` after the previous one."""
+        if num_outputs != self._num_outputs or not is_busy:
+            self.silent_seconds = 0.0
+        else:
+            self.silent_seconds += min(interval_seconds, self.max_interval_seconds)
+        self._num_outputs = num_outputs
 
 
 class Supervisor:
-    """Of all engines of a server. failure: why the server cannot go on; ``failed`` is set with it."""
+    """Watches all engines of a server. failure: why the server cannot continue; ``failed`` is set with it."""
 
     def __init__(
-        self, wards: Sequence[Ward], metrics: Metrics, silence_seconds: float, tell: Callable[[str], None]
+        self,
+        engines: Sequence[SupervisedEngine],
+        metrics: Metrics,
+        silence_seconds: float,
+        announce: Callable[[str], None],
     ) -> None:
-        """tell: takes a sentence for whoever runs the server."""
+        """announce: prints a sentence for the operator."""
         self.failure: str | None = None
         self.failed = asyncio.Event()
-        self._wards, self._metrics, self._silence_seconds, self._tell = wards, metrics, silence_seconds, tell
+        self._engines, self._metrics = engines, metrics
+        self._silence_seconds, self._announce = silence_seconds, announce
 
     async def run(self) -> None:
-        """Watch until cancelled; what was started anew is then the wards' to stop."""
+        """Supervise until cancelled. The caller stops the engines."""
         async with asyncio.TaskGroup() as tasks:
-            for ward in self._wards:
-                tasks.create_task(self._keep(ward))
+            for engine in self._engines:
+                tasks.create_task(self._supervise(engine))
 
-    async def _keep(self, ward: Ward) -> None:
-        while ward.engine is not None:
-            self._metrics.engine_up(ward.name, up=True)
-            verdict = await self._until_lost(ward, ward.engine)
-            self._metrics.engine_up(ward.name, up=False)
-            if ward.load is None:
-                self.failure = f"the {ward.name} engine is {verdict}"
+    async def _supervise(self, supervised: SupervisedEngine) -> None:
+        while supervised.engine is not None:
+            self._metrics.engine_up(supervised.name, up=True)
+            problem = await self._until_lost(supervised, supervised.engine)
+            self._metrics.engine_up(supervised.name, up=False)
+            if supervised.load is None:
+                self.failure = f"the {supervised.name} engine {problem}"
                 self.failed.set()
                 return
-            self._tell(f"the {ward.name} engine is {verdict}; requests go on without it while it is started again")
-            lost, ward.engine = ward.engine, None
+            self._announce(f"the {supervised.name} engine {problem}; requests continue without it while it restarts")
+            lost, supervised.engine = supervised.engine, None
             await asyncio.to_thread(lost.shutdown, 0)
-            await _release(lost)
-            ward.engine = await self._anew(ward, ward.load)
-            self._tell(f"the {ward.name} engine is up again")
+            await _close_sockets(lost)
+            supervised.use(await self._restart(supervised, supervised.load))
+            self._announce(f"the {supervised.name} engine is running again")
 
-    async def _until_lost(self, ward: Ward, engine: AsyncLLM) -> Verdict:
-        """Returns when the engine is dead; a silent one is killed, so that vLLM tells its requests."""
-        processes = _processes(engine)
-        vitals = Vitals(self._silence_seconds, time.monotonic())
+    async def _until_lost(self, supervised: SupervisedEngine, engine: AsyncLLM) -> str:
+        """Return the problem when the engine is dead or silent. A silent one is killed, so that vLLM fails its
+        requests."""
+        timer, checked = SilenceTimer(2 * _CHECK_SECONDS), time.monotonic()
         while True:
-            sign = look(processes, is_alive=not engine.errored, is_busy=engine.get_num_unfinished_requests() > 0)
-            verdict = vitals.observe(sign, time.monotonic())
-            self._metrics.engine_progress(ward.name, time.time() - (time.monotonic() - vitals.last_progress))
-            if verdict is Verdict.SILENT:
-                kill(processes)
-            if verdict is not Verdict.ALIVE:
-                return verdict
-            await asyncio.sleep(_LOOK_SECONDS)
+            if engine.errored:
+                return "has died"
+            now, is_busy = time.monotonic(), engine.get_num_unfinished_requests() > 0
+            timer.observe(now - checked, num_outputs=supervised.num_outputs, is_busy=is_busy)
+            checked = now
+            self._metrics.engine_progress(supervised.name, time.time() - timer.silent_seconds)
+            if timer.silent_seconds > self._silence_seconds:
+                kill(process_tree(vllm_compat.process_ids(engine)))
+                return f"had requests and sent no output for {self._silence_seconds:g} s"
+            await asyncio.sleep(_CHECK_SECONDS)
 
-    async def _anew(self, ward: Ward, load: Load) -> AsyncLLM:
-        wait, longest = _BACK_OFF_SECONDS
+    async def _restart(self, supervised: SupervisedEngine, load: Load) -> AsyncLLM:
+        wait, longest = _RETRY_SECONDS
         while True:
             await asyncio.sleep(wait)
             wait = min(2 * wait, longest)
-            with suppress(Exception):  # vLLM raises what it likes, and says so in its log; the next attempt may do
-                engine = await _loaded(load)
-                self._metrics.engine_restarted(ward.name)
+            with suppress(Exception):  # vLLM has logged why; the next attempt may succeed
+                engine = await _load_in_thread(load)
+                self._metrics.engine_restarted(supervised.name)
                 return engine
 
 
+def process_tree(process_ids: Iterable[int]) -> list[psutil.Process]:
+    """The processes that exist of ``process_ids`` and all that they started."""
+    found = list[psutil.Process]()
+    for process_id in process_ids:
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process_id)
+            found += [parent, *parent.children(recursive=True)]
+    return found
+
+
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """Those that are still there."""
+    """Kill ``processes``, those that have ended excepted."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
-async def _loaded(load: Load) -> AsyncLLM:
-    """``load`` in a thread. Cancelled, it kills the process that is being started, which ends the load: a thread cannot
-    be cancelled, and the end of this process would wait for it."""
+async def _load_in_thread(load: Load) -> AsyncLLM:
+    """Run ``load`` in a thread. Cancellation kills the process that it starts: a thread cannot be cancelled, and the
+    server's exit would wait for it."""
     others = set(psutil.Process().children())
     loading = asyncio.get_running_loop().run_in_executor(None, load)
     try:
         return await asyncio.shield(loading)
     except asyncio.CancelledError:
-        while not loading.done():  # its process may not have been started yet
-            kill(family(process.pid for process in set(psutil.Process().children()) - others))
-            await asyncio.sleep(_LOOK_SECONDS)
+        while not loading.done():  # its process may not exist yet
+            kill(process_tree(process.pid for process in set(psutil.Process().children()) - others))
+            await asyncio.sleep(_CHECK_SECONDS)
         if loading.exception() is None:
             loading.result().shutdown(0)
         raise
 
 
-async def _release(engine: AsyncLLM) -> None:
-    """Give back the threads and files of an engine that was shut down: vLLM leaves those of its ZeroMQ context to the
-    end of the process. The end of a context waits for its sockets, so nothing waits for it, the process's end neither.
-    """
-    await asyncio.sleep(0)  # its sockets are closed by what its shutdown has put on the loop
-    context: zmq.Context[Any] | None = getattr(getattr(engine.engine_core, "resources"), "ctx", None)  # noqa: B009
+async def _close_sockets(engine: AsyncLLM) -> None:
+    """Release the ZeroMQ threads and files of an engine that was shut down."""
+    await asyncio.sleep(0)  # shutdown closes the sockets on the event loop
+    context = vllm_compat.zmq_context(engine)
     if context is not None:
-        Thread(target=context.term, daemon=True).start()
-
-
-def _processes(engine: AsyncLLM) -> list[psutil.Process]:
-    """Those on this machine; none for engines that are Ray's actors, whose death Ray tells vLLM."""
-    manager = getattr(engine.engine_core, "resources").engine_manager  # noqa: B009 - of vLLM's clients with processes
-    return family(process.pid for process in getattr(manager, "processes", ()))
+        Thread(target=context.term, daemon=True).start()  # it may block until the sockets are closed

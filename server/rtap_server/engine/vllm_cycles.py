@@ -16,6 +16,7 @@ from rtap_core.types import Policy, Step, StopReason
 from rtap_server.engine.output_writer import GenerateCall, part_of
 from rtap_server.engine.request_state import RequestState
 from rtap_server.engine.server_state import ServerState
+from rtap_server.engine.vllm_compat import add_stop_token_ids
 
 if TYPE_CHECKING:
     from rtap_server.telemetry.tracing import CycleSpans
@@ -131,17 +132,14 @@ class VllmCycles:
         call, end_ids = self._call, self._end_ids
         params = copy.copy(call.params)
         params.n, params.max_tokens = 1, max_tokens
-        # AsyncLLM changes this field alone in place; the shallow copy may share the rest.
-        params._all_stop_token_ids = {*params._all_stop_token_ids, *end_ids}  # pyright: ignore[reportPrivateUsage]
         if params.seed is not None:
             params.seed = (params.seed + self._choice + index * _SEED_STRIDE) % _SEED_RANGE
         if is_continued:
             params.min_tokens, params.prompt_logprobs, params.skip_reading_prefix_cache = 0, None, False
         elif params.max_tokens is not None:
             params.min_tokens = min(params.min_tokens, params.max_tokens)
-        if end_ids:
-            params.stop_token_ids = [*(params.stop_token_ids or ()), *end_ids]
-        elif self._end_text:
+        add_stop_token_ids(params, end_ids)
+        if not end_ids and self._end_text:
             params.stop = [*_as_list(params.stop), self._end_text]
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
         whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not may_be_cut

@@ -8,8 +8,8 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rtap_core.errors import BodyTooLarge, Draining, InvalidRequest, RtapError
-from rtap_server.engine.drain import Drain
 from rtap_server.engine.request_state import current_request
+from rtap_server.engine.server_state import Drain
 from rtap_server.http.admission import Admission
 from rtap_server.http.errors import error_response, rejection_reason
 from rtap_server.http.field_limits import FieldLimits

@@ -1,15 +1,15 @@
-"""``/live`` and ``/ready``: is the process worth keeping, and should it get traffic. No key needed, no detail given."""
+"""Liveness (``/live``) and readiness (``/ready``). They need no API key."""
 
 from typing import Protocol
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from rtap_server.engine.drain import Drain
+from rtap_server.engine.server_state import Drain
 
 
 class Engine(Protocol):
-    """What of an engine says whether it lives."""
+    """The part of an EngineClient that the probes use."""
 
     @property
     def is_running(self) -> bool: ...
@@ -19,8 +19,8 @@ class Engine(Protocol):
 
 
 def ops_router(engine: Engine, drain: Drain) -> APIRouter:
-    """Liveness fails only when the policy's engine is dead, which one that makes no progress soon is (supervision.py);
-    readiness also while the server is leaving."""
+    """Liveness fails when the policy's engine is dead (the supervisor kills a silent one); readiness also during a
+    graceful shutdown."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/live")

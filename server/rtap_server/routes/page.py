@@ -1,7 +1,6 @@
-"""The page at ``/``: static files beside this module, each with the headers that keep it harmless.
+"""Static files of the page at ``/``, with security headers.
 
-It carries no data and no key, so it is open where keys are asked for; what it then asks the server for is not. Files
-are listed by name: nothing in a path chooses one.
+The page contains no data, so it needs no API key; its requests to the server do. Paths are a fixed list.
 """
 
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from fastapi.responses import Response
 from starlette.staticfiles import StaticFiles
 
 _FOLDER = Path(__file__).parent / "page"
-# Path of the URL -> file. ``http/auth.py`` lets these pass without a key.
+# URL path -> file, served without an API key.
 FILES: Mapping[str, str] = {
     "/": "index.html",
     "/page/page.css": "page.css",
@@ -27,7 +26,7 @@ FILES: Mapping[str, str] = {
     "/page/snippets.js": "snippets.js",
     "/page/view.js": "view.js",
 }
-# Scripts, styles and requests of this origin only; nothing inline, and no text ever becomes markup (trusted types).
+# Same origin only, nothing inline, and trusted types: text never becomes markup.
 _POLICY = {
     "default-src": "'none'",
     "script-src": "'self'",
@@ -47,12 +46,12 @@ HEADERS: Mapping[str, str] = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # kept by the browser, and asked about each time: an upgraded server has a new page
+    "Cache-Control": "no-cache",  # revalidated each time, because an upgrade changes the page
 }
 
 
 def page_router() -> APIRouter:
-    """One GET route a file."""
+    """One GET and HEAD route for each file."""
     router = APIRouter(include_in_schema=False)
     files = StaticFiles(directory=_FOLDER)
 

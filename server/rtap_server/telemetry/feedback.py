@@ -1,8 +1,7 @@
-"""Were the answers right, and does confidence still mean what it meant: online calibration from users' feedback.
+"""Online calibration of confidence from user feedback, and its drift from the generator's reference distribution.
 
-Remembers the confidence of recent answers by the id that the client saw, takes verdicts on them, and compares
-first-cycle confidences with the distribution that was saved with the generator. Bounded, in memory, this process only.
-A scrape reads the figures in a thread of its own: each is of a copy, which is made in one go.
+Remembers the confidence of recent answers by response id. Bounded, in memory, this process only. Prometheus scrapes
+from another thread, so each figure is computed from a copy.
 """
 
 import math
@@ -14,16 +13,16 @@ from rtap_core.artifact import bin_gaps, bin_of
 from rtap_core.errors import InvalidRequest, UnknownRequest
 from rtap_core.types import Policy, Trajectory
 
-_LEAST_SHARE = 1e-4  # of an empty bin, so that one stray value does not make the index infinite
+_LEAST_SHARE = 1e-4  # of an empty bin, so that the index stays finite
 
 
 @dataclass(slots=True)
 class Feedback:
-    """Recent answers and the verdicts on them.
+    """Recent answers and the users' verdicts on them.
 
     reference: counts or shares of first-cycle confidences over equal-width bins of [0, 1]; empty when unknown.
-    capacity: answers remembered. window: verdicts, and first-cycle confidences, that the figures are of.
-    least: first-cycle confidences below which drift is not told.
+    capacity: answers remembered. window: verdicts, and first-cycle confidences, in the figures.
+    least: number of first-cycle confidences below which drift is NaN.
     """
 
     reference: Sequence[float] = ()
@@ -39,28 +38,26 @@ class Feedback:
     _firsts: deque[float] = field(default_factory=deque[float])
 
     def remember(self, request_id: str, trajectories: Mapping[int, Trajectory], owner: bytes = b"") -> None:
-        """Keep the confidence of each returned answer (by choice); the oldest request is forgotten for it. owner: who
-        alone may judge it."""
+        """Remember the confidence of each returned answer by choice; forget the oldest request. owner: the API key
+        whose feedback is accepted."""
         self._answers[owner, request_id] = {choice: t.confidence for choice, t in trajectories.items()}
         while len(self._answers) > self.capacity:
             self._answers.popitem(last=False)
         for trajectory in trajectories.values():
-            # Every sample of a vote is a first cycle.
+            # Each sample of a vote is a first cycle.
             cycles = trajectory.cycles if trajectory.policy is Policy.VOTE else trajectory.cycles[:1]
             self._firsts.extend(c.confidence for c in cycles if c.confidence is not None)
         while len(self._firsts) > self.window:
             self._firsts.popleft()
 
     def judge(self, request_id: str, choice: int, *, correct: bool, owner: bytes = b"") -> float | None:
-        """Take a verdict; a later one on the same answer replaces it. Returns the confidence that the answer had, None
-        for an unscored one, which calibrates nothing.
+        """Record a verdict, replacing an earlier one on the same answer. Returns the answer's confidence; None for an
+        answer without a score, which is not counted.
 
         Raises UnknownRequest, or InvalidRequest for a choice that the request did not have."""
         answers = self._answers.get((owner, request_id))
         if answers is None:
-            raise UnknownRequest(
-                f"this server remembers no answer {request_id!r}: it keeps the last {self.capacity} since its start"
-            )
+            raise UnknownRequest(f"no answer {request_id!r} is known: this server remembers the last {self.capacity}")
         if choice not in answers:
             raise InvalidRequest(f"{request_id} has choices {sorted(answers)}, not {choice}", param="choice")
         confidence = answers[choice]
@@ -72,12 +69,12 @@ class Feedback:
 
     @property
     def count(self) -> int:
-        """Verdicts that the figures are of."""
+        """Verdicts in the figures."""
         return len(self._verdicts)
 
     @property
     def brier(self) -> float:
-        """Mean squared distance of confidence and outcome in [0, 1]; NaN without verdicts."""
+        """Brier score: mean squared distance of confidence and outcome, in [0, 1]; NaN without verdicts."""
         return _mean((confidence - correct) ** 2 for confidence, correct in tuple(self._verdicts.values()))
 
     @property
@@ -88,8 +85,9 @@ class Feedback:
 
     @property
     def drift(self) -> float:
-        """Population stability index of recent first-cycle confidences against the reference: 0 for the same
-        distribution, above 0.25 by convention another one. NaN while one of the two is unknown."""
+        """Population stability index of recent first-cycle confidences against the reference; NaN while unknown.
+
+        0: the same distribution; above 0.25, by convention: a different one."""
         firsts = tuple(self._firsts)
         if not self.reference or len(firsts) < self.least:
             return math.nan

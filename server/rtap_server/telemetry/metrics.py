@@ -1,6 +1,6 @@
-"""The ``rtap_*`` Prometheus series. Counted once, when a trajectory is finished, from the same object the client gets.
+"""Prometheus series ``rtap_*``, counted once when a trajectory ends, from the object that the response reports.
 
-Labels are bounded: policies, stop reasons and cycle numbers up to the server's ceiling; never ids, never user text.
+Labels are bounded: policies, stop reasons, cycle numbers up to the server's limit. No ids, no user text.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ class Metrics:
     """All series on one registry."""
 
     REJECTED = (
-        "overloaded", "body_too_large", "invalid", "unauthorized", "key_limit", "draining", "unknown", "conflict"
+        "overloaded", "body_too_large", "invalid", "unauthorized", "key_limit", "draining", "unknown"
     )  # fmt: skip
     DEGRADED = ("error", "timeout", "too_long", "image", "no_logprobs", "restarting")
-    ABANDONED = "abandoned"  # the stop reason of a request whose client left or whose engine failed
+    ABANDONED = "abandoned"  # stop reason of a request whose client left or whose engine failed
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, help_: str, *labels: str) -> Counter:
@@ -44,41 +44,40 @@ class Metrics:
             "rtap_reasoning_tokens", "Tokens written except the returned answer's.", "cycle", "accepted"
         )
         self._first_answer = histogram(
-            "rtap_time_to_first_answer_seconds", "From the request to the returned answer.", _SECONDS
+            "rtap_time_to_first_answer_seconds", "From the request to the first complete answer.", _SECONDS
         )
         self._request_seconds = histogram("rtap_request_seconds", "Whole trajectory.", _SECONDS)
-        self._cycle_seconds = histogram("rtap_cycle_seconds", "Writing and judging one cycle.", _SECONDS)
+        self._cycle_seconds = histogram("rtap_cycle_seconds", "Generating and scoring one cycle.", _SECONDS)
         self._scoring = histogram("rtap_confidence_seconds", "Waiting for the generator's score.", _SCORING_SECONDS)
         self._confidence_tokens = counter("rtap_confidence_tokens", "Tokens the generator read.")
-        self._discarded = counter("rtap_discarded_tokens", "Tokens of finished requests that were sampled for nothing.")
-        self._probes = counter("rtap_probes", "Answers asked for inside a thought; whether the thought ended.", "ended")
+        self._discarded = counter("rtap_discarded_tokens", "Tokens of finished requests that are in no cycle.")
+        self._probes = counter("rtap_probes", "Probes inside a thought; ended: the thought ended.", "ended")
         self._cached = counter("rtap_cached_tokens", "Prompt tokens of cycles found in the prefix cache.")
         self._recomputed = counter("rtap_recomputed_tokens", "Prompt tokens of cycles computed again.")
-        self._degraded = counter("rtap_degraded", "Trajectories that went on without the generator.", "reason")
-        self._rejected = counter("rtap_rejected", "Requests refused before any work.", "reason")
-        self._joined = counter("rtap_idempotent", "Requests answered by the run of an earlier one.", "run")
-        # A counter that begins with its first event has no rate then: what alerts look at is there from the start.
+        self._degraded = counter("rtap_degraded", "Trajectories that continued without the generator.", "reason")
+        self._rejected = counter("rtap_rejected", "Requests refused before generation.", "reason")
+        # Series that alerts use exist from the start: a counter has no rate before its second sample.
         for reason in self.REJECTED:
             self._rejected.labels(reason)
         for reason in self.DEGRADED:
             self._degraded.labels(reason)
-        self._avoided = counter("rtap_cycles_avoided", "Cycles that a request might still have had when it was sure.")
-        self._in_flight = Gauge("rtap_in_flight", "Requests being answered.", registry=registry)
-        self._trajectories = Gauge("rtap_trajectories", "Choices that are being written.", registry=registry)
-        self._draining = Gauge(
-            "rtap_draining", "1 while the server is leaving: it takes nothing new.", registry=registry
+        self._avoided = counter(
+            "rtap_cycles_avoided", "Cycles left in the budget of requests that reached the threshold."
         )
+        self._in_flight = Gauge("rtap_in_flight", "Requests in flight.", registry=registry)
+        self._trajectories = Gauge("rtap_trajectories", "Trajectories being generated.", registry=registry)
+        self._draining = Gauge("rtap_draining", "1 during a graceful shutdown.", registry=registry)
         self._tasks = Gauge("rtap_asyncio_tasks", "Tasks of the API process's event loop.", registry=registry)
-        self._engine_up = Gauge("rtap_engine_up", "1 while an engine works.", ("engine",), registry=registry)
+        self._engine_up = Gauge("rtap_engine_up", "1 while an engine runs.", ("engine",), registry=registry)
         self._engine_progress = Gauge(
             "rtap_engine_last_progress_timestamp_seconds",
-            "When an engine was last seen working, or without work.",
+            "Last time an engine sent output or had no requests.",
             ("engine",),
             registry=registry,
         )
-        self._engine_restarts = counter("rtap_engine_restarts", "Engines that were started again.", "engine")
+        self._engine_restarts = counter("rtap_engine_restarts", "Restarts of engines.", "engine")
         self._feedback = counter("rtap_feedback", "Verdicts of users on answers.", "correct")
-        self._verdicts = Gauge("rtap_calibration_verdicts", "Verdicts that the calibration is of.", registry=registry)
+        self._verdicts = Gauge("rtap_calibration_verdicts", "Verdicts in the calibration figures.", registry=registry)
         self._brier = Gauge("rtap_calibration_brier", "Brier score over recent verdicts.", registry=registry)
         self._ece = Gauge("rtap_calibration_ece", "Expected calibration error over recent verdicts.", registry=registry)
         self._drift = Gauge(
@@ -94,66 +93,62 @@ class Metrics:
         )
 
     def build(self, *, version: str, vllm_version: str, confidence: str) -> None:
-        """Say once what runs here."""
+        """Set the build information."""
         self._build.labels(version, vllm_version, confidence).set(1)
 
     def calibration(self, feedback: Feedback) -> None:
-        """Read these figures at every scrape; NaN, as Prometheus has it, while there is nothing to tell."""
+        """Export the calibration figures, read at every scrape; NaN without verdicts."""
         self._verdicts.set_function(lambda: feedback.count)
         self._brier.set_function(lambda: feedback.brier)
         self._ece.set_function(lambda: feedback.ece)
         self._drift.set_function(lambda: feedback.drift)
 
     def draining(self, has_begun: Callable[[], bool], trajectories: Callable[[], int]) -> None:
-        """Whether it has begun, and what it would have to wait for, read at every scrape."""
+        """Export the state of the graceful shutdown, read at every scrape."""
         self._draining.set_function(lambda: float(has_begun()))
         self._trajectories.set_function(lambda: float(trajectories()))
 
     def tasks(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Read at every scrape: what grows without requests growing was started and never ended."""
+        """Export the number of asyncio tasks; it must not grow without requests."""
         self._tasks.set_function(lambda: float(len(asyncio.all_tasks(loop))))
 
     def engine_up(self, name: str, *, up: bool) -> None:
-        """An engine has started to work or has ceased to."""
+        """An engine has started or was lost."""
         self._engine_up.labels(name).set(float(up))
-        self._engine_restarts.labels(name)  # the series begins with the engine, at 0
+        self._engine_restarts.labels(name)  # creates the series at 0
 
     def engine_progress(self, name: str, timestamp_seconds: float) -> None:
-        """When it was last seen to work, in seconds since 1970."""
+        """Last progress of an engine, in seconds since 1970."""
         self._engine_progress.labels(name).set(timestamp_seconds)
 
     def engine_restarted(self, name: str) -> None:
-        """It works again, as a new process."""
+        """An engine was restarted."""
         self._engine_restarts.labels(name).inc()
 
     def judged(self, *, correct: bool) -> None:
-        """A user said whether an answer was right."""
+        """A user judged an answer."""
         self._feedback.labels("true" if correct else "false").inc()
 
     def in_flight(self, count: Callable[[], int]) -> None:
-        """Requests that have a place, read at every scrape."""
+        """Export the requests in flight, read at every scrape."""
         self._in_flight.set_function(lambda: float(count()))
 
     def rejected(self, reason: str) -> None:
-        """A request was refused; ``reason`` is one of a few words of ours."""
+        """A request was refused. reason: one of REJECTED."""
         self._rejected.labels(reason).inc()
 
-    def joined(self, run: str) -> None:
-        """A request with an Idempotency-Key found its run, ``going`` or ``done``."""
-        self._joined.labels(run).inc()
-
     def abandoned(self, policy: Policy) -> None:
-        """A trajectory ended without an answer to anyone."""
+        """A trajectory was aborted."""
         self._requests.labels(policy, self.ABANDONED).inc()
 
     def observe(self, trajectory: Trajectory, *, max_cycles: int) -> None:
-        """Count one finished trajectory, which might have had ``max_cycles``."""
+        """Count one finished trajectory. max_cycles: its limit."""
         self._requests.labels(trajectory.policy, trajectory.stop_reason).inc()
         self._cycles.observe(len(trajectory.cycles))
         self._request_seconds.observe(trajectory.seconds)
         if trajectory.first_answer_seconds is not None:
             self._first_answer.observe(trajectory.first_answer_seconds)
-        in_sequence = trajectory.policy is not Policy.VOTE  # samples of a vote have no order to speak of
+        in_sequence = trajectory.policy is not Policy.VOTE  # samples of a vote have no order
         if trajectory.selected == 0 and in_sequence:
             self._first_accepted.inc()
         if trajectory.degraded is not None:

@@ -1,0 +1,96 @@
+"""Confidence from a pooling engine of this server, alone or fused with the policy's log-probabilities."""
+
+import itertools
+from contextlib import aclosing
+from typing import Any, cast
+
+from vllm.engine.protocol import EngineClient
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from rtap_core.artifact import Fusion
+from rtap_core.errors import ConfidenceError
+from rtap_core.types import Confidence, Judged, Score
+from rtap_server.engine.confidence.common import LOGPROB_FLOOR, refuse_images, within_timeout
+from rtap_server.engine.request_state import salted_prompt
+from rtap_server.engine.supervisor import SupervisedEngine
+
+
+class PoolingConfidence:
+    """A second vLLM engine that pools a sequence classifier: one label (sigmoid), or two (wrong, right).
+
+    It reads the token ids of question and cycle, so it must share the policy's tokenizer. vLLM batches concurrent
+    scores and caches the prefix of the question.
+    """
+
+    def __init__(self, supervised: SupervisedEngine, timeout_seconds: float, max_model_len: int) -> None:
+        """supervised: the generator's engine; there is no score while it restarts."""
+        self._supervised, self._timeout_seconds, self._max_model_len = supervised, timeout_seconds, max_model_len
+        self._numbers = itertools.count()
+
+    async def score(self, judged: Judged) -> Score:
+        """One forward pass over question + cycle."""
+        refuse_images(judged)
+        token_ids = [*judged.question_token_ids, *judged.cycle_token_ids]
+        if len(token_ids) > self._max_model_len:
+            raise ConfidenceError(
+                f"{len(token_ids)} tokens are above the generator's context of {self._max_model_len}", reason="too_long"
+            )
+        late, failed = "the generator timed out", "the generator failed"
+        return Score(
+            await within_timeout(self._classify(token_ids), self._timeout_seconds, late, failed), len(token_ids)
+        )
+
+    async def _classify(self, token_ids: list[int]) -> float:
+        engine = self._supervised.engine
+        if engine is None:
+            raise ConfidenceError("the generator is restarting", reason="restarting")
+        outputs = engine.encode(
+            cast(Any, salted_prompt({"prompt_token_ids": token_ids})),
+            PoolingParams(task="classify", use_activation=True),
+            f"score-{next(self._numbers)}",
+        )
+        async with aclosing(cast(Any, outputs)) as results:
+            async for result in results:
+                if result.finished:
+                    return float(result.outputs.data[-1])  # one label: P(right); two labels: P(wrong), P(right)
+        raise ConfidenceError("the generator ended without a score")
+
+
+class FusedConfidence:
+    """A generator's score fused with the policy's log-probabilities of the sampled tokens (``rtap_core.artifact``).
+
+    They come with the cycle. For an answer from elsewhere the policy computes them.
+    """
+
+    def __init__(self, generator: Confidence, fusion: Fusion, policy: EngineClient, timeout_seconds: float) -> None:
+        self._generator, self._fusion, self._policy = generator, fusion, policy
+        self._timeout_seconds = timeout_seconds
+        self._numbers = itertools.count()
+
+    async def score(self, judged: Judged) -> Score:
+        """One forward pass of the generator, and one of the policy for an answer from elsewhere."""
+        score = await self._generator.score(judged)
+        sampled, tokens = [entry[token_id].logprob for token_id, entry in judged.logprobs], score.tokens
+        if not sampled:
+            late, failed = (
+                "the policy timed out on its log-probabilities",
+                "the policy failed to compute log-probabilities",
+            )
+            sampled = await within_timeout(self._logprobs(judged), self._timeout_seconds, late, failed)
+            tokens += len(judged.context_token_ids) + len(judged.cycle_token_ids)
+        logprobs = [max(value, LOGPROB_FLOOR) for value in sampled]
+        return Score(self._fusion.confidence(score.confidence, logprobs), tokens)
+
+    async def _logprobs(self, judged: Judged) -> list[float]:
+        token_ids = [*judged.context_token_ids, *judged.cycle_token_ids]
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        prompt = salted_prompt({"type": "token", "prompt_token_ids": token_ids})
+        outputs = self._policy.generate(cast(Any, prompt), params, f"read-{next(self._numbers)}")
+        async with aclosing(outputs):
+            async for output in outputs:
+                entries = cast(list[Any], output.prompt_logprobs)[len(judged.context_token_ids) :]
+                return [e[i].logprob for i, e in zip(judged.cycle_token_ids, entries, strict=True)]
+        raise ConfidenceError("the policy returned no log-probabilities")

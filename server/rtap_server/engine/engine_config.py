@@ -1,0 +1,138 @@
+"""vLLM engine configurations of policy and generator, and the checks before anything is loaded.
+
+Every mistake that a user can make here is a ConfigError with one sentence instead of vLLM's traceback.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+
+from rtap_core.artifact import Artifact, is_classifier, read_artifact
+from rtap_core.errors import ConfigError
+from rtap_core.format import TrajectoryFormat
+from rtap_server.engine.checkpoint_safety import check_folder, load_format, refuse_custom_code
+from rtap_server.engine.cpu_defaults import GIB, cpu_executor
+from rtap_server.engine.vllm_compat import tokenizer_of
+from rtap_server.settings import Settings
+
+_GENERATOR_GPU_FRACTION = 0.15  # vLLM's default for the policy is 0.92: lower it with --gpu-memory-utilization
+
+
+def engine_config(engine_args: AsyncEngineArgs, model: str, *, allows_pickles: bool) -> VllmConfig:
+    if _is_path(model) and not (Path(model) / "config.json").is_file():
+        if (Path(model) / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{model} is an adapter: serve its base with --enable-lora --lora-modules NAME={model}; a generator's "
+                "is merged into it first (PEFT's merge_and_unload), because vLLM loads no classification head from one"
+            )
+        raise ConfigError(f"no model at {model}: give a folder with a config.json, or a Hugging Face name")
+    given, trusts_code = str(engine_args.load_format), engine_args.trust_remote_code
+    check_folder(model, given, allows_pickles=allows_pickles, trusts_code=trusts_code)
+    engine_args.load_format = load_format(given, allows_pickles=allows_pickles)
+    try:
+        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    except Exception as error:  # vLLM, transformers and the hub raise many classes; the user needs one sentence
+        raise ConfigError(
+            f"cannot start {model}: {_reason(error)}; run `rtap doctor {model}` to check its files and this machine"
+        ) from error
+    if not trusts_code:
+        refuse_custom_code(model, config.model_config.hf_config.to_dict())
+    return config
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error's message; of a pydantic error, the first failure's."""
+    text, where = str(error), ""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        text = first["msg"].removeprefix("Value error, ")
+        where = "".join(f"{part}: " for part in first["loc"])
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return where + (lines[0].split(". ")[0].rstrip(".;") if lines else type(error).__name__)
+
+
+def generator_args(args: Namespace, settings: Settings) -> AsyncEngineArgs:
+    """Engine arguments of the generator: a small share of the memory, overridden by ``--confidence-engine-args``."""
+    own: dict[str, Any] = {
+        "model": settings.confidence_model,
+        "tokenizer": settings.confidence_model,
+        "runner": "pooling",
+        "convert": "classify",
+        "trust_remote_code": args.trust_remote_code,
+        "enforce_eager": args.enforce_eager,
+        "dtype": args.dtype,
+    }
+    if current_platform.is_cpu():
+        own |= {
+            "kv_cache_memory_bytes": GIB // 4,
+            "block_size": args.block_size,
+            "enable_chunked_prefill": False,
+            "distributed_executor_backend": cpu_executor(settings.confidence_engine_args),
+        }
+    else:
+        own |= {"gpu_memory_utilization": _GENERATOR_GPU_FRACTION}
+    try:
+        return AsyncEngineArgs(**(own | settings.confidence_engine_args))
+    except TypeError as error:
+        raise ConfigError(f"--confidence-engine-args: {error}") from error
+
+
+def check_classifier(config: VllmConfig) -> Artifact:
+    """The artifact of a generator checkpoint. Raises ConfigError for another kind of model."""
+    hf = config.model_config.hf_config
+    architectures = list(getattr(hf, "architectures", None) or ())
+    if not is_classifier(hf.to_dict()):
+        raise ConfigError(
+            f"{config.model_config.model} is not a confidence generator: its architectures are {architectures}; give a "
+            "…ForSequenceClassification checkpoint (see `rtap train generator`)"
+        )
+    labels = cast(int, hf.num_labels)
+    if labels > 2:
+        raise ConfigError(
+            f"{config.model_config.model} has {labels} labels; a generator has one (right) or two (wrong, right)"
+        )
+    return read_artifact(hf.to_dict())
+
+
+def check_same_tokenizer(policy: VllmConfig, scorer: VllmConfig) -> None:
+    """Raise ConfigError for different tokenizers: the generator reads the policy's token ids."""
+    if _vocabulary(policy) != _vocabulary(scorer):
+        raise ConfigError(
+            f"the generator {scorer.model_config.model} and the policy {policy.model_config.model} have different "
+            "tokenizers; use a generator trained for this policy"
+        )
+
+
+def check_tags(fmt: TrajectoryFormat, policy: VllmConfig) -> None:
+    """Raise ConfigError when the format's tags are no tokens of the policy and its checkpoint declares another format.
+
+    Models trained for a format have its tags as tokens."""
+    declared = (rtap_block(policy) or {}).get("format")
+    tags, known = (fmt.think_open, fmt.think_close, fmt.answer_open, fmt.answer_close), _vocabulary(policy)
+    missing = [tag for tag in tags if tag is not None and tag not in known]
+    if missing and fmt.name != (declared or "think"):
+        says = f"says '{declared}'" if declared else "declares none"
+        raise ConfigError(
+            f"{policy.model_config.model} has no tokens {' '.join(missing)}, so it does not write the '{fmt.name}' "
+            f"format; leave out --trajectory-format (its config.json {says}), or put "
+            f'"rtap": {{"format": "{fmt.name}"}} there if it writes these tags as ordinary text'
+        )
+
+
+def rtap_block(config: VllmConfig) -> dict[str, Any] | None:
+    """The ``rtap`` block of the checkpoint's config.json."""
+    return getattr(config.model_config.hf_config, "rtap", None)
+
+
+def _vocabulary(config: VllmConfig) -> dict[str, int]:
+    return cast(dict[str, int], tokenizer_of(config).get_vocab())
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith(("/", "./", "../", "~")) or Path(model).exists()

@@ -1,0 +1,57 @@
+"""Every private vLLM name that the server uses, as typed functions; tests/server/engine/test_vllm_compat.py holds each.
+
+The extras ``cpu`` and ``cuda`` pin the minor version of vLLM that these tests run against.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import zmq
+from vllm.config import VllmConfig
+from vllm.envs import disable_envs_cache, enable_envs_cache
+from vllm.sampling_params import SamplingParams
+from vllm.tokenizers import cached_tokenizer_from_config  # pyright: ignore[reportUnknownVariableType]
+from vllm.v1.engine.async_llm import AsyncLLM
+
+__all__ = ["disable_envs_cache", "enable_envs_cache"]
+
+
+def add_stop_token_ids(params: SamplingParams, token_ids: Iterable[int]) -> None:
+    """Make generation stop at ``token_ids`` too, without changing the ``params`` that this is a shallow copy of."""
+    params._all_stop_token_ids = {*params._all_stop_token_ids, *token_ids}  # pyright: ignore[reportPrivateUsage]
+    params.stop_token_ids = [*(params.stop_token_ids or ()), *token_ids]
+
+
+def tokenizer_of(config: VllmConfig) -> Any:
+    """The tokenizer of an engine that has not started."""
+    tokenizer: Any = cached_tokenizer_from_config(config.model_config)  # pyright: ignore[reportUnknownVariableType]
+    return tokenizer
+
+
+def on_output(engine: AsyncLLM, callback: Callable[[], None]) -> None:
+    """Call ``callback`` for every message from the engine process, requests of any output kind included."""
+    core: Any = engine.engine_core
+    receive = core.get_output_async
+
+    async def receive_observed() -> Any:
+        outputs = await receive()
+        callback()
+        return outputs
+
+    core.get_output_async = receive_observed
+
+
+def process_ids(engine: AsyncLLM) -> list[int]:
+    """Engine processes on this machine; none when Ray runs them, whose death Ray reports to vLLM."""
+    manager: Any = _resources(engine).engine_manager
+    return [process.pid for process in getattr(manager, "processes", ())]
+
+
+def zmq_context(engine: AsyncLLM) -> "zmq.Context[Any] | None":
+    """The sockets' context, which ``shutdown`` leaves open until the process ends."""
+    return getattr(_resources(engine), "ctx", None)
+
+
+def _resources(engine: AsyncLLM) -> Any:
+    core: Any = engine.engine_core
+    return core.resources
