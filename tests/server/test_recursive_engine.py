@@ -27,7 +27,7 @@ from rtap_server.http.schema import ANSWER_MARK, Exchange, RtapOptions, begin_ex
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.metrics import Metrics
-from tests.server.scripted import EOS, ScriptedConfidence, decode, encode
+from tests.core.scripted import EOS, ScriptedConfidence, decode, encode
 
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"
 DOUBT = "Oops, 3*25+7=82</think><answer>3*25+7</answer>"

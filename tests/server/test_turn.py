@@ -16,7 +16,7 @@ from rtap_core.types import Cycle, Step
 from rtap_server.engine.recursive_engine import RecursiveEngine
 from rtap_server.engine.turn import cut
 from rtap_server.http.schema import ANSWER_MARK
-from tests.server.scripted import EOS, decode, encode
+from tests.core.scripted import EOS, decode, encode
 from tests.server.test_recursive_engine import all_of, ask, build
 
 FIRST, SECOND = "<think>3+4=8</think><answer>8</answer>", "<think>Oops, 7</think><answer>7</answer>"

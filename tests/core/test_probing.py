@@ -8,7 +8,7 @@ from rtap_core.format import RTAP
 from rtap_core.probing import Probing
 from rtap_core.recursion import FinalEvent, Recursion, StepEvent
 from rtap_core.types import Limits, StopReason
-from tests.server.scripted import ScriptedConfidence, ScriptedEngine, decode, encode
+from tests.core.scripted import ScriptedConfidence, ScriptedEngine, decode, encode
 
 QUESTION = encode("q")
 LONG = "<think>aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa</think><answer>9</answer>"

@@ -10,7 +10,7 @@ from rtap_core.errors import ConfidenceError
 from rtap_core.format import RTAP, THINK
 from rtap_core.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
 from rtap_core.types import Limits, Policy, Score, Select, StopReason
-from tests.server.scripted import EOS, ScriptedConfidence, ScriptedEngine, decode, encode
+from tests.core.scripted import EOS, ScriptedConfidence, ScriptedEngine, decode, encode
 
 QUESTION = encode("make 82?")
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"
