@@ -17,7 +17,6 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from rtap_core.artifact import Artifact
 from rtap_core.format import RTAP
-from rtap_core.types import Judged, Score
 from rtap_server.engine.drain import Drain
 from rtap_server.engine.recursive_engine import RecursiveEngine
 from rtap_server.engine.server_state import Plan
@@ -70,23 +69,10 @@ class FakeLLM:
         self.aborted += request_ids
 
 
-@dataclass
-class Slow(ScriptedConfidence):
-    """Takes a moment, and then sees how many cycles had been begun by then."""
-
-    llm: FakeLLM = field(kw_only=True)
-    begun: list[int] = field(default_factory=list)
-
-    async def score(self, judged: Judged) -> Score:
-        await asyncio.sleep(0.01)
-        self.begun.append(len(self.llm.calls))
-        return await super().score(judged)
-
-
-def build(llm: FakeLLM, *, speculate_below: int = 0, confidence: Any = None) -> RecursiveEngine:
+def build(llm: FakeLLM) -> RecursiveEngine:
     plan = Plan(
-        settings=Settings(speculate_below=speculate_below, confidence_model="http://generator"), format=RTAP,
-        confidence=confidence or ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
+        settings=Settings(confidence_model="http://generator"), format=RTAP,
+        confidence=ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
         generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=encode,
         end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None),
         drain=Drain(),
@@ -173,11 +159,7 @@ async def test_choices_have_their_own_seeds_and_come_together():
 
 
 async def test_of_choices_that_end_at_once_the_last_output_is_the_finished_one():
-    """Their last cycles were begun ahead, so none is over with its last output."""
-    llm = FakeLLM([WRONG, DOUBT])
-    scorer = Slow(lambda text: 0.9 if "82" in text else 0.1, llm=llm)
-    engine = build(llm, speculate_below=9, confidence=scorer)
-    outputs = await all_of(ask(engine, n=3, output_kind=RequestOutputKind.DELTA)[0])
+    outputs = await all_of(ask(build(FakeLLM([WRONG, DOUBT])), n=3, output_kind=RequestOutputKind.DELTA)[0])
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
     assert sorted(o.outputs[0].index for o in outputs if o.outputs[0].finish_reason) == [0, 1, 2]
 
@@ -190,28 +172,11 @@ async def test_patience_ends_a_request_whose_confidence_does_not_rise():
     assert len(llm.calls) == 2
 
 
-@pytest.mark.parametrize(("speculate_below", "begun"), [(4, 2), (2, 2), (1, 2), (0, 1)])
-async def test_a_cycle_is_begun_ahead_only_below_the_number_that_is_being_written(speculate_below: int, begun: int):
-    """At the verdict on the first cycle nothing else is being written; the second is abandoned at once."""
-    llm = FakeLLM([DOUBT, WRONG])
-    engine = build(llm, speculate_below=speculate_below, confidence=(scorer := Slow(lambda _: 0.9, llm=llm)))
-    stream, exchange = ask(engine)
-    await all_of(stream)
-    assert scorer.begun == [begun]
-    assert exchange.trajectories[0].stop_reason == "threshold"
-    assert (llm.calls[-1][1].output_kind is RequestOutputKind.DELTA) == (begun == 2)  # so that a cut tells its tokens
-
-
-async def test_other_requests_being_written_keep_a_cycle_from_beginning_ahead():
-    llm = FakeLLM([DOUBT, WRONG], seconds=0.5)
-    engine = build(llm, speculate_below=1, confidence=(scorer := Slow(lambda _: 0.9, llm=llm)))
-    other, _ = ask(engine)
-    waiting = asyncio.create_task(all_of(other))
-    await asyncio.sleep(0.1)
-    llm.seconds = 0.0
-    await all_of(ask(engine)[0])
-    assert scorer.begun == [2]
-    await waiting
+@pytest.mark.parametrize(("rtap", "kind"), [({}, "FINAL_ONLY"), ({"probe_every": 9}, "DELTA")])
+async def test_a_thought_that_is_probed_comes_in_pieces(rtap: dict[str, Any], kind: str):
+    llm = FakeLLM([WRONG, DOUBT])
+    await all_of(ask(build(llm), rtap=rtap)[0])
+    assert {call[1].output_kind for call in llm.calls} == {RequestOutputKind[kind]}
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
@@ -383,9 +348,8 @@ async def test_a_long_thought_does_not_keep_what_the_engine_told_of_each_token()
 
 
 async def test_nothing_of_a_request_waits_for_the_garbage_collector():
-    """Not what was written ahead for nothing either: a server collects seldom, because most of its objects stay."""
-    llm = FakeLLM([DOUBT, WRONG], seconds=0.05)
-    engine = build(llm, speculate_below=9, confidence=(scorer := Slow(lambda _: 0.9, llm=llm)))
+    """A server collects seldom, because most of its objects stay."""
+    engine = build(FakeLLM([WRONG, DOUBT], seconds=0.05))
     gc.collect()
     gc.disable()
     try:
@@ -398,8 +362,7 @@ async def test_nothing_of_a_request_waits_for_the_garbage_collector():
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
-    assert scorer.begun[0] == 2  # the second was on its way at the verdict on the first
-    assert not {kind for kind in found if kind.__module__.startswith("server.")}
+    assert not {kind for kind in found if kind.__module__.startswith("rtap_")}
 
 
 async def test_a_key_pays_for_what_was_sampled_and_read_even_when_its_client_leaves():
