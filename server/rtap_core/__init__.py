@@ -1,1 +1,1 @@
-"""What server and training share: trajectory format, stop decisions and the Think–Answer loop. No fastapi, no vLLM."""
+"""Trajectory format, stop decisions and the Think–Answer loop, shared by server and training. No web, no engine."""

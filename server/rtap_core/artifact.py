@@ -1,7 +1,7 @@
-"""What training writes into a checkpoint's ``config.json`` under ``rtap``, and the server reads back.
+"""The ``rtap`` block of a checkpoint's ``config.json``: written by training, read by the server.
 
-It travels in ``config.json`` because that file comes along wherever a checkpoint goes. Unknown keys are kept out of
-the way, not refused: an older server must load what a newer trainer wrote.
+``config.json`` accompanies a checkpoint wherever it is copied. Unknown keys are ignored, so that an older server loads
+what a newer trainer wrote.
 """
 
 import json
@@ -15,20 +15,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rtap_core.errors import ConfigError
 
 _IN_WHEEL, _IN_CHECKOUT = Path(__file__).with_name("models"), Path(__file__).resolve().parents[2] / "deploy" / "models"
-# The demo models: policy, confidence generator, student and evaluation questions, each a folder.
+# Folders of the demo: policy, confidence generator, student, evaluation questions.
 BUNDLED_MODELS = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
-CERTAIN = 1e-6  # probabilities nearer to 0 or 1 count as this near
-NUM_BINS = 20  # equal-width bins of [0, 1] in every calibration figure, the trainer's and the server's
+CERTAIN = 1e-6  # probabilities are clamped to [CERTAIN, 1 - CERTAIN] before their logit
+NUM_BINS = 20  # equal-width bins of [0, 1] for calibration, in training and on the server
 
 
 def bin_of(value: float, bins: int) -> int:
-    """Which of so many equal-width bins of [0, 1] it falls into."""
+    """Index of the equal-width bin of [0, 1] that contains ``value``."""
     return min(int(value * bins), bins - 1)
 
 
 def bin_gaps(judged: Iterable[tuple[float, bool]]) -> list[float]:
-    """Confidence minus right ones, summed in each of NUM_BINS: their sizes, over all, make the expected calibration
-    error."""
+    """Sum of (confidence - correctness) in each of NUM_BINS bins, from pairs (confidence, is_right).
+
+    The sum of their absolute values over the number of pairs is the expected calibration error."""
     gaps = [0.0] * NUM_BINS
     for confidence, is_right in judged:
         gaps[bin_of(confidence, NUM_BINS)] += confidence - is_right
@@ -36,9 +37,9 @@ def bin_gaps(judged: Iterable[tuple[float, bool]]) -> list[float]:
 
 
 class Calibration(BaseModel):
-    """How confidences of first cycles were distributed on held-out questions when the generator was trained.
+    """Reference distribution of first-cycle confidences on held-out questions, from training.
 
-    reference: shares (or counts) over equal-width bins of [0, 1].
+    reference: shares or counts over equal-width bins of [0, 1]; empty if unknown.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -47,11 +48,10 @@ class Calibration(BaseModel):
 
 
 class Fusion(BaseModel):
-    """One confidence of two witnesses: the generator, which reads a cycle, and the policy, which was more or less sure
-    of each token as it wrote it. The first sees a working that does not check, the second a slip in a sum.
+    """Logistic regression that joins the generator's probability p with the policy's log-probabilities.
 
-    sigmoid(bias + generator · logit(p) + logprob_mean · mean + logprob_min · smallest), where p is the generator's
-    probability and the log-probabilities are those of the cycle's sampled tokens before temperature and truncation.
+    confidence = sigmoid(bias + generator · logit(p) + logprob_mean · mean + logprob_min · min), with mean and min over
+    the cycle's sampled tokens (nats, before temperature and truncation).
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -63,24 +63,26 @@ class Fusion(BaseModel):
 
     @staticmethod
     def features(probability: float, mean: float, smallest: float) -> tuple[float, float, float, float]:
-        """What is weighed, in the order of the weights above; training fits them to it."""
+        """Inputs of the regression, in the order of the weights: 1, logit(p), mean, min."""
         p = min(max(probability, CERTAIN), 1.0 - CERTAIN)
         return 1.0, math.log(p / (1.0 - p)), mean, smallest
 
     def joined(self, probability: float, mean: float, smallest: float) -> float:
-        """In [0, 1]."""
+        """Confidence in [0, 1] from the mean and the smallest log-probability."""
         weights = (self.bias, self.generator, self.logprob_mean, self.logprob_min)
         margin = sum(w * x for w, x in zip(weights, self.features(probability, mean, smallest), strict=True))
         return 1.0 / (1.0 + math.exp(-max(-700.0, min(700.0, margin))))
 
     def confidence(self, probability: float, logprobs: Sequence[float]) -> float:
-        """In [0, 1]. ``logprobs``: at least one."""
+        """Confidence in [0, 1]. ``logprobs``: of the sampled tokens, at least one."""
         return self.joined(probability, sum(logprobs) / len(logprobs), min(logprobs))
 
 
 class Artifact(BaseModel):
-    """The ``rtap`` block. threshold: the one the trainer found best on validation questions. fusion: how scores are
-    joined with log-probabilities; None leaves them alone."""
+    """The ``rtap`` block.
+
+    kind: ``policy`` or ``confidence``. threshold: best on the trainer's validation questions.
+    fusion: joins scores with log-probabilities; None: scores are used as they are."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -93,7 +95,7 @@ class Artifact(BaseModel):
 
 
 def read_artifact_file(file: Path) -> Artifact:
-    """The block of a ``config.json`` that is not beside a model here. Raises ConfigError."""
+    """The block of a ``config.json`` file without its model. Raises ConfigError."""
     try:
         config: Any = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -104,13 +106,13 @@ def read_artifact_file(file: Path) -> Artifact:
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed ``config.json`` is that of a model which scores and writes nothing."""
+    """True if a parsed ``config.json`` belongs to a sequence classifier, which scores and does not generate."""
     architectures = cast(list[str], config.get("architectures") or [])
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
 def read_artifact(config: Mapping[str, Any]) -> Artifact:
-    """The block of a parsed ``config.json``; empty for checkpoints that rtap did not train. Raises ConfigError."""
+    """The block of a parsed ``config.json``; all defaults if it has none. Raises ConfigError."""
     try:
         return Artifact.model_validate(config.get("rtap") or {})
     except ValidationError as error:

@@ -1,7 +1,6 @@
-"""When a trajectory must end and be answered with what there is: at its own deadline, or when the server leaves.
+"""Deadline and drain of a trajectory: the moment at which it must end with the best answer so far.
 
-Whoever drives a trajectory gives the same Cutoff to the loop and to the engine that writes for it. It keeps the time
-and tells; ending the work is theirs.
+The loop and the engine of one trajectory share a Cutoff. It keeps the time and calls back; they end the work.
 """
 
 import asyncio
@@ -13,15 +12,15 @@ from rtap_core.types import StopReason
 
 
 class Cutoff:
-    """Inside the context its time runs. seconds: from there to the deadline; None never comes to one.
+    """Context manager that runs a trajectory's deadline.
 
-    reason: why the work must end now; None while it may go on."""
+    seconds: from entering to the deadline; None: no deadline. reason: set once the work must end; None before."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self.reason: StopReason | None = None
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
-        self._acts: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], None]] = []
 
     def __enter__(self) -> "Cutoff":
         if self._seconds is not None:
@@ -34,19 +33,19 @@ class Cutoff:
             self._timer.cancel()
 
     def cut(self, reason: StopReason) -> None:
-        """The work must end. The first reason stays."""
+        """End the work. The first reason stays."""
         if self.reason is None:
             self.reason = reason
-            for act in tuple(self._acts):
-                act()
+            for callback in tuple(self._callbacks):
+                callback()
 
     @contextmanager
-    def calling(self, act: Callable[[], None]) -> Generator[None]:
-        """While inside, ``act`` is called when the work must end: at once, where it must already."""
-        self._acts.append(act)
+    def on_cut(self, callback: Callable[[], None]) -> Generator[None]:
+        """Call ``callback`` at the cut, at once if that has been; never after the context is left."""
+        self._callbacks.append(callback)
         try:
             if self.reason is not None:
-                act()
+                callback()
             yield
         finally:
-            self._acts.remove(act)
+            self._callbacks.remove(callback)

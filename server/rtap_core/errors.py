@@ -1,22 +1,20 @@
-"""The error tree. Everything a user can cause is an RtapError; ``http/errors.py`` maps it to HTTP.
+"""Tree of the errors that rtap raises on purpose. ``http/errors.py`` maps them to HTTP statuses.
 
 RtapError
-├── ConfigError        wrong settings or checkpoints, found at start
-├── InvalidRequest     a request that can never work (400)
-├── BodyTooLarge       more bytes than the server reads (413)
-├── HeadTooLarge       more header than the server reads (431)
-├── Conflict           an Idempotency-Key that came with another request before (409)
-├── UnknownRequest     an answer that this server does not remember, or that is another key's (404)
-├── Unauthorized       no key, or none that opens this route (401)
-├── RateLimited        a limit of this key (429)
-├── Overloaded         a limit of this server (503)
-│   └── Draining       the server is leaving
-└── ConfidenceError    the confidence generator failed or was too slow (degrades a request, never fails it)
+├── ConfigError        settings, flags or checkpoints that cannot work; found at start
+├── InvalidRequest     400
+├── Unauthorized       401
+├── UnknownRequest     404
+├── BodyTooLarge       413
+├── RateLimited        429: a limit of this key
+├── Overloaded         503: a limit of this server
+│   └── Draining       503: the server is shutting down
+└── ConfidenceError    the confidence generator failed; the request continues without it
 """
 
 
 class RtapError(Exception):
-    """Base of all errors that rtap raises on purpose. The message is one sentence that says what to do."""
+    """Base class. The message is one sentence: what was wrong with which value, what is allowed, what to do."""
 
 
 class ConfigError(RtapError):
@@ -24,7 +22,7 @@ class ConfigError(RtapError):
 
 
 class InvalidRequest(RtapError):
-    """A request field that is wrong. ``param`` names it, as in OpenAI's error shape."""
+    """A request that can never succeed. ``param``: name of the wrong field, as in OpenAI's error object."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -32,27 +30,19 @@ class InvalidRequest(RtapError):
 
 
 class BodyTooLarge(RtapError):
-    """A request body that is longer than the server reads."""
-
-
-class HeadTooLarge(RtapError):
-    """A request line and header fields that are longer, or more, than the server reads."""
-
-
-class Conflict(RtapError):
-    """The same Idempotency-Key on two requests that are not the same."""
+    """A request body above the server's limit."""
 
 
 class UnknownRequest(RtapError):
-    """An id that names no answer of this server, or one that is forgotten by now."""
+    """A request id that this server does not know, no longer knows, or that belongs to another key."""
 
 
 class Unauthorized(RtapError):
-    """A request without a key, or with one that does not open what it asks for."""
+    """A request without a key, or with a key that does not grant its route."""
 
 
 class RateLimited(RtapError):
-    """A key has used up what it may have. retry_after_seconds: whole seconds, at least 1."""
+    """A limit of the request's key is used up. retry_after_seconds: whole seconds, at least 1."""
 
     def __init__(self, message: str, *, retry_after_seconds: int) -> None:
         super().__init__(message)
@@ -60,7 +50,7 @@ class RateLimited(RtapError):
 
 
 class Overloaded(RtapError):
-    """The server has as much work as it takes at once. retry_after_seconds: whole seconds, at least 1."""
+    """The server is at its concurrency or queue limit. retry_after_seconds: whole seconds, at least 1."""
 
     def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
         super().__init__(message)
@@ -68,11 +58,11 @@ class Overloaded(RtapError):
 
 
 class Draining(Overloaded):
-    """The server takes nothing new because it is about to end; another one may answer."""
+    """The server is shutting down and accepts no new requests."""
 
 
 class ConfidenceError(RtapError):
-    """The generator gave no score. ``reason``: a metric label, one of a few words (``error``, ``timeout``, …)."""
+    """No score from the confidence generator. ``reason``: a metric label such as ``error`` or ``timeout``."""
 
     def __init__(self, message: str, *, reason: str = "error") -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
-"""Tags of a Think–Answer trajectory, and the parser that reads them from text arriving in pieces.
+"""Trajectory formats, and the streaming parser that splits a cycle into thought and answer.
 
-Text only: nothing here knows token ids or engines. The parser is linear in the text whatever the chunking
-(each character is looked at a bounded number of times), because model output is hostile input.
+Works on text only; token ids are the engine's. Model output is hostile input, so the parser takes linear time however
+the text is chunked.
 """
 
 from collections.abc import Mapping
@@ -13,13 +13,12 @@ from rtap_core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryFormat:
-    """The tags of one cycle and what opens the next one.
+    """Tags of a cycle. Every tag begins with ``<``, so the parser can skip ordinary text.
 
-    name: preset name, as written in the ``rtap`` block of a checkpoint's ``config.json``.
-    answer_open, answer_close: None in the ``think`` preset, whose answer is all text after ``think_close`` up to
-        the end of the turn.
-    cycle_open: appended to the trajectory to make the model write one more cycle.
-    All tags begin with ``<``, which is what lets the parser skip over ordinary text.
+    name: of the preset, as written in the ``rtap`` block of a checkpoint's ``config.json``.
+    answer_open, answer_close: None in preset ``think``, whose answer is all text from ``think_close`` to the end of
+        the turn.
+    cycle_open: appended to the trajectory to make the model write another cycle.
     """
 
     name: str
@@ -31,32 +30,30 @@ class TrajectoryFormat:
 
     @property
     def has_answer_tags(self) -> bool:
-        """Whether a cycle ends at its own tag (``rtap``) rather than at the end of the turn (``think``)."""
+        """True if a cycle ends at its own tag (``rtap``), False if it ends with the turn (``think``)."""
         return self.answer_close is not None
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """All that it writes around text."""
-        written = (self.think_open, self.think_close, self.answer_open, self.answer_close, self.cycle_open)
-        return tuple(tag for tag in written if tag is not None)
+        """All tags of the format."""
+        tags = (self.think_open, self.think_close, self.answer_open, self.answer_close, self.cycle_open)
+        return tuple(tag for tag in tags if tag is not None)
 
     def render_cycle(self, think: str, answer: str) -> str:
-        """One cycle as the model would write it (used by training data and by ``/v1/rtap/score``)."""
+        """Text of one cycle, as the model would write it."""
         return f"{self.think_open}{think}{self.think_close}{self.answer_open or ''}{answer}{self.answer_close or ''}"
 
 
-# R-TAP sec. 3 writes <think> </think> <answer> </answer>, several pairs in one turn.
+# R-TAP sec. 3: <think> </think> <answer> </answer>, several pairs in one turn.
 RTAP = TrajectoryFormat("rtap", "<think>", "</think>", "<answer>", "</answer>", cycle_open="<think>")
 THINK = TrajectoryFormat("think", "<think>", "</think>", None, None, cycle_open="<think>")
 PRESETS: Mapping[str, TrajectoryFormat] = {f.name: f for f in (RTAP, THINK)}
 
 
 def format_from_config(block: Mapping[str, Any] | None, *, override: str | None = None) -> TrajectoryFormat:
-    """The format a checkpoint declares in the ``rtap`` block of its ``config.json``, or the preset named ``override``.
+    """Format named by ``override``, else by the ``rtap`` block of a checkpoint's ``config.json``, else ``think``.
 
-    A checkpoint without the block is read as ``think``: a plain reasoning model.
-    Raises ConfigError for an unknown preset name.
-    """
+    Raises ConfigError for an unknown name."""
     declared = dict(block or {})
     name = override or declared.get("format", "think")
     if name not in PRESETS:
@@ -67,100 +64,100 @@ def format_from_config(block: Mapping[str, Any] | None, *, override: str | None 
 
 
 class CycleParser:
-    """Split the text of **one** cycle into thinking and answer while it arrives.
+    """Split the text of one cycle into thought and answer while it arrives.
 
-    ``feed`` returns thinking as soon as it cannot be part of a tag any more; ``close`` returns what was held back. What
-    there is of an answer, which nobody may see before it is judged, is asked for.
-    thought_open: the prompt, or the loop that opened this cycle, already wrote ``think_open``.
-    prefix: how somebody else began the cycle; it decides where the text goes on, and is no part of what is read.
+    ``feed`` returns thinking text once it cannot be part of a tag; ``close`` returns the rest. The answer is a
+    property, since nothing may show it before it is scored.
+    thought_open: the prompt, or the loop, has already written ``think_open``.
+    prefix: text that begins the cycle and was not generated. It sets the parser's state and is not part of its results.
 
-    Text outside every tag counts as thinking where answers have tags (``rtap``), and as the answer where they have
-    none and no thought was opened (``think``: a model that answers at once). Tags of the wrong kind are kept as text,
-    so no input is lost and none raises.
+    Text outside every tag is thinking if the format has answer tags. Without them it is the answer, unless a thought
+    comes first (a ``think`` model may answer at once). A tag in the wrong place is kept as text. No input raises.
     """
 
     def __init__(self, fmt: TrajectoryFormat, *, thought_open: bool = False, prefix: str = "") -> None:
         self._format = fmt
-        self._longest = max(map(len, fmt.tags))
-        self._held = ""
-        self._blanks: list[str] = []  # before the first character that says how the cycle begins
-        self._begun = thought_open or fmt.has_answer_tags
+        self._longest_tag = max(map(len, fmt.tags))
+        self._pending = ""  # text that may still become a tag
+        self._leading_space: list[str] = []  # before the first character that shows how the cycle begins
+        self._has_begun = thought_open or fmt.has_answer_tags
         self._in_answer = False
         self._answer_closed = False
-        self._owes_close = False
+        self._missing_close_tag = False
         self._think: list[str] = []
         self._answer: list[str] = []
         if prefix:
             begun = prefix.rpartition(fmt.answer_close)[2] if fmt.answer_close else prefix  # after whole cycles
             self.feed(begun)
-            self._held = "" if self._begun else self._held
+            self._pending = "" if self._has_begun else self._pending
             self._think.clear()
             self._answer.clear()
 
     @property
     def in_answer(self) -> bool:
-        """Whether the text now arriving belongs to the answer."""
+        """True while the arriving text belongs to the answer."""
         return self._in_answer
 
     @property
-    def owes_close(self) -> bool:
-        """Whether the model ended its turn inside an answer, before the end tag that the format has for it."""
-        return self._owes_close
+    def missing_close_tag(self) -> bool:
+        """True if the model ended its turn inside an answer, before the format's end tag."""
+        return self._missing_close_tag
 
     @property
     def think(self) -> str:
-        """All thinking so far, tags removed."""
+        """All thinking so far, without tags."""
         return "".join(self._think)
 
     @property
     def answer(self) -> str | None:
-        """The stripped answer, or None when the cycle was cut before it was complete (never a partial answer)."""
+        """The complete answer, stripped; None if there is none or it is incomplete."""
         if not self._answer_closed:
             return None
         return "".join(self._answer).strip() or None
 
     @property
     def partial_answer(self) -> str | None:
-        """What has been written of the answer so far, complete or not."""
+        """The answer so far, complete or not, stripped; None if there is none."""
         return "".join(self._answer).strip() or None
 
     def feed(self, text: str) -> str:
-        """Consume the next piece of text. Result: what is known to be thinking by it, tags removed."""
-        if self._begun and not self._held and "<" not in text:  # as nearly all are
-            return self._take(text)
-        self._held += text
-        if not self._begun:
+        """Consume the next piece of text. Returns the part now known to be thinking, without tags."""
+        if self._has_begun and not self._pending and "<" not in text:  # fast path: nearly every token
+            return self._append(text)
+        self._pending += text
+        if not self._has_begun:
             self._begin()
-        return self._drain(final=False) if self._begun else ""
+        return self._consume(final=False) if self._has_begun else ""
 
     def close(self, *, ended_by_model: bool) -> str:
-        """End of the cycle; the last of its thinking. ``ended_by_model``: the model ended its turn, which closes an
-        answer without end tag."""
-        if not self._begun:
+        """End the cycle. Returns the last of its thinking.
+
+        ended_by_model: the model ended its turn, which completes an answer without end tag."""
+        if not self._has_begun:
             self._start(in_answer=True)
-        think = self._drain(final=True)
+        think = self._consume(final=True)
         if ended_by_model and self._in_answer:
-            self._owes_close = self._format.has_answer_tags and not self._answer_closed
+            self._missing_close_tag = self._format.has_answer_tags and not self._answer_closed
             self._answer_closed = True
         return think
 
     def _begin(self) -> None:
-        """Decide whether the cycle starts with a thought, once enough text is here."""
-        seen, tag = self._held.lstrip(), self._format.think_open
-        if blank := self._held[: len(self._held) - len(seen)]:
-            self._blanks.append(blank)
-            self._held = seen
+        """Decide whether the cycle starts with a thought, once there is enough text."""
+        seen, tag = self._pending.lstrip(), self._format.think_open
+        if space := self._pending[: len(self._pending) - len(seen)]:
+            self._leading_space.append(space)
+            self._pending = seen
         if seen.startswith(tag):
             self._start(in_answer=False)
         elif not tag.startswith(seen):
             self._start(in_answer=True)
 
     def _start(self, *, in_answer: bool) -> None:
-        self._begun, self._in_answer = True, in_answer
-        self._held = "".join(self._blanks) + self._held
+        self._has_begun, self._in_answer = True, in_answer
+        self._pending = "".join(self._leading_space) + self._pending
 
-    def _tags(self) -> tuple[str, ...]:
-        """Tags that mean something in the present state."""
+    def _active_tags(self) -> tuple[str, ...]:
+        """Tags with a meaning in the current state."""
         fmt = self._format
         if self._answer_closed:
             return ()
@@ -169,34 +166,36 @@ class CycleParser:
         tags = (fmt.think_open, fmt.think_close)
         return (*tags, fmt.answer_open) if fmt.answer_open else tags
 
-    def _drain(self, *, final: bool) -> str:
-        text, self._held = self._held, ""
+    def _consume(self, *, final: bool) -> str:
+        """Parse the pending text; unless ``final``, keep an end that may still become a tag. Returns its thinking."""
+        text, self._pending = self._pending, ""
         think: list[str] = []
         begin = at = 0
-        while (at := text.find("<", at)) >= 0 and (tags := self._tags()):
+        while (at := text.find("<", at)) >= 0 and (tags := self._active_tags()):
             if text.startswith(tags, at):
-                think.append(self._take(text[begin:at]))
+                think.append(self._append(text[begin:at]))
                 tag = next(t for t in tags if text.startswith(t, at))
-                self._enter(tag)
+                self._apply(tag)
                 begin = at = at + len(tag)
-            elif not final and len(text) - at < self._longest and any(t.startswith(text[at:]) for t in tags):
-                think.append(self._take(text[begin:at]))
-                self._held = text[at:]  # may still become a tag
+            elif not final and len(text) - at < self._longest_tag and any(t.startswith(text[at:]) for t in tags):
+                think.append(self._append(text[begin:at]))
+                self._pending = text[at:]
                 return "".join(think)
             else:
                 at += 1
-        think.append(self._take(text[begin:]))
+        think.append(self._append(text[begin:]))
         return "".join(think)
 
-    def _enter(self, tag: str) -> None:
+    def _apply(self, tag: str) -> None:
+        """Change state at a tag."""
         fmt = self._format
         if tag == fmt.answer_close:
             self._answer_closed = True
         elif tag == fmt.answer_open or (tag == fmt.think_close and fmt.answer_open is None):
             self._in_answer = True
 
-    def _take(self, text: str) -> str:
-        """Keep text without tags as what it is in the present state. Result: itself where it is thinking."""
+    def _append(self, text: str) -> str:
+        """Add text without tags to the thought or the answer. Returns it if it is thinking."""
         if self._answer_closed:
             return ""
         (self._answer if self._in_answer else self._think).append(text)
@@ -204,7 +203,7 @@ class CycleParser:
 
 
 def parse_cycle(text: str, fmt: TrajectoryFormat, *, ended_by_model: bool = False) -> tuple[str, str | None]:
-    """(think, answer) of one whole cycle; answer is None when it is incomplete."""
+    """(thought, answer) of one whole cycle; the answer is None if it is incomplete."""
     parser = CycleParser(fmt)
     parser.feed(text)
     parser.close(ended_by_model=ended_by_model)
@@ -212,7 +211,7 @@ def parse_cycle(text: str, fmt: TrajectoryFormat, *, ended_by_model: bool = Fals
 
 
 def split_cycles(text: str, fmt: TrajectoryFormat = RTAP) -> list[tuple[str, str | None]]:
-    """(think, answer) of every cycle of a trajectory in the ``rtap`` format, in order."""
+    """(thought, answer) of every cycle of a trajectory, in order. Format ``think`` has one cycle a turn."""
     if fmt.answer_close is None:
         return [parse_cycle(text, fmt, ended_by_model=True)] if text.strip() else []
     parts = text.split(fmt.answer_close)

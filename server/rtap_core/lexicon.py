@@ -1,7 +1,7 @@
-"""Count Oops tokens: how many tokens of a thought are spent on self-doubt.
+"""Oops tokens: the tokens of a thought that belong to phrases of self-doubt.
 
-The R-TAP paper counts such words but publishes no list (papers.md B7), so ours is a versioned data file,
-``oops.txt``, that a flag can replace. Matching is on word boundaries in decoded text, whatever the case.
+R-TAP (arXiv 2603.02099) counts them but publishes no list. Ours is the versioned file ``oops.txt``, which a flag can
+replace. Phrases match decoded text on word boundaries, case-insensitively.
 """
 
 import re
@@ -17,18 +17,18 @@ DEFAULT_PATH = Path(__file__).with_name("oops.txt")
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """Compiled phrases. version: as the file names itself; rates of different ones are not comparable."""
+    """Compiled phrases. version: declared by the file; rates of different versions are not comparable."""
 
     version: str
     pattern: re.Pattern[str]
 
     def find(self, text: str) -> list[str]:
-        """Every self-doubt in ``text``, longest phrase first at each place, never overlapping."""
+        """All phrases in ``text``: non-overlapping, the longest at each position."""
         return self.pattern.findall(text)
 
 
 def load_lexicon(path: Path = DEFAULT_PATH) -> Lexicon:
-    """Read a lexicon file: a ``# version: X`` line, then one phrase a line. Raises ConfigError if it is unusable."""
+    """Read a lexicon file: a ``# version: X`` line, then one phrase per line. Raises ConfigError if it has neither."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -42,9 +42,9 @@ def load_lexicon(path: Path = DEFAULT_PATH) -> Lexicon:
 
 
 class OopsCounter:
-    """Oops tokens of a text, in the tokens of one tokenizer.
+    """Counts the Oops tokens of a text for one tokenizer.
 
-    encode: token ids of a phrase, without special tokens. A phrase is tokenised once and remembered.
+    encode: token ids of a phrase, without special tokens; cached per phrase.
     """
 
     def __init__(self, lexicon: Lexicon, encode: Callable[[str], list[int]]) -> None:

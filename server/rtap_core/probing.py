@@ -1,9 +1,9 @@
-"""Stop a thought whose answer no longer changes: ask for the answer while the thought is being written.
+"""In-thought probing: end a thought early once its answer no longer changes. Off by default.
 
-An Engine around an Engine, so the loop does not know. Every ``every`` tokens of a thought, what is there is closed and
-an answer forced after it, on the cached prefix, beside the thought that goes on. Two probes in a row that agree, the
-second of them scored above the threshold, end the thought: the cycle then is what was written so far, and that answer.
-Off unless asked for.
+``Probing`` is an Engine around an Engine, invisible to the loop. Every ``every`` tokens of a thought it forks the
+thought on the cached prefix, closes it and samples an answer, while the thought goes on. Two probes in a row with the
+same answer, the second scored at or above the threshold, end the thought: the cycle becomes the thought so far plus
+that answer.
 """
 
 import asyncio
@@ -12,17 +12,19 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from rtap_core.answers import normalise_answer
+from rtap_core.draft import thought_is_open
 from rtap_core.errors import ConfidenceError
 from rtap_core.format import CycleParser, TrajectoryFormat
-from rtap_core.stopping import normalise_answer
 from rtap_core.types import Confidence, Engine, Judged, Step
-from rtap_core.writing import injected, thought_is_open
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """An answer forced after part of a thought. num_tokens: with the tags before it. answer: None when it was not
-    complete within its limit. confidence: None where nothing scored it."""
+    """Answer sampled after part of a thought.
+
+    num_tokens: of the answer and the forced tags before it. answer: None if incomplete within its token limit.
+    confidence: None if it was not scored."""
 
     steps: tuple[Step, ...]
     num_tokens: int
@@ -32,12 +34,12 @@ class Probe:
 
 @dataclass(slots=True)
 class Probing:
-    """``engine`` with probes. One instance serves one trajectory.
+    """``engine`` with probes. One instance serves one trajectory. The engine must yield a step per few tokens.
 
-    question: token ids of the rendered prompt. request: handed to the scorer. every: tokens of a thought between
-    probes. answer_tokens: an answer that is longer counts as none.
-    num_probes, num_stopped: so far. discarded_tokens: sampled in probes that were not taken. confidence_tokens: read by
-    the generator for probes.
+    question: token ids of the rendered prompt. request: passed to the scorer in Judged.
+    every: tokens of a thought between probes. answer_tokens: limit of a probe; a longer answer counts as none.
+    num_probes, num_stopped: probes, and thoughts that they ended. discarded_tokens: sampled in unused probes.
+    confidence_tokens: tokens that the generator read for probes.
     """
 
     engine: Engine
@@ -60,28 +62,23 @@ class Probing:
 
     @property
     def end_of_turn_ids(self) -> frozenset[int]:
-        """The engine's."""
+        """As the wrapped engine's."""
         return self.engine.end_of_turn_ids
 
     def encode(self, text: str) -> list[int]:
-        """The engine's."""
+        """As the wrapped engine's."""
         return self.engine.encode(text)
 
     async def cycle(
-        self,
-        prompt_token_ids: Sequence[int],
-        *,
-        index: int,
-        max_tokens: int | None,
-        may_be_cut: bool,  # noqa: ARG002 - it always may
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
     ) -> AsyncGenerator[Step, None]:
-        """The engine's cycle, which may end earlier than the model would have ended it."""
+        """The wrapped engine's cycle, which a probe may end early."""
         prompt = list(prompt_token_ids)
         thought = _Thought(self.format, has_begun=index > 0 or thought_is_open(prompt, self, self.format))
         last: Probe | None = None
         task: asyncio.Task[Probe] | None = None
         next_at = self.every
-        stream = self.engine.cycle(prompt, index=index, max_tokens=max_tokens, may_be_cut=True)
+        stream = self.engine.cycle(prompt, index=index, max_tokens=max_tokens)
         try:
             async with aclosing(stream):
                 async for step in stream:
@@ -101,7 +98,7 @@ class Probing:
                     return
             self.num_stopped += 1
             self.discarded_tokens -= sum(len(step.token_ids) for step in probe.steps)
-            yield injected(self.encode(self._forced_text), self._forced_text)
+            yield Step.injected(self.encode(self._forced_text), self._forced_text)
             for step in probe.steps:
                 yield step
         finally:
@@ -116,23 +113,22 @@ class Probing:
         return same and probe.confidence >= self.threshold
 
     async def _probe(self, prompt: list[int], index: int, thought: "_Thought") -> Probe:
-        """The answer after ``thought`` as it is, and what the scorer thinks of it. Where the engine gives none, there
-        is none; where the scorer fails, no further probe is made: the loop goes on without it as well."""
+        """Sample and score an answer after ``thought``.
+
+        A failing engine makes a probe without answer; a failing scorer ends probing, as it degrades the request."""
         self.num_probes += 1
         forced = self.encode(self._forced_text)
         parser = CycleParser(self.format, thought_open=True)
         thought.token_ids += forced
         steps: list[Step] = []
-        stream = self.engine.cycle(
-            [*prompt, *thought.token_ids], index=index, max_tokens=self.answer_tokens, may_be_cut=True
-        )
+        stream = self.engine.cycle([*prompt, *thought.token_ids], index=index, max_tokens=self.answer_tokens)
         try:
             async with aclosing(stream):
                 async for step in stream:
                     steps.append(step)
                     thought.add(step)
                     self.discarded_tokens += len(step.token_ids)
-        except Exception:  # no room, or an answer that the engine gave up; what is wrong with it the thought meets too
+        except Exception:  # no room in the context, or aborted; an engine that is broken fails the thought too
             return Probe((), 0, None, None)
         for text in (self._forced_text, *(step.text for step in steps)):
             parser.feed(text)
@@ -141,11 +137,11 @@ class Probing:
         if parser.answer is None:
             return Probe(tuple(steps), num_tokens, None, None)
         opening = self.encode(self.format.cycle_open)
-        own = opening if index and prompt[-len(opening) :] == opening else []  # the cycle's own, in the prompt
-        closing = self.encode(self.format.answer_close or "") if parser.owes_close else []
+        injected = opening if index and prompt[-len(opening) :] == opening else []  # the prompt ends with it
+        closing = self.encode(self.format.answer_close or "") if parser.missing_close_tag else []
         written = [i for i in thought.token_ids if i not in self.end_of_turn_ids]
-        context = prompt[: len(prompt) - len(own)]
-        judged = Judged(self.question, [*own, *written, *closing], context, thought.logprobs, self.request)
+        context = prompt[: len(prompt) - len(injected)]
+        judged = Judged(self.question, [*injected, *written, *closing], context, thought.logprobs, self.request)
         try:
             score = await self.confidence.score(judged)
         except ConfidenceError:
@@ -156,7 +152,7 @@ class Probing:
 
 
 class _Thought:
-    """What has been written of a cycle, and whether it is thinking still: begun, and not over."""
+    """Token ids of a cycle so far, and the state of its thought: not begun, open, over."""
 
     def __init__(self, fmt: TrajectoryFormat, *, has_begun: bool) -> None:
         self.token_ids: list[int] = []
@@ -166,17 +162,17 @@ class _Thought:
 
     @property
     def is_open(self) -> bool:
-        """Whether more of the thought may come."""
+        """True between the beginning and the end of the thought."""
         return self._has_begun and not self._is_over
 
     def copy(self) -> "_Thought":
-        """What is there now, to go on with otherwise."""
+        """The same tokens, to continue differently."""
         other = _Thought(self._format, has_begun=self._has_begun)
         other.token_ids, other.logprobs = list(self.token_ids), list(self.logprobs)
         return other
 
     def add(self, step: Step) -> None:
-        """The next piece; a tag may come in several."""
+        """Append the next step. A tag may span several."""
         self.token_ids.extend(step.token_ids)
         self.logprobs.extend(step.sampled_logprobs)
         if self._is_over:
@@ -189,5 +185,5 @@ class _Thought:
 
 
 def _has_room(max_tokens: int | None, num_written: int, probe: Probe) -> bool:
-    """Whether the answer of a probe fits into the budget of the cycle, its tags too."""
+    """True if the probe's answer and tags fit into the cycle's token budget."""
     return max_tokens is None or num_written + probe.num_tokens <= max_tokens

@@ -1,8 +1,8 @@
-"""The Think–Answer loop: write a cycle, judge it, stop or write another that sees all earlier ones (R-TAP eq. 2).
+"""The Think–Answer loop: generate a cycle, score it, stop or continue on everything so far (R-TAP eq. 2).
 
-One async generator of events over the Engine and Confidence protocols; the server turns the events into vLLM outputs
-and training into rollouts. Cycles continue on token ids, never on re-tokenised text, so an engine with a prefix cache
-reads each token once. Decisions live in ``stopping.py``; nothing here counts metrics or knows HTTP.
+``Recursion.run`` is an async generator of events over the Engine and Confidence protocols. The server turns the events
+into vLLM outputs, training into rollouts. Cycles continue on token ids, never on re-tokenised text, so that an engine
+with a prefix cache reads each token once. ``stopping.py`` and ``voting.py`` decide.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from typing import Any
 
 from rtap_core import stopping
 from rtap_core.cutoff import Cutoff
+from rtap_core.draft import Draft, StepEvent, thought_is_open
 from rtap_core.errors import ConfidenceError
 from rtap_core.format import CycleParser, TrajectoryFormat
 from rtap_core.types import (
@@ -25,15 +26,16 @@ from rtap_core.types import (
     Policy,
     Score,
     Select,
+    Step,
     StopReason,
     Trajectory,
 )
-from rtap_core.writing import Draft, StepEvent, Writing, injected, thought_is_open, write
+from rtap_core.voting import majority
 
 
 @dataclass(frozen=True, slots=True)
 class CycleEvent:
-    """A cycle is complete and judged. ``stop``: why it is the last; None when another may follow, and in a vote."""
+    """A finished, scored cycle. ``stop``: reason that it is the last; None otherwise, and for samples of a vote."""
 
     cycle: Cycle
     stop: StopReason | None
@@ -41,7 +43,7 @@ class CycleEvent:
 
 @dataclass(frozen=True, slots=True)
 class FinalEvent:
-    """The trajectory is finished; always the last event."""
+    """The finished trajectory; always the last event."""
 
     trajectory: Trajectory
 
@@ -49,15 +51,41 @@ class FinalEvent:
 Event = StepEvent | CycleEvent | FinalEvent
 
 
+@dataclass(slots=True)
+class _State:
+    """Progress of one trajectory.
+
+    policy: as requested. limits: the request's, until the confidence generator fails.
+    prompt: token ids of the question and all finished cycles. spent: used part of ``max_tokens``.
+    """
+
+    policy: Policy
+    limits: Limits
+    prompt: list[int]
+    started: float
+    cycles: list[Cycle] = field(default_factory=list[Cycle])
+    spent: int = 0
+    degraded: str | None = None
+    first_answer_seconds: float | None = None
+
+    def tokens_left(self, reserved: int) -> int | None:
+        """Rest of the token budget after ``reserved`` further tokens, at least 0; None without a budget."""
+        budget = self.limits.max_tokens
+        return None if budget is None else max(0, budget - self.spent - reserved)
+
+    def add_to_last(self, *, tokens: int, answer_tokens: int = 0) -> None:
+        """Count further tokens in the last cycle."""
+        last = self.cycles[-1]
+        self.cycles[-1] = replace(last, tokens=last.tokens + tokens, answer_tokens=last.answer_tokens + answer_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class Recursion:
-    """The loop and what it works with. One instance serves one request, or all where
-    the scorer needs nothing of it.
+    """The loop over one engine and one scorer. Holds no state of a trajectory.
 
-    confidence: None when no generator is loaded. count_oops: Oops tokens in a text. prefix: text at the end of the
-    question that is already the beginning of the turn. request: handed to the scorer as it is. is_idle: whether the
-    engine has room for a cycle that may not be wanted. cutoff: when it must end; the engine knows it as well.
-    clock: monotonic seconds.
+    confidence: None if no generator is loaded. count_oops: number of Oops tokens in a text.
+    prefix: text of an assistant message that the request wants continued; the question ends with it.
+    request: passed to the scorer in Judged. cutoff: shared with the engine. clock: monotonic seconds.
     """
 
     engine: Engine
@@ -66,217 +94,177 @@ class Recursion:
     count_oops: Callable[[str], int]
     prefix: str = ""
     request: Any = None
-    is_idle: Callable[[], bool] = lambda: False
     cutoff: Cutoff = field(default_factory=Cutoff)
     clock: Callable[[], float] = time.monotonic
 
     def run(self, question_token_ids: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
-        """Events of one trajectory. Close the generator to abort the cycle being written."""
+        """Events of one trajectory. Close the generator to abort the cycle in progress."""
         return (self._vote if limits.policy is Policy.VOTE else self._recurse)(question_token_ids, limits)
 
     async def _recurse(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
-        requested, started = limits.policy, self.clock()
-        prompt, cycles, spent, discarded = list(question), list[Cycle](), 0, 0
-        degraded, held = None, None  # held: a cycle's event while the model may still end its turn there
-        writing, ahead = self._first(question, limits), None
-        try:
-            while True:
-                draft = writing.draft
-                async with aclosing(writing.events()) as events:
-                    async for event in events:
-                        if held is not None and draft.has_content:
-                            yield held  # the model goes on, so the answer before was not its last
-                            held = None
-                        yield event
-                if held is not None and draft.is_blank:
-                    cycles[-1] = replace(cycles[-1], tokens=cycles[-1].tokens + len(draft.token_ids))
-                    stop = StopReason.MODEL
-                    break
-                if held is not None:
-                    yield held
-                    held = None
-                closing = self._closing(draft)
-                context, prompt = prompt, prompt + _without_end(draft.token_ids, self.engine.end_of_turn_ids) + closing
-                spent += len(draft.token_ids) + len(closing)
-                cycle = self._finish(draft)
-                if self._may_write_ahead([*cycles, cycle], draft, limits, spent):
-                    ahead = self._next(len(cycles) + 1, prompt, limits, spent, may_be_cut=True)
-                    ahead.start()
-                score, seconds, failure = await self._judge(draft, closing, question, context, limits)
-                if failure is not None:
-                    degraded, limits = failure, replace(limits, policy=Policy.MODEL, select=Select.LAST)
-                cycles.append(self._scored(cycle, score, seconds))
-                stop = self._decide(cycles, draft, limits, spent)
-                if ahead is not None and (stop is not None or failure is not None):
-                    discarded += await ahead.close()
-                    ahead = None
-                if stop is not None:
-                    break
-                if closing:
-                    last = cycles[-1]
-                    tokens, answer_tokens = last.tokens + len(closing), last.answer_tokens + len(closing)
-                    cycles[-1] = replace(last, tokens=tokens, answer_tokens=answer_tokens if last.answer else 0)
-                if limits.policy is Policy.MODEL:
-                    held = CycleEvent(cycles[-1], None)
-                else:
-                    yield CycleEvent(cycles[-1], None)
-                    if closing:
-                        yield StepEvent(draft.index, injected(closing, self.format.answer_close or ""), "", True)
-                writing, ahead = ahead or self._next(len(cycles), prompt, limits, spent), None
-            selected = stopping.choose(cycles, limits.select)
-            final = self._conclude(cycles, selected, stop, degraded, draft, requested, started, discarded)
-            yield CycleEvent(final.trajectory.cycles[-1], stop)
-            yield final
-        finally:
-            try:
-                await writing.close()
-            finally:  # a task that is being cancelled may be so again at every await
-                if ahead is not None:
-                    await ahead.close()
+        """Cycles of one trajectory; each continues on all earlier ones."""
+        state = _State(limits.policy, limits, list(question), self.clock())
+        draft = self._first_draft(question)
+        postponed: CycleEvent | None = None  # policy model: it may still end its turn, which makes that cycle the last
+        while True:
+            async with aclosing(self._write(draft, state)) as events:
+                async for event in events:
+                    if postponed is not None and draft.has_content:
+                        yield postponed
+                        postponed = None
+                    yield event
+            if postponed is not None and draft.is_blank:
+                state.add_to_last(tokens=len(draft.token_ids))
+                stop = StopReason.MODEL
+                break
+            if postponed is not None:
+                yield postponed
+                postponed = None
+            state.cycles.append(await self._judge(draft, question, state))
+            if state.degraded is not None:  # without confidences the model decides
+                state.limits = replace(state.limits, policy=Policy.MODEL, select=Select.LAST)
+            self._continue_after(draft, state)
+            stop = self._decide(draft, state)
+            if stop is not None:
+                break
+            self._count_closing(draft, state)
+            if state.limits.policy is Policy.MODEL:
+                postponed = CycleEvent(state.cycles[-1], None)
+            else:
+                yield CycleEvent(state.cycles[-1], None)
+                if draft.closing:
+                    yield self._injected(draft, draft.closing, self.format.answer_close or "", in_answer=True)
+            draft = self._next_draft(state)
+        final = self._conclude(state, stopping.choose(state.cycles, state.limits.select), stop, draft)
+        yield CycleEvent(final.trajectory.cycles[-1], stop)
+        yield final
 
     async def _vote(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
-        """Independent single cycles written side by side; events arrive sample by sample, as samples finish."""
-        started = self.clock()
-        failures: list[str] = []
+        """Independent single cycles, generated concurrently. Their events come sample by sample, as samples finish."""
+        state = _State(limits.policy, limits, list(question), self.clock())
 
         async def sample(index: int) -> tuple[list[StepEvent], Cycle, Draft]:
-            writing = self._first(question, limits, index=index)
-            draft = writing.draft
-            events = [e async for e in writing.events()]
-            closing = self._closing(draft)
-            score, seconds, failure = await self._judge(draft, closing, question, question, limits)
-            if failure is not None:
-                failures.append(failure)
-            return events, self._scored(self._finish(draft), score, seconds), draft
+            draft = self._first_draft(question, index)
+            events = [event async for event in self._write(draft, state)]
+            return events, await self._judge(draft, question, state), draft
 
         tasks = [asyncio.create_task(sample(i)) for i in range(limits.samples)]
-        cycles, drafts = list[Cycle](), list[Draft]()
+        drafts = list[Draft]()
         try:
             for done in asyncio.as_completed(tasks):
                 events, cycle, draft = await done
                 for event in events:
                     yield event
-                cycles.append(cycle)
+                state.cycles.append(cycle)
                 drafts.append(draft)
                 yield CycleEvent(cycle, None)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        # They ended in any order; by index, a seed fixes the outcome, ties included.
-        cycles.sort(key=lambda c: c.index)
+        # Samples finish in any order; sorted, the seed determines the outcome, ties included.
+        state.cycles.sort(key=lambda c: c.index)
         drafts.sort(key=lambda d: d.index)
-        if any(c.answer is not None and c.confidence is None for c in cycles):  # then each counts as one
-            cycles = [replace(c, confidence=None) for c in cycles]
-        selected = stopping.majority(cycles)
-        stop = self.cutoff.reason or StopReason.VOTE
+        if any(c.answer is not None and c.confidence is None for c in state.cycles):  # weights need all confidences
+            state.cycles = [replace(c, confidence=None) for c in state.cycles]
+        selected = majority(state.cycles)
         draft = drafts[-1 if selected is None else selected]
-        degraded = failures[0] if failures else None
-        yield self._conclude(cycles, selected, stop, degraded, draft, limits.policy, started)
+        yield self._conclude(state, selected, self.cutoff.reason or StopReason.VOTE, draft)
 
-    def _parser(self, question: Sequence[int]) -> CycleParser:
-        """A parser for a first cycle, which begins where the client or the chat template began it."""
+    def _first_draft(self, question: Sequence[int], index: int = 0) -> Draft:
+        """A cycle that begins the turn; the client or the chat template may have begun it. ``index``: of a sample."""
         opened = thought_is_open(question, self.engine, self.format)
-        return CycleParser(self.format, thought_open=opened, prefix=self.prefix)
+        parser = CycleParser(self.format, thought_open=opened, prefix=self.prefix)
+        return Draft(index, parser, question, [], "", self.clock())
 
-    def _opening(self, limits: Limits) -> list[int]:
-        """What makes the model write one more cycle; nothing where the model itself decides."""
-        return [] if limits.policy is Policy.MODEL else self.engine.encode(self.format.cycle_open)
+    def _next_draft(self, state: _State) -> Draft:
+        """A further cycle of the trajectory."""
+        opening, parser = self._opening(state), CycleParser(self.format, thought_open=True)
+        text = self.format.cycle_open if opening else ""
+        return Draft(len(state.cycles), parser, state.prompt, opening, text, self.clock())
 
-    def _closing(self, draft: Draft) -> list[int]:
-        """The end tag that a grammar did not let the model write: scorers and further cycles read whole cycles."""
-        return self.engine.encode(self.format.answer_close or "") if draft.parser.owes_close else []
+    def _opening(self, state: _State) -> list[int]:
+        """Tag that makes the model write one more cycle; nothing if the model decides by itself."""
+        return [] if state.limits.policy is Policy.MODEL else self.engine.encode(self.format.cycle_open)
 
-    def _first(self, question: Sequence[int], limits: Limits, *, index: int = 0) -> Writing:
-        """A cycle that begins the turn; ``index`` numbers the samples of a vote."""
-        draft = Draft(index, self._parser(question), [], "", self.clock())
-        return self._writing(draft, question, limits, 0)
+    async def _write(self, draft: Draft, state: _State) -> AsyncGenerator[StepEvent, None]:
+        """Generate one cycle: its injected opening, then every step of the engine."""
+        left = state.tokens_left(len(draft.opening))
+        if draft.opening:  # as an event, so that it is streamed and counted like any other token
+            yield self._injected(draft, draft.opening, draft.opening_text, in_answer=False)
+        async with aclosing(self.engine.cycle(draft.prompt, index=draft.index, max_tokens=left)) as steps:
+            async for step in steps:
+                yield draft.add(step)
+        draft.seconds = self.clock() - draft.started
+        if draft.parser.missing_close_tag:
+            draft.closing = self.engine.encode(self.format.answer_close or "")
 
-    def _next(self, index: int, prompt: list[int], limits: Limits, spent: int, *, may_be_cut: bool = False) -> Writing:
-        """A further cycle, after ``spent`` tokens of the budget."""
-        opening = self._opening(limits)
-        parser = CycleParser(self.format, thought_open=True)
-        draft = Draft(index, parser, opening, self.format.cycle_open if opening else "", self.clock())
-        return self._writing(draft, prompt + opening, limits, spent, may_be_cut=may_be_cut)
+    def _injected(self, draft: Draft, token_ids: list[int], text: str, *, in_answer: bool) -> StepEvent:
+        return StepEvent(draft.index, Step.injected(token_ids, text), "", in_answer)
 
-    def _writing(
-        self, draft: Draft, prompt: Sequence[int], limits: Limits, spent: int, *, may_be_cut: bool = False
-    ) -> Writing:
-        left = _left(limits, spent + len(draft.opening))
-        stream = self.engine.cycle(prompt, index=draft.index, max_tokens=left, may_be_cut=may_be_cut)
-        return Writing(draft, write(stream, draft, clock=self.clock))
-
-    def _decide(self, cycles: Sequence[Cycle], draft: Draft, limits: Limits, spent: int) -> StopReason | None:
-        return stopping.decide(
-            cycles,
-            limits,
-            ended_turn=draft.ended_turn,
-            truncated=draft.truncated,
-            no_room=_left(limits, spent + len(self._opening(limits))) == 0,
-            cut=self.cutoff.reason,
-        )
-
-    def _may_write_ahead(self, cycles: Sequence[Cycle], draft: Draft, limits: Limits, spent: int) -> bool:
-        """Whether the next cycle can begin while the last of ``cycles`` is being scored: there is a score to wait for,
-        the lowest would make the loop go on, and the engine has room."""
-        waits = limits.policy is Policy.CONFIDENCE and limits.threshold > 0 and cycles[-1].answer is not None
-        waits = waits and self.confidence is not None
-        return waits and self._decide(cycles, draft, limits, spent) is None and self.is_idle()
-
-    async def _judge(
-        self,
-        draft: Draft,
-        closing: list[int],
-        question: Sequence[int],
-        context: Sequence[int],
-        limits: Limits,
-    ) -> tuple[Score | None, float | None, str | None]:
-        """(score, seconds waited, why it failed). Nothing is scored that no decision needs, nor a cut cycle."""
-        if self.confidence is None or not stopping.needs_score(limits) or draft.parser.answer is None:
-            return None, None, None
-        began = self.clock()
-        cycle = _without_end(draft.token_ids, self.engine.end_of_turn_ids) + closing
-        judged = Judged(question, cycle, context, draft.logprobs, self.request)
-        try:
-            async with asyncio.timeout(None) as wait:
-                with self.cutoff.calling(lambda: wait.reschedule(0)):
-                    score = await self.confidence.score(judged)
-        except TimeoutError:  # the cutoff's, not a fault of the generator
-            return None, self.clock() - began, None
-        except ConfidenceError as error:
-            return None, self.clock() - began, error.reason
-        return score, self.clock() - began, None
-
-    def _finish(self, draft: Draft) -> Cycle:
-        """The cycle as it was written, not yet scored."""
+    async def _judge(self, draft: Draft, question: Sequence[int], state: _State) -> Cycle:
+        """The finished cycle, scored if a decision needs it and its answer is complete. Records a failed generator."""
+        score = seconds = None
+        scorer = self.confidence if stopping.needs_score(state.limits) else None
+        if scorer is not None and draft.parser.answer is not None:
+            began = self.clock()
+            try:
+                score = await self._score(scorer, draft, question)
+            except ConfidenceError as error:
+                state.degraded = error.reason if state.degraded is None else state.degraded
+            seconds = self.clock() - began
+        if state.first_answer_seconds is None and draft.parser.answer is not None:
+            state.first_answer_seconds = self.clock() - state.started
         first = draft.first
         return Cycle(
             index=draft.index,
             think=draft.parser.think.strip(),
             answer=draft.parser.answer,
-            confidence=None,
+            confidence=None if score is None else score.confidence,
             accepted=False,
             tokens=len(draft.token_ids),
             answer_tokens=self._answer_tokens(draft),
             oops_tokens=self.count_oops(draft.parser.think),
             prompt_tokens=first.prompt_tokens if first else 0,
             cached_tokens=first.cached_tokens if first else 0,
-            seconds=draft.seconds,
-            confidence_seconds=None,
-            confidence_tokens=0,
-        )
-
-    def _scored(self, cycle: Cycle, score: Score | None, confidence_seconds: float | None) -> Cycle:
-        return replace(
-            cycle,
-            confidence=None if score is None else score.confidence,
-            seconds=cycle.seconds + (confidence_seconds or 0.0),
-            confidence_seconds=confidence_seconds,
+            seconds=draft.seconds + (seconds or 0.0),
+            confidence_seconds=seconds,
             confidence_tokens=0 if score is None else score.tokens,
         )
 
+    async def _score(self, scorer: Confidence, draft: Draft, question: Sequence[int]) -> Score | None:
+        """The cycle's score; None if the cutoff comes first, which is no fault of the generator."""
+        cycle = draft.complete_ids(self.engine.end_of_turn_ids)
+        judged = Judged(question, cycle, draft.context, draft.logprobs, self.request)
+        try:
+            async with asyncio.timeout(None) as timeout:
+                with self.cutoff.on_cut(lambda: timeout.reschedule(0)):
+                    return await scorer.score(judged)
+        except TimeoutError:
+            return None
+
+    def _continue_after(self, draft: Draft, state: _State) -> None:
+        """Make the cycle part of the prompt and of the spent budget."""
+        state.prompt = state.prompt + draft.complete_ids(self.engine.end_of_turn_ids)
+        state.spent += len(draft.token_ids) + len(draft.closing)
+
+    def _decide(self, draft: Draft, state: _State) -> StopReason | None:
+        return stopping.decide(
+            state.cycles,
+            state.limits,
+            ended_turn=draft.ended_turn,
+            truncated=draft.truncated,
+            no_room=state.tokens_left(len(self._opening(state))) == 0,
+            cut=self.cutoff.reason,
+        )
+
+    def _count_closing(self, draft: Draft, state: _State) -> None:
+        """Count the injected end tag, which only a further cycle needs."""
+        num_tokens = len(draft.closing)
+        state.add_to_last(tokens=num_tokens, answer_tokens=num_tokens if draft.parser.answer else 0)
+
     def _answer_tokens(self, draft: Draft) -> int:
-        """Tokens of a complete answer with its tags (``think`` preset: all after the thought)."""
+        """Tokens of a complete answer with its tags (format ``think``: all after the thought)."""
         if draft.parser.answer is None:
             return 0
         ids = draft.token_ids
@@ -286,43 +274,17 @@ class Recursion:
             return len(ids) - start - (0 if self.format.has_answer_tags else 1)
         return len(self.engine.encode(draft.parser.answer))
 
-    def _conclude(
-        self,
-        cycles: Sequence[Cycle],
-        selected: int | None,
-        stop: StopReason,
-        degraded: str | None,
-        draft: Draft,
-        policy: Policy,
-        started: float,
-        discarded: int = 0,
-    ) -> FinalEvent:
-        """The finished trajectory, its returned cycle marked."""
-        marked = tuple(replace(c, accepted=i == selected) for i, c in enumerate(cycles))
-        now = self.clock() - started
+    def _conclude(self, state: _State, selected: int | None, stop: StopReason, draft: Draft) -> FinalEvent:
+        """The finished trajectory. ``draft``: the cycle whose end the response reports."""
         trajectory = Trajectory(
-            policy=policy,
+            policy=state.policy,
             stop_reason=stop,
-            cycles=marked,
+            cycles=tuple(replace(c, accepted=i == selected) for i, c in enumerate(state.cycles)),
             selected=selected,
-            degraded=degraded,
-            first_answer_seconds=None if selected is None else now,
-            seconds=now,
+            degraded=state.degraded,
+            first_answer_seconds=state.first_answer_seconds,
+            seconds=self.clock() - state.started,
             finish=draft.last,
             partial_answer=draft.parser.partial_answer if selected is None else None,
-            discarded_tokens=discarded,
         )
         return FinalEvent(trajectory)
-
-
-def _left(limits: Limits, spent: int) -> int | None:
-    """Tokens left of the budget, never negative; None without a budget."""
-    return None if limits.max_tokens is None else max(0, limits.max_tokens - spent)
-
-
-def _without_end(token_ids: list[int], end_of_turn_ids: frozenset[int]) -> list[int]:
-    """Token ids of a cycle as the next one may see them: a model that reads its own end of turn stops at once."""
-    end = len(token_ids)
-    while end and token_ids[end - 1] in end_of_turn_ids:
-        end -= 1
-    return token_ids[:end]

@@ -1,13 +1,23 @@
-"""The nouns of a recursive trajectory, and the two protocols the loop runs over. Values only: no I/O, no engine."""
+"""Vocabulary of the project: requests' limits, cycles, trajectories, and the Engine and Confidence protocols.
+
+Sources: R-TAP (Recursive Think-Answer Process, arXiv 2603.02099). Values only: no I/O, no engine.
+"""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
+SampledLogprobs = Sequence[tuple[int, Mapping[int, Any]]]
+"""One entry per sampled token: its id, and the engine's log-probabilities (nats) by token id at that position."""
+
 
 class Policy(StrEnum):
-    """Who decides that a trajectory is finished."""
+    """Rule that ends a trajectory.
+
+    confidence: a cycle's confidence reaches the threshold. model: the model ends its turn (R-TAP's own inference).
+    single: after one cycle. vote: independent samples, the majority answer wins.
+    """
 
     CONFIDENCE = "confidence"
     MODEL = "model"
@@ -16,14 +26,14 @@ class Policy(StrEnum):
 
 
 class Select(StrEnum):
-    """Which cycle's answer is returned."""
+    """Cycle whose answer is returned: the most confident (``best``) or the last complete one (``last``)."""
 
     BEST = "best"
     LAST = "last"
 
 
 class StopReason(StrEnum):
-    """Why a trajectory ended; the metric label and the response field."""
+    """Reason that a trajectory ended. The values are metric labels and appear in responses."""
 
     THRESHOLD = "threshold"
     MODEL = "model"
@@ -37,14 +47,14 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Everything that bounds one trajectory. Values are checked where they enter (``http/schema.py``).
+    """Bounds of one trajectory. ``http/schema.py`` validates them.
 
     threshold: confidence in [0, 1] that ends a ``confidence`` trajectory.
-    samples: independent single cycles of policy ``vote``.
-    patience: stop after this many cycles in a row without a new highest confidence; None never stops for it.
-    deadline_seconds: kept by the Cutoff (``cutoff.py``) of whoever drives the trajectory.
-    max_tokens: one budget over all cycles, injected tags included; None leaves the engine's own limit.
-    probe_every: tokens of a ``confidence`` thought between probes for its answer (``probing.py``); None never asks.
+    samples: number of samples of a ``vote``.
+    patience: cycles in a row without a new highest confidence before the trajectory ends; None: unlimited.
+    deadline_seconds: enforced by ``cutoff.Cutoff``, which the caller of the loop starts.
+    max_tokens: budget over all cycles, injected tags included (``vote``: per sample); None: the engine's own limit.
+    probe_every: tokens of a thought between probes (``probing.py``), policy ``confidence`` only; None: no probes.
     """
 
     policy: Policy = Policy.CONFIDENCE
@@ -60,13 +70,18 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
-    """One Think–Answer pair as it was written and judged.
+    """One finished Think–Answer pair and its score.
 
-    answer: None when the cycle was cut before its answer was complete; such a cycle is never accepted.
-    confidence: in [0, 1]; None when nothing scored it.
-    tokens: written in this cycle, the injected opening included.
-    answer_tokens: those of a complete answer, its tags included.
-    prompt_tokens, cached_tokens: what the engine had to read for it, and how much of that was in its prefix cache.
+    index: position in the trajectory, or sample number of a vote, from 0.
+    answer: None if the cycle was cut before its answer was complete; such a cycle is never accepted.
+    confidence: in [0, 1]; None if the cycle was not scored.
+    accepted: True for the returned cycle.
+    tokens: all tokens of this cycle, injected tags included. answer_tokens, oops_tokens: parts of them.
+    answer_tokens: tokens of a complete answer, its tags included; 0 if there is none.
+    oops_tokens: tokens of self-doubt phrases (``lexicon.py``).
+    prompt_tokens, cached_tokens: length of the cycle's prompt, and the part of it found in the prefix cache.
+    seconds: writing and scoring. confidence_seconds: the scoring part; None if nothing was scored.
+    confidence_tokens: tokens that the confidence generator read.
     """
 
     index: int
@@ -86,15 +101,20 @@ class Cycle:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A finished trajectory. ``selected`` indexes ``cycles``; None when no cycle has a complete answer.
+    """A finished trajectory.
 
-    degraded: why the generator could not be used, or None.
-    first_answer_seconds: from the start of the request until the returned answer was known.
-    finish: the engine's own finish of the last cycle, for ``finish_reason``/``stop_reason`` of the response.
-    partial_answer: what there was of an answer when every cycle was cut; None when an answer is complete.
-    discarded_tokens: sampled ahead of a verdict that made them unwanted, or in a probe; in no cycle, and not returned.
-    num_probes, num_stopped: probes of its thoughts, and thoughts that they ended. probe_confidence_tokens: what the
-    generator read for them.
+    policy: as requested, even if a failing generator changed it on the way.
+    cycles: in order of ``index``.
+    selected: position in ``cycles`` of the returned answer; None if no cycle has a complete one.
+    degraded: reason label of a failed confidence generator; None if it did not fail.
+    first_answer_seconds: from the start of the trajectory to the first complete answer of any cycle or sample, its
+        scoring included where the policy scores; None if no answer is complete.
+    seconds: from the start of the trajectory to its end.
+    finish: the engine's last step of the last cycle (``vote``: of the returned sample), for ``finish_reason``.
+    partial_answer: text of an incomplete answer if no cycle has a complete one; else None.
+    discarded_tokens: sampled, but in no cycle and not returned (probes, or beyond the end of the last cycle).
+    num_probes, num_stopped: probes of thoughts, and thoughts that a probe ended.
+    probe_confidence_tokens: tokens that the confidence generator read for probes.
     """
 
     policy: Policy
@@ -112,36 +132,41 @@ class Trajectory:
     num_stopped: int = 0
 
     @property
-    def confidence_tokens(self) -> int:
-        """All that the generator read."""
-        return sum(c.confidence_tokens for c in self.cycles) + self.probe_confidence_tokens
-
-    @property
-    def reasoning_tokens(self) -> int:
-        """All generated tokens except those of the returned answer."""
-        written = sum(c.tokens for c in self.cycles)
-        return written - (0 if self.selected is None else self.cycles[self.selected].answer_tokens)
+    def accepted(self) -> Cycle | None:
+        """The cycle whose answer is returned."""
+        return None if self.selected is None else self.cycles[self.selected]
 
     @property
     def answer(self) -> str | None:
         """The returned answer."""
-        return None if self.selected is None else self.cycles[self.selected].answer
+        return None if self.accepted is None else self.accepted.answer
 
     @property
     def confidence(self) -> float | None:
         """Confidence of the returned answer."""
-        return None if self.selected is None else self.cycles[self.selected].confidence
+        return None if self.accepted is None else self.accepted.confidence
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """All tokens except those of the returned answer."""
+        returned = 0 if self.accepted is None else self.accepted.answer_tokens
+        return sum(c.tokens for c in self.cycles) - returned
+
+    @property
+    def confidence_tokens(self) -> int:
+        """All tokens that the confidence generator read."""
+        return sum(c.confidence_tokens for c in self.cycles) + self.probe_confidence_tokens
 
 
-class Step(NamedTuple):  # made for each token: a dataclass that is frozen takes five times as long to fill
-    """One piece of what an engine writes in a cycle.
+class Step(NamedTuple):  # one per token: a frozen dataclass takes five times as long to construct
+    """One piece of a cycle, as an engine yields it.
 
-    finished: this is the cycle's last piece.
-    truncated: the token limit cut it. ended_turn: the model (or a stop string of the user's) ended the turn,
-    as opposed to the format's own end of a cycle.
-    native: the engine's own output object, handed back untouched to whoever drives the loop, who may do with it as he
-    likes.
-    logprobs: log-probabilities by token id at each of ``token_ids``, where the engine was asked for them.
+    token_ids: new ids, usually one. finished: last step of the cycle.
+    truncated: the token limit cut the cycle.
+    ended_turn: the model, or a stop string of the user's, ended the turn (False at the format's own end of a cycle).
+    prompt_tokens, cached_tokens: as in Cycle.
+    native: the engine's own output object, passed through for the caller of the loop, which may modify it.
+    logprobs: one mapping per token id, if the engine was asked for log-probabilities.
     """
 
     text: str
@@ -154,64 +179,69 @@ class Step(NamedTuple):  # made for each token: a dataclass that is frozen takes
     native: Any
     logprobs: Sequence[Mapping[int, Any]] | None = None
 
+    @classmethod
+    def injected(cls, token_ids: Sequence[int], text: str) -> "Step":
+        """A tag that the server inserts into the trajectory."""
+        return cls(text, token_ids, False, False, False, 0, 0, native=None)
+
     @property
     def sampled_logprobs(self) -> list[tuple[int, Mapping[int, Any]]]:
-        """(sampled id, log-probabilities by id there) of each token; none where the engine was not asked for them."""
+        """Log-probabilities of this step's tokens; empty if the engine was not asked for them."""
         return list(zip(self.token_ids, self.logprobs or (), strict=False))
 
 
 class Engine(Protocol):
-    """Writes cycles. The server's is vLLM, training's is the trainer's own generation."""
+    """Text generation, one cycle at a time. The server implements it on vLLM, training on its own sampler."""
 
     @property
     def end_of_turn_ids(self) -> frozenset[int]:
-        """Token ids that end an assistant turn; dropped where the loop continues past them."""
+        """Token ids that end an assistant turn. The loop strips them before it continues."""
         ...
 
     def cycle(
-        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
     ) -> AsyncGenerator[Step, None]:
-        """Continue ``prompt_token_ids`` until the format's end of a cycle, the end of the turn or the limit.
+        """Continue ``prompt_token_ids`` to the end of the cycle, the end of the turn or ``max_tokens``.
 
-        Closing the generator early aborts the work. ``index`` numbers the cycle (or the sample, for ``vote``).
-        may_be_cut: the loop may do so, and wants to know what was written until then. An engine that was given a Cutoff
-        ends the cycle at it, with what it has as the last step."""
+        index: number of the cycle or, for ``vote``, of the sample.
+        Closing the generator early aborts the generation. At its Cutoff an engine yields a last step with what it has.
+        """
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a tag, without special tokens added."""
+        """Token ids of a tag, without added special tokens."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What is scored: one cycle alone with the question (R-TAP sec. 3.1), not the earlier cycles.
+    """Input of a confidence scorer: the question and one cycle, without the earlier cycles (R-TAP sec. 3.1).
 
-    question_token_ids: the rendered prompt of the request. cycle_token_ids: opening, think, answer, closing tag.
-    context_token_ids: all before the cycle, earlier cycles included; for scorers that go on where the policy stopped.
-    logprobs: (sampled id, log-probabilities by id there) of each token that the engine told them of; injected tags are
-    not among them.
-    request: what the driver of the loop hands to its scorers (the server: its own call, with images and adapter).
+    question_token_ids: the rendered prompt of the request.
+    cycle_token_ids: the cycle with its opening and closing tags, without the end of turn.
+    context_token_ids: everything before the cycle, for scorers that reuse the policy's prefix cache.
+    logprobs: of the sampled tokens, if the engine was asked for them; injected tags have none.
+    request: the caller's own request object (the server passes prompt, images and LoRA adapter).
     """
 
     question_token_ids: Sequence[int]
     cycle_token_ids: Sequence[int]
     context_token_ids: Sequence[int]
-    logprobs: Sequence[tuple[int, Mapping[int, Any]]] = ()
+    logprobs: SampledLogprobs = ()
     request: Any = None
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A confidence in [0, 1] and the number of tokens the scorer had to read for it."""
+    """Result of a confidence scorer: a probability in [0, 1], and the number of tokens read for it."""
 
     confidence: float
     tokens: int = 0
 
 
 class Confidence(Protocol):
-    """Says how likely a cycle's answer is right."""
+    """Estimate of the probability that a cycle's answer is correct."""
 
     async def score(self, judged: Judged) -> Score:
-        """Raises ConfidenceError when there is no score; the caller degrades, it does not fail."""
+        """Score one cycle. Raises ConfidenceError; the loop then continues without a generator."""
         ...

@@ -13,7 +13,7 @@ import pytest
 from rtap_core.errors import InvalidRequest
 from rtap_core.format import RTAP, THINK, CycleParser, split_cycles
 from rtap_core.lexicon import load_lexicon
-from rtap_core.stopping import normalise_answer
+from rtap_core.answers import normalise_answer
 from rtap_server.http.body_limits import parse
 from rtap_server.http.errors import shaped_error
 from rtap_server.http.field_limits import Caps

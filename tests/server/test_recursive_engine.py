@@ -17,17 +17,18 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from rtap_core.artifact import Artifact
 from rtap_core.format import RTAP
-from rtap_core.types import Judged, Score
 from rtap_server.engine.drain import Drain
+from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.recursive_engine import RecursiveEngine
-from rtap_server.engine.server_state import Plan
-from rtap_server.engine.vllm_cycles import metered
-from rtap_server.http.auth import Visit, _visit
-from rtap_server.http.schema import ANSWER_MARK, Exchange, RtapOptions, begin_exchange
+from rtap_server.engine.request_state import RequestState, begin_request, salted_prompt
+from rtap_server.engine.server_state import ServerState
+from rtap_server.engine.vllm_cycles import count_spent
+from rtap_server.http.recursion_fields import resolve_limits
+from rtap_server.http.schema import RtapOptions
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.metrics import Metrics
-from tests.server.scripted import EOS, ScriptedConfidence, decode, encode
+from tests.core.scripted import EOS, ScriptedConfidence, decode, encode
 
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"
 DOUBT = "Oops, 3*25+7=82</think><answer>3*25+7</answer>"
@@ -70,38 +71,28 @@ class FakeLLM:
         self.aborted += request_ids
 
 
-@dataclass
-class Slow(ScriptedConfidence):
-    """Takes a moment, and then sees how many cycles had been begun by then."""
-
-    llm: FakeLLM = field(kw_only=True)
-    begun: list[int] = field(default_factory=list)
-
-    async def score(self, judged: Judged) -> Score:
-        await asyncio.sleep(0.01)
-        self.begun.append(len(self.llm.calls))
-        return await super().score(judged)
-
-
-def build(llm: FakeLLM, *, speculate_below: int = 0, confidence: Any = None) -> RecursiveEngine:
-    plan = Plan(
-        settings=Settings(speculate_below=speculate_below, confidence_model="http://generator"), format=RTAP,
-        confidence=confidence or ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
+def build(llm: FakeLLM) -> RecursiveEngine:
+    server = ServerState(
+        settings=Settings(confidence_model="http://generator"), format=RTAP,
+        confidence=ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
         generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=encode,
         end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None),
         drain=Drain(),
     )  # fmt: skip
-    return RecursiveEngine(llm, plan)  # type: ignore[arg-type]
+    return RecursiveEngine(llm, server)  # type: ignore[arg-type]
 
 
 def ask(engine: RecursiveEngine, *, rtap: dict[str, Any] | None = None, prompt: Any = None, **wanted: Any):
-    """The stream of one request, and its exchange."""
-    options = wanted.pop("options", {})
-    exchange = Exchange(RtapOptions(**{"threshold": 0.5} | (rtap or {})))
-    begin_exchange(exchange)
+    """The stream of one request, and its state. owner: of its API key."""
+    options, server = wanted.pop("options", {}), engine._server
+    limits = resolve_limits(
+        RtapOptions(**{"threshold": 0.5} | (rtap or {})), server.settings, server.generator, has_confidence=True
+    )
+    state = RequestState(limits=limits, owner=wanted.pop("owner", b""))
+    begin_request(state)
     params = SamplingParams(**{"max_tokens": 200, "output_kind": RequestOutputKind.FINAL_ONLY} | wanted)
     stream = engine.generate(prompt or {"prompt_token_ids": QUESTION}, params, "request", **options)
-    return stream, exchange
+    return stream, state
 
 
 async def all_of(stream: AsyncGenerator[RequestOutput, None]) -> list[RequestOutput]:
@@ -115,7 +106,7 @@ async def test_every_cycle_is_the_same_request_on_more_tokens():
     options = {"lora_request": None, "priority": 3, "session_id": "s", "trace_headers": {"traceparent": "00-1"}}
     prompt = {"type": "multimodal", "prompt_token_ids": QUESTION, "prompt": "make 82?", "cache_salt": "salt",
               "arrival_time": 1.0, "mm_kwargs": object(), "mm_hashes": {"image": ["h"]}}  # fmt: skip
-    stream, exchange = ask(build(llm), prompt=prompt, options=options)
+    stream, state = ask(build(llm), prompt=prompt, options=options)
     (output,) = await all_of(stream)
     assert [call[0]["prompt_token_ids"] for call in llm.calls] == [QUESTION, [*QUESTION, *encode(WRONG + "<think>")]]
     for asked, _, _, passed in llm.calls:
@@ -128,7 +119,7 @@ async def test_every_cycle_is_the_same_request_on_more_tokens():
     assert (output.request_id, output.finished, output.prompt) == ("request", True, "make 82?")
     assert output.outputs[0].text == WRONG + "<think>" + DOUBT
     assert list(output.outputs[0].token_ids) == encode(WRONG + "<think>" + DOUBT)
-    assert exchange.trajectories[0].answer == "3*25+7"
+    assert state.trajectories[0].answer == "3*25+7"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +136,7 @@ async def test_every_cycle_is_the_same_request_on_more_tokens():
 async def test_log_probabilities_are_asked_for_where_a_scorer_reads_them(rtap, wanted, asked):
     llm = FakeLLM([WRONG.replace("25*7<", "82<")] * 3)
     engine = build(llm)
-    engine._plan = replace(engine._plan, logprobs=0)
+    engine._server = replace(engine._server, logprobs=0)
     outputs = await all_of(ask(engine, rtap={"max_cycles": 1} | rtap, logprobs=wanted)[0])
     assert {call[1].logprobs for call in llm.calls} == {asked}
     assert (outputs[-1].outputs[0].logprobs is None) == (wanted is None)  # the client sees what it asked for
@@ -162,7 +153,7 @@ async def test_the_budget_seed_and_stops_of_each_cycle():
     for params in (first, second):
         assert (params.n, params.stop) == (1, ["x"])
         assert CLOSE in params.stop_token_ids
-    assert [call[2] for call in llm.calls] == ["request-c0.0", "request-c0.1"]
+    assert [call[2] for call in llm.calls] == ["request-0", "request-1"]
 
 
 async def test_choices_have_their_own_seeds_and_come_together():
@@ -173,54 +164,33 @@ async def test_choices_have_their_own_seeds_and_come_together():
 
 
 async def test_of_choices_that_end_at_once_the_last_output_is_the_finished_one():
-    """Their last cycles were begun ahead, so none is over with its last output."""
-    llm = FakeLLM([WRONG, DOUBT])
-    scorer = Slow(lambda text: 0.9 if "82" in text else 0.1, llm=llm)
-    engine = build(llm, speculate_below=9, confidence=scorer)
-    outputs = await all_of(ask(engine, n=3, output_kind=RequestOutputKind.DELTA)[0])
+    outputs = await all_of(ask(build(FakeLLM([WRONG, DOUBT])), n=3, output_kind=RequestOutputKind.DELTA)[0])
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
     assert sorted(o.outputs[0].index for o in outputs if o.outputs[0].finish_reason) == [0, 1, 2]
 
 
 async def test_patience_ends_a_request_whose_confidence_does_not_rise():
     llm = FakeLLM([WRONG, WRONG.removeprefix("<think>"), DOUBT])
-    stream, exchange = ask(build(llm), rtap={"patience": 1})
+    stream, state = ask(build(llm), rtap={"patience": 1})
     await all_of(stream)
-    assert exchange.trajectories[0].stop_reason == "no_gain"
+    assert state.trajectories[0].stop_reason == "no_gain"
     assert len(llm.calls) == 2
 
 
-@pytest.mark.parametrize(("speculate_below", "begun"), [(4, 2), (2, 2), (1, 2), (0, 1)])
-async def test_a_cycle_is_begun_ahead_only_below_the_number_that_is_being_written(speculate_below: int, begun: int):
-    """At the verdict on the first cycle nothing else is being written; the second is abandoned at once."""
-    llm = FakeLLM([DOUBT, WRONG])
-    engine = build(llm, speculate_below=speculate_below, confidence=(scorer := Slow(lambda _: 0.9, llm=llm)))
-    stream, exchange = ask(engine)
-    await all_of(stream)
-    assert scorer.begun == [begun]
-    assert exchange.trajectories[0].stop_reason == "threshold"
-    assert (llm.calls[-1][1].output_kind is RequestOutputKind.DELTA) == (begun == 2)  # so that a cut tells its tokens
-
-
-async def test_other_requests_being_written_keep_a_cycle_from_beginning_ahead():
-    llm = FakeLLM([DOUBT, WRONG], seconds=0.5)
-    engine = build(llm, speculate_below=1, confidence=(scorer := Slow(lambda _: 0.9, llm=llm)))
-    other, _ = ask(engine)
-    waiting = asyncio.create_task(all_of(other))
-    await asyncio.sleep(0.1)
-    llm.seconds = 0.0
-    await all_of(ask(engine)[0])
-    assert scorer.begun == [2]
-    await waiting
+@pytest.mark.parametrize(("rtap", "kind"), [({}, "FINAL_ONLY"), ({"probe_every": 9}, "DELTA")])
+async def test_a_thought_that_is_probed_comes_in_pieces(rtap: dict[str, Any], kind: str):
+    llm = FakeLLM([WRONG, DOUBT])
+    await all_of(ask(build(llm), rtap=rtap)[0])
+    assert {call[1].output_kind for call in llm.calls} == {RequestOutputKind[kind]}
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
 async def test_a_cycle_that_the_engine_gives_up_ends_the_request_with_its_reason(reason: str):
     llm = FakeLLM([WRONG], finish=reason)
-    stream, exchange = ask(build(llm))
+    stream, state = ask(build(llm))
     (output,) = await all_of(stream)
     assert (output.finished, output.outputs[0].finish_reason) == (True, reason)
-    assert not exchange.trajectories
+    assert not state.trajectories
 
 
 async def test_an_abort_by_the_outer_id_reaches_the_cycle_being_written():
@@ -230,18 +200,19 @@ async def test_an_abort_by_the_outer_id_reaches_the_cycle_being_written():
     async with aclosing(stream):
         await anext(stream)
         await engine.abort("request")
-    assert llm.aborted == ["request", "request-c0.0"]
+    assert llm.aborted == ["request-0"]
     assert llm.closed == 1
     await engine.abort(["request", "other"])
-    assert llm.aborted[2:] == ["request", "other"]
+    assert llm.aborted == ["request-0"]  # nothing runs under these ids
 
 
-async def test_a_request_outside_an_exchange_is_the_engines_own():
+async def test_a_request_that_does_not_recurse_is_the_engines_own():
     llm = FakeLLM([WRONG])
-    begin_exchange(None)  # type: ignore[arg-type]
+    begin_request(RequestState())
     params = SamplingParams(max_tokens=9)
-    await all_of(build(llm).generate({"prompt_token_ids": QUESTION}, params, "plain", priority=1))
-    assert llm.calls == [({"prompt_token_ids": QUESTION}, params, "plain", {"priority": 1})]
+    (output,) = await all_of(build(llm).generate({"prompt_token_ids": QUESTION}, params, "plain", priority=1))
+    assert llm.calls == [({"prompt_token_ids": QUESTION}, params, "plain-0", {"priority": 1})]
+    assert output.request_id == "plain"
 
 
 def test_what_cannot_recurse_is_a_400_before_anything_is_generated():
@@ -285,7 +256,7 @@ class Telling(Streaming):
 async def test_what_the_engine_says_of_its_cycles_is_said_of_the_request(split: bool):
     llm, options = Telling([WRONG, DOUBT]), {"reasoning_parser_kwargs": {}} if split else {}
     prompt = {"prompt_token_ids": QUESTION, "prompt": "what?"}
-    stream, exchange = ask(
+    stream, state = ask(
         build(llm), prompt=prompt, n=2, output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
     )
     outputs = await all_of(stream)
@@ -294,7 +265,7 @@ async def test_what_the_engine_says_of_its_cycles_is_said_of_the_request(split: 
         own = [output for output in outputs if output.outputs[0].index == choice]
         assert len(own) > 20
         written = [token_id for output in own for token_id in output.outputs[0].token_ids]
-        assert len(written) == sum(cycle.tokens for cycle in exchange.trajectories[choice].cycles)
+        assert len(written) == sum(cycle.tokens for cycle in state.trajectories[choice].cycles)
         assert [output.outputs[0].finish_reason for output in own] == [None] * (len(own) - 1) + ["stop"]
         assert len({(output.num_cached_tokens, output.num_cache_creation_tokens) for output in own[1:]}) == 1
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
@@ -316,7 +287,7 @@ async def test_a_stream_begins_with_the_first_token_though_that_may_be_a_tag(spl
                 yield output
 
     options = {"reasoning_parser_kwargs": {}} if split else {}
-    stream, exchange = ask(
+    stream, state = ask(
         build(Counted(["<think>" + DOUBT])), output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
     )
     async with aclosing(stream):
@@ -324,18 +295,18 @@ async def test_a_stream_begins_with_the_first_token_though_that_may_be_a_tag(spl
         assert (written, first.text, list(first.token_ids)) == (1, *(("", []) if split else ("<think>", [THINK])))
         rest = [output.outputs[0] async for output in stream]
     assert all(part.text or part.token_ids or part.finish_reason for part in rest)
-    assert sum(len(part.token_ids) for part in (first, *rest)) == exchange.trajectories[0].cycles[0].tokens
+    assert sum(len(part.token_ids) for part in (first, *rest)) == state.trajectories[0].cycles[0].tokens
 
 
 async def test_no_delta_is_of_both_kinds():
     """vLLM takes reasoning by the one name that it knows out of those that have an answer as well."""
     llm = Streaming(["<think>3</think><answer>82</answer>", "<think>4</think><answer>1</answer>"])
-    stream, exchange = ask(
+    stream, state = ask(
         build(llm), rtap={"threshold": 1.0, "max_cycles": 2}, output_kind=RequestOutputKind.DELTA,
         options={"reasoning_parser_kwargs": {}},
     )  # fmt: skip
     texts = [output.outputs[0].text for output in await all_of(stream)]
-    assert exchange.trajectories[0].selected == 0
+    assert state.trajectories[0].selected == 0
     assert "".join(texts).endswith(f"<answer>1</answer>\n{ANSWER_MARK}82")
     assert [text.partition(ANSWER_MARK)[::2] for text in texts if ANSWER_MARK in text] == [("", "82")]
 
@@ -350,12 +321,12 @@ async def test_a_token_costs_the_same_however_many_came_before(split: bool):
         for _ in range(3):
             options = {"reasoning_parser_kwargs": {}} if split else {}
             began = time.thread_time()
-            stream, exchange = ask(
+            stream, state = ask(
                 build(Streaming(script)), output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
             )
             outputs = await all_of(stream)
             best = min(best, time.thread_time() - began)
-            assert exchange.trajectories[0].answer == "82"
+            assert state.trajectories[0].answer == "82"
             assert sum(len(o.outputs[0].token_ids) for o in outputs) > 2 * size
         return best
 
@@ -383,9 +354,8 @@ async def test_a_long_thought_does_not_keep_what_the_engine_told_of_each_token()
 
 
 async def test_nothing_of_a_request_waits_for_the_garbage_collector():
-    """Not what was written ahead for nothing either: a server collects seldom, because most of its objects stay."""
-    llm = FakeLLM([DOUBT, WRONG], seconds=0.05)
-    engine = build(llm, speculate_below=9, confidence=(scorer := Slow(lambda _: 0.9, llm=llm)))
+    """A server collects seldom, because most of its objects stay."""
+    engine = build(FakeLLM([WRONG, DOUBT], seconds=0.05))
     gc.collect()
     gc.disable()
     try:
@@ -398,28 +368,23 @@ async def test_nothing_of_a_request_waits_for_the_garbage_collector():
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
-    assert scorer.begun[0] == 2  # the second was on its way at the verdict on the first
-    assert not {kind for kind in found if kind.__module__.startswith("server.")}
+    assert not {kind for kind in found if kind.__module__.startswith("rtap_")}
 
 
 async def test_a_key_pays_for_what_was_sampled_and_read_even_when_its_client_leaves():
     """Two cycles: the question, what was written and the injected tag are read; the script is what was sampled."""
     llm = FakeLLM([WRONG, DOUBT])
-    visit = Visit(b"salt")
-    _visit.set(visit)
-    try:
-        stream, _ = ask(build(llm), output_kind=RequestOutputKind.DELTA)
-        async for _ in stream:
-            break  # after the first cycle
-        await stream.aclose()
-        once = len(QUESTION) + len(encode(WRONG))
-        assert visit.spent_tokens == once
-        await all_of(ask(build(llm))[0])
-    finally:
-        _visit.set(None)
+    stream, left = ask(build(llm), output_kind=RequestOutputKind.DELTA, owner=b"key")
+    async for _ in stream:
+        break  # after the first cycle
+    await stream.aclose()
+    once = len(QUESTION) + len(encode(WRONG))
+    assert left.spent_tokens == once
+    stream, stayed = ask(build(llm), owner=b"key")
+    await all_of(stream)
     second = len(QUESTION) + len(encode(WRONG + "<think>")) + len(encode(DOUBT))
-    assert visit.spent_tokens == once + once + second
-    assert {call[0]["cache_salt"] for call in llm.calls} == {visit.salt_with(None)}
+    assert stayed.spent_tokens == once + second
+    assert {call[0]["cache_salt"] for call in llm.calls} == {salted_prompt({})["cache_salt"]}
 
 
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
@@ -438,9 +403,9 @@ async def test_tokens_are_counted_once_in_every_kind_of_output(kind):
             yield output(2 * n, index, [first])
             yield output(2 * n + 1, index, [second] if kind is RequestOutputKind.DELTA else [first, second])
 
-    visit = Visit(b"salt")
-    assert len([o async for o in metered(outputs(), visit, kind)]) >= 2
-    assert visit.spent_tokens == 2 + 4
+    state = RequestState()
+    assert len([o async for o in count_spent(outputs(), state, kind)]) >= 2
+    assert state.spent_tokens == 2 + 4
 
 
 @dataclass
@@ -478,10 +443,10 @@ class Endless(FakeLLM):
 @pytest.mark.parametrize(("script", "answer"), [([WRONG], "25*7"), ([], None)])
 async def test_at_the_deadline_the_engine_is_stopped_and_what_there_is_comes_back(kind, script, answer):
     llm = Endless(script)
-    stream, exchange = ask(build(llm), rtap={"deadline_seconds": 0.05}, output_kind=kind)
+    stream, state = ask(build(llm), rtap={"deadline_seconds": 0.05}, output_kind=kind)
     async with asyncio.timeout(5):
         outputs = await all_of(stream)
-    done = exchange.trajectories[0]
+    done = state.trajectories[0]
     assert (done.stop_reason, done.answer) == ("deadline", answer)
     assert outputs[-1].outputs[0].finish_reason == ("stop" if answer else "length")
     assert done.cycles[-1].tokens > 0  # sampled for it, though nobody saw them coming
@@ -490,23 +455,23 @@ async def test_at_the_deadline_the_engine_is_stopped_and_what_there_is_comes_bac
 async def test_a_drain_ends_what_runs_and_what_begins_after_it():
     llm = Endless([WRONG])
     engine = build(llm)
-    stream, exchange = ask(engine)
+    stream, state = ask(engine)
     running = asyncio.create_task(all_of(stream))
     await asyncio.sleep(0.05)
-    engine._plan.drain.end()
+    engine._server.drain.end()
     await running
-    assert (exchange.trajectories[0].stop_reason, exchange.trajectories[0].answer) == ("drained", "25*7")
-    stream, exchange = ask(engine)
+    assert (state.trajectories[0].stop_reason, state.trajectories[0].answer) == ("drained", "25*7")
+    stream, state = ask(engine)
     async with asyncio.timeout(5):
         await all_of(stream)
-    assert exchange.trajectories[0].stop_reason == "drained"
+    assert state.trajectories[0].stop_reason == "drained"
 
 
 async def test_what_the_engine_gives_up_during_a_drain_is_answered_as_it_is():
     """Ctrl-C reaches the engine's process as well."""
     llm = FakeLLM([WRONG], finish="abort")
     engine = build(llm)
-    engine._plan.drain.begin()
-    stream, exchange = ask(engine)
+    engine._server.drain.begin()
+    stream, state = ask(engine)
     await all_of(stream)
-    assert exchange.trajectories[0].stop_reason == "drained"
+    assert state.trajectories[0].stop_reason == "drained"

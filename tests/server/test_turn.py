@@ -1,4 +1,4 @@
-"""A turn out of one request to the engine is what it is out of several. The engine is scripted; tests/e2e has vLLM."""
+"""Cycles from one engine request equal those from several. The engine is scripted; tests/e2e has vLLM."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -13,10 +13,10 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from rtap_core.types import Cycle, Step
+from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.recursive_engine import RecursiveEngine
-from rtap_server.engine.turn import cut
-from rtap_server.http.schema import ANSWER_MARK
-from tests.server.scripted import EOS, decode, encode
+from rtap_server.engine.vllm_cycles import split_step
+from tests.core.scripted import EOS, decode, encode
 from tests.server.test_recursive_engine import all_of, ask, build
 
 FIRST, SECOND = "<think>3+4=8</think><answer>8</answer>", "<think>Oops, 7</think><answer>7</answer>"
@@ -70,7 +70,7 @@ class Whole:
 
 def engine_of(llm: Whole, *, shows_cycle_end: bool = True) -> RecursiveEngine:
     engine = build(llm)  # type: ignore[arg-type]
-    engine._plan = replace(engine._plan, shows_cycle_end=shows_cycle_end)
+    engine._server = replace(engine._server, shows_cycle_end=shows_cycle_end)
     return engine
 
 
@@ -105,12 +105,12 @@ async def test_what_is_told_is_what_several_requests_tell(text, rtap, max_tokens
     found = []
     for shows in (True, False):
         llm = Whole(text, size)
-        stream, exchange = ask(
+        stream, state = ask(
             engine_of(llm, shows_cycle_end=shows), rtap=MODEL | rtap, output_kind=kind, max_tokens=max_tokens,
             logprobs=0, options=options,
         )  # fmt: skip
         outputs = await all_of(stream)
-        done = exchange.trajectories[0]
+        done = state.trajectories[0]
         cycles = [(c.think, c.answer, c.tokens, c.answer_tokens, c.oops_tokens, c.accepted) for c in done.cycles]
         found.append((told(outputs), cycles, done.stop_reason, done.selected, len(llm.calls)))
     assert found[0][:4] == found[1][:4]
@@ -122,9 +122,9 @@ async def test_what_is_told_is_what_several_requests_tell(text, rtap, max_tokens
 
 
 async def test_each_cycle_says_that_nothing_was_read_again():
-    stream, exchange = ask(engine_of(Whole(FIRST + SECOND)), rtap=MODEL)
+    stream, state = ask(engine_of(Whole(FIRST + SECOND)), rtap=MODEL)
     await all_of(stream)
-    first, second = exchange.trajectories[0].cycles
+    first, second = state.trajectories[0].cycles
     assert (first.prompt_tokens, first.cached_tokens) == (len(encode("make 82?")), 0)
     assert second.prompt_tokens == second.cached_tokens == first.prompt_tokens + first.tokens
 
@@ -134,33 +134,33 @@ async def test_each_cycle_has_its_span():
 
     class Spans:
         def __init__(self) -> None:
-            self.begun, self.judged_cycles = list[int](), list[int]()
+            self.begun, self.ended = list[int](), list[int]()
 
         def headers(self, index: int) -> dict[str, str]:
             self.begun.append(index)
             return {}
 
-        def judged(self, cycle: Cycle) -> None:
-            self.judged_cycles.append(cycle.index)
+        def end_cycle(self, cycle: Cycle) -> None:
+            self.ended.append(cycle.index)
 
         def close(self) -> None: ...
 
     spans, engine = Spans(), engine_of(Whole(FIRST + SECOND))
-    engine._plan = replace(engine._plan, tracing=SimpleNamespace(cycles=lambda *_: spans))  # type: ignore[arg-type]
+    engine._server = replace(engine._server, tracing=SimpleNamespace(start_cycles=lambda *_: spans))  # type: ignore[arg-type]
     await all_of(ask(engine, rtap=MODEL)[0])
-    assert spans.begun[:2] == spans.judged_cycles == [0, 1]
+    assert spans.begun[:2] == spans.ended == [0, 1]
 
 
 async def test_the_engine_is_stopped_after_the_last_cycle_that_is_wanted():
     llm = Whole(FIRST + SECOND * 9)
-    stream, exchange = ask(engine_of(llm), rtap=MODEL | {"max_cycles": 2})
+    stream, state = ask(engine_of(llm), rtap=MODEL | {"max_cycles": 2})
     await all_of(stream)
     assert (llm.closed, llm.written) == (1, len(encode(FIRST + SECOND)))
-    assert exchange.trajectories[0].discarded_tokens == 0
+    assert state.trajectories[0].discarded_tokens == 0
     llm = Whole(FIRST + SECOND * 9, size=len(encode(FIRST + SECOND)) + 3)
-    stream, exchange = ask(engine_of(llm), rtap=MODEL | {"max_cycles": 2})
+    stream, state = ask(engine_of(llm), rtap=MODEL | {"max_cycles": 2})
     await all_of(stream)
-    assert exchange.trajectories[0].discarded_tokens == 3  # the engine had told of them already
+    assert state.trajectories[0].discarded_tokens == 3  # the engine had told of them already
 
 
 async def test_a_client_that_leaves_stops_the_engine():
@@ -200,7 +200,7 @@ def test_an_output_is_cut_where_a_cycle_ends_in_it(logprobs):
     )  # fmt: skip
     native = RequestOutput("r", None, [9], None, [part], finished=True)
     step = Step(part.text, part.token_ids, True, True, False, 1, 0, native, logprobs)
-    head, rest = cut(step, CLOSE, "</answer>")
+    head, rest = split_step(step, CLOSE, "</answer>")
     assert rest is not None
     for piece, text, ids, at, reason in ((head, "a</answer>", [1, CLOSE], slice(0, 2), None),
                                          (rest, "b", [2], slice(2, 3), "length")):  # fmt: skip

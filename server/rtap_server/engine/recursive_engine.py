@@ -142,13 +142,19 @@ class RecursiveEngine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _probing(self, engine: Engine, call: GenerateCall) -> Probing | None:
-        """``engine`` with probes, when the request asks for them and a score can end its thoughts."""
-        server, limits = self._server, call.limits
-        if limits.probe_every is None or limits.policy is not Policy.CONFIDENCE or server.confidence is None:
+    def _probe_every(self, call: GenerateCall) -> int | None:
+        """Tokens between probes, when the request asks for them and a score can end its thoughts."""
+        if call.limits.policy is not Policy.CONFIDENCE or self._server.confidence is None:
             return None
         # A continued message may be past its thought; a grammar constrains the answer from a tag the model writes.
         if call.state.prefix or call.params.structured_outputs is not None:
+            return None
+        return call.limits.probe_every
+
+    def _probing(self, engine: Engine, call: GenerateCall, every: int | None) -> Probing | None:
+        """``engine`` with a probe per ``every`` tokens of a thought."""
+        server = self._server
+        if every is None or server.confidence is None:
             return None
         return Probing(
             engine,
@@ -156,8 +162,8 @@ class RecursiveEngine:
             server.confidence,
             question=call.prompt["prompt_token_ids"],
             request=call,
-            every=limits.probe_every,
-            threshold=limits.threshold,
+            every=every,
+            threshold=call.limits.threshold,
             answer_tokens=server.settings.probe_answer_tokens,
         )
 
@@ -170,7 +176,7 @@ class RecursiveEngine:
             spans = None
             if server.tracing is not None:
                 spans = server.tracing.start_cycles(state.model, index, call.options.get("trace_headers"))
-            is_one_request = fits_one_request(call, server)
+            is_one_request, probe_every = fits_one_request(call, server), self._probe_every(call)
             cycles = VllmCycles(
                 self._inner,
                 server,
@@ -181,10 +187,11 @@ class RecursiveEngine:
                 cutoff,
                 spans,
                 stops_at_cycle_end=not is_one_request,
+                in_pieces=probe_every is not None,
             )
             one_request = OneRequestCycles(cycles, server, spans) if is_one_request else None
             engine = one_request or cycles
-            probing = self._probing(engine, call)
+            probing = self._probing(engine, call, probe_every)
             loop = Recursion(
                 engine if probing is None else probing,
                 server.format,

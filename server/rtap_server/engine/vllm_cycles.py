@@ -50,11 +50,15 @@ class VllmCycles:
         spans: "CycleSpans | None" = None,
         *,
         stops_at_cycle_end: bool = True,
+        in_pieces: bool = False,
     ) -> None:
-        """engine_id: makes a unique id of the route's. running: engine ids in flight, kept up to date here."""
+        """engine_id: makes a unique id of the route's. running: engine ids in flight, kept up to date here.
+
+        in_pieces: yield steps as they are sampled, even if the request wants one output."""
         self._inner, self._server, self._call, self._choice = inner, server, call, choice
         self._engine_id, self._running, self._cutoff, self._spans = engine_id, running, cutoff, spans
         self._aborts: set[asyncio.Task[None]] = set()
+        self._in_pieces = in_pieces or not stops_at_cycle_end
         self._end_ids = server.cycle_end_ids if stops_at_cycle_end else []
         self._end_text = server.format.answer_close if stops_at_cycle_end else None
         self.end_of_turn_ids = server.end_of_turn_ids
@@ -63,13 +67,13 @@ class VllmCycles:
         return self._server.encode(text)
 
     async def cycle(
-        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
     ) -> AsyncGenerator[Step, None]:
         call = self._call
         is_first = len(prompt_token_ids) == len(call.prompt["prompt_token_ids"])
         prompt = call.prompt if is_first else call.prompt_with(prompt_token_ids)
         engine_id = self._engine_id(call.request_id)
-        params = self._params(index, max_tokens, is_continued=not is_first, may_be_cut=may_be_cut)
+        params = self._params(index, max_tokens, is_continued=not is_first)
         self._running.add(engine_id)
         try:
             options: dict[str, Any] = (
@@ -80,7 +84,7 @@ class VllmCycles:
             outputs = self._inner.generate(cast(Any, prompt), params, engine_id, **options)
             if call.state.owner:  # only API keys have token limits
                 outputs = count_spent(outputs, call.state, params.output_kind)
-            with self._cutoff.calling(lambda: self._abort(engine_id)):
+            with self._cutoff.on_cut(lambda: self._abort(engine_id)):
                 async with aclosing(outputs):
                     async for output in outputs:
                         part = output.outputs[0]
@@ -127,7 +131,7 @@ class VllmCycles:
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
 
-    def _params(self, index: int, max_tokens: int | None, *, is_continued: bool, may_be_cut: bool) -> SamplingParams:
+    def _params(self, index: int, max_tokens: int | None, *, is_continued: bool) -> SamplingParams:
         """Sampling parameters of one cycle: its own seed, the remaining budget, the format's end of a cycle."""
         call, end_ids = self._call, self._end_ids
         params = copy.copy(call.params)
@@ -142,7 +146,7 @@ class VllmCycles:
         if not end_ids and self._end_text:
             params.stop = [*_as_list(params.stop), self._end_text]
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
-        whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not may_be_cut
+        whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not self._in_pieces
         params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
         if (
             self._server.logprobs is not None and stopping.needs_score(call.limits) and params.logprobs != -1
@@ -186,13 +190,12 @@ class OneRequestCycles:
         return self._cycles.encode(text)
 
     async def cycle(
-        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
     ) -> AsyncGenerator[Step, None]:
         """The first call makes the engine request; each later one continues where the previous cycle ended."""
-        del may_be_cut
         read = None
         if self._stream is None:
-            self._stream = self._cycles.cycle(prompt_token_ids, index=index, max_tokens=max_tokens, may_be_cut=True)
+            self._stream = self._cycles.cycle(prompt_token_ids, index=index, max_tokens=max_tokens)
         else:
             read = len(prompt_token_ids)  # the whole prompt is in the engine's cache
             if self._spans is not None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rtap_core.stopping import normalise_answer
+from rtap_core.answers import normalise_answer
 from rtap_training.evaluation.rules import CONFIDENCE, GENERATOR, LOGPROB, MAJORITY, OWN_SERVER, SINGLE, VOTE
 from rtap_training.evaluation.statistics import majority
 

@@ -110,10 +110,9 @@ class RowEngine:
         return self.encode_tag(text)
 
     async def cycle(
-        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
     ) -> AsyncGenerator[Step, None]:
         """The whole cycle in one step. ``native`` carries the sampler's log-probabilities."""
-        del may_be_cut  # a batch is generated whole
         del index  # the sampler's random state is the trainer's, not a seed for each cycle
         limit = min(limit for limit in (max_tokens, self.max_cycle_tokens) if limit is not None)
         written = await self.lockstep.write(Request(self.row, list(prompt_token_ids), limit))

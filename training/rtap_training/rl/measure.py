@@ -12,8 +12,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from rtap_core.recursion import FinalEvent, Recursion
-from rtap_core.stopping import majority
 from rtap_core.types import Confidence, Cycle, Judged, Limits, Policy, Score, Select, Trajectory
+from rtap_core.voting import majority
 from rtap_training.calibration import within_question_auroc
 from rtap_training.questions import Question
 from rtap_training.rl.generator import OnlineGenerator

@@ -20,8 +20,8 @@ from threading import Lock
 from time import monotonic
 from typing import Any, cast
 
+from rtap_core.answers import normalise_answer
 from rtap_core.errors import ConfigError
-from rtap_core.stopping import normalise_answer
 
 LIMIT_SECONDS = 5.0
 MAX_LENGTH = 500

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from rtap_core.answers import normalise_answer
 from rtap_core.errors import ConfigError
-from rtap_core.stopping import normalise_answer
 from rtap_training.tasks.base import PicturedQuestion, Question, Split, split_of
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""A small real Engine and Confidence for unit tests: cycles come from a script, tokens are characters and tags."""
+"""Scripted Engine and Confidence for unit tests. Tokens are characters and tags."""
 
 import asyncio
 import re
@@ -15,7 +15,7 @@ _SPLIT = re.compile("|".join(map(re.escape, TAGS)) + r"|[\s\S]")
 
 
 def encode(text: str) -> list[int]:
-    """One id a tag, one id a character."""
+    """One id per tag, one id per character."""
     return [0x110000 + TAGS.index(t) if t in TAGS else ord(t) for t in _SPLIT.findall(text)]
 
 
@@ -28,7 +28,7 @@ def decode(token_ids: Sequence[int]) -> str:
 class ScriptedEngine:
     """Writes the n-th text of ``script`` in the n-th call. A text ending in ``$`` ends the turn there.
 
-    prompts: what each call was given. closed: calls whose generator was closed before its end. cutoff: kept, if given.
+    prompts, max_tokens: arguments of each call. closed: calls whose generator was closed before its end.
     """
 
     script: list[str]
@@ -43,7 +43,7 @@ class ScriptedEngine:
         return encode(text)
 
     async def cycle(
-        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None, may_be_cut: bool
+        self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
     ) -> AsyncGenerator[Step, None]:
         text = self.script[len(self.prompts)]
         self.prompts.append(list(prompt_token_ids))
@@ -73,10 +73,10 @@ class ScriptedEngine:
             raise
 
     async def _is_cut(self) -> bool:
-        """Whether the work had to end before the next token was there."""
+        """True if the cutoff comes before the next token."""
         try:
             async with asyncio.timeout(None) as wait:
-                with self.cutoff.calling(lambda: wait.reschedule(0)):
+                with self.cutoff.on_cut(lambda: wait.reschedule(0)):
                     await asyncio.sleep(self.seconds_per_token)
         except TimeoutError:
             return True
@@ -85,7 +85,7 @@ class ScriptedEngine:
 
 @dataclass
 class ScriptedConfidence:
-    """Scores by a function of the cycle's text; a value below zero stands for a failing generator."""
+    """Scores by a function of the cycle's text; a value below zero is a failing generator."""
 
     rule: Callable[[str], float]
     judged: list[Judged] = field(default_factory=list)

@@ -1,16 +1,16 @@
-"""The Think–Answer loop over a scripted engine: what it asks for, what it tells, how it ends."""
+"""The Think–Answer loop over a scripted engine."""
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
 from rtap_core.cutoff import Cutoff
-from rtap_core.errors import ConfidenceError
 from rtap_core.format import RTAP, THINK
 from rtap_core.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
-from rtap_core.types import Limits, Policy, Score, Select, StopReason
-from tests.server.scripted import EOS, ScriptedConfidence, ScriptedEngine, decode, encode
+from rtap_core.types import Limits, Policy, Select, StopReason
+from tests.core.scripted import EOS, ScriptedConfidence, ScriptedEngine, decode, encode
 
 QUESTION = encode("make 82?")
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"
@@ -50,7 +50,7 @@ async def test_each_cycle_is_scored_alone_with_the_question():
     assert decode(scorer.judged[1].cycle_token_ids) == "<think>" + DOUBT
 
 
-async def test_a_scorer_that_goes_on_is_given_all_that_was_written_and_the_request():
+async def test_a_scorer_gets_the_context_of_a_cycle_and_the_request():
     engine, scorer = ScriptedEngine([WRONG, DOUBT]), ScriptedConfidence(_right_is_confident)
     loop = Recursion(engine, RTAP, scorer, lambda _: 0, request="the call")
     async with aclosing(loop.run(QUESTION, Limits(threshold=0.5))) as events:
@@ -60,16 +60,23 @@ async def test_a_scorer_that_goes_on_is_given_all_that_was_written_and_the_reque
     assert [first.request, second.request] == ["the call", "the call"]
     assert list(first.context_token_ids) == QUESTION
     assert list(second.context_token_ids) == QUESTION + encode(WRONG)
-    written = engine.prompts[1] + encode(DOUBT)  # what the engine has read and written by then
+    written = engine.prompts[1] + encode(DOUBT)
     assert [*second.context_token_ids, *second.cycle_token_ids] == written
 
 
-async def test_every_token_is_told_exactly_once_and_counted():
+async def test_reasoning_is_every_token_but_the_returned_answers():
+    _, done = await _run(ScriptedEngine([WRONG, DOUBT]), Limits(threshold=0.5), ScriptedConfidence(_right_is_confident))
+    written = len(encode(WRONG + "<think>" + DOUBT))
+    assert done.reasoning_tokens == written - len(encode("<answer>3*25+7</answer>"))
+    assert replace(done, selected=None).reasoning_tokens == written
+
+
+async def test_every_token_comes_exactly_once_and_counted():
     engine = ScriptedEngine([WRONG, DOUBT])
     events, done = await _run(engine, Limits(threshold=0.5), ScriptedConfidence(_right_is_confident))
-    told = [i for e in events if isinstance(e, StepEvent) for i in e.step.token_ids]
-    assert told == encode(WRONG) + encode("<think>") + encode(DOUBT)
-    assert sum(c.tokens for c in done.cycles) == len(told)
+    ids = [i for e in events if isinstance(e, StepEvent) for i in e.step.token_ids]
+    assert ids == encode(WRONG) + encode("<think>") + encode(DOUBT)
+    assert sum(c.tokens for c in done.cycles) == len(ids)
     assert done.cycles[1].answer_tokens == len(encode("<answer>3*25+7</answer>"))
 
 
@@ -99,7 +106,7 @@ async def test_model_policy_lets_the_model_continue_and_end():
     assert done.cycles[-1].tokens == len(encode("<think>" + DOUBT)) + 1  # the end of turn counts, as in plain vLLM
     order = [e.cycle.index if isinstance(e, CycleEvent) else "s" for e in events[:-1]]
     assert [o for o in order if o != "s"] == [0, 1]
-    assert order.index(0) == len(encode(WRONG)) + 1  # told once the model wrote more than a tag, not before
+    assert order.index(0) == len(encode(WRONG)) + 1  # once the model has written more than a tag
 
 
 async def test_model_policy_that_ends_within_the_cycle_stops():
@@ -123,133 +130,84 @@ async def test_an_answer_that_ended_with_the_turn_is_closed_before_the_loop_goes
     events, done = await _run(engine, Limits(threshold=0.5), scorer)
     assert decode(scorer.judged[0].cycle_token_ids) == WRONG
     assert engine.prompts[1] == QUESTION + encode(WRONG) + encode("<think>")
-    told = [i for e in events if isinstance(e, StepEvent) for i in e.step.token_ids]
-    assert told == [*encode(unclosed), EOS, *encode("</answer><think>" + DOUBT)]
-    assert sum(c.tokens for c in done.cycles) == len(told)
+    ids = [i for e in events if isinstance(e, StepEvent) for i in e.step.token_ids]
+    assert ids == [*encode(unclosed), EOS, *encode("</answer><think>" + DOUBT)]
+    assert sum(c.tokens for c in done.cycles) == len(ids)
     assert "".join(e.step.text for e in events if isinstance(e, StepEvent)) == WRONG + "<think>" + DOUBT
 
 
-class _Slow:
-    """Scores by a rule after some time; tells how much the engine had written by then."""
-
-    def __init__(self, engine, rule, seconds):
-        self.engine, self.rule, self.seconds, self.begun = engine, rule, seconds, []
-
-    async def score(self, judged):
-        await asyncio.sleep(self.seconds)
-        self.begun.append(len(self.engine.prompts))
-        confidence = self.rule(decode(judged.cycle_token_ids))
-        if confidence < 0:
-            raise ConfidenceError("no score")
-        return Score(confidence)
-
-
-def _ahead(engine, rule, *, seconds=0.05, is_idle=lambda: True):
-    return Recursion(engine, RTAP, _Slow(engine, rule, seconds), lambda text: text.count("Oops"), is_idle=is_idle)
-
-
-async def _all(loop, limits):
-    events = [event async for event in loop.run(QUESTION, limits)]
-    return events, events[-1].trajectory
-
-
-async def test_the_next_cycle_is_written_while_the_last_is_scored_and_is_the_same():
-    limits = Limits(threshold=0.5)
-    waiting = Recursion(
-        ScriptedEngine([WRONG, DOUBT]), RTAP, ScriptedConfidence(_right_is_confident), lambda t: t.count("Oops")
-    )
-    engine = ScriptedEngine([WRONG, DOUBT, "never wanted" * 50], seconds_per_token=1e-4)
-    loop = _ahead(engine, _right_is_confident)
-    (reference, expected), (events, done) = await _all(waiting, limits), await _all(loop, limits)
-    assert loop.confidence.begun == [2, 3]  # each verdict found the next cycle begun
-    assert engine.closed == 1  # the third, which nobody wanted
-
-    def told(events):
-        return [(e.cycle_index, e.step.text, e.think) for e in events if isinstance(e, StepEvent)]
-
-    assert told(events) == told(reference)
-    assert [type(e) for e in events] == [type(e) for e in reference]
-    assert [(c.answer, c.confidence, c.tokens, c.oops_tokens) for c in done.cycles] == [
-        (c.answer, c.confidence, c.tokens, c.oops_tokens) for c in expected.cycles
-    ]
-    assert (expected.discarded_tokens, done.stop_reason, done.answer) == (0, "threshold", "3*25+7")
-    assert 0 < done.discarded_tokens < 600
-
-
-async def test_nothing_is_written_ahead_by_a_busy_engine_or_without_need():
-    for limits, is_idle, calls in (
-        (Limits(threshold=0.5), lambda: False, [1, 2]),
-        (Limits(threshold=0.5, max_cycles=2), lambda: True, [2, 2]),
-        (Limits(threshold=0.5, max_tokens=len(encode(WRONG + "<think>" + DOUBT)) + 1), lambda: True, [2, 2]),
-    ):
-        loop = _ahead(ScriptedEngine([WRONG, DOUBT]), _right_is_confident, is_idle=is_idle)
-        _, done = await _all(loop, limits)
-        assert loop.confidence.begun == calls
-        assert (done.answer, done.discarded_tokens) == ("3*25+7", 0)
-
-
-async def test_a_generator_that_fails_discards_what_was_written_ahead():
-    """The policy model goes on without an opening, so that cycle is another one."""
-    engine = ScriptedEngine([WRONG, DOUBT, "<think>ahead</think>", "$"], seconds_per_token=1e-4)
-    _, done = await _all(_ahead(engine, lambda _: -1.0), Limits(threshold=0.5))
-    assert done.degraded == "error"
-    assert done.discarded_tokens > 0
-    assert engine.prompts[1] == QUESTION + encode(WRONG) + encode("<think>")
-    assert engine.prompts[2] == QUESTION + encode(WRONG)
-
-
-async def test_closing_the_loop_aborts_what_is_written_ahead():
-    engine = ScriptedEngine([WRONG, "x" * 500], seconds_per_token=1e-3)
-    loop = _ahead(engine, _right_is_confident, seconds=30)
-    async with aclosing(loop.run(QUESTION, Limits(threshold=0.5))) as events:
-        reader = asyncio.create_task(_read(events))
-        while len(engine.prompts) < 2:
-            await asyncio.sleep(1e-3)
-        reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)
-    assert engine.closed == 1
-
-
-async def test_a_reader_cancelled_again_and_again_leaves_nothing_written_ahead():
-    """As anyio cancels a stream whose client has left: at every await. Here while a cycle begun ahead is read."""
-    engine = ScriptedEngine([WRONG, WRONG.removeprefix("<think>"), "x" * 500], seconds_per_token=1e-4)
-    loop = _ahead(engine, _right_is_confident, seconds=0.2)
-    reader = asyncio.create_task(_read(loop.run(QUESTION, Limits(threshold=0.5))))
-    while len(engine.prompts) < 3:  # the third is ahead of the verdict on the second
-        await asyncio.sleep(1e-3)
-    while not reader.done():
-        reader.cancel()
-        await asyncio.sleep(0)
-    await asyncio.sleep(0.01)
-    assert engine.closed == 1
-
-
-async def _read(events):
-    async for _ in events:
-        pass
-
-
-async def test_an_engine_that_fails_ahead_fails_where_that_cycle_is_read():
+async def test_an_engine_that_fails_fails_the_trajectory_after_the_cycles_before_it():
     class Failing(ScriptedEngine):
-        async def cycle(self, prompt_token_ids, *, index, max_tokens, may_be_cut):
+        async def cycle(self, prompt_token_ids, *, index, max_tokens):
             if index:
                 raise RuntimeError("the engine is gone")
-            async for step in super().cycle(
-                prompt_token_ids, index=index, max_tokens=max_tokens, may_be_cut=may_be_cut
-            ):
+            async for step in super().cycle(prompt_token_ids, index=index, max_tokens=max_tokens):
                 yield step
 
-    told = []
+    seen = []
 
     async def read():
-        async for event in _ahead(Failing([WRONG]), _right_is_confident).run(QUESTION, Limits(threshold=0.5)):
-            told.append(event)
+        loop = Recursion(Failing([WRONG]), RTAP, ScriptedConfidence(_right_is_confident), lambda _: 0)
+        async for event in loop.run(QUESTION, Limits(threshold=0.5)):
+            seen.append(event)
 
     with pytest.raises(RuntimeError, match="the engine is gone"):
         await read()
-    assert isinstance(told[-2], CycleEvent)  # the first cycle was told whole, then the opening of the second
-    _, done = await _all(_ahead(Failing([WRONG]), lambda _: 0.9), Limits(threshold=0.5))
-    assert done.answer == "25*7"
+    assert isinstance(seen[-2], CycleEvent)  # then the opening of the second cycle
+
+
+class _Clock:
+    """Seconds that pass only while something is generated or scored: one each."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def score(self, rule):
+        def scored(text):
+            self.now += 1.0
+            return rule(text)
+
+        return ScriptedConfidence(scored)
+
+    def engine(self, script):
+        clock = self
+
+        class Timed(ScriptedEngine):
+            async def cycle(self, prompt_token_ids, *, index, max_tokens):
+                async for step in super().cycle(prompt_token_ids, index=index, max_tokens=max_tokens):
+                    clock.now += step.finished
+                    yield step
+
+        return Timed(script)
+
+
+@pytest.mark.parametrize(
+    ("script", "limits", "rule", "first", "seconds"),
+    [
+        ([WRONG, DOUBT], Limits(threshold=0.5), _right_is_confident, 2.0, 4.0),
+        ([WRONG, "<think>" + DOUBT, "$"], Limits(policy=Policy.MODEL, select=Select.LAST), None, 1.0, 3.0),
+        (["<think>a</think>$", DOUBT], Limits(threshold=0.5), _right_is_confident, 3.0, 3.0),  # the first has none
+        ([WRONG, DOUBT], Limits(threshold=0.5, max_tokens=len(encode(WRONG)) + 6), _right_is_confident, 2.0, 3.0),
+        (["<think>a</think>$"], Limits(policy=Policy.SINGLE), None, None, 1.0),
+        ([WRONG], Limits(policy=Policy.SINGLE), None, 1.0, 1.0),
+        ([WRONG, "<think>" + DOUBT, "$"], Limits(threshold=0.5), lambda _: -1.0, 2.0, 4.0),  # the generator failed
+    ],
+)
+async def test_the_first_answer_is_timed_when_it_is_complete_and_scored(script, limits, rule, first, seconds):
+    clock = _Clock()
+    loop = Recursion(clock.engine(script), RTAP, rule and clock.score(rule), lambda _: 0, clock=lambda: clock.now)
+    *_, last = [event async for event in loop.run(QUESTION, limits)]
+    assert (last.trajectory.first_answer_seconds, last.trajectory.seconds) == (first, seconds)
+
+
+async def test_the_first_answer_of_a_vote_is_that_of_the_sample_that_finishes_first():
+    clock = _Clock()
+    script = [f"<think>{'x' * size}</think><answer>{size}</answer>" for size in (60, 10, 30)]
+    loop = Recursion(clock.engine(script), RTAP, None, lambda _: 0, clock=lambda: clock.now)
+    events = [event async for event in loop.run(QUESTION, Limits(policy=Policy.VOTE, samples=3))]
+    done = events[-1].trajectory
+    assert [e.cycle.index for e in events if isinstance(e, CycleEvent)] == [1, 2, 0]
+    assert (done.first_answer_seconds, done.seconds, done.answer) == (1.0, 3.0, "60")
 
 
 async def test_a_last_answer_that_ended_with_the_turn_gets_no_further_token():
@@ -305,8 +263,8 @@ async def test_the_deadline_returns_the_best_so_far():
 
 
 @pytest.mark.parametrize(("rule", "answer"), [(lambda _: 0.1, "25*7"), (None, None)])
-async def test_what_is_cut_from_outside_returns_the_best_so_far_or_what_there_is(rule, answer):
-    """rule: None while the first cycle is still being written."""
+async def test_a_cut_from_outside_returns_the_best_answer_so_far_or_none(rule, answer):
+    """rule: None if the cut comes during the first cycle."""
     script = ["<think>" + "x" * 10_000] if rule is None else [WRONG, "x" * 10_000]
     engine, cutoff = ScriptedEngine(script, seconds_per_token=0.001), Cutoff()
     engine.cutoff = cutoff
@@ -347,6 +305,25 @@ async def test_closing_the_loop_aborts_the_cycle_being_written():
     assert engine.closed == 1
 
 
+async def test_a_reader_that_is_cancelled_at_every_await_leaves_nothing_running():
+    """As anyio cancels a stream whose client has disconnected."""
+    engine = ScriptedEngine([WRONG, "x" * 500], seconds_per_token=1e-4)
+    loop = Recursion(engine, RTAP, ScriptedConfidence(_right_is_confident), lambda _: 0)
+
+    async def read():
+        async for _ in loop.run(QUESTION, Limits(threshold=0.5)):
+            pass
+
+    reader = asyncio.create_task(read())
+    while len(engine.prompts) < 2:
+        await asyncio.sleep(1e-3)
+    while not reader.done():
+        reader.cancel()
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    assert engine.closed == 1
+
+
 async def test_vote_returns_the_majority_of_independent_samples():
     texts = [f"<think>t</think><answer>{a}</answer>" for a in ("7", "8", "8")]
     engine = ScriptedEngine(texts)
@@ -354,8 +331,8 @@ async def test_vote_returns_the_majority_of_independent_samples():
     assert (done.stop_reason, done.answer) == (StopReason.VOTE, "8")
     assert engine.prompts == [QUESTION] * 3
     assert sum(c.accepted for c in done.cycles) == 1
-    told = sum(len(e.step.token_ids) for e in events if isinstance(e, StepEvent))
-    assert told == sum(c.tokens for c in done.cycles)
+    num_tokens = sum(len(e.step.token_ids) for e in events if isinstance(e, StepEvent))
+    assert num_tokens == sum(c.tokens for c in done.cycles)
 
 
 async def test_vote_is_weighted_and_falls_back_to_counting():
@@ -379,7 +356,7 @@ async def test_closing_a_vote_aborts_all_samples():
     assert engine.closed == 2
 
 
-async def test_a_prompt_that_opens_the_thought_is_noticed():
+async def test_a_prompt_may_open_the_thought():
     question = encode("hi<think>\n")
     engine = ScriptedEngine(["a</think>5$"])
     loop = Recursion(engine, THINK, None, lambda _: 0)

@@ -1,6 +1,6 @@
-"""The cycle parser: what it reads must not depend on how the text arrives, and nothing but tags gets lost.
+"""The cycle parser: its results do not depend on chunking, and only tags are lost.
 
-That its cost is linear is in test_hostile_text.py.
+test_hostile_text.py holds its linear cost.
 """
 
 import re
@@ -41,10 +41,10 @@ _TEXTS = st.lists(st.sampled_from(_FRAGMENTS), max_size=14).map("".join)
 
 
 def _read(parser: CycleParser, chunks: list[str]) -> tuple[str, str | None]:
-    """(thinking as it was told, answer)"""
-    told = [parser.feed(chunk) for chunk in chunks] + [parser.close(ended_by_model=True)]
-    assert "".join(told) == parser.think
-    return "".join(told), parser.partial_answer
+    """(thinking as it was returned, answer)"""
+    returned = [parser.feed(chunk) for chunk in chunks] + [parser.close(ended_by_model=True)]
+    assert "".join(returned) == parser.think
+    return "".join(returned), parser.partial_answer
 
 
 @given(_TEXTS, st.data(), st.sampled_from([RTAP, THINK]), st.booleans())

@@ -1,4 +1,4 @@
-"""Thoughts that end early because their answer no longer changes, over a scripted engine; tests/e2e has a real one."""
+"""In-thought probing over a scripted engine; tests/e2e has a real one."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from rtap_core.format import RTAP
 from rtap_core.probing import Probing
 from rtap_core.recursion import FinalEvent, Recursion, StepEvent
 from rtap_core.types import Limits, StopReason
-from tests.server.scripted import ScriptedConfidence, ScriptedEngine, decode, encode
+from tests.core.scripted import ScriptedConfidence, ScriptedEngine, decode, encode
 
 QUESTION = encode("q")
 LONG = "<think>aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa</think><answer>9</answer>"
@@ -95,7 +95,7 @@ async def test_a_later_cycle_is_scored_from_its_own_opening():
 async def test_leaving_ends_the_thought_and_its_probe():
     engine = ScriptedEngine([LONG, "7" * 40], seconds_per_token=0.002)
     probing = _probing(engine, ScriptedConfidence(lambda _: 0.9))
-    stream = probing.cycle(QUESTION, index=0, max_tokens=None, may_be_cut=True)
+    stream = probing.cycle(QUESTION, index=0, max_tokens=None)
     async for _ in stream:
         if probing.num_probes and len(engine.prompts) == 2:
             break
@@ -107,11 +107,11 @@ async def test_leaving_ends_the_thought_and_its_probe():
 class Refusing(ScriptedEngine):
     """Has no room for anything but the thought itself."""
 
-    async def cycle(self, prompt_token_ids, *, index, max_tokens, may_be_cut):
+    async def cycle(self, prompt_token_ids, *, index, max_tokens):
         if self.prompts:
             self.prompts.append(list(prompt_token_ids))
             raise ValueError("longer than the context")
-        async for step in super().cycle(prompt_token_ids, index=index, max_tokens=max_tokens, may_be_cut=may_be_cut):
+        async for step in super().cycle(prompt_token_ids, index=index, max_tokens=max_tokens):
             yield step
 
 

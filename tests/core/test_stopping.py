@@ -76,18 +76,6 @@ def test_last_is_the_last_complete_cycle_and_none_is_none():
         assert stopping.choose(_cycles(0.9, 0.9, answers="--"), select) is None
 
 
-def test_majority_counts_answers_that_differ_only_in_form():
-    assert stopping.majority(_cycles(None, None, None, answers="aBb")) == 1
-    assert stopping.majority(_cycles(None, None, answers="ab")) == 0  # a tie goes to the answer seen first
-    assert stopping.majority(_cycles(None, None, answers="--")) is None
-    assert stopping.normalise_answer(" 25 * 3 + 7. ") == stopping.normalise_answer("25*3+7")
-
-
-def test_majority_weighs_by_confidence_where_known():
-    assert stopping.majority(_cycles(0.9, 0.2, 0.3, answers="abb")) == 0
-    assert stopping.majority(_cycles(0.4, 0.2, 0.3, answers="abb")) == 1
-
-
 def test_no_room_for_another_cycle_matters_only_where_another_would_follow():
     full = _NEVER | {"no_room": True}
     assert stopping.decide(_cycles(0.1), Limits(), **full) is StopReason.MAX_TOKENS
