@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message
 from deploy.ray.gateway import Gateway, Patience, ReplicaLost
 from deploy.ray.traffic import Asked, Head
 from rtap_server.http.api_keys import load_keys
-from rtap_server.http.auth import Gate
+from rtap_server.http.auth import AuthMiddleware
 from rtap_server.telemetry.metrics import Metrics
 
 JSON, EVENTS = (
@@ -202,7 +202,7 @@ async def test_keys_count_for_the_whole_fleet(tmp_path: Path) -> None:
     fleet = ScriptedFleet([JSON, costly], [EVENTS, streamed])
     for _ in range(2):  # a whole reply and a stream, each by a fresh account
         keys = load_keys(tmp_path / "keys.toml", {})
-        app = Gate(gateway(fleet), keys=keys, metrics=Metrics(CollectorRegistry()), secret=b"s")
+        app = AuthMiddleware(gateway(fleet), keys=keys, metrics=Metrics(CollectorRegistry()), secret=b"s")
         assert (await chat(app)).status_code == 401
         assert (await chat(app, headers={"authorization": "Bearer team-key"})).status_code == 200
         refused = await chat(app, headers={"x-api-key": "team-key"})  # 108 of 100 tokens are spent

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from soak import Plan, _kill
+from soak import ServerState, _kill
 from soak_traffic import Traffic
 from soak_watch import GENERATOR
 
@@ -43,7 +43,7 @@ class Metrics(BaseHTTPRequestHandler):
 async def test_clients_know_that_the_generator_is_away_until_it_was_started_anew():
     with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        plan = Plan(seconds=0.8, warm_seconds=0, clients=1, seed=0, kill_seconds=0.2)
+        plan = ServerState(seconds=0.8, warm_seconds=0, clients=1, seed=0, kill_seconds=0.2)
         told = list[str]()
         async with asyncio.timeout(30):
             kills = await _kill(server.traffic, server, plan, told.append)  # type: ignore[arg-type]

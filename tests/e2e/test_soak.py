@@ -5,11 +5,11 @@ The command's half an hour does not fit into CI; growth of memory is judged ther
 """
 
 import psutil
-from soak import Plan, soak
+from soak import ServerState, soak
 
 
 async def test_after_mixed_traffic_nothing_is_left_and_every_counter_is_what_clients_saw(server):
-    plan = Plan(seconds=20, warm_seconds=5, clients=8, seed=1, kill_seconds=None)
+    plan = ServerState(seconds=20, warm_seconds=5, clients=8, seed=1, kill_seconds=None)
     soaked = await soak(server.url, psutil.Process(server.process.pid), server.log, plan, print)
     assert not soaked.tally.errors
     assert [check for check in soaked.checks if not check.kept] == []

@@ -9,17 +9,12 @@ from collections.abc import Generator
 import uvicorn
 from starlette.types import ASGIApp
 
-from rtap_server.http.head import HeadLimits, bounded_http
-
-LIMITS = HeadLimits(max_bytes=8192, max_fields=32)
 
 
 @contextlib.contextmanager
-def serving(app: ASGIApp, limits: HeadLimits = LIMITS) -> Generator[int]:
+def serving(app: ASGIApp) -> Generator[int]:
     """The port of ``app``, served as ``rtap serve`` serves it."""
-    config = uvicorn.Config(
-        app, port=0, log_config=None, lifespan="off", http=bounded_http(limits, lambda: "made-here")
-    )
+    config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", http="h11", h11_max_incomplete_event_size=8192)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

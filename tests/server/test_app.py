@@ -10,7 +10,7 @@ from starlette.routing import Mount, Route
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 
-from rtap_server.http.route_kinds import LIGHT_PATHS, RECURSIVE_PATHS, REFUSED_PATHS, WORKING_PATHS
+from rtap_server.http.route_kinds import LIGHTWEIGHT_PATHS, RECURSIVE_PATHS, BLOCKED_PATHS, BLOCKED_WITH_KEYS, GENERATING_PATHS
 from rtap_server.settings import Settings
 from tests.server.whole import CYCLE, Service, make_service
 
@@ -68,7 +68,7 @@ async def test_every_route_but_the_probes_and_the_pages_files_wants_a_key(servic
 
 async def test_what_every_post_does_is_known(service):
     """A route that a new vLLM brings is looked at before it is served: it would be outside admission."""
-    known = RECURSIVE_PATHS | WORKING_PATHS.keys() | LIGHT_PATHS | REFUSED_PATHS.keys()
+    known = RECURSIVE_PATHS | GENERATING_PATHS.keys() | LIGHTWEIGHT_PATHS | BLOCKED_PATHS.keys()
     posts = {route.path for route in service.app.routes if "POST" in (getattr(route, "methods", None) or ())}
     assert len(posts) > 15
     assert posts <= known
@@ -84,12 +84,21 @@ async def test_every_post_is_capped(service):
         ({"json": {"n": 10**9}}, 400), ({"content": b"[" * 100_000}, 400),
     ]  # fmt: skip
     posts = {route.path for route in service.app.routes if "POST" in (getattr(route, "methods", None) or ())}
-    for path in posts - REFUSED_PATHS.keys():
+    for path in posts - BLOCKED_PATHS.keys() - BLOCKED_WITH_KEYS.keys():
         before = service.rejected("invalid")
         for body, status in bodies:
             reply = await service.ask(path, "key-vllm", **body)
             assert (reply.status_code, set(reply.json()["error"])) == (status, {"message", "type", "param", "code"})
         assert service.rejected("invalid") - before == len(bodies) - 1, path
+
+
+async def test_a_request_passes_at_most_five_layers_of_ours(service):
+    layers, layer = [], service.app.middleware_stack
+    while layer is not None:
+        layers.append(type(layer))
+        layer = getattr(layer, "_app", None) or getattr(layer, "app", None)
+    ours = [layer.__name__ for layer in layers if layer.__module__.startswith("rtap_server")]
+    assert ours == ["RequestIdMiddleware", "AuthMiddleware", "BodyLimitsMiddleware", "RecursionMiddleware"]
 
 
 async def test_a_path_that_is_no_route_wants_a_key_too(service):
@@ -206,7 +215,7 @@ async def test_other_work_takes_a_place_too(service, path):
     service.engine.go.set()
     assert [reply.status_code for reply in await asyncio.gather(*held)] == [200, 200]
     body = BODIES["/inference/v1/generate"] | {"sampling_params": {"max_tokens": 60, "n": 2}}
-    assert "may write 120 tokens" in (await service.ask("/inference/v1/generate", "key-b", json=body)).text
+    assert "may generate 120 tokens" in (await service.ask("/inference/v1/generate", "key-b", json=body)).text
 
 
 async def test_the_server_takes_so_many_tokens_at_a_time(service):
@@ -224,7 +233,7 @@ async def test_the_server_takes_so_many_tokens_at_a_time(service):
     assert (await held).status_code == 200
     never = await service.ask("/v1/chat/completions", "key-b", json=CHAT | {"max_tokens": 101})
     assert never.status_code == 400
-    assert "may write 101 tokens, and this server writes 100 at a time" in never.json()["error"]["message"]
+    assert "may generate 101 tokens, more than this server's limit of 100 in flight" in never.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +242,7 @@ async def test_the_server_takes_so_many_tokens_at_a_time(service):
 async def test_routes_that_vllm_always_mounts_and_nobody_asked_for_are_closed(service, path):
     reply = await service.ask(path, "key-a", json={"new_data_parallel_size": 1})
     assert reply.status_code == 400
-    assert f"{path} is closed: " in reply.json()["error"]["message"]
+    assert f"{path} is blocked on this server: " in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/sleep", "/wake_up", "/reset_prefix_cache", "/start_profile", "/collective_rpc"])
@@ -248,7 +257,7 @@ async def test_a_server_that_is_leaving_says_so_and_takes_nothing_new(service):
         for path, body in BODIES.items():
             reply = await service.ask(path, "key-a", json=body)
             assert (reply.status_code, reply.headers["retry-after"], reply.headers["connection"]) == (503, "1", "close")
-            assert "another one may answer" in reply.json()["error"]["message"]
+            assert "retry on another server" in reply.json()["error"]["message"]
         ready, live = [await service.ask(path, method="GET") for path in ("/ready", "/live")]
         assert (ready.status_code, ready.json(), live.status_code) == (503, {"status": "draining"}, 200)
     finally:

@@ -14,14 +14,14 @@ from rtap_core.errors import InvalidRequest
 from rtap_core.format import RTAP, THINK, CycleParser, split_cycles
 from rtap_core.lexicon import load_lexicon
 from rtap_core.answers import normalise_answer
-from rtap_server.http.body_limits import parse
-from rtap_server.http.errors import shaped_error
-from rtap_server.http.field_limits import Caps
+from rtap_server.http.body_limits import parse_json
+from rtap_server.http.errors import shape_error
+from rtap_server.http.field_limits import FieldLimits
 from rtap_server.http.idempotency import Run, State
 from rtap_server.http.privacy import texts_of, without
 from rtap_server.http.response_rewriter import EventStream
 from rtap_server.http.schema import Exchange
-from tests.server.test_wire import _trajectory
+from tests.server.http.test_recursion_fields import _trajectory
 
 MEBIBYTE = 2**20
 UNITS = ["<", "</", "</answer", "<think><answer>", "[]", "oops ", "let me ", " ", "\n", ".", "x"]
@@ -59,7 +59,7 @@ def through_a_stream(text: str) -> None:
 
 def as_a_body(text: str) -> None:
     """As JSON, whole and as a value, through all that looks at it before a route does."""
-    caps = Caps(n=16, messages=1024, ids=1024, allows_templates=False)
+    caps = FieldLimits(n=16, messages=1024, ids=1024, allows_templates=False)
     for raw in (text.encode(), msgspec.json.encode({"prompt": text}), b'{"a":' + text.encode()):
         try:
             request = parse(raw)
@@ -83,7 +83,7 @@ def as_a_kept_reply(text: str) -> None:
 def as_an_error(text: str) -> None:
     """Of somebody's who repeats it all: it is cut before it is looked through."""
     body = msgspec.json.encode({"error": {"message": text, "type": "BadRequestError", "param": None, "code": 400}})
-    assert len(shaped_error(400, body, str) or b"") < 2**14
+    assert len(shape_error(400, body, str) or b"") < 2**14
 
 
 PARSERS: dict[str, Callable[[str], object]] = {

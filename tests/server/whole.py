@@ -23,8 +23,8 @@ from rtap_core.format import RTAP
 from rtap_core.types import Confidence
 from rtap_server.__main__ import _parse
 from rtap_server.app import create_app
-from rtap_server.engine.drain import Drain
-from rtap_server.engine.server_state import Plan
+from rtap_server.engine.server_state import Drain
+from rtap_server.engine.server_state import ServerState
 from rtap_server.http.admission import Admission
 from rtap_server.http.api_keys import load_keys
 from rtap_server.settings import Settings
@@ -120,7 +120,7 @@ class Service:
     def forget_spending(self) -> None:
         """Every key is as new."""
         gate: Any = self.app.middleware_stack
-        while type(gate).__name__ != "Gate":
+        while type(gate).__name__ != "AuthMiddleware":
             gate = getattr(gate, "_app", None) or gate.app
         gate._accounts.clear()
 
@@ -136,12 +136,12 @@ def make_service(file: Path, settings: Settings, *flags: str, confidence: Confid
         args, _, _ = _parse([POLICY, "--served-model-name", "rtap", "--enable-scale-out", *flags])
         engine = Engine(AsyncEngineArgs(model=POLICY, kv_cache_memory_bytes=2**20).create_engine_config())
         registry = CollectorRegistry()
-        plan = Plan(
+        server = ServerState(
             settings=settings, format=RTAP, confidence=confidence, generator=Artifact(), count_oops=len,
             encode=engine.encode_text, end_of_turn_ids=frozenset(), metrics=Metrics(registry), feedback=Feedback(),
             drain=Drain(),
         )  # fmt: skip
         admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
         keys = load_keys(file, {"VLLM_API_KEY": "key-vllm"})
-        app = asyncio.run(create_app(engine, args, settings, plan, keys, admission))  # type: ignore[arg-type]
-    return Service(app, engine, registry, plan.drain)
+        app = asyncio.run(create_app(engine, args, server, keys, admission))  # type: ignore[arg-type]
+    return Service(app, engine, registry, server.drain)

@@ -62,7 +62,7 @@ class FieldLimits:
             for address in _media_urls(nested[name]):
                 if address.partition(":")[0].lower() not in ("data", *self.media_schemes):
                     raise InvalidRequest(
-                        f"media URL {address[:100]!r} is not allowed: send a data: URL, or start the server with "
+                        f"media URL {address[:40]!r} is not allowed: send a data: URL, or start the server with "
                         "--allowed-media-domains or --allowed-local-media-path",
                         param=name,
                     )

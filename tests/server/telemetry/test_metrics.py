@@ -8,7 +8,7 @@ from rtap_core.types import Policy
 from rtap_server.http.admission import Admission
 from rtap_server.http.schema import reasoning_tokens
 from rtap_server.telemetry.metrics import Metrics
-from tests.server.test_wire import _trajectory
+from tests.server.http.test_recursion_fields import _trajectory
 
 
 def _observed(*trajectories):

@@ -15,13 +15,14 @@ from vllm.sampling_params import RequestOutputKind
 
 import rtap_server
 from rtap_core.types import Judged
-from rtap_server.engine.confidence import RemoteConfidence, YesNoConfidence
-from rtap_server.http.request_log import notes_of
-from rtap_server.http.schema import Exchange
-from rtap_server.telemetry.tracing import Tracing, TracingMiddleware
-from tests.server.test_recursive_engine import DOUBT, WRONG, FakeLLM, Slow, all_of, ask, build
-from tests.server.test_wire import _trajectory
-from tests.server.test_yesno import _Engine
+from rtap_server.engine.confidence.remote import RemoteConfidence
+from rtap_server.engine.confidence.yesno import YesNoConfidence
+from rtap_server.engine.request_state import RequestState, begin_request, current_request
+from rtap_server.http.request_log import RequestLogMiddleware
+from rtap_server.telemetry.tracing import Tracing
+from tests.server.engine.test_recursive_engine import DOUBT, WRONG, FakeLLM, all_of, ask, build
+from tests.server.http.test_recursion_fields import _trajectory
+from tests.server.engine.test_confidence_yesno import _Engine
 
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # pragma: allowlist secret
 PARENT = {"traceparent": f"00-{TRACE}-{CLIENT}-01"}
@@ -48,7 +49,7 @@ def _ids(span: Any) -> tuple[str, str | None]:
 
 def _traced(llm: FakeLLM, tracing: Tracing, **options: Any):
     engine = build(llm, **options)
-    object.__setattr__(engine._plan, "tracing", tracing)
+    object.__setattr__(engine._server, "tracing", tracing)
     return engine
 
 
@@ -74,15 +75,6 @@ async def test_each_cycle_is_a_span_and_the_engine_is_told_of_it(tracing, export
         assert span.end_time - span.start_time == int(cycle.seconds * 1e9)
 
 
-async def test_a_cycle_that_was_begun_for_nothing_is_marked(tracing, exporter):
-    llm = FakeLLM([DOUBT, WRONG])
-    engine = _traced(llm, tracing, speculate_below=4, confidence=Slow(lambda _: 0.9, llm=llm))
-    await all_of(ask(engine, options={"trace_headers": PARENT})[0])
-    first, second = sorted(exporter.get_finished_spans(), key=lambda s: s.attributes["rtap.cycle.index"])
-    assert "rtap.cycle.discarded" not in first.attributes
-    assert second.attributes["rtap.cycle.discarded"] is True
-
-
 async def test_a_client_that_leaves_leaves_no_span_open(tracing, exporter):
     stream, _ = ask(
         _traced(FakeLLM([WRONG, DOUBT]), tracing),
@@ -99,16 +91,17 @@ async def _through(
     tracing: Tracing, *, headers: dict[str, str], status: int = 200, error: Exception | None = None
 ) -> tuple[Scope, list[Message]]:
     """A chat request through the middleware: (scope as the app saw it, messages that the client got)."""
-    sent, exchange = list[Message](), Exchange(None, model="served")
-    exchange.reserve(1)
-    exchange.trajectories[0] = _trajectory()
+    sent = list[Message]()
+    begin_request(RequestState(model="served"))
     scope: Scope = {
         "type": "http", "method": "POST", "path": "/v1/chat/completions", "root_path": "",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }  # fmt: skip
 
     async def app(scope: Scope, receive: Any, send: Any) -> None:
-        notes_of({**scope}).exchange = exchange  # as behind a layer that copies the scope
+        state = current_request()
+        state.reserve_choices(1)
+        state.trajectories[0] = _trajectory()
         if error is not None:
             raise error
         await send({"type": "http.response.start", "status": status, "headers": []})
@@ -120,7 +113,7 @@ async def _through(
     async def receive() -> Message:
         raise AssertionError("nothing is read here")
 
-    await TracingMiddleware(app, tracer=tracing.tracer)(scope, receive, send)
+    await RequestLogMiddleware(app, logs=False, tracing=tracing)(scope, receive, send)
     return scope, sent
 
 
@@ -170,7 +163,7 @@ async def test_what_does_not_recurse_has_no_span(tracing, exporter):
         seen.append(scope)
 
     scope: Scope = {"type": "http", "method": "GET", "path": "/v1/models", "root_path": "", "headers": []}
-    await TracingMiddleware(app, tracer=tracing.tracer)(scope, None, None)  # type: ignore[arg-type]
+    await RequestLogMiddleware(app, logs=False, tracing=tracing)(scope, None, None)  # type: ignore[arg-type]
     assert seen == [scope]
     assert not exporter.get_finished_spans()
 

@@ -7,7 +7,7 @@ import pytest
 from rtap_core.artifact import Fusion
 from rtap_core.errors import ConfidenceError
 from rtap_core.types import Judged, Score
-from rtap_server.engine.confidence import FusedConfidence
+from rtap_server.engine.confidence.pooling import FusedConfidence
 
 FUSION = Fusion(bias=0.1, generator=1.5, logprob_mean=2.0, logprob_min=0.5)
 

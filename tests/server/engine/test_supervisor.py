@@ -16,7 +16,7 @@ import zmq
 from prometheus_client import CollectorRegistry
 
 from rtap_server.engine import supervisor as supervision
-from rtap_server.engine.supervisor import Supervisor, Ward
+from rtap_server.engine.supervisor import Supervisor, SupervisedEngine
 from rtap_server.telemetry.metrics import Metrics
 
 
@@ -49,7 +49,7 @@ class Watched:
     def __init__(self, loads: list[Any]) -> None:
         self.registry, self.told = CollectorRegistry(), list[str]()
         self.engines, self._loads = [Engine(), Engine()], iter(loads)
-        self.policy, self.generator = Ward("policy", self.engines[0]), Ward("confidence", self.engines[1], self._load)  # type: ignore[arg-type]
+        self.policy, self.generator = SupervisedEngine("policy", self.engines[0]), SupervisedEngine("confidence", self.engines[1], self._load)  # type: ignore[arg-type]
         self.supervisor = Supervisor([self.policy, self.generator], Metrics(self.registry), 1.5, self.told.append)
 
     def _load(self) -> Any:

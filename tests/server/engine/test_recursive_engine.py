@@ -17,7 +17,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from rtap_core.artifact import Artifact
 from rtap_core.format import RTAP
-from rtap_server.engine.drain import Drain
+from rtap_server.engine.server_state import Drain
 from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.recursive_engine import RecursiveEngine
 from rtap_server.engine.request_state import RequestState, begin_request, salted_prompt

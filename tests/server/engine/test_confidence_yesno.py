@@ -7,7 +7,7 @@ import pytest
 
 from rtap_core.errors import ConfidenceError, ConfigError
 from rtap_core.types import Judged
-from rtap_server.engine.confidence import YesNoConfidence, yes_no_ids
+from rtap_server.engine.confidence.yesno import YesNoConfidence, yes_no_ids
 
 JUDGED = Judged([1, 2], [5, 6], [1, 2, 3, 4])
 

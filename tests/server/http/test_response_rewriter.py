@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtap_server.http.response_rewriter import EventStream, annotate_reply
-from rtap_server.http.schema import Exchange, RtapOptions
-from tests.server.test_wire import CYCLE, _trajectory
+from rtap_server.engine.request_state import RequestState
+from rtap_server.http.response_rewriter import EventStream, annotate_body
+from rtap_server.telemetry.feedback import Feedback
+from tests.server.http.test_recursion_fields import CYCLE, _trajectory
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
@@ -29,14 +30,14 @@ def _read(data: bytes) -> list:
     return [json.loads(e.removeprefix("data: ")) for e in events[:-1]]
 
 
-def _exchange(**trajectory) -> Exchange:
-    exchange = Exchange(None, num_choices=1)
-    exchange.trajectories[0] = _trajectory(**trajectory)
-    return exchange
+def _state(fields=None, **trajectory) -> RequestState:
+    state = RequestState("id-1", num_choices=1, fields=fields or {})
+    state.trajectories[0] = _trajectory(**trajectory)
+    return state
 
 
-def _told(reply_id: str) -> None:
-    """Where nobody asks who was told."""
+def _stream(path=CHAT, state=None) -> EventStream:
+    return EventStream(path, state or _state(), Feedback())
 
 
 STREAM = _sse(
@@ -48,22 +49,22 @@ STREAM = _sse(
 
 @given(st.sets(st.integers(1, len(STREAM) - 1), max_size=12))
 def test_rewriting_does_not_depend_on_byte_chunks(cuts):
-    stream = EventStream(CHAT, {}, _exchange(), _told)
+    stream = _stream()
     ordered = sorted(cuts)
     parts = [STREAM[a:b] for a, b in zip([0, *ordered], [*ordered, len(STREAM)], strict=True)]
     got = _read(b"".join(stream.feed(part) for part in parts))
-    assert got == _read(EventStream(CHAT, {}, _exchange(), _told).feed(STREAM))
+    assert got == _read(_stream().feed(STREAM))
 
 
 @pytest.mark.parametrize("said", ['say "x"', "a\\", '\\"', '"finish_reason":"x"', "\\u0022é\n", ""])
 def test_what_is_said_is_left_alone(said):
-    stream = EventStream(CHAT, {}, _exchange(), _told)
+    stream = _stream()
     events = _sse(_chunk({"reasoning": said}), _chunk({"content": said}))
     assert stream.feed(events) == events
 
 
 def test_the_finish_chunk_has_the_whole_object():
-    got = _read(EventStream(CHAT, {}, _exchange(), _told).feed(STREAM))
+    got = _read(_stream().feed(STREAM))
     assert [("rtap" in c) for c in got] == [False, False, True]
     assert got[2]["rtap"]["stop_reason"] == "threshold"
 
@@ -72,45 +73,45 @@ def test_the_usage_chunk_is_the_last_when_it_was_asked_for():
     data = _sse(
         _chunk({"content": "108"}, "stop"), HEAD | {"choices": [], "usage": {"completion_tokens": 30, "x": None}}
     )
-    got = _read(EventStream(CHAT, {"stream_options": {"include_usage": True}}, _exchange(), _told).feed(data))
+    got = _read(_stream(state=_state({"stream_options": {"include_usage": True}})).feed(data))
     assert "rtap" not in got[0]
     assert got[1]["rtap"]["confidence"] == 0.75
     assert got[1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": 25}
 
 
 def test_a_cycle_is_told_before_the_next_event_with_an_empty_delta():
-    exchange = _exchange()
-    exchange.options = RtapOptions(return_cycles=True)
-    stream = EventStream(CHAT, {}, exchange, _told)
+    state = _state()
+    state.return_cycles = True
+    stream = _stream(state=state)
     first = stream.feed(_sse(_chunk({"role": "assistant"})).removesuffix(b"data: [DONE]\n\n"))
-    exchange.pending.append((0, CYCLE))
+    state.cycles.append((0, CYCLE))
     got = _read(first + stream.feed(_sse(_chunk({"reasoning": "Oops"}))))
     assert got[1] == HEAD | {
         "choices": [{"index": 0, "delta": {}, "finish_reason": None}],
         "rtap": {"event": "cycle", "cycle": got[1]["rtap"]["cycle"]},
     }
     assert got[1]["rtap"]["cycle"]["think"] == "12*9=108"
-    assert not exchange.pending
+    assert not state.cycles
 
 
 def test_several_choices_end_with_all_their_objects():
-    exchange = Exchange(None, num_choices=2)
-    exchange.trajectories |= {0: _trajectory(), 1: _trajectory(degraded="timeout")}
-    got = _read(EventStream(CHAT, {}, exchange, _told).feed(_sse(_chunk({}, "stop", 1), _chunk({}, "stop", 0))))
+    state = RequestState(num_choices=2)
+    state.trajectories |= {0: _trajectory(), 1: _trajectory(degraded="timeout")}
+    got = _read(_stream(state=state).feed(_sse(_chunk({}, "stop", 1), _chunk({}, "stop", 0))))
     assert "rtap" not in got[0]
     assert [t.get("degraded") for t in got[1]["rtap_choices"]] == [None, "timeout"]
 
 
 def test_events_without_a_marker_pass_as_bytes():
     data = b': keep-alive\n\ndata: {"choices": [ ] , "odd":1}\n\ndata: [DONE]\n\n'
-    assert EventStream(CHAT, {}, _exchange(), _told).feed(data) == data
+    assert _stream().feed(data) == data
 
 
 def test_responses_and_messages_get_the_object_in_their_last_event():
     done = (
         b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"output_tokens":30}}}\n\n'
     )
-    out = EventStream("/v1/responses", {}, _exchange(), _told).feed(done)
+    out = _stream("/v1/responses").feed(done)
     reply = json.loads(out.split(b"data: ")[1])["response"]
     assert out.startswith(b"event: response.completed\n")
     assert reply["rtap"]["confidence"] == 0.75
@@ -123,7 +124,7 @@ def test_a_whole_reply_is_annotated():
         "choices": [{"index": 0, "message": {"reasoning": "r", "content": "108"}}],
         "usage": {"completion_tokens": 30, "completion_tokens_details": {"reasoning_tokens": 0}},
     }
-    got = json.loads(annotate_reply(json.dumps(body).encode(), CHAT, _exchange(), _told))
+    got = json.loads(annotate_body(json.dumps(body).encode(), CHAT, _state(), Feedback()))
     assert got["choices"][0]["message"]["reasoning_content"] == "r"
     assert got["usage"]["completion_tokens_details"]["reasoning_tokens"] == 25
     assert got["rtap"]["policy"] == "confidence"
@@ -131,8 +132,8 @@ def test_a_whole_reply_is_annotated():
 
 @pytest.mark.parametrize("body", [b"", b"no json", b"[1]"])
 def test_other_bodies_come_back_as_they_were(body):
-    assert annotate_reply(body, CHAT, _exchange(), _told) == body
-    assert annotate_reply(b'{"a":1}', CHAT, Exchange(None), _told) == b'{"a":1}'
+    assert annotate_body(body, CHAT, _state(), Feedback()) == body
+    assert annotate_body(b'{"a":1}', CHAT, RequestState(), Feedback()) == b'{"a":1}'
 
 
 @pytest.mark.parametrize(
@@ -146,10 +147,11 @@ def test_other_bodies_come_back_as_they_were(body):
         ),
     ],
 )
-def test_the_id_that_the_client_knows_is_told_once(path, events):
-    told: list[str] = []
-    EventStream(path, {}, _exchange(), told.append).feed(_sse(*events))
-    assert told == ["chatcmpl-1"]
+def test_feedback_knows_the_id_that_the_client_knows(path, events):
+    feedback = Feedback()
+    EventStream(path, _state(), feedback).feed(_sse(*events))
+    assert feedback.judge("chatcmpl-1", 0, correct=True) == 0.75
+    assert list(feedback._answers) == [(b"", "chatcmpl-1")]
 
 
 @pytest.mark.parametrize(
@@ -161,9 +163,9 @@ def test_the_id_that_the_client_knows_is_told_once(path, events):
 )
 def test_an_error_in_a_stream_tells_nothing_of_the_inside(path, event):
     said = b"2 validation errors for ChatCompletionStreamResponse [type=missing, input_value={'a': 1}] /usr/lib/x.py"
-    out = EventStream(path, {}, _exchange(), _told).feed(event % said)
+    out = _stream(path).feed(event % said)
     assert out.startswith(event[: event.index(b"{")])
     error = json.loads(out[out.index(b"{") :])
     assert (error.get("type") == "error") == (path == "/v1/messages")
     assert error["error"]["code"] == 500
-    assert error["error"]["message"] == "the server failed on this request; its log has more under the request's id"
+    assert error["error"]["message"] == "the server failed on this request; its log has the cause under request id id-1"

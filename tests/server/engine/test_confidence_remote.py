@@ -7,7 +7,7 @@ import pytest
 
 from rtap_core.errors import ConfidenceError
 from rtap_core.types import Judged, Score
-from rtap_server.engine.confidence import RemoteConfidence
+from rtap_server.engine.confidence.remote import RemoteConfidence
 
 JUDGED = Judged([1, 2], [3], [1, 2])
 

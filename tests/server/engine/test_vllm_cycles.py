@@ -17,7 +17,7 @@ from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.recursive_engine import RecursiveEngine
 from rtap_server.engine.vllm_cycles import split_step
 from tests.core.scripted import EOS, decode, encode
-from tests.server.test_recursive_engine import all_of, ask, build
+from tests.server.engine.test_recursive_engine import all_of, ask, build
 
 FIRST, SECOND = "<think>3+4=8</think><answer>8</answer>", "<think>Oops, 7</think><answer>7</answer>"
 CLOSE = encode("</answer>")[0]

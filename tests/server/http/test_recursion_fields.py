@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 from rtap_core.artifact import Artifact
 from rtap_core.errors import InvalidRequest
 from rtap_core.types import Cycle, Limits, Policy, Select, StopReason, Trajectory
-from rtap_server.http.schema import (
-    RtapOptions,
-    effort_of,
-    options_of,
-    parse_options,
-    prefix_of,
-    reasoning_tokens,
-    resolve_limits,
-    tokens_of,
-    trajectory_object,
-)
+from rtap_server.http.recursion_fields import continued_text, effort, max_new_tokens, parse_options, resolve_limits
+from rtap_server.http.schema import RtapOptions, trajectory_object
 from rtap_server.settings import Settings
 
 SETTINGS = Settings()
@@ -47,13 +38,13 @@ def _trajectory(**changes) -> Trajectory:
         ({"samples": 10**9}, "rtap.samples", "above this server's limit of 32"),
         ({"deadline_seconds": 1e9}, "rtap.deadline_seconds", "above this server's limit of 600.0"),
         ({"policy": "best"}, "rtap.policy", "rtap.policy='best'"),
-        ([], "rtap", "rtap must be an object"),
-        (None, "rtap", "rtap must be an object"),
+        ([], "rtap", "rtap=[] must be an object"),
+        (None, "rtap", "rtap=None must be an object"),
     ],
 )
 def test_bad_options_name_the_field(raw, param, sentence):
     with pytest.raises(InvalidRequest, match=re.escape(sentence)) as caught:
-        parse_options(raw, SETTINGS)
+        parse_options({"rtap": raw}, SETTINGS)
     assert caught.value.param == param
 
 
@@ -75,7 +66,7 @@ def _outcome(take: Callable[[], RtapOptions]) -> RtapOptions | InvalidRequest:
 
 @given(st.one_of(_JSON, _OPTIONS, st.dictionaries(st.text(max_size=8), _NEARLY, max_size=3)))
 def test_whatever_comes_there_are_options_within_the_ceilings_or_a_sentence(raw):
-    options = _outcome(lambda: parse_options(raw, SETTINGS))
+    options = _outcome(lambda: parse_options({"rtap": raw}, SETTINGS))
     if isinstance(options, InvalidRequest):
         assert (options.param or "").startswith("rtap")
         assert 0 < len(str(options)) < 500
@@ -92,33 +83,33 @@ def test_whatever_comes_there_are_options_within_the_ceilings_or_a_sentence(raw)
 
 @given(_OPTIONS)
 def test_what_may_be_asked_by_field_may_be_asked_by_xargs(raw):
-    by_field = _outcome(lambda: options_of({"rtap": raw}, SETTINGS) or RtapOptions())
+    by_field = _outcome(lambda: parse_options({"rtap": raw}, SETTINGS))
     by_xargs = {"vllm_xargs": {f"rtap_{name}": value for name, value in raw.items()}}
-    second = _outcome(lambda: options_of(by_xargs, SETTINGS) or RtapOptions())
+    second = _outcome(lambda: parse_options(by_xargs, SETTINGS))
     assert by_field == second or (isinstance(by_field, InvalidRequest) and isinstance(second, InvalidRequest))
 
 
 def test_options_may_come_as_xargs_but_only_once():
     xargs = {"rtap_threshold": 0.9, "rtap_policy": "vote", "other": 1}
-    assert options_of({"vllm_xargs": xargs}, SETTINGS) == RtapOptions(threshold=0.9, policy=Policy.VOTE)
-    assert options_of({"vllm_xargs": {"other": 1}, "rtap": {"samples": 2}}, SETTINGS) == RtapOptions(samples=2)
+    assert parse_options({"vllm_xargs": xargs}, SETTINGS) == RtapOptions(threshold=0.9, policy=Policy.VOTE)
+    assert parse_options({"vllm_xargs": {"other": 1}, "rtap": {"samples": 2}}, SETTINGS) == RtapOptions(samples=2)
     for without in ({}, {"vllm_xargs": None}, {"vllm_xargs": []}, {"vllm_xargs": {"other": 1}}):
-        assert options_of(without, SETTINGS) is None
+        assert parse_options(without, SETTINGS) == RtapOptions()
     with pytest.raises(InvalidRequest, match="unknown field"):
-        options_of({"vllm_xargs": {"rtap_x": 1}}, SETTINGS)
+        parse_options({"vllm_xargs": {"rtap_x": 1}}, SETTINGS)
     with pytest.raises(InvalidRequest, match="give the rtap options once"):
-        options_of({"vllm_xargs": xargs, "rtap": {}}, SETTINGS)
+        parse_options({"vllm_xargs": xargs, "rtap": {}}, SETTINGS)
 
 
 def _limits(options: RtapOptions, settings: Settings = SETTINGS, *, has_confidence: bool = True, **artifact) -> Limits:
-    return resolve_limits(options, settings, Artifact(**artifact), has_confidence=has_confidence, max_tokens=99)
+    return resolve_limits(options, settings, Artifact(**artifact), has_confidence=has_confidence)
 
 
 def test_defaults_follow_the_generator():
     loaded, bare = _limits(RtapOptions()), _limits(RtapOptions(), has_confidence=False)
     assert (loaded.policy, loaded.select, loaded.threshold) == (Policy.CONFIDENCE, Select.BEST, 0.5)
     assert (bare.policy, bare.select) == (Policy.MODEL, Select.LAST)
-    assert loaded.max_tokens == 99
+    assert loaded.max_tokens is None  # vLLM's default is the engine's to add
 
 
 def test_threshold_is_the_requests_then_the_servers_then_the_checkpoints():
@@ -129,16 +120,16 @@ def test_threshold_is_the_requests_then_the_servers_then_the_checkpoints():
 
 
 @pytest.mark.parametrize(
-    ("effort", "cycles", "threshold"),
+    ("word", "cycles", "threshold"),
     [
         (None, 8, 0.6), ("none", 1, 0.6), ("minimal", 1, 0.6), ("low", 2, 0.6), ("medium", 8, 0.6),
         ("high", 16, 0.8), ("max", 16, 0.9), ("enormous", 8, 0.6),
     ],
 )  # fmt: skip
-def test_effort_moves_the_servers_defaults_and_the_requests_own_fields_win(effort, cycles, threshold):
+def test_effort_moves_the_servers_defaults_and_the_requests_own_fields_win(word, cycles, threshold):
     def limits(**own):
         return resolve_limits(
-            RtapOptions(**own), SETTINGS, Artifact(threshold=0.6), has_confidence=True, max_tokens=None, effort=effort
+            RtapOptions(**own), SETTINGS, Artifact(threshold=0.6), has_confidence=True, effort=word
         )
 
     assert (limits().max_cycles, limits().threshold) == (cycles, pytest.approx(threshold))
@@ -147,7 +138,7 @@ def test_effort_moves_the_servers_defaults_and_the_requests_own_fields_win(effor
 
 
 @pytest.mark.parametrize(
-    ("request_", "effort"),
+    ("request_", "expected"),
     [
         ({"reasoning_effort": "low"}, "low"),
         ({"reasoning": {"effort": "high", "summary": "auto"}}, "high"),
@@ -159,8 +150,8 @@ def test_effort_moves_the_servers_defaults_and_the_requests_own_fields_win(effor
         ({}, None),
     ],
 )
-def test_effort_is_found_where_each_endpoint_has_it(request_, effort):
-    assert effort_of(request_) == effort
+def test_effort_is_found_where_each_endpoint_has_it(request_, expected):
+    assert effort(request_) == expected
 
 
 def test_confidence_without_generator_is_refused():
@@ -191,8 +182,8 @@ def test_the_response_object_holds_what_the_design_names():
 
 
 def test_reasoning_tokens_are_all_but_the_returned_answers():
-    assert reasoning_tokens(_trajectory()) == 20 + 10 - 5
-    assert reasoning_tokens(_trajectory(selected=None)) == 30
+    assert _trajectory().reasoning_tokens == 20 + 10 - 5
+    assert _trajectory(selected=None).reasoning_tokens == 30
 
 
 _LAST = {"role": "assistant", "content": "<think>1"}
@@ -230,7 +221,7 @@ _CHAT, _RESPONSES = "/v1/chat/completions", "/v1/responses"
     ],
 )
 def test_the_prefix_is_the_message_to_go_on_with(path, request_, prefix):
-    assert prefix_of(path, request_) == prefix
+    assert continued_text(path, request_) == prefix
 
 
 @pytest.mark.parametrize(
@@ -255,19 +246,21 @@ def test_the_prefix_is_the_message_to_go_on_with(path, request_, prefix):
     ],
 )
 def test_how_many_tokens_a_request_may_write(request_, options, tokens):
-    given = None if options is None else RtapOptions(**options)
-    assert tokens_of(request_, given, SETTINGS, max_model_len=1000) == tokens
+    limits = _limits(RtapOptions(**(options or {})))
+    assert max_new_tokens(request_, limits, max_model_len=1000) == tokens
 
 
 def test_a_server_whose_policy_is_vote_writes_samples_for_everyone():
     settings = Settings(policy=Policy.VOTE, samples=4)
-    assert tokens_of({"max_tokens": 10}, None, settings, max_model_len=1000) == 40
-    assert tokens_of({"max_tokens": 10}, RtapOptions(policy=Policy.MODEL), settings, max_model_len=1000) == 10
+    vote, model = _limits(RtapOptions(), settings), _limits(RtapOptions(policy=Policy.MODEL), settings)
+    assert max_new_tokens({"max_tokens": 10}, vote, max_model_len=1000) == 40
+    assert max_new_tokens({"max_tokens": 10}, model, max_model_len=1000) == 10
+    assert max_new_tokens({"max_tokens": 10}, None, max_model_len=1000) == 10
 
 
 @pytest.mark.parametrize("raw", [{"policy": "C" * 5000}, {"C" * 5000: 1}, {"threshold": ["C"] * 5000}])
 def test_an_error_does_not_repeat_a_long_value(raw):
     with pytest.raises(InvalidRequest) as refused:
-        parse_options(raw, SETTINGS)
+        parse_options({"rtap": raw}, SETTINGS)
     assert len(str(refused.value)) < 500
     assert len(refused.value.param or "") < 150

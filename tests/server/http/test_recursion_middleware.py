@@ -11,17 +11,35 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from rtap_core.types import Policy
-from rtap_server.engine.drain import Drain
+from rtap_core.artifact import Artifact
+from rtap_core.format import RTAP
+from rtap_server.engine.request_state import current_request
+from rtap_server.engine.server_state import Drain, ServerState
 from rtap_server.http.admission import Admission
-from rtap_server.http.body_limits import Intake
-from rtap_server.http.field_limits import Caps
-from rtap_server.http.recursion_fields import RecursionMiddleware
-from rtap_server.http.request_id import Edge
+from rtap_server.http.body_limits import BodyLimitsMiddleware
+from rtap_server.http.field_limits import FieldLimits
+from rtap_server.http.recursion_fields import RecursionMiddleware, parse_options, resolve_limits
+from rtap_server.http.request_id import RequestIdMiddleware
 from rtap_server.http.route_kinds import RECURSIVE_PATHS
-from rtap_server.http.schema import RtapOptions, current_exchange, parse_options
+from rtap_server.http.schema import RtapOptions
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.metrics import Metrics
-from tests.server.test_wire import _JSON, _OPTIONS, SETTINGS
+from tests.server.http.test_recursion_fields import _JSON, _OPTIONS, SETTINGS
+
+
+class Sure:
+    """A confidence source that is never asked."""
+
+
+def server_state(metrics: Metrics) -> ServerState:
+    return ServerState(
+        settings=SETTINGS, format=RTAP, confidence=Sure(), generator=Artifact(), count_oops=len, encode=list,  # type: ignore[arg-type]
+        end_of_turn_ids=frozenset(), metrics=metrics, feedback=Feedback(), drain=Drain(),
+    )  # fmt: skip
+
+
+def limits_of(options: RtapOptions):
+    return resolve_limits(options, SETTINGS, Artifact(), has_confidence=True)
 
 
 class Service:
@@ -33,18 +51,17 @@ class Service:
         self.admission = Admission(places)
         self.taken, self.seconds, self.most_in_flight, self.tokens_in_flight = [], seconds, 0, 0
         work = RecursionMiddleware(
-            self.route, settings=SETTINGS, metrics=metrics, feedback=Feedback(), admission=self.admission,
-            max_model_len=1024,
+            self.route, server=server_state(metrics), admission=self.admission, max_model_len=1024
         )  # fmt: skip
-        caps = Caps(16, 1024, 1024, allows_templates=False)
-        self.app = Edge(
-            Intake(
-                work, max_body_bytes=2**20, caps=caps, admission=self.admission, drain=Drain(), metrics=metrics
+        limits = FieldLimits(16, 1024, 1024, allows_templates=False)
+        self.app = RequestIdMiddleware(
+            BodyLimitsMiddleware(
+                work, max_body_bytes=2**20, field_limits=limits, admission=self.admission, drain=Drain(), metrics=metrics
             )
         )  # fmt: skip
 
     async def route(self, scope, receive, send) -> None:
-        self.taken.append((json.loads((await receive())["body"]), current_exchange()))
+        self.taken.append((json.loads((await receive())["body"]), current_request()))
         self.most_in_flight = max(self.most_in_flight, self.admission.requests_in_flight)
         self.tokens_in_flight = self.admission.tokens_in_flight
         await asyncio.sleep(self.seconds)
@@ -66,9 +83,9 @@ def test_options_are_taken_out_or_refused_and_the_place_is_given_back(path, raw)
     reply = asyncio.run(SERVICE.ask(path, json.dumps({"model": "rtap", "stop": None, "rtap": raw}).encode()))
     assert SERVICE.admission.requests_in_flight == 0
     if reply.status_code == 200:
-        ((body, exchange),) = SERVICE.taken
+        ((body, state),) = SERVICE.taken
         assert body == {"model": "rtap", "stop": None}
-        assert exchange.options == parse_options(raw, SETTINGS)
+        assert state.limits == limits_of(parse_options({"rtap": raw}, SETTINGS))
     else:
         error = reply.json()["error"]
         assert (reply.status_code, error["code"], error["type"]) == (400, 400, "invalid_request_error")
@@ -80,9 +97,10 @@ async def test_options_among_the_xargs_count_for_places_cycles_and_the_reply_ali
     SERVICE.taken.clear()
     xargs = {"rtap_policy": "vote", "rtap_samples": 3, "rtap_return_cycles": True, "other": 1}
     reply = await SERVICE.ask("/v1/messages", json.dumps({"max_tokens": 9, "vllm_xargs": xargs}).encode())
-    ((body, exchange),) = SERVICE.taken
+    ((body, state),) = SERVICE.taken
     assert (reply.status_code, body) == (200, {"max_tokens": 9, "vllm_xargs": xargs})
-    assert exchange.options == RtapOptions(policy=Policy.VOTE, samples=3, return_cycles=True)
+    assert state.limits == limits_of(RtapOptions(policy=Policy.VOTE, samples=3))
+    assert state.return_cycles
     assert SERVICE.tokens_in_flight == 3 * 9
 
 

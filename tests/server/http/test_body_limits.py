@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from rtap_core.errors import InvalidRequest
-from rtap_server.engine.drain import Drain
+from rtap_server.engine.server_state import Drain
 from rtap_server.http.admission import Admission
-from rtap_server.http.body_limits import MOST_CONTAINERS, MOST_STRINGS, Intake, body_of, parse
-from rtap_server.http.field_limits import Caps
+from rtap_server.engine.request_state import RequestState, begin_request, current_request
+from rtap_server.http.body_limits import MAX_CONTAINERS, MAX_STRINGS, BodyLimitsMiddleware, parse_json
+from rtap_server.http.field_limits import FieldLimits
 from rtap_server.telemetry.metrics import Metrics
 
 MIB = 2**20
@@ -37,15 +38,15 @@ class Taken:
 
     def __init__(self, limit: int = 8 * MIB) -> None:
         self.bodies = []
-        caps, metrics = Caps(16, 1024, 1000, allows_templates=False), Metrics(CollectorRegistry())
+        limits, metrics = FieldLimits(16, 1024, 1000, allows_templates=False), Metrics(CollectorRegistry())
         self.admission = Admission(1)
         self.drain = Drain()
-        self.intake = Intake(
-            self, max_body_bytes=limit, caps=caps, admission=self.admission, drain=self.drain, metrics=metrics
+        self.intake = BodyLimitsMiddleware(
+            self, max_body_bytes=limit, field_limits=limits, admission=self.admission, drain=self.drain, metrics=metrics
         )
 
     async def __call__(self, scope, receive, send) -> None:
-        self.bodies.append((body_of(scope), (await receive())["body"]))
+        self.bodies.append((current_request(), (await receive())["body"]))
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
@@ -61,6 +62,7 @@ class Taken:
         async def send(message):
             sent.append(message)
 
+        begin_request(RequestState())
         fields = [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]
         scope = {"type": "http", "method": "POST", "path": path, "root_path": "", "headers": fields}
         await self.intake(scope, receive, send)
@@ -129,43 +131,48 @@ async def test_what_passes_is_decoded_once_and_given_on_whole():
     taken = Taken()
     await taken.ask(b'{"a": [1]}', pieces=3)
     await taken.ask(b"")
-    assert [(body.raw, body.fields, again) for body, again in taken.bodies] == [
+    assert [(state.body, state.fields, again) for state, again in taken.bodies] == [
         (b'{"a": [1]}', {"a": [1]}, b'{"a": [1]}'),
         (b"", {}, b""),
     ]
 
 
-async def test_a_full_server_says_so_before_it_reads_but_not_to_who_may_join_a_run():
+async def test_a_full_server_refuses_recursive_requests_before_it_reads_them():
     taken = Taken()
     with taken.admission.admit(1):
         assert (await taken.ask(b"not JSON", "/v1/completions"))[0] == 503
         assert (await taken.ask(b"{}", "/tokenize"))[0] == 200
-        assert (await taken.ask(b"{}", "/v1/completions", idempotency_key="k"))[0] == 200
+
+
+async def test_an_idempotency_key_is_refused_because_nothing_would_honour_it():
+    status, error = await Taken().ask(b"{}", "/v1/completions", idempotency_key="k")
+    assert (status, error["param"]) == (400, "Idempotency-Key")
+    assert "a retry is a new request" in error["message"]
 
 
 def test_brackets_in_a_text_are_text():
     code = 'for (;;) { a[0] = "{"; }\n' * 20_000
-    assert parse(json.dumps({"prompt": code}).encode()) == {"prompt": code}
+    assert parse_json(json.dumps({"prompt": code}).encode()) == {"prompt": code}
 
 
-@pytest.mark.parametrize(("count", "passes"), [(MOST_CONTAINERS - 2, True), (MOST_CONTAINERS - 1, False)])
+@pytest.mark.parametrize(("count", "passes"), [(MAX_CONTAINERS - 2, True), (MAX_CONTAINERS - 1, False)])
 def test_so_many_objects_and_lists_are_taken(count, passes):
     raw = json.dumps({"{[": [[]] * count}).encode()
     if passes:
-        assert len(parse(raw)["{["]) == count
+        assert len(parse_json(raw)["{["]) == count
     else:
         with pytest.raises(InvalidRequest, match="more than 20000 objects and lists"):
-            parse(raw)
+            parse_json(raw)
 
 
-@pytest.mark.parametrize(("count", "passes"), [(MOST_STRINGS - 1, True), (MOST_STRINGS, False)])
+@pytest.mark.parametrize(("count", "passes"), [(MAX_STRINGS - 1, True), (MAX_STRINGS, False)])
 def test_so_many_texts_are_taken(count, passes):
     raw = json.dumps({"a": ['"'] * count}).encode()
     if passes:
-        assert len(parse(raw)["a"]) == count
+        assert len(parse_json(raw)["a"]) == count
     else:
-        with pytest.raises(InvalidRequest, match="50000 texts"):
-            parse(raw)
+        with pytest.raises(InvalidRequest, match="50000 strings"):
+            parse_json(raw)
 
 
 TEXTS = st.text(max_size=20)
@@ -177,4 +184,4 @@ VALUES = st.recursive(
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(TEXTS, VALUES, max_size=4))
 def test_what_is_json_is_read_as_json_reads_it(value):
-    assert parse(json.dumps(value).encode()) == value
+    assert parse_json(json.dumps(value).encode()) == value

@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry
 from vllm.utils.gc_utils import freeze_gc_heap
 
 from rtap_server.__main__ import _parse
-from rtap_server.engine.drain import Drain
-from rtap_server.engine.supervisor import Supervisor, Ward
+from rtap_server.engine.server_state import Drain
+from rtap_server.engine.supervisor import Supervisor, SupervisedEngine
 from rtap_server.http.admission import Admission
 from rtap_server.run import _config, serve_app
 from rtap_server.telemetry.metrics import Metrics
@@ -74,7 +74,7 @@ async def test_what_lives_for_a_while_is_collected_though_the_process_is_large(a
 
 async def test_a_supervisor_that_breaks_is_told_and_not_swallowed(args):
     drain = Drain()
-    unknown = Ward("policy", object())  # type: ignore[arg-type] - an engine that has nothing of what is asked of it
+    unknown = SupervisedEngine("policy", object())  # type: ignore[arg-type] - an engine that has nothing of what is asked of it
     with socket.create_server(("127.0.0.1", 0)) as sock, pytest.raises(ExceptionGroup) as caught:
         await serve_app(
             FastAPI(), args, sock, heads=LIMITS, drain=drain, drain_seconds=1.0, admission=Admission(1),

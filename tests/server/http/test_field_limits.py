@@ -10,9 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtap_core.errors import InvalidRequest
-from rtap_server.http.field_limits import BIASES, DEPTH, STOP_CHARACTERS, STOPS, Caps, is_deeper, media_schemes
+from rtap_server.http.field_limits import (
+    MAX_DEPTH,
+    MAX_LOGIT_BIASES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    FieldLimits,
+    is_deeper,
+    media_schemes,
+)
 
-CAPS = Caps(16, 20, 1000, allows_templates=False)
+LIMITS = FieldLimits(16, 20, 1000, allows_templates=False)
 IMAGE = {"type": "image_url", "image_url": {"url": "https://x/a.png"}}
 
 
@@ -30,40 +38,40 @@ def nested(depth):
 @pytest.mark.parametrize(
     ("request_", "param", "sentence"),
     [
-        ({"n": 17}, "n", "n is 17, and at most 16 choices"),
-        ({"n": 10**12}, "n", "at most 16"),
-        ({"n": "1000"}, "n", "at most 16"),  # vLLM takes it for a number
-        ({"messages": [{}] * 21}, "messages", "21 messages are more than 20"),
+        ({"n": 17}, "n", "n=17 is above this server's limit of 16"),
+        ({"n": 10**12}, "n", "limit of 16"),
+        ({"n": "1000"}, "n", "limit of 16"),  # vLLM takes it for a number
+        ({"messages": [{}] * 21}, "messages", "21 messages are above this server's limit of 20"),
         ({"input": [{}] * 21}, "input", "21 items"),
         ({"prompt": ["a"] * 21}, "prompt", "21 prompts"),
-        ({"stop": ["a"] * (STOPS + 1)}, "stop", "17 entries"),
-        ({"stop": "a" * (STOP_CHARACTERS + 1)}, "stop", "longer than 256 characters"),
+        ({"stop": ["a"] * (MAX_STOPS + 1)}, "stop", "17 entries"),
+        ({"stop": "a" * (MAX_STOP_CHARACTERS + 1)}, "stop", "longer than 256 characters"),
         ({"stop_sequences": ["a" * 300]}, "stop_sequences", "longer than 256"),
         ({"stop_token_ids": list(range(100))}, "stop_token_ids", "100 entries"),
         ({"bad_words": ["a"] * 100}, "bad_words", "100 entries"),
-        ({"logit_bias": {str(i): 1 for i in range(BIASES + 1)}}, "logit_bias", "more than 1024 entries"),
-        ({"metadata": nested(DEPTH)}, None, "nested more than 64 deep"),
+        ({"logit_bias": {str(i): 1 for i in range(MAX_LOGIT_BIASES + 1)}}, "logit_bias", "more than 1024 entries"),
+        ({"metadata": nested(MAX_DEPTH)}, None, "nested more than 64 levels deep"),
         ({"chat_template": "{{ 1 }}"}, "chat_template", "a template is code"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "--allow-request-templates"),
         (said([IMAGE]), "messages", "--allowed-media-domains"),
-        (said([{"type": "image_url", "image_url": "file:///etc/passwd"}]), "messages", "data: URLs"),
-        (said([{"type": "audio_url", "audio_url": {"url": "\\\\host/a"}}]), "messages", "data: URLs"),
-        ({"input": [{"content": [{"type": "input_image", "image_url": "http://x"}]}]}, "input", "data: URLs"),
-        (said([{"type": "image", "source": {"type": "url", "url": "http://x"}}]), "messages", "data: URLs"),
-        ({"system": [{"source": {"type": "url", "url": "http://x"}}]}, "system", "data: URLs"),
-        ({"whatever": {"image_url": "http://x"}}, "whatever", "data: URLs"),
-        (said([{"type": "tool_result", "content": [IMAGE]}]), "messages", "data: URLs"),
-        ({"prompt": [1] * 1001}, "prompt", "1001 tokens are more than the model's 1000"),
+        (said([{"type": "image_url", "image_url": "file:///etc/passwd"}]), "messages", "send a data: URL"),
+        (said([{"type": "audio_url", "audio_url": {"url": "\\\\host/a"}}]), "messages", "send a data: URL"),
+        ({"input": [{"content": [{"type": "input_image", "image_url": "http://x"}]}]}, "input", "send a data: URL"),
+        (said([{"type": "image", "source": {"type": "url", "url": "http://x"}}]), "messages", "send a data: URL"),
+        ({"system": [{"source": {"type": "url", "url": "http://x"}}]}, "system", "send a data: URL"),
+        ({"whatever": {"image_url": "http://x"}}, "whatever", "send a data: URL"),
+        (said([{"type": "tool_result", "content": [IMAGE]}]), "messages", "send a data: URL"),
+        ({"prompt": [1] * 1001}, "prompt", "1001 tokens in prompt are more than the model's context of 1000"),
         ({"prompt": [[1], [1] * 1001]}, "prompt", "1001 tokens"),
         ({"tokens": [1] * 1001}, "tokens", "1001 tokens"),
         ({"token_ids": [1] * 1001}, "token_ids", "1001 tokens"),
-        ({"sampling_params": {"n": 17}}, "n", "n is 17"),
+        ({"sampling_params": {"n": 17}}, "n", "n=17 is above"),
         ({"sampling_params": {"stop": ["a"] * 17}}, "stop", "17 entries"),
     ],
 )
 def test_too_much_is_refused_with_its_name(request_, param, sentence):
     with pytest.raises(InvalidRequest) as refused:
-        CAPS.check(request_)
+        LIMITS.check(request_)
     assert refused.value.param == param
     assert sentence in str(refused.value)
     assert len(str(refused.value)) < 200
@@ -73,11 +81,11 @@ def test_too_much_is_refused_with_its_name(request_, param, sentence):
     "request_",
     [
         {},
-        {"n": 16, "messages": [{}] * 20, "stop": ["a" * STOP_CHARACTERS] * STOPS, "logit_bias": {"1": 1}},
+        {"n": 16, "messages": [{}] * 20, "stop": ["a" * MAX_STOP_CHARACTERS] * MAX_STOPS, "logit_bias": {"1": 1}},
         {"n": None, "messages": "hi", "stop": None, "logit_bias": None, "chat_template": None},
         {"n": [], "logit_bias": [], "prompt": [], "input": "hi"},
         {"n": 1e400, "prompt": [1, 2, 3] * 100},  # ids of one prompt
-        {"metadata": nested(DEPTH - 1)},
+        {"metadata": nested(MAX_DEPTH - 1)},
         said([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]),
         {"tools": [{"parameters": {"properties": {"image_url": {"type": "string"}}}}]},
         said("https://x/a.png is only text"),
@@ -87,11 +95,11 @@ def test_too_much_is_refused_with_its_name(request_, param, sentence):
     ],
 )
 def test_what_is_not_too_much_is_vllms_business(request_):
-    CAPS.check(request_)
+    LIMITS.check(request_)
 
 
 def test_what_a_flag_allows_passes():
-    caps = Caps(16, 20, 1000, allows_templates=True, media_schemes=media_schemes(["x"], None))
+    caps = FieldLimits(16, 20, 1000, allows_templates=True, media_schemes=media_schemes(["x"], None))
     caps.check({"chat_template": "{{ 1 }}", **said([IMAGE])})
 
 
@@ -105,7 +113,7 @@ def test_what_a_flag_allows_passes():
     ],
 )
 def test_addresses_begin_as_vllms_flags_allow(domains, folder, passing):
-    caps = Caps(16, 20, 1000, allows_templates=False, media_schemes=media_schemes(domains, folder))
+    caps = FieldLimits(16, 20, 1000, allows_templates=False, media_schemes=media_schemes(domains, folder))
 
     def passes(url):
         try:
@@ -154,11 +162,11 @@ def test_depth_is_that_of_the_brackets(value):
 def test_a_megabyte_is_looked_through_at_once_and_in_little_memory(request_):
     began = time.perf_counter()
     with contextlib.suppress(InvalidRequest):
-        CAPS.check(request_)
+        LIMITS.check(request_)
     assert time.perf_counter() - began < 0.5  # a tenth of a second on a busy core
     tracemalloc.start()
     with contextlib.suppress(InvalidRequest):
-        CAPS.check(request_)
+        LIMITS.check(request_)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * 2**20

@@ -54,7 +54,7 @@ def test_requests_of_a_minute_and_then_one_when_one_has_come():
         account.enter(0.0)
         account.leave(1_000_000, 0.0)
     with pytest.raises(
-        RateLimited, match=r"^the key 'team a' may have 2 requests a minute; try again in 30 s$"
+        RateLimited, match=r"^API key 'team a' is limited to 2 requests per minute; retry in 30 s$"
     ) as told:
         account.enter(0.0)
     assert told.value.retry_after_seconds == 30
@@ -67,7 +67,7 @@ def test_tokens_are_charged_afterwards_and_waited_for():
     account.leave(60, 0.0)
     account.enter(0.0)  # nothing is left, but nothing is owed
     account.leave(90, 0.0)
-    with pytest.raises(RateLimited, match="60 tokens a minute") as told:
+    with pytest.raises(RateLimited, match="60 tokens per minute") as told:
         account.enter(0.0)
     assert told.value.retry_after_seconds == 90
     account.enter(90.0)
@@ -78,7 +78,7 @@ def test_so_many_at_a_time_and_a_refusal_takes_nothing():
     account.enter(0.0)
     account.enter(0.0)
     for _ in range(5):
-        with pytest.raises(RateLimited, match="2 requests at a time") as told:
+        with pytest.raises(RateLimited, match="2 requests in flight") as told:
             account.enter(0.0)
         assert told.value.retry_after_seconds == 1
     account.leave(0, 0.0)
@@ -90,20 +90,20 @@ def test_so_many_at_a_time_and_a_refusal_takes_nothing():
 def test_admission_is_never_above_its_limits_and_ends_at_nothing(weights):
     admission, held = Admission(requests=5, tokens=100), []
     for weight in weights:
+        context = admission.admit(weight)
         try:
-            place = admission.admit(weight)
+            context.__enter__()
         except Overloaded:
             full = admission.requests_in_flight == 5
             assert full or admission.tokens_in_flight + weight > 100
             if held:
                 held.pop().__exit__(None, None, None)
             continue
-        place.__enter__()
-        held.append(place)
+        held.append(context)
         assert admission.requests_in_flight <= 5
         assert admission.tokens_in_flight <= 100
-    for place in held:
-        place.__exit__(None, None, None)
+    for context in held:
+        context.__exit__(None, None, None)
     assert (admission.requests_in_flight, admission.tokens_in_flight) == (0, 0)
 
 
@@ -112,7 +112,7 @@ def test_an_error_inside_frees_the_place():
 
     def fail() -> None:
         with admission.admit(10**9):
-            with pytest.raises(Overloaded, match="1 requests at a time") as told:
+            with pytest.raises(Overloaded, match="limit of 1 requests in flight") as told:
                 admission.check()
             assert told.value.retry_after_seconds >= 1
             raise KeyError
@@ -123,5 +123,15 @@ def test_an_error_inside_frees_the_place():
 
 
 def test_what_would_never_fit_is_no_overload():
-    with pytest.raises(InvalidRequest, match="may write 101 tokens, and this server writes 100 at a time"):
-        Admission(requests=5, tokens=100).admit(101)
+    admission = Admission(requests=5, tokens=100)
+    refused = pytest.raises(InvalidRequest, match="may generate 101 tokens, more than this server's limit of 100")
+    with refused, admission.admit(101):
+        pass
+    assert admission.requests_in_flight == 0
+
+
+def test_a_context_that_is_never_entered_counts_nothing():
+    admission = Admission(requests=1)
+    admission.admit(1)
+    with admission.admit(1):
+        assert admission.requests_in_flight == 1

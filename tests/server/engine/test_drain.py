@@ -1,7 +1,7 @@
 """Drain of the server: it cuts every trajectory."""
 
 from rtap_core.types import StopReason
-from rtap_server.engine.drain import Drain
+from rtap_server.engine.server_state import Drain
 
 
 async def test_the_end_of_a_drain_cuts_what_runs_and_what_still_begins():

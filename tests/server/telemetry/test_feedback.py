@@ -15,7 +15,7 @@ from rtap_core.errors import InvalidRequest, UnknownRequest
 from rtap_core.types import Policy
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.metrics import Metrics
-from tests.server.test_wire import CYCLE, _trajectory
+from tests.server.http.test_recursion_fields import CYCLE, _trajectory
 
 
 def _cycle(confidence: float | None):

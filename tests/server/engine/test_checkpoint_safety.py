@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rtap_core.errors import ConfigError
-from rtap_server.engine.checkpoint_safety import check_folder, load_format, refuse_own_code
+from rtap_server.engine.checkpoint_safety import check_folder, load_format, refuse_custom_code
 from tests.other_checkpoints import MODELS
 
 
@@ -71,5 +71,5 @@ def test_a_broken_config_is_vllms_to_refuse(tmp_path, text):
 
 def test_a_configuration_from_the_hub_is_looked_at_too():
     with pytest.raises(ConfigError, match="names Python code of its own"):
-        refuse_own_code("some/hub-name", {"auto_map": {"AutoModel": "a.B"}})
-    refuse_own_code("some/hub-name", {"model_type": "qwen3"})
+        refuse_custom_code("some/hub-name", {"auto_map": {"AutoModel": "a.B"}})
+    refuse_custom_code("some/hub-name", {"model_type": "qwen3"})

@@ -15,11 +15,11 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from rtap_server.http.request_id import Edge
-from rtap_server.http.request_log import notes_of
-from rtap_server.http.schema import Exchange
-from rtap_server.telemetry.logs import LOGGER, REQUESTS, RequestLog, announce, use_json
-from tests.server.test_wire import _trajectory
+from rtap_server.http.request_id import RequestIdMiddleware
+from rtap_server.engine.request_state import RequestState, begin_request, current_request
+from rtap_server.http.request_log import RequestLogMiddleware
+from rtap_server.telemetry.logs import LOGGER, REQUESTS, announce, use_json
+from tests.server.http.test_recursion_fields import _trajectory
 
 
 @pytest.fixture
@@ -38,11 +38,14 @@ def log() -> Iterator[StringIO]:
     logger.setLevel(before)
 
 
-def _client(exchange: Exchange | None = None, **options: Any) -> TestClient:
+def _client(num_choices: int = 0, **options: Any) -> TestClient:
     async def chat(request: Request) -> PlainTextResponse:
-        notes = notes_of({**request.scope})  # as behind a layer that copies the scope
-        notes.key, notes.exchange = "team", exchange
-        return PlainTextResponse(request.headers["x-request-id"])
+        state = current_request()
+        state.key_name, state.model = "team", "served"
+        if num_choices:
+            state.reserve_choices(num_choices)
+            state.trajectories[0] = _trajectory()
+        return PlainTextResponse(state.request_id, headers={"seen": request.headers.get("x-request-id", "")})
 
     async def fail(request: Request) -> PlainTextResponse:
         raise RuntimeError("zebra")
@@ -54,8 +57,8 @@ def _client(exchange: Exchange | None = None, **options: Any) -> TestClient:
         Route("/v1/chat/completions", chat, methods=["POST"]), Route("/fail", fail), Route("/live", show),
         Route("/item/{name}", show),
     ]  # fmt: skip
-    app = Starlette(routes=routes, middleware=[Middleware(RequestLog, **options)])
-    return TestClient(Edge(app), raise_server_exceptions=False)
+    app = Starlette(routes=routes, middleware=[Middleware(RequestLogMiddleware, logs=True, **options)])
+    return TestClient(RequestIdMiddleware(app), raise_server_exceptions=False)
 
 
 def _told(log: StringIO) -> list[dict[str, Any]]:
@@ -63,12 +66,10 @@ def _told(log: StringIO) -> list[dict[str, Any]]:
 
 
 def test_a_finished_request_is_one_line(log):
-    exchange = Exchange(None, model="served")
-    exchange.reserve(2)
-    exchange.trajectories[0] = done = _trajectory()
+    done = _trajectory()
     trace = "0af7651916cd43dd8448eb211c80319c"  # pragma: allowlist secret
     headers = {"x-request-id": "a.b-c_1", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
-    reply = _client(exchange).post("/v1/chat/completions", headers=headers, content=b"zebra")
+    reply = _client(2).post("/v1/chat/completions", headers=headers, content=b"zebra")
     (line,) = _told(log)
     assert reply.headers.get_list("x-request-id") == ["a.b-c_1"]
     assert line.pop("seconds") > 0
@@ -90,7 +91,8 @@ def test_an_id_that_is_missing_or_no_plain_word_is_made(log, given):
     reply = _client().post("/v1/chat/completions", headers=headers)
     (line,) = _told(log)
     assert len(line["request_id"]) == 32
-    assert reply.text == reply.headers["x-request-id"] == line["request_id"]  # what is inside of it sees the same
+    assert reply.text == reply.headers["x-request-id"] == line["request_id"]
+    assert reply.headers["seen"] == ""  # vLLM would make it part of its engine ids
 
 
 @pytest.mark.parametrize(
@@ -119,8 +121,9 @@ def test_probes_that_succeed_and_quiet_routes_are_not_told(log):
 async def test_a_client_that_left_before_its_reply_is_told_as_such(log):
     async def app(scope: Any, receive: Any, send: Any) -> None: ...
 
+    begin_request(RequestState())
     scope = {"type": "http", "method": "POST", "path": "/v1/messages", "root_path": "", "headers": []}
-    await RequestLog(app)(scope, None, None)  # type: ignore[arg-type]
+    await RequestLogMiddleware(app, logs=True)(scope, None, None)  # type: ignore[arg-type]
     (line,) = _told(log)
     assert (line["status"], line["route"]) == (499, "/v1/messages")
 

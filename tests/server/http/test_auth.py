@@ -10,11 +10,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from rtap_core.types import Judged
-from rtap_server.engine.confidence import PoolingConfidence
-from rtap_server.engine.supervisor import Ward
+from rtap_server.engine.confidence.pooling import PoolingConfidence
+from rtap_server.engine.request_state import RequestState, begin_request, current_request, salted_prompt
 from rtap_server.http.admission import KeyLimits
 from rtap_server.http.api_keys import Key, KeyRing
-from rtap_server.http.auth import Gate, current_visit, salted
+from rtap_server.http.auth import PROBE_PATHS, AuthMiddleware
+from rtap_server.routes import page
 from rtap_server.telemetry.metrics import Metrics
 
 
@@ -28,10 +29,8 @@ class Inner:
 
     async def __call__(self, scope, receive, send) -> None:
         self.seen.append(scope.get("path"))
-        self.salts.append(salted({"prompt_token_ids": [1]} | scope.get("state", {})).get("cache_salt"))
-        visit = current_visit()
-        if visit is not None:
-            visit.spent_tokens += self.cost
+        self.salts.append(salted_prompt({"prompt_token_ids": [1]} | scope.get("state", {})).get("cache_salt"))
+        current_request().spent_tokens += self.cost
         await self.go.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
@@ -51,9 +50,9 @@ class Door:
 
     def __init__(self, *keys: Key, cost: int = 0) -> None:
         self.now, self.inner, self.registry = 0.0, Inner(cost), CollectorRegistry()
-        self.gate = Gate(
+        self.gate = AuthMiddleware(
             self.inner, keys=KeyRing(keys, None), metrics=Metrics(self.registry), secret=b"s" * 32,
-            clock=lambda: self.now,
+            clock=lambda: self.now, open_paths={*PROBE_PATHS, *page.FILES},
         )  # fmt: skip
 
     async def ask(self, path="/v1/models", *, method="GET", **headers: str | bytes):
@@ -67,6 +66,7 @@ class Door:
         async def send(message):
             sent.append(message)
 
+        begin_request(RequestState())
         await self.gate(scope, None, send)
         told = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
         body = b"".join(m.get("body", b"") for m in sent[1:])
@@ -222,7 +222,7 @@ async def test_the_generators_cache_is_divided_too():
             asked.append(prompt)
             yield SimpleNamespace(finished=True, outputs=SimpleNamespace(data=[0.5]))
 
-    scorer = PoolingConfidence(Ward("confidence", Generator()), 10.0, 100)  # type: ignore[arg-type]
+    scorer = PoolingConfidence(SimpleNamespace(engine=Generator()), 10.0, 100)  # type: ignore[arg-type]
     door = Door(key_of("a"), key_of("b"))
 
     async def score(scope, receive, send) -> None:
@@ -233,22 +233,14 @@ async def test_the_generators_cache_is_divided_too():
     for key in ("a", "b"):
         assert (await door.ask(x_api_key=key))[0] == 200
     assert [prompt["cache_salt"] for prompt in asked] == door.inner.salts
+    begin_request(RequestState())
     await scorer.score(Judged([1], [2], [1]))
     assert asked[-1] == {"prompt_token_ids": [1, 2]}
 
 
 async def test_without_keys_a_prompt_keeps_the_salt_it_has():
-    assert current_visit() is None
-    assert salted({"prompt_token_ids": [1]}) == {"prompt_token_ids": [1]}
-    assert salted({"cache_salt": "own"}) == {"cache_salt": "own"}
-
-
-async def test_a_visit_ends_with_its_request_and_no_probe_inherits_it():
-    door = Door(key_of("a"))
-    await door.ask(x_api_key="a")
-    assert current_visit() is None
-    await door.ask("/live")
-    assert door.inner.salts[1] is None
+    assert salted_prompt({"prompt_token_ids": [1]}) == {"prompt_token_ids": [1]}
+    assert salted_prompt({"cache_salt": "own"}) == {"cache_salt": "own"}
 
 
 async def test_the_gate_costs_less_than_a_tenth_of_a_millisecond():
