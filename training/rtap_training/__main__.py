@@ -1,6 +1,7 @@
 """``rtap train``: the training commands. Heavy imports wait until a command runs, so that ``--help`` is quick."""
 
 import argparse
+import difflib
 import os
 import sys
 import warnings
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rtap_core.errors import ConfigError, RtapError
-from rtap_core.hints import meant
 from rtap_training.config import (
     BUNDLED,
     ConfidenceConfig,
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         kinds: dict[str, type[Any]] = {name: kind for name, (_, kind, _) in STAGES.items()} | dict(CONFIGS)
         known = [f"--{item.name.replace('_', '-')}" for item in fields(kinds[command])] if command in kinds else []
-        hint = meant(unknown[0].partition("=")[0], known)
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
         parser.error(f"{command} knows no {' '.join(unknown)}{hint}; `rtap train {command} --help` lists its flags")
     try:
         _run(command, flags)
