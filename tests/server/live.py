@@ -10,11 +10,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 
-
 @contextlib.contextmanager
 def serving(app: ASGIApp) -> Generator[int]:
     """The port of ``app``, served as ``rtap serve`` serves it."""
-    config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", http="h11", h11_max_incomplete_event_size=8192)
+    config = uvicorn.Config(
+        app, port=0, log_config=None, lifespan="off", http="h11", h11_max_incomplete_event_size=8192
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -10,7 +10,13 @@ from starlette.routing import Mount, Route
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 
-from rtap_server.http.route_kinds import LIGHTWEIGHT_PATHS, RECURSIVE_PATHS, BLOCKED_PATHS, BLOCKED_WITH_KEYS, GENERATING_PATHS
+from rtap_server.http.route_kinds import (
+    BLOCKED_PATHS,
+    BLOCKED_WITH_KEYS,
+    GENERATING_PATHS,
+    LIGHTWEIGHT_PATHS,
+    RECURSIVE_PATHS,
+)
 from rtap_server.settings import Settings
 from tests.server.whole import CYCLE, Service, make_service
 

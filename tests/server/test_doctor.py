@@ -92,7 +92,7 @@ def test_a_torchvision_that_does_not_fit_is_told_apart(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
-        ({"RTAP_TRESHOLD": "1"}, "unknown settings in the environment: RTAP_TRESHOLD"),
+        ({"RTAP_TRESHOLD": "1"}, "unknown variables: RTAP_TRESHOLD"),
         ({"RTAP_API_KEYS": ","}, "RTAP_API_KEYS must be keys"),
         ({"RTAP_API_KEYS_FILE": "/nowhere"}, "cannot read the API keys file /nowhere"),
     ],

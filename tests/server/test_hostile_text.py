@@ -4,23 +4,23 @@ Time is the thread's own: others are busy on the same cores. Twice the text may 
 four times, and sixteen from the shortest to the longest.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 
 import msgspec
 import pytest
 
+from rtap_core.answers import normalise_answer
 from rtap_core.errors import InvalidRequest
 from rtap_core.format import RTAP, THINK, CycleParser, split_cycles
 from rtap_core.lexicon import load_lexicon
-from rtap_core.answers import normalise_answer
+from rtap_server.engine.request_state import RequestState
 from rtap_server.http.body_limits import parse_json
 from rtap_server.http.errors import shape_error
 from rtap_server.http.field_limits import FieldLimits
-from rtap_server.http.idempotency import Run, State
-from rtap_server.http.privacy import texts_of, without
 from rtap_server.http.response_rewriter import EventStream
-from rtap_server.http.schema import Exchange
+from rtap_server.telemetry.feedback import Feedback
 from tests.server.http.test_recursion_fields import _trajectory
 
 MEBIBYTE = 2**20
@@ -50,7 +50,7 @@ def in_deltas(fmt, step: int) -> Callable[[str], None]:
 
 def through_a_stream(text: str) -> None:
     """As the text of events, and as bytes that never end one."""
-    stream = EventStream("/v1/chat/completions", {}, Exchange(None, trajectories={0: _trajectory()}), str)
+    stream = EventStream("/v1/chat/completions", RequestState(trajectories={0: _trajectory()}), Feedback())
     delta = msgspec.json.encode({"choices": [{"index": 0, "delta": {"reasoning": text}, "finish_reason": None}]})
     assert len(stream.feed(b"data: " + delta + b"\n\n")) > len(text)
     for at in range(0, len(text), 512):
@@ -59,31 +59,18 @@ def through_a_stream(text: str) -> None:
 
 def as_a_body(text: str) -> None:
     """As JSON, whole and as a value, through all that looks at it before a route does."""
-    caps = FieldLimits(n=16, messages=1024, ids=1024, allows_templates=False)
+    caps = FieldLimits(n=16, messages=1024, token_ids=1024, allows_templates=False)
     for raw in (text.encode(), msgspec.json.encode({"prompt": text}), b'{"a":' + text.encode()):
-        try:
-            request = parse(raw)
+        with contextlib.suppress(InvalidRequest):
+            request = parse_json(raw)
             caps.check(request)
             caps.check_length(request)
-        except InvalidRequest as error:
-            without(str(error), texts_of({"prompt": text}))
-
-
-def as_a_kept_reply(text: str) -> None:
-    """Kept for who comes again, in pieces, and looked through at its end."""
-    run = Run(b"", 0.0)
-    run.add({"type": "http.response.start", "status": 200})
-    for at in range(0, len(text), 4096):
-        run.add({"type": "http.response.body", "body": text[at : at + 4096].encode(), "more_body": True})
-    run.add({"type": "http.response.body", "body": b""})
-    run.end()
-    assert run.state is State.DONE
 
 
 def as_an_error(text: str) -> None:
     """Of somebody's who repeats it all: it is cut before it is looked through."""
     body = msgspec.json.encode({"error": {"message": text, "type": "BadRequestError", "param": None, "code": 400}})
-    assert len(shape_error(400, body, str) or b"") < 2**14
+    assert len(shape_error(400, body, "id") or b"") < 2**14
 
 
 PARSERS: dict[str, Callable[[str], object]] = {
@@ -93,7 +80,6 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "trajectory": split_cycles,
     "stream": through_a_stream,
     "body": as_a_body,
-    "kept reply": as_a_kept_reply,
     "lexicon": load_lexicon().find,
     "answer": normalise_answer,
     "error text": as_an_error,

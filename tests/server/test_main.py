@@ -16,11 +16,11 @@ from tests.documents import PAGES, commands
         (["--threshold", "2"], {}, "--threshold (or RTAP_THRESHOLD)='2'"),
         (["--policy", "confidence"], {}, "policy=confidence needs a generator"),
         (["--policy", "sure"], {}, "--policy (or RTAP_POLICY)='sure'"),
-        ([], {"RTAP_TRESHOLD": "1"}, "in the environment: RTAP_TRESHOLD (did you mean RTAP_THRESHOLD?); mend or unset"),
+        ([], {"RTAP_TRESHOLD": "1"}, "unknown variables: RTAP_TRESHOLD (did you mean RTAP_THRESHOLD?); fix or unset"),
         (["--confidence", "remote", "--confidence-model", "/m"], {}, "confidence=remote needs a http(s) address"),
         (["--api-server-count", "2"], {}, "rtap runs one API process"),
         (["--headless"], {}, "rtap runs one API process"),
-        (["--api-key", "secret"], {}, "leave out --api-key, which every user of the machine can read"),
+        (["--api-key", "secret"], {}, "leave out --api-key, which other users of this machine can read"),
         (["--api-keys-file", "/nowhere/keys"], {}, "cannot read the API keys file /nowhere/keys: No such file"),
         ([], {"RTAP_API_KEYS": ","}, "RTAP_API_KEYS must be keys of printable ASCII"),
         (["--reasoning-parser", "qwen3"], {}, "leave out --reasoning-parser qwen3"),
@@ -47,7 +47,7 @@ def test_a_flag_that_is_written_wrong_gets_the_right_one(capsys):
 def test_help_says_how_to_see_the_flags(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "`rtap serve --help=R-TAP` lists the flags of recursion" in " ".join(capsys.readouterr().out.split())
+    assert "`rtap serve --help=R-TAP` lists the R-TAP flags" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
         main(["--help=R-TAP"])
     assert "--max-cycles VALUE" in capsys.readouterr().out
@@ -80,8 +80,11 @@ def test_a_port_in_use_is_one_sentence(monkeypatch, capsys):
     ("flags", "sentence"),
     [
         (["--port", "80000"], "cannot listen on port 80000: choose a --port from 0 to 65535"),
-        (["--host", "192.0.2.1"], "Cannot assign requested address; choose another --host: 127.0.0.1 for this machine"),
-        (["--host", "no.such.host.invalid"], "; choose another --host: 127.0.0.1 for this machine"),
+        (
+            ["--host", "192.0.2.1"],
+            "Cannot assign requested address; choose another --host (127.0.0.1: this machine only",
+        ),
+        (["--host", "no.such.host.invalid"], "; choose another --host (127.0.0.1: this machine only"),
     ],
 )
 def test_an_address_that_cannot_be_had_says_what_to_change(flags, sentence, monkeypatch, capsys):

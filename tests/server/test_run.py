@@ -16,17 +16,23 @@ from vllm.utils.gc_utils import freeze_gc_heap
 
 from rtap_server.__main__ import _parse
 from rtap_server.engine.server_state import Drain
-from rtap_server.engine.supervisor import Supervisor, SupervisedEngine
+from rtap_server.engine.supervisor import SupervisedEngine, Supervisor
 from rtap_server.http.admission import Admission
 from rtap_server.run import _config, serve_app
 from rtap_server.telemetry.metrics import Metrics
 from tests.other_checkpoints import MODELS
-from tests.server.live import LIMITS
 
 
 @pytest.fixture(scope="module")
 def args() -> Namespace:
     return _parse([str(MODELS / "policy")])[0]
+
+
+class FakeAsyncLLM:
+    """An engine whose state cannot be read."""
+
+    class engine_core:
+        async def get_output_async() -> None: ...
 
 
 class Watcher:
@@ -53,7 +59,7 @@ async def test_what_lives_for_a_while_is_collected_though_the_process_is_large(a
     with socket.create_server(("127.0.0.1", 0)) as sock:
         serving = asyncio.create_task(
             serve_app(
-                app, args, sock, heads=LIMITS, drain=Drain(), drain_seconds=1.0, admission=Admission(1),
+                app, args, sock, drain=Drain(), drain_seconds=1.0, admission=Admission(1),
                 supervisor=Watcher(),  # type: ignore[arg-type]
             )
         )  # fmt: skip
@@ -74,10 +80,10 @@ async def test_what_lives_for_a_while_is_collected_though_the_process_is_large(a
 
 async def test_a_supervisor_that_breaks_is_told_and_not_swallowed(args):
     drain = Drain()
-    unknown = SupervisedEngine("policy", object())  # type: ignore[arg-type] - an engine that has nothing of what is asked of it
+    unknown = SupervisedEngine("policy", FakeAsyncLLM())  # type: ignore[arg-type] - it lacks all that is read of it
     with socket.create_server(("127.0.0.1", 0)) as sock, pytest.raises(ExceptionGroup) as caught:
         await serve_app(
-            FastAPI(), args, sock, heads=LIMITS, drain=drain, drain_seconds=1.0, admission=Admission(1),
+            FastAPI(), args, sock, drain=drain, drain_seconds=1.0, admission=Admission(1),
             supervisor=Supervisor([unknown], Metrics(CollectorRegistry()), 1.0, lambda _: None),
         )  # fmt: skip
     assert caught.group_contains(AttributeError)
@@ -87,6 +93,30 @@ async def test_a_supervisor_that_breaks_is_told_and_not_swallowed(args):
 def test_a_connection_stays_open_for_longer_than_clients_keep_it(args, monkeypatch):
     monkeypatch.delenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", raising=False)
     longest_seconds = 60  # a load balancer's; aiohttp has 15, httpx 5
-    assert _config(FastAPI(), args, LIMITS).timeout_keep_alive > longest_seconds
+    assert _config(FastAPI(), args).timeout_keep_alive > longest_seconds
     monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "7")
-    assert _config(FastAPI(), args, LIMITS).timeout_keep_alive == 7
+    assert _config(FastAPI(), args).timeout_keep_alive == 7
+
+
+async def test_a_huge_header_is_refused_and_the_server_lives(args):
+    """uvicorn's h11 bounds the size of a request's head; --h11-max-incomplete-event-size is the bound."""
+    app = FastAPI()
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        serving = asyncio.create_task(
+            serve_app(
+                app, args, sock, drain=Drain(), drain_seconds=1.0, admission=Admission(1),
+                supervisor=Watcher(),  # type: ignore[arg-type]
+            )
+        )  # fmt: skip
+        async with asyncio.timeout(20):
+            while not getattr(getattr(app.state, "server", None), "started", False):
+                await asyncio.sleep(0.01)
+            for head, status in ((b"x: " + b"y" * (args.h11_max_incomplete_event_size + 1), b"400"), (b"x: y", b"404")):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + head + b"\r\n\r\n")
+                assert (await reader.readline()).split()[1] == status
+                writer.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await serving is None
+    assert args.h11_max_incomplete_event_size == 2**16

@@ -41,9 +41,7 @@ def test_keys_have_a_variable_and_no_flag(monkeypatch):
 
 
 def test_an_unknown_variable_is_refused(monkeypatch):
-    with pytest.raises(
-        ConfigError, match=r"RTAP_TRESHOLD \(did you mean RTAP_THRESHOLD\?\); mend or unset them: `rtap"
-    ):
+    with pytest.raises(ConfigError, match=r"RTAP_TRESHOLD \(did you mean RTAP_THRESHOLD\?\); fix or unset them: `rtap"):
         _load([], {"RTAP_TRESHOLD": "0.5"}, monkeypatch)
 
 
@@ -58,7 +56,7 @@ def test_an_unknown_variable_is_refused(monkeypatch):
         (["--policy", "confidence"], "policy=confidence needs a generator"),
         (["--confidence", "pooling"], "confidence=pooling needs confidence_model"),
         (["--confidence", "remote", "--confidence-model", "/x"], "confidence=remote needs a http(s) address"),
-        (["--confidence-engine-args", "{"], "--confidence-engine-args is no JSON"),
+        (["--confidence-engine-args", "{"], "--confidence-engine-args is not JSON"),
         (["--confidence-engine-args", "[1]"], "--confidence-engine-args must be a JSON object"),
     ],
 )

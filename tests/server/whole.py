@@ -23,8 +23,7 @@ from rtap_core.format import RTAP
 from rtap_core.types import Confidence
 from rtap_server.__main__ import _parse
 from rtap_server.app import create_app
-from rtap_server.engine.server_state import Drain
-from rtap_server.engine.server_state import ServerState
+from rtap_server.engine.server_state import Drain, ServerState
 from rtap_server.http.admission import Admission
 from rtap_server.http.api_keys import load_keys
 from rtap_server.settings import Settings
@@ -63,7 +62,9 @@ class Engine:
         self.prompts: list[str] = []
         self.write: Callable[[str], str] = lambda _: CYCLE
         self.most_seconds = 0.0
-        self.by_token = False
+        self.by_token, self.token_seconds = False, 0.0
+        self.ids: list[str] = []
+        self.aborted: set[str] = set()
         self.go = asyncio.Event()
         self.go.set()
 
@@ -77,29 +78,37 @@ class Engine:
 
     async def check_health(self) -> None: ...
 
-    async def abort(self, request_id: Any, **options: Any) -> None: ...
+    async def abort(self, request_id: str | list[str], **options: Any) -> None:
+        """Ends every request under an id that has arrived, as vLLM does."""
+        given = {request_id} if isinstance(request_id, str) else set(request_id)
+        self.aborted |= given & set(self.ids)
 
     async def generate(
         self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         self.salts.append(prompt.get("cache_salt"))
+        self.ids.append(request_id)
         self.prompts.append(self.renderer.tokenizer.decode(prompt["prompt_token_ids"]))
         text = self.write(self.prompts[-1])
         await self.go.wait()
         await asyncio.sleep(random.random() * self.most_seconds)
         ids = self.encode_text(text)
-        is_cut = self.by_token and params.output_kind is RequestOutputKind.DELTA
+        is_cut = self.by_token and (params.output_kind is RequestOutputKind.DELTA or bool(self.token_seconds))
         pieces = [[token_id] for token_id in ids] if is_cut else [ids]
         for number, piece in enumerate(pieces, 1):
+            await asyncio.sleep(self.token_seconds)
+            is_aborted = request_id in self.aborted
             part = CompletionOutput(
                 index=0, text=self.renderer.tokenizer.decode(piece) if is_cut else text, token_ids=piece,
                 cumulative_logprob=None, logprobs=None if params.logprobs is None else [{i: _SURE} for i in piece],
-                finish_reason="stop" if number == len(pieces) else None,
+                finish_reason="abort" if is_aborted else "stop" if number == len(pieces) else None,
             )  # fmt: skip
             yield RequestOutput(
                 request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
-                outputs=[part], finished=number == len(pieces), num_cached_tokens=0,
+                outputs=[part], finished=is_aborted or number == len(pieces), num_cached_tokens=0,
             )  # fmt: skip
+            if is_aborted:
+                return
 
 
 class Service:

@@ -70,6 +70,6 @@ def test_a_broken_config_is_vllms_to_refuse(tmp_path, text):
 
 
 def test_a_configuration_from_the_hub_is_looked_at_too():
-    with pytest.raises(ConfigError, match="names Python code of its own"):
+    with pytest.raises(ConfigError, match="has custom Python code"):
         refuse_custom_code("some/hub-name", {"auto_map": {"AutoModel": "a.B"}})
     refuse_custom_code("some/hub-name", {"model_type": "qwen3"})

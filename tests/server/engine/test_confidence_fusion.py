@@ -58,7 +58,7 @@ async def test_a_pair_from_elsewhere_is_read_by_the_policy():
 
 async def test_either_witness_failing_is_no_score():
     judged = Judged([1], [5], [1])
-    with pytest.raises(ConfidenceError, match="could not read the pair: RuntimeError"):
+    with pytest.raises(ConfidenceError, match="the policy failed to compute log-probabilities: RuntimeError"):
         await FusedConfidence(_Generator(), FUSION, _Policy(), 1.0).score(judged)
     broken = _Generator(ConfidenceError("gone", reason="timeout"))
     with pytest.raises(ConfidenceError, match="gone"):

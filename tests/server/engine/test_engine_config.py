@@ -31,8 +31,8 @@ async def _refusal(*flags: str) -> str:
     ("flags", "sentence"),
     [
         (["/nowhere/model"], "no model at /nowhere/model: give a folder with a config.json"),
-        ([POLICY, "--confidence-model", POLICY], "is no confidence generator"),
-        ([str(MODELS / "confidence")], "scores answers and writes none: give the model that writes"),
+        ([POLICY, "--confidence-model", POLICY], "is not a confidence generator"),
+        ([str(MODELS / "confidence")], "is a classifier and generates no text: give a generating model"),
         ([POLICY, "--oops-lexicon", "/nowhere"], "cannot read the Oops lexicon /nowhere"),
         ([POLICY, "--trajectory-format", "xml"], "unknown trajectory format 'xml'"),
         (

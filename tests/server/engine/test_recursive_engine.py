@@ -17,11 +17,10 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from rtap_core.artifact import Artifact
 from rtap_core.format import RTAP
-from rtap_server.engine.server_state import Drain
 from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.recursive_engine import RecursiveEngine
 from rtap_server.engine.request_state import RequestState, begin_request, salted_prompt
-from rtap_server.engine.server_state import ServerState
+from rtap_server.engine.server_state import Drain, ServerState
 from rtap_server.engine.vllm_cycles import count_spent
 from rtap_server.http.recursion_fields import resolve_limits
 from rtap_server.http.schema import RtapOptions

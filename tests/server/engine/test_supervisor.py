@@ -1,4 +1,4 @@
-"""The supervisor over engines that are real processes: a sleeping Python stands for vLLM's."""
+"""The supervisor over engines whose process is a real one: a Python that only computes."""
 
 import asyncio
 import signal
@@ -11,24 +11,37 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import zmq
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from rtap_server.engine import supervisor as supervision
-from rtap_server.engine.supervisor import Supervisor, SupervisedEngine
+from rtap_server.engine import supervisor as supervisor_module
+from rtap_server.engine.supervisor import SilenceTimer, SupervisedEngine, Supervisor
 from rtap_server.telemetry.metrics import Metrics
 
 
 class Engine:
-    """What of an AsyncLLM is asked. Its process computes as long as it is not stopped."""
+    """The part of an AsyncLLM that the supervisor uses. It sends a message every 20 ms while its process runs."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         self.context = zmq.Context()
         manager = SimpleNamespace(processes=[self.process])
-        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager, ctx=self.context))
+        resources = SimpleNamespace(engine_manager=manager, ctx=self.context)
+        self.engine_core = SimpleNamespace(resources=resources, get_output_async=self._output)
         self.was_shut_down = False
+
+    async def _output(self) -> None: ...
+
+    async def send_messages(self) -> None:
+        """AsyncLLM's output handler: it reads what the process sends."""
+        while True:
+            await asyncio.sleep(0.02)
+            if self.process.poll() is None and psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
+                await self.engine_core.get_output_async()
 
     @property
     def errored(self) -> bool:
@@ -47,10 +60,13 @@ class Watched:
     """A supervisor over a policy and a generator. loads: what each attempt to start the latter gives."""
 
     def __init__(self, loads: list[Any]) -> None:
-        self.registry, self.told = CollectorRegistry(), list[str]()
+        self.registry, self.announced = CollectorRegistry(), list[str]()
         self.engines, self._loads = [Engine(), Engine()], iter(loads)
-        self.policy, self.generator = SupervisedEngine("policy", self.engines[0]), SupervisedEngine("confidence", self.engines[1], self._load)  # type: ignore[arg-type]
-        self.supervisor = Supervisor([self.policy, self.generator], Metrics(self.registry), 1.5, self.told.append)
+        self.policy, self.generator = (
+            SupervisedEngine("policy", self.engines[0]),
+            SupervisedEngine("confidence", self.engines[1], self._load),
+        )  # type: ignore[arg-type]
+        self.supervisor = Supervisor([self.policy, self.generator], Metrics(self.registry), 1.5, self.announced.append)
 
     def _load(self) -> Any:
         given = next(self._loads)
@@ -67,12 +83,14 @@ class Watched:
 async def watched(*loads: Any) -> AsyncGenerator[Watched]:
     watch = Watched(list(loads))
     task = asyncio.create_task(watch.supervisor.run())
+    messages = [asyncio.create_task(engine.send_messages()) for engine in watch.engines]
     await asyncio.sleep(0.1)
     try:
         yield watch
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for one in (task, *messages):
+            one.cancel()
+        await asyncio.gather(task, *messages, return_exceptions=True)
         for engine in watch.engines:
             engine.shutdown()
             engine.context.term()
@@ -80,8 +98,8 @@ async def watched(*loads: Any) -> AsyncGenerator[Watched]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervision, "_LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(supervision, "_BACK_OFF_SECONDS", (0.05, 0.1))
+    monkeypatch.setattr(supervisor_module, "_CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(supervisor_module, "_RETRY_SECONDS", (0.05, 0.1))
 
 
 async def until(condition: Any) -> None:
@@ -90,14 +108,16 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.parametrize(("sent", "what"), [(signal.SIGKILL, "dead"), (signal.SIGSTOP, "silent")])
+@pytest.mark.parametrize(
+    ("sent", "what"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "had requests and sent no output for 1.5 s")]
+)
 async def test_the_end_of_the_policy_is_a_failure_of_the_server(sent, what):
     async with watched() as watch:
         assert watch.figure("rtap_engine_up", "policy") == 1
         watch.engines[0].process.send_signal(sent)
         async with asyncio.timeout(20):
             await watch.supervisor.failed.wait()
-        assert watch.supervisor.failure == f"the policy engine is {what}"
+        assert watch.supervisor.failure == f"the policy engine {what}"
         assert watch.figure("rtap_engine_up", "policy") == 0
         assert watch.figure("rtap_engine_up", "confidence") == 1
         await until(lambda: watch.engines[0].errored)  # a silent one was killed
@@ -116,8 +136,8 @@ async def test_the_generator_is_started_again_until_that_works(sent):
         assert watch.figure("rtap_engine_restarts_total", "confidence") == 1
         assert watch.figure("rtap_engine_restarts_total", "policy") == 0
         assert not watch.supervisor.failed.is_set()
-        assert watch.told[-1] == "the confidence engine is up again"
-        assert len(watch.told) == 2
+        assert watch.announced[-1] == "the confidence engine is running again"
+        assert len(watch.announced) == 2
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["while it loads", "as it is there"])
@@ -151,3 +171,20 @@ async def test_progress_is_told_as_a_time_of_day():
         second = watch.figure("rtap_engine_last_progress_timestamp_seconds", "policy")
         assert first is not None and second is not None  # noqa: PT018 - for the type
         assert second > first > 1.7e9
+
+
+@given(st.lists(st.tuples(st.floats(0, 10_000), st.booleans(), st.booleans()), max_size=60))
+def test_a_pause_counts_no_more_than_one_interval_and_progress_resets_the_timer(steps):
+    timer, outputs, observed = SilenceTimer(max_interval_seconds=1.0), 0, 0.0
+    for interval, has_output, is_busy in steps:
+        outputs += has_output
+        timer.observe(interval, num_outputs=outputs, is_busy=is_busy)
+        observed = 0.0 if has_output or not is_busy else observed + min(interval, 1.0)
+        assert timer.silent_seconds == pytest.approx(observed)
+
+
+def test_a_machine_that_slept_an_hour_does_not_kill_a_busy_engine():
+    timer = SilenceTimer(max_interval_seconds=1.0)
+    timer.observe(0.5, num_outputs=1, is_busy=True)
+    timer.observe(3600.0, num_outputs=1, is_busy=True)
+    assert timer.silent_seconds == 1.0

@@ -38,8 +38,8 @@ from vllm.v1.executor import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rtap_server.engine import reasoning_parser
-from rtap_server.engine.recursive_engine import RecursiveEngine
 from rtap_server.engine.output_writer import ANSWER_MARK, REASONING_PARSER
+from rtap_server.engine.recursive_engine import RecursiveEngine
 from tests.other_checkpoints import MODELS
 
 POLICY = str(MODELS / "policy")

@@ -115,9 +115,9 @@ def test_a_variable_without_a_usable_key_does_not_open_the_server(value):
         ('[[keys]]\nname = "a"\nkey = "hush"\nconcurrent = 0', "keys.0.concurrent: Input should be greater than"),
         ('[[keys]]\nname = "a"\nkey = "hush"\nlimit = 5', "keys.0.limit: Extra inputs are not permitted"),
         ('[[keys]]\nname = "a"\nkey = "hush"\nscope = "all"', "keys.0.scope: Input should be 'metrics'"),
-        ('[[keys]]\nname = "a"\nkey = hush', "is no TOML (line 3)"),
-        ('[[keys]]\nname = "a"\nkey = "hush"\n' * 2, "a name or a key is there twice"),
-        ('[[keys]]\nname = "a"\nkey = "hush"\nscope = "metrics"', "has no key that opens more than /metrics"),
+        ('[[keys]]\nname = "a"\nkey = hush', "is not valid TOML (line 3)"),
+        ('[[keys]]\nname = "a"\nkey = "hush"\n' * 2, "a name or a key is listed twice"),
+        ('[[keys]]\nname = "a"\nkey = "hush"\nscope = "metrics"', "has only keys for /metrics"),
     ],
 )
 def test_a_broken_file_is_one_sentence_without_contents(text, sentence, tmp_path):
@@ -151,7 +151,7 @@ def test_a_changed_file_counts_within_a_second_and_a_broken_one_changes_nothing(
         now += 1.0
         assert ring.find(b"new") is not None
     told = capsys.readouterr().err
-    assert told.count("the keys before it still count") == told.count("\n") == 2  # one a change
+    assert told.count("the previous keys stay valid") == told.count("\n") == 2  # one a change
     assert "hush" not in told
     write(file, '[[keys]]\nname = "a"\nkey = "newest"')
     now += 1.0

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from rtap_core.errors import InvalidRequest
+from rtap_server.engine.request_state import RequestState, begin_request, current_request
 from rtap_server.engine.server_state import Drain
 from rtap_server.http.admission import Admission
-from rtap_server.engine.request_state import RequestState, begin_request, current_request
 from rtap_server.http.body_limits import MAX_CONTAINERS, MAX_STRINGS, BodyLimitsMiddleware, parse_json
 from rtap_server.http.field_limits import FieldLimits
 from rtap_server.telemetry.metrics import Metrics

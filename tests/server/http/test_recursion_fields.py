@@ -128,9 +128,7 @@ def test_threshold_is_the_requests_then_the_servers_then_the_checkpoints():
 )  # fmt: skip
 def test_effort_moves_the_servers_defaults_and_the_requests_own_fields_win(word, cycles, threshold):
     def limits(**own):
-        return resolve_limits(
-            RtapOptions(**own), SETTINGS, Artifact(threshold=0.6), has_confidence=True, effort=word
-        )
+        return resolve_limits(RtapOptions(**own), SETTINGS, Artifact(threshold=0.6), has_confidence=True, effort=word)
 
     assert (limits().max_cycles, limits().threshold) == (cycles, pytest.approx(threshold))
     own = limits(max_cycles=3, threshold=0.1)

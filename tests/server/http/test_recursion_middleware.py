@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from rtap_core.types import Policy
 from rtap_core.artifact import Artifact
 from rtap_core.format import RTAP
+from rtap_core.types import Policy
 from rtap_server.engine.request_state import current_request
 from rtap_server.engine.server_state import Drain, ServerState
 from rtap_server.http.admission import Admission

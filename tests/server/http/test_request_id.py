@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
 from rtap_core.errors import InvalidRequest, Overloaded, UnknownRequest
-from rtap_server.engine.request_state import RequestState, begin_request, current_request
+from rtap_server.engine.request_state import begin_request, current_request
 from rtap_server.http.errors import install_handlers, shape_error, shape_error_event
 from rtap_server.http.request_id import RequestIdMiddleware
 from tests.server.live import exchange as over_a_socket

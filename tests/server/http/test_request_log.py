@@ -15,8 +15,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from rtap_server.http.request_id import RequestIdMiddleware
 from rtap_server.engine.request_state import RequestState, begin_request, current_request
+from rtap_server.http.request_id import RequestIdMiddleware
 from rtap_server.http.request_log import RequestLogMiddleware
 from rtap_server.telemetry.logs import LOGGER, REQUESTS, announce, use_json
 from tests.server.http.test_recursion_fields import _trajectory

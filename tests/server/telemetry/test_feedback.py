@@ -67,7 +67,7 @@ def test_answers_and_verdicts_are_bounded():
     feedback = Feedback(capacity=3, window=2)
     for number in range(5):
         feedback.remember(str(number), {0: _scored(0.5)})
-    with pytest.raises(UnknownRequest, match="remembers no answer '1': it keeps the last 3"):
+    with pytest.raises(UnknownRequest, match="no answer '1' is known: this server remembers the last 3"):
         feedback.judge("1", 0, correct=True)
     for number in range(2, 5):
         feedback.judge(str(number), 0, correct=True)

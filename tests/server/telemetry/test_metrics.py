@@ -6,7 +6,6 @@ from prometheus_client import CollectorRegistry
 
 from rtap_core.types import Policy
 from rtap_server.http.admission import Admission
-from rtap_server.http.schema import reasoning_tokens
 from rtap_server.telemetry.metrics import Metrics
 from tests.server.http.test_recursion_fields import _trajectory
 
@@ -34,7 +33,7 @@ def test_one_trajectory_is_counted_once_everywhere():
     registry, _ = _observed(done)
     assert registry.get_sample_value("rtap_requests_total", {"policy": "confidence", "stop_reason": "threshold"}) == 1
     assert registry.get_sample_value("rtap_cycles_sum") == 2
-    assert _sum(registry, "rtap_reasoning_tokens_total") == reasoning_tokens(done)
+    assert _sum(registry, "rtap_reasoning_tokens_total") == done.reasoning_tokens
     assert _sum(registry, "rtap_oops_tokens_total") == 2
     assert registry.get_sample_value("rtap_oops_tokens_total", {"cycle": "2", "accepted": "true"}) == 1
     gains = [registry.get_sample_value("rtap_confidence_gain_bucket", {"le": le}) for le in ("0.25", "0.5")]

@@ -20,9 +20,9 @@ from rtap_server.engine.confidence.yesno import YesNoConfidence
 from rtap_server.engine.request_state import RequestState, begin_request, current_request
 from rtap_server.http.request_log import RequestLogMiddleware
 from rtap_server.telemetry.tracing import Tracing
+from tests.server.engine.test_confidence_yesno import _Engine
 from tests.server.engine.test_recursive_engine import DOUBT, WRONG, FakeLLM, all_of, ask, build
 from tests.server.http.test_recursion_fields import _trajectory
-from tests.server.engine.test_confidence_yesno import _Engine
 
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # pragma: allowlist secret
 PARENT = {"traceparent": f"00-{TRACE}-{CLIENT}-01"}
