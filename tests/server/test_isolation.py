@@ -97,11 +97,11 @@ async def test_what_the_generator_reads_for_a_key_is_charged_to_it(service):
     service.forget_spending()
 
 
-async def test_stored_responses_are_refused_with_keys(service, tmp_path, monkeypatch):
+async def test_stored_responses_are_refused_with_keys(tmp_path, monkeypatch):
     """vLLM's store has no owners: any key could read every response."""
     monkeypatch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
     with pytest.raises(ConfigError, match="lets every API key read every stored response"):
-        make_service(tmp_path / "keys.toml", Settings())
+        await asyncio.to_thread(make_service, tmp_path / "keys.toml", Settings())
 
 
 async def test_two_requests_with_one_request_id_do_not_end_each_other(service):

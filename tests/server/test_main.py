@@ -82,7 +82,7 @@ def test_a_port_in_use_is_one_sentence(monkeypatch, capsys):
         (["--port", "80000"], "cannot listen on port 80000: choose a --port from 0 to 65535"),
         (
             ["--host", "192.0.2.1"],
-            "Cannot assign requested address; choose another --host (127.0.0.1: this machine only",
+            "Cannot assign requested address; choose another --host (127.0.0.1: this machine",
         ),
         (["--host", "no.such.host.invalid"], "; choose another --host (127.0.0.1: this machine only"),
     ],

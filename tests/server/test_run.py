@@ -112,8 +112,9 @@ async def test_a_huge_header_is_refused_and_the_server_lives(args):
         async with asyncio.timeout(20):
             while not getattr(getattr(app.state, "server", None), "started", False):
                 await asyncio.sleep(0.01)
-            for head, status in ((b"x: " + b"y" * (args.h11_max_incomplete_event_size + 1), b"400"), (b"x: y", b"404")):
+            for head, status in ((b"x: " + b"y" * 2**20, b"400"), (b"x: y", b"404")):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                # h11 compares what has arrived, up to one read too much, with the bound.
                 writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + head + b"\r\n\r\n")
                 assert (await reader.readline()).split()[1] == status
                 writer.close()

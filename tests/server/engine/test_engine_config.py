@@ -53,7 +53,7 @@ async def test_weights_that_were_cut_short_end_in_what_to_do(tmp_path):
     (broken / "model.safetensors").write_bytes((MODELS / "policy" / "model.safetensors").read_bytes()[:1000])
     refusal = await _refusal(str(broken), "--confidence", "none")
     assert refusal.startswith(f"cannot start {broken}: ")
-    assert refusal.endswith(f"; `rtap doctor {broken}` looks at its files and at this machine")
+    assert refusal.endswith(f"; run `rtap doctor {broken}` to check its files and this machine")
 
 
 async def test_a_format_that_the_model_has_no_tokens_for_is_refused(tmp_path):

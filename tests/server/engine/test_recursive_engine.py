@@ -70,10 +70,10 @@ class FakeLLM:
         self.aborted += request_ids
 
 
-def build(llm: FakeLLM) -> RecursiveEngine:
+def build(llm: FakeLLM, confidence: Any = None) -> RecursiveEngine:
     server = ServerState(
         settings=Settings(confidence_model="http://generator"), format=RTAP,
-        confidence=ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
+        confidence=confidence or ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
         generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=encode,
         end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None),
         drain=Drain(),

