@@ -36,7 +36,7 @@ from bench_servers import (
 from rich.console import Console
 from rich.progress import Progress
 
-from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import write_atomically
 from rtap_training.evaluation.statistics import Interval
 

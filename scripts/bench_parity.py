@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from rtap_core.format import RTAP, parse_cycle
-from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import write_atomically
 
 USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")

@@ -29,7 +29,7 @@ from bench_servers import MODELS, ROOT, SERVED_NAME, interval_text, ratio_over_r
 from rich.console import Console
 
 from rtap_training.evaluation.client import Load, RtapServer
-from rtap_training.evaluation.questions import Question, load_questions
+from rtap_training.evaluation.question_files import Question, load_questions
 from rtap_training.evaluation.records import RunSpec, write_atomically
 from rtap_training.evaluation.rules import CONFIDENCE, MODEL, SINGLE, VOTE
 from rtap_training.evaluation.server_process import running_server, serve_command

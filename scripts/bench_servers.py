@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from rtap_training.evaluation.questions import Question, load_questions
+from rtap_training.evaluation.question_files import Question, load_questions
 from rtap_training.evaluation.server_process import running_server, serve_command
 from rtap_training.evaluation.statistics import Interval
 

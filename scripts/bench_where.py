@@ -20,7 +20,7 @@ from bench_servers import MODELS, ROOT, cpu_seconds, processes_of, run_of, sums
 from rich.console import Console
 
 from rtap_training.evaluation.client import Load, RtapServer
-from rtap_training.evaluation.questions import Question, load_questions
+from rtap_training.evaluation.question_files import Question, load_questions
 from rtap_training.evaluation.records import CycleRecord, RunSpec, write_atomically
 from rtap_training.evaluation.rules import CONFIDENCE, SINGLE
 from rtap_training.evaluation.server_process import running_server, serve_command

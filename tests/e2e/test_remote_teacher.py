@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from rtap_core.errors import ConfigError
-from rtap_training.errors import TeacherError
 from rtap_training.questions import load_questions
 from rtap_training.rl import command
 from rtap_training.rl.config import RladConfig
 from rtap_training.rl.loading import load_for_training
 from rtap_training.rl.teacher import RemoteTeacher, Teacher
 from rtap_training.tasks.base import Split
+from rtap_training.training_errors import TeacherError
 from tests.e2e.conftest import MODELS, Running, free_port, running, vllm_command
 
 # Different kernels on both sides add in different orders.
@@ -43,8 +43,8 @@ def build(teacher: str, output: Path) -> Teacher:
     settings = config(teacher, output)
     questions = load_questions("countdown", Split.TRAIN, seed=1, count=16)
     trainer = command.build_trainer(settings, load_for_training(settings.policy), questions)
-    assert trainer.parts.teacher is not None
-    return trainer.parts.teacher
+    assert trainer.components.teacher is not None
+    return trainer.components.teacher
 
 
 def rows(vocabulary: int = 448) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from rtap_training.evaluation.page import to_html
-from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
 from rtap_training.evaluation.results import Results, task_results
 from tests.page.browser import open_page, violations

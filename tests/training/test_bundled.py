@@ -10,11 +10,10 @@ import torch
 from rtap_core.format import RTAP, parse_cycle
 from rtap_training.classifier import load_generator, pooled
 from rtap_training.examples import Example
-from rtap_training.huggingface import decode_ids, encode_text, load_policy
+from rtap_training.huggingface import decode_ids, encode_text, load_policy, token_id
 from rtap_training.questions import held_out_questions
 from rtap_training.rollout import encode_question, sample_until
 from rtap_training.tasks import TASKS, check
-from rtap_training.tokenizer import token_id
 
 MODELS = Path(__file__).parents[2] / "deploy" / "models"
 PAIRS = [  # Countdown only: in arithmetic its card promises little more than chance

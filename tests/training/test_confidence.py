@@ -11,36 +11,36 @@ from transformers import PreTrainedTokenizerFast
 
 from rtap_core.errors import ConfigError
 from rtap_core.format import RTAP
+from rtap_training.bundled.architecture import build_policy
+from rtap_training.bundled.tokenizer import TAGS, build_tokenizer
 from rtap_training.classifier import body_of, build_generator, build_scratch, confidences
 from rtap_training.confidence import balanced_loss, label, pairwise_loss
 from rtap_training.config import ConfidenceConfig, Loss, SftConfig
 from rtap_training.examples import Example
-from rtap_training.huggingface import encode_text
+from rtap_training.huggingface import encode_text, token_id
 from rtap_training.judging import (
     ALONE,
     GENERATOR,
     LOGPROB_RULES,
-    Witnesses,
+    CycleScores,
     judge_task,
     logprob_scores,
     report,
-    witness,
+    score_cycles,
 )
-from rtap_training.own_cycles import Asked, training_problems
-from rtap_training.policy import build_policy
+from rtap_training.own_cycles import PolicySetup, training_problems
 from rtap_training.rollout import SampledCycle, Trajectory
-from rtap_training.tokenizer import TAGS, build_tokenizer, token_id
 
 CONFIG = ConfidenceConfig(questions=10, synthetic_pairs=0, validation_share=0.2)
 
 
 @pytest.fixture(scope="module")
-def asked() -> Asked[ConfidenceConfig]:
+def asked() -> PolicySetup[ConfidenceConfig]:
     tokenizer = build_tokenizer(["make 82 from 3, 7, 25 user assistant"] * 10, vocab_size=300, max_length=1024)
     torch.manual_seed(0)
     torch.set_num_threads(1)  # two would wait for each other where the machine is busy
     shape = SftConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=64)
-    return Asked(build_policy(shape, tokenizer).eval(), tokenizer, CONFIG)
+    return PolicySetup(build_policy(shape, tokenizer).eval(), tokenizer, CONFIG)
 
 
 def cycle(tokenizer: PreTrainedTokenizerFast, text: str, right: bool | None) -> SampledCycle:
@@ -48,7 +48,7 @@ def cycle(tokenizer: PreTrainedTokenizerFast, text: str, right: bool | None) -> 
     return SampledCycle(ids, None if right is None else text, bool(right))
 
 
-def sampled(asked: Asked[ConfidenceConfig], rights: list[list[bool | None]]) -> list[Trajectory]:
+def sampled(asked: PolicySetup[ConfidenceConfig], rights: list[list[bool | None]]) -> list[Trajectory]:
     """A trajectory of one cycle for each entry; None: it was cut."""
     return [
         Trajectory(question, [1, 2, question], [cycle(asked.tokenizer, f"{place}{right}", right)], is_open=False)
@@ -68,14 +68,14 @@ def sampled(asked: Asked[ConfidenceConfig], rights: list[list[bool | None]]) -> 
     ],
 )
 def test_data_without_contrast_is_refused(
-    asked: Asked[ConfidenceConfig], rights: list[list[bool | None]], message: str
+    asked: PolicySetup[ConfidenceConfig], rights: list[list[bool | None]], message: str
 ) -> None:
     problems, questions = training_problems(CONFIG)
     with pytest.raises(ConfigError, match=message):
         label(asked, problems, questions, sampled(asked, rights))
 
 
-def test_pairs_need_a_question_with_both(asked: Asked[ConfidenceConfig]) -> None:
+def test_pairs_need_a_question_with_both(asked: PolicySetup[ConfidenceConfig]) -> None:
     problems, questions = training_problems(CONFIG)
     rights: list[list[bool | None]] = [[True, False]] * 2 + [[True]] * 4 + [[False]] * 4
     fitting, validation = label(asked, problems, questions, sampled(asked, rights))
@@ -98,7 +98,7 @@ def test_the_level_of_a_question_moves_only_the_balanced_loss() -> None:
     assert pairwise_loss(logits + 5).item() == pytest.approx(pairwise_loss(logits).item())
 
 
-def test_a_generator_starts_from_the_policy_or_from_nothing(asked: Asked[ConfidenceConfig]) -> None:
+def test_a_generator_starts_from_the_policy_or_from_nothing(asked: PolicySetup[ConfidenceConfig]) -> None:
     def first(model: torch.nn.Module) -> Tensor:
         return model.state_dict()["layers.0.mlp.up_proj.weight"]
 
@@ -109,7 +109,7 @@ def test_a_generator_starts_from_the_policy_or_from_nothing(asked: Asked[Confide
     assert not first(body_of(scratch)).equal(policy)
 
 
-def test_a_generator_may_have_only_the_first_layers_of_the_policy(asked: Asked[ConfidenceConfig]) -> None:
+def test_a_generator_may_have_only_the_first_layers_of_the_policy(asked: PolicySetup[ConfidenceConfig]) -> None:
     model = build_generator(asked.policy, asked.tokenizer, 1)
     assert model.config.num_hidden_layers == len(model.config.layer_types) == len(body_of(model).layers) == 1
     assert body_of(model).layers[0].state_dict().keys() == asked.policy.model.layers[0].state_dict().keys()
@@ -119,7 +119,7 @@ def test_a_generator_may_have_only_the_first_layers_of_the_policy(asked: Asked[C
         build_scratch(asked.policy, 9)
 
 
-def test_logprob_rules_are_those_of_the_policy(asked: Asked[ConfidenceConfig]) -> None:
+def test_logprob_rules_are_those_of_the_policy(asked: PolicySetup[ConfidenceConfig]) -> None:
     """Rows of different length in one batch give what each gives alone, token by token."""
     answer_open = token_id(asked.tokenizer, TAGS[2])
     rows = [([1, 2, 3], cycle(asked.tokenizer, text, True).ids) for text in ("7", "3*25+7", "82")]
@@ -135,7 +135,7 @@ def test_logprob_rules_are_those_of_the_policy(asked: Asked[ConfidenceConfig]) -
     assert [batched[1][rule] for rule in LOGPROB_RULES] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_report_compares_the_generator_with_what_is_free(asked: Asked[ConfidenceConfig]) -> None:
+def test_the_report_compares_the_generator_with_what_is_free(asked: PolicySetup[ConfidenceConfig]) -> None:
     rights: list[list[bool | None]] = [[True, False, None, False], [False, True, True, None]] * 3
     trajectories = sampled(asked, rights)
     trajectories[1].cycles.append(cycle(asked.tokenizer, "again", True))  # judged, but no first cycle
@@ -158,10 +158,10 @@ def test_the_report_compares_the_generator_with_what_is_free(asked: Asked[Confid
     assert set(figures["countdown"]["first_cycles"]) == {GENERATOR, ALONE, *LOGPROB_RULES}
 
 
-def test_what_the_policy_sampled_is_read_after_all_that_came_before(asked: Asked[ConfidenceConfig]) -> None:
+def test_what_the_policy_sampled_is_read_after_all_that_came_before(asked: PolicySetup[ConfidenceConfig]) -> None:
     """And not the opening of a later cycle, which the loop writes."""
     first, second = (cycle(asked.tokenizer, text, True) for text in ("3*25+7", "82"))
-    known = witness(
+    known = score_cycles(
         build_generator(asked.policy, asked.tokenizer), asked.policy, asked.tokenizer,
         [Trajectory(0, [1, 2], [first, second], is_open=False)], 4096,
     )  # fmt: skip
@@ -175,7 +175,7 @@ def test_what_the_policy_sampled_is_read_after_all_that_came_before(asked: Asked
     assert known.logprobs[0]["logprob_mean"] == pytest.approx(sum(logps[1 : 1 + len(first.ids)]) / len(first.ids))
 
 
-def test_a_fusion_finds_the_witness_that_knows_and_is_the_servers(asked: Asked[ConfidenceConfig]) -> None:
+def test_a_fusion_finds_the_witness_that_knows_and_is_the_servers(asked: PolicySetup[ConfidenceConfig]) -> None:
     """Made-up cycles: the generator guesses, the smallest log-probability is right three times in four."""
     rng = np.random.default_rng(0)
     right = rng.random(4000) < 0.5
@@ -183,7 +183,7 @@ def test_a_fusion_finds_the_witness_that_knows_and_is_the_servers(asked: Asked[C
     smallest = np.where(right == knows, -0.5, -3.0) + rng.normal(0, 0.05, 4000)
     labelled = [(Trajectory(0, []), SampledCycle((), "", bool(r))) for r in right]
     free = [{"logprob_mean": s / 10, "logprob_min": s, "logprob_answer": 0.0} for s in smallest.tolist()]
-    known = Witnesses(labelled, rng.random(4000), free)
+    known = CycleScores(labelled, rng.random(4000), free)
     fusion = known.fit()
     assert abs(fusion.generator) < 0.1
     fused = known.confidences(fusion)
@@ -192,6 +192,6 @@ def test_a_fusion_finds_the_witness_that_knows_and_is_the_servers(asked: Asked[C
     # The server sees tokens, not their mean and smallest.
     logprobs = [-0.1, -2.0, -0.3]
     seen = {"logprob_mean": sum(logprobs) / 3, "logprob_min": -2.0, "logprob_answer": 0.0}
-    one = Witnesses(labelled[:1], np.array([0.8]), [seen])
+    one = CycleScores(labelled[:1], np.array([0.8]), [seen])
     assert fusion.confidence(0.8, logprobs) == one.confidences(fusion)[0]
     assert one.confidences(None)[0] == 0.8

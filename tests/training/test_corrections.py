@@ -50,8 +50,8 @@ def test_a_wrong_cycle_is_followed_by_a_right_one_that_alone_is_learnt(
         cycles = [cycle(tokenizer, "so", wrong.answer.text), cycle(tokenizer, "hm", wrong.answer.text)]
         trajectory = Trajectory(index, encode_question(tokenizer, question), cycles, is_open=False)
         rows = build_rows(tokenizer, problems, [trajectory], rng)
-        assert (len(rows.mended), rows.kept, rows.confirmed) == (2, [], [])
-        for depth, row in enumerate(rows.mended, start=1):
+        assert (len(rows.corrected), rows.kept, rows.confirmed) == (2, [], [])
+        for depth, row in enumerate(rows.corrected, start=1):
             text = trained_text(tokenizer, row)
             assert text.startswith("<think>")
             assert text.endswith(TURN_END)
@@ -68,7 +68,7 @@ def test_own_right_cycles_are_kept_and_told_again_but_not_their_opening(tokenize
     right = cycle(tokenizer, "easy", problems[0].reference, right=True)
     trajectory = Trajectory(0, encode_question(tokenizer, questions[0]), [right], is_open=False)
     rows = build_rows(tokenizer, problems, [trajectory], Random(0))
-    assert not rows.mended
+    assert not rows.corrected
     text = RTAP.render_cycle("easy", problems[0].reference)
     assert trained_text(tokenizer, rows.kept[0]) == f"{text}{TURN_END}"
     again = trained_text(tokenizer, rows.confirmed[0])
@@ -83,7 +83,7 @@ def test_a_cut_cycle_and_an_answer_that_is_none_teach_nothing(tokenizer: PreTrai
     cut = Trajectory(0, prompt, [cycle(tokenizer, "12*", None)], is_open=False)
     nonsense = Trajectory(0, prompt, [cycle(tokenizer, "so", "many")], is_open=False)
     rows = build_rows(tokenizer, problems, [cut, nonsense], Random(0))
-    assert (rows.mended, rows.kept, rows.confirmed) == ([], [], [])
+    assert (rows.corrected, rows.kept, rows.confirmed) == ([], [], [])
 
 
 def test_the_command_mends_and_leaves_a_policy_that_is_served(
@@ -95,7 +95,7 @@ def test_the_command_mends_and_leaves_a_policy_that_is_served(
     assert main([*flags, *sizes, "--output", str(output)]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["steps"] == 4
-    assert figures["rows"]["mended"] > 5  # it is wrong more often than right
+    assert figures["rows"]["corrected"] > 5  # it is wrong more often than right
     assert figures["before"].keys() == figures["held_out"].keys() == {"countdown"}
     record = json.loads((output / "manifest.json").read_text())
     assert record["command"] == "rtap train correct"

@@ -28,7 +28,7 @@ from starlette.routing import Route
 
 from rtap_core.errors import ConfigError
 from rtap_training.evaluate import main
-from rtap_training.evaluation.plan import OWN_QUANTILES
+from rtap_training.evaluation.evaluation_config import OWN_QUANTILES
 from rtap_training.evaluation.server_process import running_server, serve_command
 
 QUESTIONS = 60

@@ -9,7 +9,7 @@ import pytest
 
 from rtap_training.evaluation.judgement import WORST, judge
 from rtap_training.evaluation.page import bar, interval, percent, task_view, to_html
-from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
 from rtap_training.evaluation.results import Results, task_results
 from rtap_training.evaluation.statistics import Interval

@@ -11,7 +11,7 @@ from rtap_core.errors import ConfigError
 from rtap_training.evaluation.client import outcome_of
 from rtap_training.evaluation.comparison import VoteSeconds, choose_threshold, compare_with_logprob, compare_with_vote
 from rtap_training.evaluation.measurement import confidence_quality, measure
-from rtap_training.evaluation.questions import Question, load_questions
+from rtap_training.evaluation.question_files import Question, load_questions
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec, write_atomically
 
 

@@ -17,9 +17,9 @@ from rtap_training.generator import _batches, _fresh
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.generator_samples import prompt_ids, write
 from rtap_training.huggingface import load_tokenizer, save_checkpoint
-from rtap_training.rl.generator import LabelledCycle
 from rtap_training.rl.loading import Loaded, load_for_training
 from rtap_training.rl.lockstep import Request
+from rtap_training.rl.online_generator import LabelledCycle
 from rtap_training.rollout import encode_question
 from tests.training.rl.tiny import BUNDLED
 

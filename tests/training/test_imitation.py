@@ -8,11 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rtap_core.format import RTAP
 from rtap_training.__main__ import main
-from rtap_training.huggingface import encode_text, load_policy, load_tokenizer
+from rtap_training.huggingface import encode_text, load_policy, load_tokenizer, token_id
 from rtap_training.imitation import right_turns
 from rtap_training.rollout import SampledCycle, Trajectory
 from rtap_training.tasks.trajectory import TURN_END
-from rtap_training.tokenizer import token_id
 
 POLICY = Path("deploy/models/policy")
 SHORT = ["--tasks", "arithmetic=1", "--questions", "12", "--samples", "2", "--max-steps", "2", "--eval-questions", "4"]

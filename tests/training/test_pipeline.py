@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rtap_core.errors import ConfigError
-from rtap_training import pipeline
+from rtap_training.bundled import pipeline
 from rtap_training.checkpoint import MANIFEST
 
 RECIPE = """

@@ -16,11 +16,11 @@ import torch
 from rtap_training import sft
 from rtap_training.__main__ import main
 from rtap_training.config import SftConfig, build_config, run_dir
-from rtap_training.errors import TrainingError
 from rtap_training.loop import Loop
 from rtap_training.optim import build_adamw
-from rtap_training.runs import States, last_whole
+from rtap_training.run_state import States, last_complete
 from rtap_training.streams import Stream
+from rtap_training.training_errors import TrainingError
 
 BUNDLED_POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
 SETTINGS: dict[str, Any] = {
@@ -37,12 +37,12 @@ def kill_after_a_state(command: str, flags: list[str], output: Path) -> None:
     arguments = [sys.executable, "-m", "training", command, *flags, f"--output={output}"]
     child = subprocess.Popen(arguments, start_new_session=True)
     deadline = time.monotonic() + 240
-    while last_whole(run_dir(output), "state") is None and child.poll() is None and time.monotonic() < deadline:
+    while last_complete(run_dir(output), "state") is None and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     child.kill()
     os.killpg(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    assert last_whole(run_dir(output), "state") is not None
+    assert last_complete(run_dir(output), "state") is not None
     assert not output.exists()
     with (run_dir(output) / "train.jsonl").open("a") as log:
         log.write('{"step": 20, "loss"')  # what a kill in the middle of a line leaves
@@ -58,7 +58,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert curve(first) == curve(second)
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     assert {p.name for p in run_dir(second).iterdir()} >= {"train.jsonl", "tensorboard"}
-    assert last_whole(run_dir(second), "state") is None
+    assert last_complete(run_dir(second), "state") is None
 
 
 def test_sft_of_two_processes_resumes_to_the_last_bit(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_another_config_is_refused_by_the_names_of_its_fields(broken: Path, caps
 def test_a_state_without_its_last_file_is_not_used(broken: Path) -> None:
     (run_dir(broken) / "state-12").mkdir()
     (run_dir(broken) / "state-12" / "shared.pt").write_bytes(b"half")
-    assert last_whole(run_dir(broken), "state") == run_dir(broken) / "state-8"
+    assert last_complete(run_dir(broken), "state") == run_dir(broken) / "state-8"
     assert main(["sft", *ALONE, f"--output={broken}"]) == 0
     assert [line["step"] for line in curve(broken)] == [20, 40, 60]
     assert not list(run_dir(broken).glob("state-*"))
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(broken: Path, monke
     config = build_config(SftConfig, None, {"output": broken} | SETTINGS)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 10; the last good state is .*state-8\. Lower"):
         sft.run(config)
-    assert last_whole(run_dir(broken), "state") == run_dir(broken) / "state-8"
+    assert last_complete(run_dir(broken), "state") == run_dir(broken) / "state-8"
 
 
 def test_minutes_used_before_the_kill_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,13 +169,13 @@ def test_minutes_used_before_the_kill_count(tmp_path: Path, monkeypatch: pytest.
         return Loop("test", config, states, model=layer, optimisers=optimisers, stream=Stream(lambda _: [0], seed=1))
 
     with loop(minutes=1) as first:
-        assert first.goes_on()
+        assert first.should_continue()
         first.descend(layer(torch.ones(2)).sum(), rows=1, tokens=1)
         monkeypatch.setattr("rtap_training.optim.monotonic", lambda: time.monotonic() + 57)
-        assert first.goes_on()
+        assert first.should_continue()
     monkeypatch.undo()
     with loop(minutes=1) as second:
         assert 56.9 < second.summary()["seconds"] < 60
-        assert second.goes_on()
+        assert second.should_continue()
         monkeypatch.setattr("rtap_training.optim.monotonic", lambda: time.monotonic() + 4)
-        assert not second.goes_on()
+        assert not second.should_continue()

@@ -6,8 +6,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from rtap_core.errors import ConfigError
 from rtap_core.format import RTAP
+from rtap_training.bundled.architecture import build_policy
+from rtap_training.bundled.tokenizer import build_tokenizer
 from rtap_training.config import SamplerKind, SftConfig
-from rtap_training.policy import build_policy
+from rtap_training.huggingface import token_id
 from rtap_training.rollout import (
     MAX_CYCLE_TOKENS,
     Trajectory,
@@ -17,7 +19,6 @@ from rtap_training.rollout import (
     sample_until,
     sampler_kind,
 )
-from rtap_training.tokenizer import build_tokenizer, token_id
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from rtap_core.errors import ConfigError
-from rtap_training.errors import TrainingError
 from rtap_training.rollout import SampledCycle, Trajectory
 from rtap_training.samples import CHUNK_ROWS, read_or_sample
+from rtap_training.training_errors import TrainingError
 
 HEADER: dict[str, Any] = {"format": 2, "samples": CHUNK_ROWS // 2, "questions": 5, "seed": 7}  # chunks of two questions
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from rtap_training.bundled.tokenizer import TAGS, build_tokenizer, render_prompt
 from rtap_training.data import conversation_text
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.trajectory import Message, sample_conversation
-from rtap_training.tokenizer import TAGS, build_tokenizer, render_prompt
 
 MESSAGES = [
     {"role": "system", "content": "You are a helpful assistant."},

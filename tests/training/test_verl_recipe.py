@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtap_training.errors import TeacherError
 from rtap_training.losses import grpo_loss, trrd_loss
-from rtap_training.recipes.verl import questions as recipe_questions
-from rtap_training.recipes.verl import trrd
+from rtap_training.recipes.verl import dataset_and_reward, trrd
 from rtap_training.tasks.base import Question
+from rtap_training.training_errors import TeacherError
 
 FOLDER = Path(trrd.__file__).parent
 HAS_VERL = find_spec("verl") is not None
@@ -152,12 +151,12 @@ def test_scores_are_used_once_and_their_absence_is_an_error(registered: SimpleNa
 
 
 def test_questions_become_verls_columns_and_answers_are_scored() -> None:
-    (row,) = recipe_questions.rows([Question("make 8 from 2, 3, 3", "", "countdown")], "rtap")
+    (row,) = dataset_and_reward.rows([Question("make 8 from 2, 3, 3", "", "countdown")], "rtap")
     assert set(row) == {"data_source", "prompt", "reward_model", "extra_info"}
     assert row["prompt"] == [{"role": "user", "content": "make 8 from 2, 3, 3"}]
 
     def score(text: str) -> float:
-        return recipe_questions.compute_score("countdown", text, "", row["extra_info"])
+        return dataset_and_reward.compute_score("countdown", text, "", row["extra_info"])
 
     assert score("<think>2+3+3</think><answer>2+3+3</answer>") == 2
     assert score("<think>2*3+3</think><answer>2*3+3</answer>") == 1
@@ -167,14 +166,14 @@ def test_questions_become_verls_columns_and_answers_are_scored() -> None:
 
 def test_the_think_format_takes_the_text_after_the_thought() -> None:
     info = {"question": "how many?", "format": "think"}
-    assert recipe_questions.compute_score("x", "<think>t</think>\n\n8", "8", info) == 2
-    assert recipe_questions.compute_score("x", "<think>t</think>\n\n9", "8", info) == 1
+    assert dataset_and_reward.compute_score("x", "<think>t</think>\n\n8", "8", info) == 2
+    assert dataset_and_reward.compute_score("x", "<think>t</think>\n\n9", "8", info) == 1
 
 
 def test_question_files_hold_both_splits(tmp_path: Path) -> None:
     from datasets import load_dataset
 
-    recipe_questions.main(["--output", str(tmp_path), "--count", "20", "--format", "rtap"])
+    dataset_and_reward.main(["--output", str(tmp_path), "--count", "20", "--format", "rtap"])
     files = {"train": str(tmp_path / "train.parquet"), "val": str(tmp_path / "val.parquet")}
     sets = load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
     assert {name: len(rows) for name, rows in sets.items()} == {"train": 20, "val": 2}

@@ -13,16 +13,15 @@ from typing import Any
 import pytest
 
 from rtap_core.format import RTAP, parse_cycle
-from rtap_training.huggingface import decode_ids, load_tokenizer
+from rtap_training.huggingface import decode_ids, load_tokenizer, token_id
 from rtap_training.rollout import MAX_CYCLE_TOKENS
-from rtap_training.tokenizer import token_id
 
 POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
 SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from rtap_training.own_cycles import Asked, build_sampler, sample_chunk
+from rtap_training.own_cycles import PolicySetup, build_sampler, sample_chunk
 from rtap_training.config import ConfidenceConfig, SamplerKind
 from rtap_training.huggingface import load_policy
 from rtap_training.questions import held_out_questions
@@ -32,7 +31,7 @@ torch.set_num_threads(1)
 path, wanted = Path(sys.argv[1]), []
 questions = [q.question for name in ("countdown", "arithmetic") for q in held_out_questions(TASKS[name], 2)]
 for kind in (SamplerKind.VLLM, SamplerKind.TRANSFORMERS):
-    asked = Asked(*load_policy(path), ConfidenceConfig(policy=path, sampler=kind, max_cycles=2))
+    asked = PolicySetup(*load_policy(path), ConfidenceConfig(policy=path, sampler=kind, max_cycles=2))
     sampler = build_sampler(asked)
     for seed in (1, 1, 2):
         trajectories = sample_chunk(asked, sampler.seeded(seed), questions, [0, 1, 2, 3], 16)

@@ -25,7 +25,7 @@ from rtap_training.generator_config import GeneratorConfig
 from rtap_training.rl.config import CONFIGS
 
 EVAL_COUNT = 600
-RECIPE = Path("training/rtap_training/recipes/bundled.yaml")
+RECIPE = Path("training/rtap_training/bundled/recipe.yaml")
 # Supervised stages: the module whose ``run`` does it, its config, its help.
 STAGES: dict[str, tuple[str, type[Any], str]] = {
     "sft": ("rtap_training.sft", SftConfig, "cold start of a policy on Think–Answer traces"),
@@ -110,7 +110,7 @@ def _run(command: str, flags: dict[str, Any]) -> None:
 
             study.run(flags["suite"], flags["output"], _train)
         case "pipeline":
-            from rtap_training import pipeline
+            from rtap_training.bundled import pipeline
 
             models = flags["models"] if flags["install"] else None
             pipeline.run(flags["recipe"], flags["folder"], _train, is_smoke=flags["smoke"], install_into=models)

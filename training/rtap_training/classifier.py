@@ -19,9 +19,8 @@ from rtap_core.errors import ConfigError
 from rtap_core.format import RTAP
 from rtap_training.calibration import Bools, Floats, constant_direction, fit_platt
 from rtap_training.examples import Example, group, read_once
-from rtap_training.huggingface import load_tokenizer
+from rtap_training.huggingface import load_tokenizer, token_id
 from rtap_training.tasks.trajectory import TURN_END
-from rtap_training.tokenizer import token_id
 
 
 @dataclass(frozen=True, slots=True)

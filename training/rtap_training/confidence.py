@@ -26,16 +26,16 @@ from rtap_training.classifier import build_generator, build_scratch, calibrate, 
 from rtap_training.config import ConfidenceConfig, Init, Loss, run_dir
 from rtap_training.events import SHOWN, last_confidences
 from rtap_training.examples import Example, Row, balance, collect, group, pair_batches, synthetic_texts
-from rtap_training.held_out import Turns, show_held_out
+from rtap_training.held_out import HeldOutTrajectories, show_held_out
 from rtap_training.huggingface import cast_to, encode_text, load_policy, save_checkpoint
-from rtap_training.judging import GENERATOR, Judged, judge_task, pool, report, witness
+from rtap_training.judging import GENERATOR, Judged, judge_task, pool, report, score_cycles
 from rtap_training.loop import Loop
 from rtap_training.optim import build_muon
-from rtap_training.own_cycles import Asked, build_sampler, clean_up, sample, sample_training, training_problems
+from rtap_training.own_cycles import PolicySetup, build_sampler, clean_up, sample, sample_training, training_problems
 from rtap_training.questions import held_out_questions
 from rtap_training.reliability import plot_png
 from rtap_training.rollout import Sampler, Trajectory, encode_question
-from rtap_training.runs import States, check_resumable, plain
+from rtap_training.run_state import States, check_resumable, plain
 from rtap_training.runtime import configure_torch
 from rtap_training.streams import Stream
 from rtap_training.tasks import TASKS, parse_mix
@@ -49,40 +49,40 @@ def run(config: ConfidenceConfig) -> None:
     """
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
-    asked = Asked(*load_policy(config.policy), config)
+    setup = PolicySetup(*load_policy(config.policy), config)
     problems, questions = training_problems(config)
-    with closing(build_sampler(asked)) as sampler:  # all at once: vLLM starts slowly
-        sampled = sample_training(asked, sampler, questions)
-        fitting, validation = label(asked, problems, questions, sampled)
-        held_out = sample_held_out(asked, sampler)
+    with closing(build_sampler(setup)) as sampler:  # all at once: vLLM starts slowly
+        sampled = sample_training(setup, sampler, questions)
+        fitting, validation = label(setup, problems, questions, sampled)
+        held_out = sample_held_out(setup, sampler)
     digest = json.dumps([(e.ids, e.is_right, e.count) for e in fitting])
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
     configure_torch(config.threads, config.seed)  # fresh weights from the seed, however much was sampled before
     depth = config.num_layers or None
     model = (
-        build_scratch(asked.policy, depth)
+        build_scratch(setup.policy, depth)
         if config.init is Init.SCRATCH
-        else build_generator(asked.policy, asked.tokenizer, depth)
+        else build_generator(setup.policy, setup.tokenizer, depth)
     )
     training = train(model, fitting, config, states)
     calibration = calibrate(model, score(model, validation, config.batch_tokens))
     cast_to(model, torch.bfloat16)  # what is saved is what is judged
     cast_to(model, torch.float32)
     unseen = [t for t in sampled if t.question < num_validation(config)]
-    known = witness(model, asked.policy, asked.tokenizer, unseen, config.batch_tokens)
+    known = score_cycles(model, setup.policy, setup.tokenizer, unseen, config.batch_tokens)
     fusion = known.fit() if config.fuse else None
     threshold = best_threshold(known.confidences(fusion), known.labels)
-    judged = judge(model, asked, held_out, fusion)
+    judged = judge(model, setup, held_out, fusion)
     figures: dict[str, Any] = training | {
         "threshold": threshold, "calibration": calibration, "fusion": None if fusion is None else fusion.model_dump(),
         "examples": len(fitting), "held_out": report(judged),
     }  # fmt: skip
-    show(asked, training["steps"], held_out, judged, figures["held_out"])
+    show(setup, training["steps"], held_out, judged, figures["held_out"])
     model.config.rtap = artifact(threshold, fusion, judged, figures["held_out"]["all"])
     write_plot(run_dir(config.output) / "reliability.png", judged)
     record = manifest("rtap train confidence", config, data=digest, seconds=training["seconds"], figures=figures)
     cast_to(model, torch.bfloat16)
-    save_checkpoint(config.output, model, asked.tokenizer, record)
+    save_checkpoint(config.output, model, setup.tokenizer, record)
     clean_up(states)
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
@@ -90,24 +90,27 @@ def run(config: ConfidenceConfig) -> None:
 # Samples.
 
 
-def sample_held_out(asked: Asked[ConfidenceConfig], sampler: Sampler) -> dict[str, list[Trajectory]]:
+def sample_held_out(setup: PolicySetup[ConfidenceConfig], sampler: Sampler) -> dict[str, list[Trajectory]]:
     """Trajectories of each task's held-out questions, kept in files until the run has succeeded."""
-    config = asked.config
+    config = setup.config
     size = f"{config.eval_questions}x{config.eval_samples}"  # may be another when a run is resumed
     held_out: dict[str, list[Trajectory]] = {}
     for name in parse_mix(config.tasks):
         questions = [q.question for q in held_out_questions(TASKS[name], config.eval_questions)]
         file = run_dir(config.output) / f"held_out-{name}-{size}.jsonl"
-        held_out[name] = sample(asked, sampler, file, questions, config.eval_samples, config.seed + 1)
+        held_out[name] = sample(setup, sampler, file, questions, config.eval_samples, config.seed + 1)
     return held_out
 
 
 def label(
-    asked: Asked[ConfidenceConfig], problems: Sequence[Problem], questions: Sequence[str], sampled: Sequence[Trajectory]
+    setup: PolicySetup[ConfidenceConfig],
+    problems: Sequence[Problem],
+    questions: Sequence[str],
+    sampled: Sequence[Trajectory],
 ) -> tuple[list[Example], list[Example]]:
     """Weighted examples to fit on, and (sampled ones only) those to calibrate on. Raises ConfigError where either
     has nothing to tell apart."""
-    config, rng = asked.config, Random(f"{asked.config.seed}:synthetic")
+    config, rng = setup.config, Random(f"{setup.config.seed}:synthetic")
     rows = [(t.question, (*t.prompt, *c.ids), c.is_right) for t in sampled for c in t.cycles if c.answer is not None]
     if not rows:
         raise ConfigError(
@@ -116,9 +119,9 @@ def label(
     validated = num_validation(config)
     synthetic: list[Row] = []
     for index in range(validated, len(questions)):
-        prompt = encode_question(asked.tokenizer, questions[index])
+        prompt = encode_question(setup.tokenizer, questions[index])
         for text, is_right in synthetic_texts(problems[index], rng, config.synthetic_pairs):
-            synthetic.append((index, (*prompt, *encode_text(asked.tokenizer, text)), is_right))
+            synthetic.append((index, (*prompt, *encode_text(setup.tokenizer, text)), is_right))
     validation = collect(row for row in rows if row[0] < validated)
     _check_contrast(validation, "the validation questions", "nothing to calibrate on")
     fitting = collect([*(row for row in rows if row[0] >= validated), *synthetic])
@@ -172,7 +175,7 @@ def train(
     stream = Stream(epoch, seed=config.seed)
     model.train()
     with Loop("confidence", config, states, model=model, optimisers=optimisers, stream=stream) as loop:
-        while loop.goes_on():
+        while loop.should_continue():
             batch = next(stream)
             logits = logits_of(model, batch)
             loss = pairwise_loss(logits) if config.loss is Loss.PAIRWISE else balanced_loss(logits, batch, mean_weight)
@@ -199,14 +202,14 @@ def pairwise_loss(logits: Tensor) -> Tensor:
 
 def judge(
     model: Qwen3ForSequenceClassification,
-    asked: Asked[ConfidenceConfig],
+    setup: PolicySetup[ConfidenceConfig],
     held_out: dict[str, list[Trajectory]],
     fusion: Fusion | None,
 ) -> dict[str, Judged]:
     """By task."""
-    tokens = asked.config.batch_tokens
+    tokens = setup.config.batch_tokens
     return {
-        name: judge_task(model, asked.policy, asked.tokenizer, part, tokens, fusion) for name, part in held_out.items()
+        name: judge_task(model, setup.policy, setup.tokenizer, part, tokens, fusion) for name, part in held_out.items()
     }
 
 
@@ -225,7 +228,7 @@ def artifact(
 
 
 def show(
-    asked: Asked[ConfidenceConfig],
+    setup: PolicySetup[ConfidenceConfig],
     step: int,
     held_out: Mapping[str, Sequence[Trajectory]],
     judged: Mapping[str, Judged],
@@ -233,15 +236,15 @@ def show(
 ) -> None:
     """The judgement in TensorBoard: figures of each task and of all, and turns with the confidence of their last
     cycle."""
-    config = asked.config
+    config = setup.config
     turns = {
-        name: Turns([q.question for q in held_out_questions(TASKS[name], config.eval_questions)], part)
+        name: HeldOutTrajectories([q.question for q in held_out_questions(TASKS[name], config.eval_questions)], part)
         for name, part in held_out.items()
     }
     confidences = {name: last_confidences(part, judged[name].scores.tolist()) for name, part in held_out.items()}
     known = ((task, name, figures[task][name]) for task in figures for name in SHOWN)
     more = {f"held_out/{task}/confidence/{name}": value for task, name, value in known if value is not None}
-    show_held_out(config.output, step, turns, asked.tokenizer, confidences=confidences, more=more)
+    show_held_out(config.output, step, turns, setup.tokenizer, confidences=confidences, more=more)
 
 
 def write_plot(file: Path, judged: dict[str, Judged]) -> None:

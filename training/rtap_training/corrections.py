@@ -15,31 +15,30 @@ from rtap_core.errors import ConfigError
 from rtap_core.format import RTAP
 from rtap_training.config import CorrectConfig
 from rtap_training.data import Encoded
-from rtap_training.huggingface import encode_text, load_policy
-from rtap_training.own_cycles import Asked, sampled_turns
+from rtap_training.huggingface import encode_text, load_policy, token_id
+from rtap_training.own_cycles import PolicySetup, sampled_turns
 from rtap_training.rollout import Trajectory
-from rtap_training.rows import Lesson, learn
-from rtap_training.runs import check_resumable
+from rtap_training.rows import TrainingRows, learn
+from rtap_training.run_state import check_resumable
 from rtap_training.runtime import configure_torch
 from rtap_training.tasks.base import Problem
 from rtap_training.tasks.trajectory import CONFIRMATIONS, TURN_END, cycle_segments
-from rtap_training.tokenizer import token_id
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is learnt. mended: a right cycle after wrong ones. kept: the policy's own turns that end right.
+    """What is learnt. corrected: a right cycle after wrong ones. kept: the policy's own turns that end right.
     confirmed: a right cycle once more, after the server's loop has opened one that was not needed."""
 
-    mended: list[Encoded]
+    corrected: list[Encoded]
     kept: list[Encoded]
     confirmed: list[Encoded]
 
     def draw(self, config: CorrectConfig, rng: Random) -> list[Encoded]:
-        """Those of an epoch: all that is mended, and a fresh share of the rest."""
-        drawn = list(self.mended)
+        """Those of an epoch: all that is corrected, and a fresh share of the rest."""
+        drawn = list(self.corrected)
         for part, share in ((self.kept, config.kept_share), (self.confirmed, config.confirmed_share)):
-            drawn += rng.sample(part, min(len(part), round(share * len(self.mended))))
+            drawn += rng.sample(part, min(len(part), round(share * len(self.corrected))))
         return drawn
 
 
@@ -50,19 +49,19 @@ def run(config: CorrectConfig) -> None:
     """
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
-    asked = Asked(*load_policy(config.policy), config)
-    problems, sampled = sampled_turns(asked)
-    rows = build_rows(asked.tokenizer, problems, sampled, Random(f"{config.seed}:rows"))
-    if not rows.mended:
+    setup = PolicySetup(*load_policy(config.policy), config)
+    problems, sampled = sampled_turns(setup)
+    rows = build_rows(setup.tokenizer, problems, sampled, Random(f"{config.seed}:rows"))
+    if not rows.corrected:
         raise ConfigError(
             f"{config.policy} answered {config.questions} questions without a fault to correct; "
             "take more, or harder ones"
         )
-    parts = {"mended": rows.mended, "kept": rows.kept, "confirmed": rows.confirmed}
+    parts = {"corrected": rows.corrected, "kept": rows.kept, "confirmed": rows.confirmed}
     ids = [[row.ids for row in part] for part in parts.values()]
     counts = {name: len(part) for name, part in parts.items()}
-    lesson = Lesson(ids, counts, lambda rng: rows.draw(config, rng))
-    learn("correct", asked, lesson, tells_before=True)
+    lesson = TrainingRows(ids, counts, lambda rng: rows.draw(config, rng))
+    learn("correct", setup, lesson, evaluate_before=True)
 
 
 def build_rows(
@@ -92,7 +91,7 @@ def _add(rows: Rows, tokenizer: PreTrainedTokenizerFast, problem: Problem, traje
         if value is not None:
             right = cycle_segments(problem.right_attempt(rng), problem.doubt(rng, value))
             ids = encode_text(tokenizer, "".join(segment.text for segment in right))
-            rows.mended.append(_followed(before, [*ids, end]))
+            rows.corrected.append(_followed(before, [*ids, end]))
 
 
 def _followed(row: Encoded, ids: list[int], *, is_trained: bool = True) -> Encoded:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from rtap_training.bundled.tokenizer import render_prompt
+from rtap_training.huggingface import pad_id
 from rtap_training.streams import Stream
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.trajectory import Conversation, sample_conversation
-from rtap_training.tokenizer import pad_id, render_prompt
 
 POOL_BATCHES = 16
 

@@ -20,7 +20,7 @@ from rtap_core.errors import ConfigError
 from rtap_training.evaluation.rules import OWN_SERVER, RULES
 
 if TYPE_CHECKING:
-    from rtap_training.evaluation.plan import Settings
+    from rtap_training.evaluation.evaluation_config import EvaluationConfig
 
 Value = TypeVar("Value")
 
@@ -43,22 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _evaluate(settings: "Settings", console: Console) -> int:
-    from rtap_training.evaluation.conduct import conduct
+def _evaluate(config: "EvaluationConfig", console: Console) -> int:
     from rtap_training.evaluation.report import show, write_results
+    from rtap_training.evaluation.runner import run_evaluation
 
-    results = asyncio.run(conduct(settings, console))
+    results = asyncio.run(run_evaluation(config, console))
     show(results, console)
-    for path in write_results(results, settings.output):
+    for path in write_results(results, config.output):
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     if results.errors:
         console.print(f"{results.errors} requests failed; they are in no figure but `errors`", style="bold red")
     return 1 if results.errors else 0
 
 
-def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command: str) -> "Settings":
+def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command: str) -> "EvaluationConfig":
     from rtap_training.evaluation.client import Load
-    from rtap_training.evaluation.plan import Plan, Settings
+    from rtap_training.evaluation.evaluation_config import EvaluationConfig, RuleSelection
 
     rules = args.policies
     own_servers = {rule: url for rule in OWN_SERVER if (url := getattr(args, f"{rule}_server")) is not None}
@@ -68,14 +68,14 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
         ]
     if args.model is not None and args.model_flag is not None:
         raise ConfigError("the model is given twice, as MODEL and as --model; give it once")
-    plan = Plan(
+    selection = RuleSelection(
         frozenset(rules),
         tuple(sorted(set(args.thresholds))),
         {rule: tuple(sorted(set(getattr(args, f"{rule}_thresholds")))) for rule in OWN_SERVER},
         tuple(sorted(set(args.samples))),
     )
-    return Settings(
-        plan=plan,
+    return EvaluationConfig(
+        rules=selection,
         load=Load(args.concurrency, args.temperature, args.seed, args.max_cycles, args.max_tokens),
         questions=tuple(args.questions or _bundled_questions()),
         limit=args.limit,

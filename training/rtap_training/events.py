@@ -28,7 +28,7 @@ class Checked(Protocol):
     def is_right(self) -> bool: ...
 
 
-class Turn(Protocol):
+class CheckedTrajectory(Protocol):
     """What was written to one question."""
 
     @property
@@ -93,7 +93,7 @@ def scalars_of(
     return means_over(trajectories, tokens=tokens, oops=sum(map(count_oops, texts)))
 
 
-def means_over(turns: Sequence[Turn], *, tokens: int, oops: int) -> dict[str, float]:
+def means_over(turns: Sequence[CheckedTrajectory], *, tokens: int, oops: int) -> dict[str, float]:
     """Means over turns. tokens, oops: in all of them."""
     count = max(1, len(turns))
     return {
@@ -105,7 +105,7 @@ def means_over(turns: Sequence[Turn], *, tokens: int, oops: int) -> dict[str, fl
     }
 
 
-def last_confidences(turns: Sequence[Turn], scores: Sequence[float]) -> list[float | None]:
+def last_confidences(turns: Sequence[CheckedTrajectory], scores: Sequence[float]) -> list[float | None]:
     """``scores``: of all cycles with an answer, in order. None for a turn whose last cycle has no answer."""
     rest = iter(scores)
     rows = [[None if c.answer is None else next(rest) for c in t.cycles] for t in turns]

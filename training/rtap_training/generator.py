@@ -25,19 +25,19 @@ from rtap_core.errors import ConfigError
 from rtap_training.calibration import Bools, Floats, best_threshold, figures, fit_platt, histogram, sigmoid
 from rtap_training.checkpoint import manifest, sha256
 from rtap_training.config import run_dir
-from rtap_training.errors import TrainingError
 from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
 from rtap_training.generator_config import GeneratorConfig
-from rtap_training.generator_samples import Turn, clean_up, sample
+from rtap_training.generator_samples import SampledTrajectory, clean_up, sample
 from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.optim import Budget
 from rtap_training.progress import Progress
 from rtap_training.questions import Question, load_questions
-from rtap_training.rl.generator import LabelledCycle, OnlineGenerator
 from rtap_training.rl.loading import load_for_training
-from rtap_training.runs import States, check_resumable, plain
+from rtap_training.rl.online_generator import LabelledCycle, OnlineGenerator
+from rtap_training.run_state import States, check_resumable, plain
 from rtap_training.runtime import configure_torch
 from rtap_training.tasks.base import Split
+from rtap_training.training_errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _questions(config: GeneratorConfig) -> tuple[list[Question], list[Question],
 # Samples.
 
 
-def _labelled(turns: Sequence[Turn]) -> list[LabelledCycle]:
+def _labelled(turns: Sequence[SampledTrajectory]) -> list[LabelledCycle]:
     """Finished cycles; those without an answer teach nothing."""
     return [
         LabelledCycle(str(t.question), (*t.prompt_ids, *c.ids), c.is_right)
@@ -182,7 +182,7 @@ def _train(
             loss = generator.update(batch)
             if loss is None or not math.isfinite(loss):
                 raise TrainingError(
-                    f"the loss is {loss} at step {budget.steps + 1}; {states.last_words}. A lower learning_rate "
+                    f"the loss is {loss} at step {budget.steps + 1}; {states.resume_hint}. A lower learning_rate "
                     f"usually helps; a run with another needs another output, or {states.folder} removed"
                 )
             budget.steps += 1
@@ -197,7 +197,7 @@ def _train(
     return progress.summary()
 
 
-def _score(generator: OnlineGenerator, turns: Sequence[Turn]) -> Cycles:
+def _score(generator: OnlineGenerator, turns: Sequence[SampledTrajectory]) -> Cycles:
     found = [(t, i, (*t.prompt_ids, *c.ids)) for t in turns for i, c in enumerate(t.cycles) if c.answer is not None]
     p = np.array(generator.score([ids for _, _, ids in found]), dtype=np.float64).clip(CERTAIN, 1 - CERTAIN)
     return Cycles(
@@ -213,7 +213,7 @@ def _show(
     step: int,
     judged: dict[str, Any],
     questions: Sequence[Question],
-    turns: Sequence[Turn],
+    turns: Sequence[SampledTrajectory],
     confidences: Floats,
 ) -> None:
     """The judgement in TensorBoard, as the other stages have it."""

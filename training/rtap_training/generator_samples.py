@@ -17,9 +17,9 @@ from rtap_training.config import run_dir
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.huggingface import cast_to
 from rtap_training.rl.loading import Loaded
-from rtap_training.rl.lockstep import Request, Written
-from rtap_training.rl.rollouts import Asked, RolledCycle, Rollout, roll_out
-from rtap_training.runs import States
+from rtap_training.rl.lockstep import Completion, Request
+from rtap_training.rl.rollouts import RolledCycle, Rollout, RolloutQuestion, roll_out
+from rtap_training.run_state import States
 from rtap_training.samples import header, read_or_make
 from rtap_training.tasks import check
 from rtap_training.tasks.base import Question
@@ -28,7 +28,7 @@ CHUNK_ROWS = 256  # trajectories that a kill costs at most
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class SampledTrajectory:
     """One sampled trajectory. question: its index. tokens: how many were written, with what the loop opened."""
 
     question: int
@@ -42,7 +42,9 @@ class Turn:
         return self.cycles[-1].is_right
 
 
-def sample(loaded: Loaded, questions: Sequence[Question], config: GeneratorConfig, part: str, seed: int) -> list[Turn]:
+def sample(
+    loaded: Loaded, questions: Sequence[Question], config: GeneratorConfig, part: str, seed: int
+) -> list[SampledTrajectory]:
     """``samples`` trajectories of every question, those of one side by side. part: names the file that keeps them."""
     prompts = [prompt_ids(loaded, q.question) for q in questions]
     identities = [json.dumps([p, q.answer]) for p, q in zip(prompts, questions, strict=True)]
@@ -52,13 +54,13 @@ def sample(loaded: Loaded, questions: Sequence[Question], config: GeneratorConfi
     )  # fmt: skip
     _to_device(loaded)
 
-    def ask(index: int) -> Asked:
+    def ask(index: int) -> RolloutQuestion:
         question = questions[index]
 
         def is_right(answer: str) -> bool:
             return check(question.question, answer, question.answer)
 
-        return Asked(str(index), prompts[index], is_right)
+        return RolloutQuestion(str(index), prompts[index], is_right)
 
     def make(indices: Sequence[int], chunk_seed: int) -> list[str]:
         cast(Any, torch).manual_seed(chunk_seed)
@@ -93,10 +95,10 @@ def _render(rollouts: Sequence[Rollout]) -> str:
     return json.dumps({"question": int(rollouts[0].question), "prompt": rollouts[0].prompt_ids, "samples": rows})
 
 
-def _parse(line: str) -> list[Turn]:
+def _parse(line: str) -> list[SampledTrajectory]:
     content = json.loads(line)
     return [
-        Turn(
+        SampledTrajectory(
             content["question"],
             tuple(content["prompt"]),
             tuple(RolledCycle(tuple(ids), *rest) for ids, *rest in cycles),
@@ -125,13 +127,13 @@ def _to_device(loaded: Loaded) -> None:
 
 
 @torch.inference_mode()
-def write(loaded: Loaded, requests: Sequence[Request], batch_rows: int) -> list[Written]:
+def write(loaded: Loaded, requests: Sequence[Request], batch_rows: int) -> list[Completion]:
     """Continue every request at temperature 1, similar lengths together."""
     dialect, model = loaded.dialect, cast(Any, loaded.model)
     ends = sorted(dialect.end_of_turn_ids | dialect.cycle_end_ids)
     pad_id = cast(int, loaded.tokenizer.pad_token_id)
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-    written: dict[int, Written] = {}
+    written: dict[int, Completion] = {}
     for start in tqdm(range(0, len(order), batch_rows), desc="sampling", unit="batch", leave=False):
         rows = order[start : start + batch_rows]
         prompts = [requests[i].prompt_ids for i in rows]
@@ -144,7 +146,7 @@ def write(loaded: Loaded, requests: Sequence[Request], batch_rows: int) -> list[
         )  # fmt: skip
         fresh = cast(list[list[int]], output[:, width:].tolist())
         for i, row in zip(rows, fresh, strict=True):
-            written[i] = Written(_until(row, ends)[: requests[i].max_tokens], None)
+            written[i] = Completion(_until(row, ends)[: requests[i].max_tokens], None)
     return [written[i] for i in range(len(requests))]
 
 

@@ -1,4 +1,4 @@
-"""Turns on held-out questions as TensorBoard shows them: means of each task, and a table of some of the turns."""
+"""HeldOutTrajectories on held-out questions as TensorBoard shows them: means of each task, and a table of some of the turns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from rtap_training.rollout import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
+class HeldOutTrajectories:
     """What was asked, and what came. ``trajectories[i].question`` is an index of ``questions``."""
 
     questions: Sequence[str]
@@ -24,7 +24,7 @@ class Turns:
 def show_held_out(
     output: Path,
     step: int,
-    turns: Mapping[str, Turns],
+    turns: Mapping[str, HeldOutTrajectories],
     tokenizer: PreTrainedTokenizerFast,
     *,
     confidences: Mapping[str, Sequence[float | None]] | None = None,

@@ -34,6 +34,16 @@ def decode_ids(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     return cast(str, cast(Any, tokenizer).decode(list(ids)))
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """Id of a token that must exist."""
+    return cast(int, tokenizer.convert_tokens_to_ids(token))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the pad token."""
+    return cast(int, tokenizer.pad_token_id)
+
+
 def cast_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Change the dtype of all weights in place."""
     cast(Any, model).to(dtype)

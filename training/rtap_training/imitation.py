@@ -9,15 +9,14 @@ from dataclasses import replace
 from rtap_core.errors import ConfigError
 from rtap_training.config import ImitateConfig
 from rtap_training.data import Encoded
-from rtap_training.huggingface import load_policy
-from rtap_training.own_cycles import Asked, sampled_turns
+from rtap_training.huggingface import load_policy, token_id
+from rtap_training.own_cycles import PolicySetup, sampled_turns
 from rtap_training.rl.teacher import check_same_tokens
 from rtap_training.rollout import Trajectory
-from rtap_training.rows import Lesson, learn
-from rtap_training.runs import check_resumable
+from rtap_training.rows import TrainingRows, learn
+from rtap_training.run_state import check_resumable
 from rtap_training.runtime import configure_torch
 from rtap_training.tasks.trajectory import TURN_END
-from rtap_training.tokenizer import token_id
 
 
 def run(config: ImitateConfig) -> None:
@@ -28,8 +27,8 @@ def run(config: ImitateConfig) -> None:
     """
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
-    student = Asked(*load_policy(config.policy), config)
-    teacher = Asked(*load_policy(config.teacher), replace(config, policy=config.teacher))
+    student = PolicySetup(*load_policy(config.policy), config)
+    teacher = PolicySetup(*load_policy(config.teacher), replace(config, policy=config.teacher))
     check_same_tokens(student.tokenizer, teacher.tokenizer)
     _, sampled = sampled_turns(teacher)
     rows = right_turns(sampled, token_id(student.tokenizer, TURN_END))
@@ -37,7 +36,7 @@ def run(config: ImitateConfig) -> None:
         raise ConfigError(
             f"{config.teacher} answered none of {config.questions} questions right; it has nothing to teach"
         )
-    learn("imitate", student, Lesson([row.ids for row in rows], len(rows), lambda _: list(rows)))
+    learn("imitate", student, TrainingRows([row.ids for row in rows], len(rows), lambda _: list(rows)))
 
 
 def right_turns(sampled: Sequence[Trajectory], end: int) -> list[Encoded]:

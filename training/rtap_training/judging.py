@@ -26,8 +26,8 @@ from rtap_training.calibration import (
 )
 from rtap_training.choice import Sample, compare
 from rtap_training.classifier import confidences
+from rtap_training.huggingface import token_id
 from rtap_training.rollout import SampledCycle, Trajectory
-from rtap_training.tokenizer import token_id
 
 GENERATOR, ALONE = "generator", "generator_alone"
 """The confidence that is served, and what the generator says of itself; the same where nothing is fused."""
@@ -46,7 +46,7 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class Witnesses:
+class CycleScores:
     """What is known of each cycle with an answer, in the order of the trajectories: the generator's probability, and
     the log-probability rules over what the policy sampled in it."""
 
@@ -76,13 +76,13 @@ class Witnesses:
             yield probability, known["logprob_mean"], known["logprob_min"]
 
 
-def witness(
+def score_cycles(
     model: Qwen3ForSequenceClassification,
     policy: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     trajectories: Sequence[Trajectory],
     batch_tokens: int,
-) -> Witnesses:
+) -> CycleScores:
     """Score every cycle alone with its question, and read what the policy sampled in it after all that came before."""
     cycle_open = token_id(tokenizer, RTAP.cycle_open)
     cycles: list[tuple[Trajectory, SampledCycle]] = []
@@ -97,7 +97,7 @@ def witness(
             context += cycle.ids
     logprobs = logprob_scores(policy, sampled, token_id(tokenizer, RTAP.answer_open or ""), batch_tokens)
     probabilities = confidences(model, [(*t.prompt, *c.ids) for t, c in cycles], batch_tokens)
-    return Witnesses(cycles, np.array(probabilities, dtype=np.float64), logprobs)
+    return CycleScores(cycles, np.array(probabilities, dtype=np.float64), logprobs)
 
 
 def judge_task(
@@ -109,7 +109,7 @@ def judge_task(
     fusion: Fusion | None = None,
 ) -> Judged:
     """Confidences of all cycles, and every rule's scores of first ones."""
-    known = witness(model, policy, tokenizer, trajectories, batch_tokens)
+    known = score_cycles(model, policy, tokenizer, trajectories, batch_tokens)
     scores = known.confidences(fusion)
     rules = {
         id(cycle): free | {GENERATOR: float(score), ALONE: float(alone)}

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from rtap_training.errors import TrainingError
 from rtap_training.optim import Budget, descend, schedule
 from rtap_training.parallel import rank, synchronised
 from rtap_training.progress import Progress
-from rtap_training.runs import States
+from rtap_training.run_state import States
 from rtap_training.streams import Stream
+from rtap_training.training_errors import TrainingError
 
 
 class LoopConfig(Protocol):
@@ -39,7 +39,7 @@ class LoopConfig(Protocol):
 
 
 class Loop:
-    """``with Loop(...) as loop: while loop.goes_on(): loop.descend(...)``, in every process."""
+    """``with Loop(...) as loop: while loop.should_continue(): loop.descend(...)``, in every process."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Loop:
     ) -> None:
         self._progress.__exit__(kind, error, trace)
 
-    def goes_on(self) -> bool:
+    def should_continue(self) -> bool:
         """Whether there is another step to take. Saves when it is time, and after the last step.
 
         The first process's clock decides, so that all take the same number of steps at the same rates.
@@ -107,7 +107,7 @@ class Loop:
 
     def _broken(self, what: str) -> TrainingError:
         return TrainingError(
-            f"{what} at step {self._budget.steps + 1}; {self._states.last_words}. Lower rates usually help; a run with "
+            f"{what} at step {self._budget.steps + 1}; {self._states.resume_hint}. Lower rates usually help; a run with "
             f"others needs another output, or {self._states.folder} removed"
         )
 

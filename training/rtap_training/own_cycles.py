@@ -19,7 +19,7 @@ from rtap_training.rollout import (
     sample_trajectories,
     sampler_kind,
 )
-from rtap_training.runs import States
+from rtap_training.run_state import States
 from rtap_training.samples import header, read_or_sample
 from rtap_training.tasks import TASKS, parse_mix
 from rtap_training.tasks.base import Problem, Split, sample_split
@@ -54,7 +54,7 @@ Config = TypeVar("Config", bound=SamplingConfig)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked(Generic[Config]):
+class PolicySetup(Generic[Config]):
     """A policy, and how its cycles come about."""
 
     policy: Qwen3ForCausalLM
@@ -75,44 +75,44 @@ def training_problems(config: SamplingConfig) -> tuple[list[Problem], list[str]]
     return problems, questions
 
 
-def build_sampler(asked: Asked[Config]) -> Sampler:
+def build_sampler(setup: PolicySetup[Config]) -> Sampler:
     """What the config wants, on this machine."""
-    if sampler_kind(asked.config.sampler) is SamplerKind.VLLM:
-        return VllmSampler(asked.config.policy, threads=asked.config.threads)
-    return TransformersSampler(asked.policy)
+    if sampler_kind(setup.config.sampler) is SamplerKind.VLLM:
+        return VllmSampler(setup.config.policy, threads=setup.config.threads)
+    return TransformersSampler(setup.policy)
 
 
-def sample_training(asked: Asked[Config], sampler: Sampler, questions: Sequence[str]) -> list[Trajectory]:
+def sample_training(setup: PolicySetup[Config], sampler: Sampler, questions: Sequence[str]) -> list[Trajectory]:
     """Trajectories of the training questions, kept in a file until the run has succeeded, or longer if it is named."""
-    config = asked.config
+    config = setup.config
     file = config.samples_file or run_dir(config.output) / "samples.jsonl"
-    return sample(asked, sampler, file, questions, config.samples, config.seed)
+    return sample(setup, sampler, file, questions, config.samples, config.seed)
 
 
-def sampled_turns(asked: Asked[Config]) -> tuple[list[Problem], list[Trajectory]]:
+def sampled_turns(setup: PolicySetup[Config]) -> tuple[list[Problem], list[Trajectory]]:
     """Training problems, and trajectories of them: ``problems[t.question]`` is what trajectory ``t`` answers."""
-    problems, questions = training_problems(asked.config)
-    with closing(build_sampler(asked)) as sampler:
-        return problems, sample_training(asked, sampler, questions)
+    problems, questions = training_problems(setup.config)
+    with closing(build_sampler(setup)) as sampler:
+        return problems, sample_training(setup, sampler, questions)
 
 
 def sample(
-    asked: Asked[Config], sampler: Sampler, file: Path, questions: Sequence[str], samples: int, seed: int
+    setup: PolicySetup[Config], sampler: Sampler, file: Path, questions: Sequence[str], samples: int, seed: int
 ) -> list[Trajectory]:
     """What ``file`` has, and the rest."""
-    kind = sampler_kind(asked.config.sampler)
+    kind = sampler_kind(setup.config.sampler)
     first = header(
-        asked.config.policy, questions, sampler=kind, samples=samples, max_cycles=asked.config.max_cycles, seed=seed
+        setup.config.policy, questions, sampler=kind, samples=samples, max_cycles=setup.config.max_cycles, seed=seed
     )
 
     def chunk(indices: Sequence[int], chunk_seed: int) -> list[Trajectory]:
-        return sample_chunk(asked, sampler.seeded(chunk_seed), questions, indices, samples)
+        return sample_chunk(setup, sampler.seeded(chunk_seed), questions, indices, samples)
 
     return read_or_sample(file, first, chunk)
 
 
 def sample_chunk(
-    asked: Asked[Config], write: Continue, questions: Sequence[str], indices: Sequence[int], samples: int
+    setup: PolicySetup[Config], write: Continue, questions: Sequence[str], indices: Sequence[int], samples: int
 ) -> list[Trajectory]:
     """Trajectories of ``questions[i]`` for i in ``indices``, each with i as its question."""
 
@@ -120,8 +120,8 @@ def sample_chunk(
         return any(task.check(questions[indices[index]], answer) for task in TASKS.values())
 
     trajectories = sample_trajectories(
-        write, asked.tokenizer, [questions[i] for i in indices], check,
-        samples=samples, max_cycles=asked.config.max_cycles, max_positions=asked.policy.config.max_position_embeddings,
+        write, setup.tokenizer, [questions[i] for i in indices], check,
+        samples=samples, max_cycles=setup.config.max_cycles, max_positions=setup.policy.config.max_position_embeddings,
     )  # fmt: skip
     for trajectory in trajectories:
         trajectory.question = indices[trajectory.question]

@@ -6,10 +6,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rtap_training.errors import TrainingError
 from rtap_training.events import FOLDER, open_events
 from rtap_training.optim import Budget
-from rtap_training.runs import LineLog
+from rtap_training.run_state import LineLog
+from rtap_training.training_errors import TrainingError
 
 LOG_EVERY = 20
 _SMOOTHING = 0.97

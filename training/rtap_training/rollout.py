@@ -21,10 +21,10 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from rtap_core.errors import ConfigError
 from rtap_core.format import RTAP, parse_cycle
+from rtap_training.bundled.tokenizer import render_prompt
 from rtap_training.config import SamplerKind
-from rtap_training.huggingface import decode_ids, encode_text
+from rtap_training.huggingface import decode_ids, encode_text, token_id
 from rtap_training.tasks.trajectory import TURN_END, Message
-from rtap_training.tokenizer import render_prompt, token_id
 
 MAX_CYCLE_TOKENS = 160
 BATCH_ROWS = 512

@@ -10,21 +10,21 @@ from typing import Any, TypeVar
 from rtap_training.checkpoint import manifest, sha256
 from rtap_training.config import SampledTurnsConfig, run_dir
 from rtap_training.data import Batch, Encoded, bucket, pad
-from rtap_training.held_out import Turns, show_held_out
+from rtap_training.held_out import HeldOutTrajectories, show_held_out
+from rtap_training.huggingface import pad_id
 from rtap_training.loop import Loop
 from rtap_training.optim import build_muon
-from rtap_training.own_cycles import Asked, clean_up
-from rtap_training.runs import States, plain
+from rtap_training.own_cycles import PolicySetup, clean_up
+from rtap_training.run_state import States, plain
 from rtap_training.runtime import configure_torch
 from rtap_training.sft import held_out_figures, policy_loss, save, write_held_out
 from rtap_training.streams import Stream
-from rtap_training.tokenizer import pad_id
 
 Config = TypeVar("Config", bound=SampledTurnsConfig)
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class TrainingRows:
     """ids: of all rows, as JSON has them. counts: of rows, for the manifest. draw: the rows of one epoch."""
 
     ids: list[Any]
@@ -32,15 +32,15 @@ class Lesson:
     draw: Callable[[Random], list[Encoded]]
 
 
-def learn(name: str, asked: Asked[Config], lesson: Lesson, *, tells_before: bool = False) -> None:
-    """Train, evaluate on held-out questions (``tells_before``: as it comes, too), save, and print the figures; from the
+def learn(name: str, setup: PolicySetup[Config], lesson: TrainingRows, *, evaluate_before: bool = False) -> None:
+    """Train, evaluate on held-out questions (``evaluate_before``: as it comes, too), save, and print the figures; from the
     last state where there is one."""
-    policy, tokenizer, config = asked.policy, asked.tokenizer, asked.config
+    policy, tokenizer, config = setup.policy, setup.tokenizer, setup.config
     data = json.dumps(lesson.ids)
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(data))
-    before = {"before": held_out_figures(_write_held_out(asked))} if tells_before else {}
-    training = _train(name, asked, states, lesson.draw)
-    turns = _write_held_out(asked)
+    before = {"before": held_out_figures(_write_held_out(setup))} if evaluate_before else {}
+    training = _train(name, setup, states, lesson.draw)
+    turns = _write_held_out(setup)
     show_held_out(config.output, training["steps"], turns, tokenizer)
     figures = training | {"rows": lesson.counts} | before | {"held_out": held_out_figures(turns)}
     record = manifest(f"rtap train {name}", config, data=data, seconds=training["seconds"], figures=figures)
@@ -49,15 +49,17 @@ def learn(name: str, asked: Asked[Config], lesson: Lesson, *, tells_before: bool
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 
-def _write_held_out(asked: Asked[Config]) -> dict[str, Turns]:
-    config = asked.config
+def _write_held_out(setup: PolicySetup[Config]) -> dict[str, HeldOutTrajectories]:
+    config = setup.config
     return write_held_out(
-        asked.policy, asked.tokenizer, tasks=config.tasks, count=config.eval_questions, seed=config.seed
+        setup.policy, setup.tokenizer, tasks=config.tasks, count=config.eval_questions, seed=config.seed
     )
 
 
-def _train(name: str, asked: Asked[Config], states: States, draw: Callable[[Random], list[Encoded]]) -> dict[str, Any]:
-    policy, config, padding = asked.policy, asked.config, pad_id(asked.tokenizer)
+def _train(
+    name: str, setup: PolicySetup[Config], states: States, draw: Callable[[Random], list[Encoded]]
+) -> dict[str, Any]:
+    policy, config, padding = setup.policy, setup.config, pad_id(setup.tokenizer)
     optimisers = build_muon(
         policy.named_parameters(), matrix_rate=config.matrix_rate, learning_rate=config.learning_rate, weight_decay=0.0
     )
@@ -73,7 +75,7 @@ def _train(name: str, asked: Asked[Config], states: States, draw: Callable[[Rand
     configure_torch(config.threads, config.seed)  # however much was sampled before
     policy.train()
     with Loop(name, config, states, model=policy, optimisers=optimisers, stream=stream) as loop:
-        while loop.goes_on():
+        while loop.should_continue():
             batch = next(stream)
             loop.descend(policy_loss(policy, batch), rows=len(batch.ids), tokens=batch.ids.numel())
     return loop.summary()

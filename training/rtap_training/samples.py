@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import sha256
-from rtap_training.errors import TrainingError
 from rtap_training.rollout import SampledCycle, Trajectory
+from rtap_training.training_errors import TrainingError
 
 CHUNK_ROWS = 2048
 _FORMAT = 2

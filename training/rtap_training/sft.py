@@ -15,22 +15,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from rtap_core.errors import ConfigError
+from rtap_training.bundled.architecture import MAX_POSITIONS, build_policy
+from rtap_training.bundled.tokenizer import PAD, TAGS, TURN_START, build_tokenizer
 from rtap_training.checkpoint import manifest, sha256
 from rtap_training.config import SftConfig, run_dir
 from rtap_training.data import Batch, batches, conversation_text
-from rtap_training.held_out import Turns, show_held_out
+from rtap_training.held_out import HeldOutTrajectories, show_held_out
 from rtap_training.huggingface import cast_to, load_policy, load_tokenizer, save_checkpoint
 from rtap_training.loop import Loop
 from rtap_training.optim import build_muon
 from rtap_training.parallel import rank, run_processes
-from rtap_training.policy import MAX_POSITIONS, build_policy
 from rtap_training.questions import held_out_questions
 from rtap_training.rollout import TransformersSampler, sample_trajectories
-from rtap_training.runs import States, check_resumable, plain
+from rtap_training.run_state import States, check_resumable, plain
 from rtap_training.runtime import configure_torch
 from rtap_training.tasks import TASKS, parse_mix
 from rtap_training.tasks.trajectory import TURN_END, sample_conversation
-from rtap_training.tokenizer import PAD, TAGS, TURN_START, build_tokenizer
 
 CORPUS_SIZE = 20_000  # conversations a tokenizer is built on
 DIGEST_SIZE = 1_000  # those that stand for the endless data in manifests and states
@@ -117,7 +117,7 @@ def train(
     stream = batches(tokenizer, parse_mix(config.tasks), seed=seed, batch_tokens=config.batch_tokens)
     model.train()
     with Loop("sft", config, states, model=model, optimisers=optimisers, stream=stream) as loop:
-        while loop.goes_on():
+        while loop.should_continue():
             batch = next(stream)
             loop.descend(policy_loss(model, batch), rows=len(batch.ids), tokens=batch.ids.numel())
     return loop.summary()
@@ -125,11 +125,11 @@ def train(
 
 def write_held_out(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, tasks: str, count: int, seed: int
-) -> dict[str, Turns]:
+) -> dict[str, HeldOutTrajectories]:
     """One turn on each of ``count`` held-out questions of each task in the mix; a cycle is forced open after a wrong
     one."""
     model.eval()
-    turns: dict[str, Turns] = {}
+    turns: dict[str, HeldOutTrajectories] = {}
     for name in parse_mix(tasks):
         questions = [q.question for q in held_out_questions(TASKS[name], count)]
         trajectories = sample_trajectories(
@@ -137,11 +137,11 @@ def write_held_out(
             lambda index, answer, task=TASKS[name], asked=questions: task.check(asked[index], answer),
             samples=1, max_cycles=EVAL_CYCLES, max_positions=MAX_POSITIONS,
         )  # fmt: skip
-        turns[name] = Turns(questions, trajectories)
+        turns[name] = HeldOutTrajectories(questions, trajectories)
     return turns
 
 
-def held_out_figures(turns: Mapping[str, Turns]) -> dict[str, Any]:
+def held_out_figures(turns: Mapping[str, HeldOutTrajectories]) -> dict[str, Any]:
     """Accuracy of each task: the first cycle, by level too, and each later cycle of those that it was opened for."""
     figures: dict[str, Any] = {}
     for name, part in turns.items():

@@ -18,8 +18,8 @@ import yaml
 from scipy import stats  # pyright: ignore[reportMissingTypeStubs] - comes with scikit-learn
 
 from rtap_core.errors import ConfigError
+from rtap_training.bundled.pipeline import Run
 from rtap_training.checkpoint import git_commit, versions
-from rtap_training.pipeline import Run
 from rtap_training.questions import held_out_questions
 from rtap_training.tasks import TASKS
 
@@ -30,7 +30,7 @@ Figures = dict[str, float | None]
 class Suite:
     """runs: settings by name, of the training command that ``method`` names; one without is not trained (the starting
     policy). common: settings of all of them. baseline: the run that the others are compared with, seed by seed.
-    measure: fields of ``rtap_training.rl.measure.Plan``, and ``tasks``, ``questions`` (a task) and ``confidence`` (a
+    measure: fields of ``rtap_training.rl.measure.MeasureConfig``, and ``tasks``, ``questions`` (a task) and ``confidence`` (a
     generator for runs that have none of their own)."""
 
     title: str
@@ -98,9 +98,9 @@ def _measure(suite: Suite, policy: Path, own_generator: Path | None, seed: int) 
     import torch
 
     from rtap_training.huggingface import load_policy
-    from rtap_training.rl.generator import OnlineGenerator, load_online_generator
     from rtap_training.rl.loading import load_for_training
-    from rtap_training.rl.measure import Plan, measure
+    from rtap_training.rl.measure import MeasureConfig, measure
+    from rtap_training.rl.online_generator import OnlineGenerator, load_online_generator
 
     settings = dict(suite.measure)
     tasks, count, common = settings.pop("tasks"), settings.pop("questions"), settings.pop("confidence", None)
@@ -116,7 +116,7 @@ def _measure(suite: Suite, policy: Path, own_generator: Path | None, seed: int) 
     for task in tasks:
         questions = held_out_questions(TASKS[task], count)
         found = measure(model, tokenizer, load_for_training(policy).dialect, generator, questions,
-                        Plan(**settings, seed=seed))  # fmt: skip
+                        MeasureConfig(**settings, seed=seed))  # fmt: skip
         figures |= {f"{task}/{key}": None if value is None else round(value, 5) for key, value in found.items()}
     return figures
 

@@ -64,9 +64,6 @@ class Watched:
         self.engines, self._loads = [Engine(), Engine()], iter(loads)
         self.policy = SupervisedEngine("policy", self.engines[0])  # type: ignore[arg-type]
         self.generator = SupervisedEngine("confidence", self.engines[1], self._load)  # type: ignore[arg-type]
-            SupervisedEngine("policy", self.engines[0]),
-            SupervisedEngine("confidence", self.engines[1], self._load),
-        )  # type: ignore[arg-type]
         self.supervisor = Supervisor([self.policy, self.generator], Metrics(self.registry), 1.5, self.announced.append)
 
     def _load(self) -> Any:

@@ -22,7 +22,7 @@ from rtap_training.config import build_config
 from rtap_training.questions import load_questions
 from rtap_training.rl import command
 from rtap_training.rl.config import CONFIGS, RlConfig
-from rtap_training.rl.lockstep import Request, Written
+from rtap_training.rl.lockstep import Completion, Request
 from rtap_training.rl.trainer import RecursiveTrainer
 from rtap_training.tasks.base import Split
 
@@ -34,8 +34,8 @@ def scripted(config: RlConfig) -> Any:
     questions = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
     answers = {q.question: q.answer for q in questions}
 
-    def generate(self: RecursiveTrainer, requests: Sequence[Request], prompts: list[Any]) -> list[Written]:
-        results: list[Written] = []
+    def generate(self: RecursiveTrainer, requests: Sequence[Request], prompts: list[Any]) -> list[Completion]:
+        results: list[Completion] = []
         for request in requests:
             question = prompts[request.row][-1]["content"]
             row = self.accelerator.process_index * len(prompts) + request.row
@@ -44,7 +44,7 @@ def scripted(config: RlConfig) -> Any:
             text = f"<think>{rng.randrange(10**6)}</think><answer>{answer}</answer>"
             is_open = self.parts.dialect.decode(request.prompt_ids).endswith("<think>")
             ids = self.parts.dialect.encode(text.removeprefix("<think>") if is_open else text)
-            results.append(Written(ids[: request.max_tokens], None))
+            results.append(Completion(ids[: request.max_tokens], None))
         return results
 
     return generate

@@ -7,9 +7,9 @@ import pytest
 from rtap_core.types import Cycle, Policy, StopReason, Trajectory
 from rtap_training.huggingface import load_policy
 from rtap_training.questions import held_out_questions
-from rtap_training.rl.generator import OnlineGenerator, load_online_generator
 from rtap_training.rl.loading import load_for_training
-from rtap_training.rl.measure import ServerState, forced_figures, measure, own_figures
+from rtap_training.rl.measure import MeasureConfig, forced_figures, measure, own_figures
+from rtap_training.rl.online_generator import OnlineGenerator, load_online_generator
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.base import Question
 
@@ -65,9 +65,9 @@ def test_the_bundled_models_measured_twice_give_the_same() -> None:
         average=lambda _: None,
     )  # fmt: skip
     questions = held_out_questions(TASKS["countdown"], 12)
-    plan = ServerState(max_cycles=3, samples=2, forced=1)
-    first = measure(model, tokenizer, dialect, generator, questions, plan)
-    assert first == measure(model, tokenizer, dialect, generator, questions, plan)
+    config = MeasureConfig(max_cycles=3, samples=2, forced=1)
+    first = measure(model, tokenizer, dialect, generator, questions, config)
+    assert first == measure(model, tokenizer, dialect, generator, questions, config)
     assert first["model_cycles"] <= 3
     assert first["first_tokens"] <= first["model_tokens"]
     assert first["last"] <= first["ever"]
@@ -79,6 +79,6 @@ def test_the_end_of_the_turn_is_no_cycle() -> None:
     model, tokenizer = load_policy(BUNDLED / "policy")
     dialect = load_for_training(BUNDLED / "policy").dialect
     found = measure(
-        model, tokenizer, dialect, None, held_out_questions(TASKS["arithmetic"], 12), ServerState(samples=1, forced=0)
+        model, tokenizer, dialect, None, held_out_questions(TASKS["arithmetic"], 12), MeasureConfig(samples=1, forced=0)
     )
     assert found["model_cycles"] < 2

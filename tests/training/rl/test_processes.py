@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rtap_core.errors import ConfigError
 from rtap_training.rl import command
+from rtap_training.rl.checkpoints import last_checkpoint
 from rtap_training.rl.config import GrpoConfig
-from rtap_training.rl.runs import last_checkpoint
 from tests.training.rl.tiny import BUNDLED, save_generator, save_policy
 
 ROOT = Path(__file__).parents[3]

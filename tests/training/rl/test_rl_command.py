@@ -17,15 +17,15 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from rtap_core.errors import ConfigError
-from rtap_training.errors import TeacherError, TrainingError
 from rtap_training.huggingface import load_tokenizer
 from rtap_training.questions import load_questions
 from rtap_training.rl import command
+from rtap_training.rl.checkpoints import last_checkpoint
 from rtap_training.rl.config import GrpoConfig, KdrlConfig, RladConfig, RlConfig, RtapConfig
 from rtap_training.rl.loading import load_for_training
-from rtap_training.rl.lockstep import Written
-from rtap_training.rl.runs import last_checkpoint
+from rtap_training.rl.lockstep import Completion
 from rtap_training.tasks.base import Split
+from rtap_training.training_errors import TeacherError, TrainingError
 from tests.training.rl.tiny import BUNDLED, save_policy
 
 SMALL = {
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_checkpoint(
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight.fill_(float("nan"))
     # What it wrote before it broke: weights that are NaN cannot be sampled from.
-    monkeypatch.setattr(trainer, "_generate_batch", lambda requests, _: [Written([5, 6], None) for _ in requests])
+    monkeypatch.setattr(trainer, "_generate_batch", lambda requests, _: [Completion([5, 6], None) for _ in requests])
     with pytest.raises(TrainingError, match="the loss is nan at update 1; there is no checkpoint yet"):
         trainer.train()
 

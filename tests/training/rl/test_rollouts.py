@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 
 from rtap_core.format import RTAP, THINK, TrajectoryFormat
-from rtap_training.rl.lockstep import Generate, Request, Written
-from rtap_training.rl.rollouts import Asked, Dialect, Rollout, roll_out
+from rtap_training.rl.lockstep import Completion, Generate, Request
+from rtap_training.rl.rollouts import Dialect, Rollout, RolloutQuestion, roll_out
 
 # One token a tag, one a character, END ends the turn.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -38,13 +38,13 @@ def script(rows: list[list[str]], *, logps: bool = False) -> tuple[Generate, lis
     texts = [iter(row) for row in rows]
     asked: list[list[Request]] = []
 
-    def generate(requests: Sequence[Request]) -> list[Written]:
+    def generate(requests: Sequence[Request]) -> list[Completion]:
         asked.append(list(requests))
-        results: list[Written] = []
+        results: list[Completion] = []
         for request in requests:
             text = next(texts[request.row])
             ids = [*encode(text.removesuffix("$")), *([END] if text.endswith("$") else [])][: request.max_tokens]
-            results.append(Written(ids, [-0.5] * len(ids) if logps else None))
+            results.append(Completion(ids, [-0.5] * len(ids) if logps else None))
         return results
 
     return generate, asked
@@ -63,7 +63,7 @@ def play(
     rows: list[list[str]], *, max_cycles: int = 4, max_tokens: int = 500, fmt: TrajectoryFormat = RTAP, **kwargs: bool
 ) -> tuple[list[Rollout], list[list[Request]]]:
     generate, asked = script(rows, **kwargs)
-    questions = [Asked(f"q{i}", encode(f"q{i}:"), lambda answer: answer == "8") for i in range(len(rows))]
+    questions = [RolloutQuestion(f"q{i}", encode(f"q{i}:"), lambda answer: answer == "8") for i in range(len(rows))]
     rollouts = roll_out(
         questions, generate, dialect(fmt), max_cycles=max_cycles, max_tokens=max_tokens, max_cycle_tokens=None
     )
@@ -161,7 +161,7 @@ def test_think_format_ends_cycles_with_the_turn() -> None:
 
 def test_an_opening_written_by_the_chat_template_belongs_to_the_first_cycle() -> None:
     generate, _ = script([["t</think><answer>7</answer>", again("8")]])
-    question = Asked("q", encode("q:<think>"), lambda answer: answer == "8")
+    question = RolloutQuestion("q", encode("q:<think>"), lambda answer: answer == "8")
     (row,) = roll_out([question], generate, dialect(), max_cycles=2, max_tokens=99, max_cycle_tokens=None)
     assert [c.text for c in row.cycles] == [cycle("7"), cycle("8")]
     assert decode(row.completion_ids) == f"t</think><answer>7</answer>{cycle('8')}$"
@@ -173,9 +173,9 @@ def test_oops_are_counted_in_thoughts() -> None:
 
 
 def test_a_failing_engine_ends_the_rollout_with_its_error() -> None:
-    def generate(requests: Sequence[Request]) -> list[Written]:
+    def generate(requests: Sequence[Request]) -> list[Completion]:
         raise RuntimeError("no memory")
 
-    questions = [Asked("q", [1], lambda _: True)] * 3
+    questions = [RolloutQuestion("q", [1], lambda _: True)] * 3
     with pytest.raises(RuntimeError, match="no memory"):
         roll_out(questions, generate, dialect(), max_cycles=2, max_tokens=50, max_cycle_tokens=None)

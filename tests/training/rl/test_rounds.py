@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from rtap_training.rl.lockstep import Request, Written
+from rtap_training.rl.lockstep import Completion, Request
 from rtap_training.rl.rounds import Rounds
 
 SPARE = Request(0, [9], 1)
@@ -28,16 +28,16 @@ class Pair:
         return result
 
 
-def play(batches: list[Batches], *, same_size: bool) -> tuple[list[Batches], list[list[list[Written]]]]:
+def play(batches: list[Batches], *, same_size: bool) -> tuple[list[Batches], list[list[list[Completion]]]]:
     """What each of two processes was asked to generate, and what it got, for its batches in turn."""
     largest = Pair()
 
-    def process(mine: list[list[Request]]) -> tuple[list[list[Request]], list[list[Written]]]:
+    def process(mine: list[list[Request]]) -> tuple[list[list[Request]], list[list[Completion]]]:
         asked: list[list[Request]] = []
 
-        def generate(requests: Sequence[Request]) -> list[Written]:
+        def generate(requests: Sequence[Request]) -> list[Completion]:
             asked.append(list(requests))
-            return [Written([r.prompt_ids[0]] * r.max_tokens, [0.5] * r.max_tokens) for r in requests]
+            return [Completion([r.prompt_ids[0]] * r.max_tokens, [0.5] * r.max_tokens) for r in requests]
 
         rounds = Rounds(generate, largest, SPARE, same_size)
         results = [rounds(batch) for batch in mine]

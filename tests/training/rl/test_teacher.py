@@ -9,9 +9,9 @@ import httpx
 import pytest
 import torch
 
-from rtap_training.errors import TeacherError
 from rtap_training.huggingface import load_tokenizer
 from rtap_training.rl.teacher import ROWS_IN_FLIGHT, RemoteTeacher
+from rtap_training.training_errors import TeacherError
 from tests.training.rl.tiny import BUNDLED
 
 CARD = {"data": [{"id": "big", "max_model_len": 64}]}

@@ -16,7 +16,7 @@ from rtap_training.questions import load_questions
 from rtap_training.rl import command
 from rtap_training.rl.config import RladConfig, RtapConfig
 from rtap_training.rl.dataset import build_dataset, open_image
-from rtap_training.rl.lockstep import Request, Written
+from rtap_training.rl.lockstep import Completion, Request
 from rtap_training.rl.trainer import RecursiveTrainer
 from rtap_training.tasks.base import PicturedQuestion, Question, Split
 from tests.training.rl.tiny import BUNDLED, save_policy
@@ -70,12 +70,12 @@ def finished(config: RtapConfig) -> RtapConfig:
     answers = {q.identity: q.answer for q in load_questions(config.questions, Split.TRAIN, seed=1, count=40)}
     assert len(set(answers.values())) == len(answers) > 30
 
-    def generate(self: RecursiveTrainer, requests: Sequence[Request], prompts: list[Any]) -> list[Written]:
+    def generate(self: RecursiveTrainer, requests: Sequence[Request], prompts: list[Any]) -> list[Completion]:
         texts = [
             self.parts.dialect.encode(f"<think>{r.row}</think><answer>{_shade(prompts[r.row]) + r.row % 2}</answer>")
             for r in requests
         ]
-        return [Written(ids, None) for ids in texts]
+        return [Completion(ids, None) for ids in texts]
 
     scripted = replace(config, max_cycles=1, beta=0.0, boundary_advantage=0.0, learning_rate=5e-5)
     with pytest.MonkeyPatch.context() as patch:

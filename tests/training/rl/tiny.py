@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
+from rtap_training.bundled.architecture import build_policy
 from rtap_training.config import SftConfig
 from rtap_training.huggingface import load_tokenizer, save_checkpoint
-from rtap_training.policy import build_policy
 
 BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import httpx
 
 from rtap_core.errors import ConfigError
-from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
 
 Checker = Callable[[str, str, str], bool]  # (question, answer, reference) -> right?

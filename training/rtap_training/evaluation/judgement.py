@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import Run
 from rtap_training.reliability import Bin, reliability_bins
 

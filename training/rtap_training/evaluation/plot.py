@@ -85,7 +85,7 @@ def calibration_svg(task: TaskResults) -> bytes:
         scale.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_xlabel("confidence")
     axis.set_ylabel("answers that are right")
-    _calm(axis)
+    _style_axis(axis)
     for handle in axis.legend(frameon=False, loc="upper left").legend_handles:
         if isinstance(handle, PathCollection):
             handle.set_sizes([40])  # not that of its first bin
@@ -99,7 +99,7 @@ def _svg(figure: Figure) -> bytes:
     return output.getvalue()
 
 
-def _calm(axis: Axes) -> None:
+def _style_axis(axis: Axes) -> None:
     axis.grid(which="major", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
@@ -143,7 +143,7 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     n = max((m.n for m in shown), default=0)
     axis.set_title(f"{task.task}, {n} questions", loc="left", fontweight="bold")
     axis.margins(x=0.08)
-    _calm(axis)
+    _style_axis(axis)
     _budget_line(axis, task)
 
 

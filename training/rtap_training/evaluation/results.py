@@ -14,7 +14,7 @@ from rtap_training.evaluation.comparison import (
 )
 from rtap_training.evaluation.judgement import Judgement, judge
 from rtap_training.evaluation.measurement import ConfidenceQuality, Measurement, confidence_quality, measure
-from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import Run
 from rtap_training.evaluation.rules import CONFIDENCE, GENERATOR, LOGPROB, OWN_SERVER, SINGLE, VOTE
 

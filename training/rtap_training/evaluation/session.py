@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.client import Checker, Load, RtapServer
 from rtap_training.evaluation.measurement import measure
-from rtap_training.evaluation.questions import Question
+from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import Outcome, Run, RunSpec
 from rtap_training.evaluation.rules import SINGLE
 

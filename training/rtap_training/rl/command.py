@@ -20,15 +20,15 @@ from rtap_training.checkpoint import manifest
 from rtap_training.events import FOLDER
 from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.questions import Question, load_questions
+from rtap_training.rl.checkpoints import JsonLog, SamplesTable, check_same_run, describe, last_checkpoint
+from rtap_training.rl.components import RunComponents
 from rtap_training.rl.config import RlConfig
 from rtap_training.rl.dataset import build_dataset
-from rtap_training.rl.generator import OnlineGenerator, load_online_generator
 from rtap_training.rl.loading import Loaded, load_for_training
-from rtap_training.rl.parts import Parts
-from rtap_training.rl.runs import JsonLog, SamplesTable, check_same_run, describe, last_checkpoint
+from rtap_training.rl.online_generator import OnlineGenerator, load_online_generator
 from rtap_training.rl.teacher import LocalTeacher, RemoteTeacher, Teacher, check_same_tokens, load_teacher
 from rtap_training.rl.trainer import RecursiveTrainer
-from rtap_training.runs import step_of
+from rtap_training.run_state import step_of
 from rtap_training.runtime import configure_torch
 from rtap_training.tasks import check
 from rtap_training.tasks.base import Split
@@ -65,22 +65,22 @@ def run(config: RlConfig) -> None:
 
 
 def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question]) -> RecursiveTrainer:
-    """The trainer with all its parts; nothing has been generated or written yet."""
+    """The trainer with all its components; nothing has been generated or written yet."""
 
     def is_right(row: int, answer: str) -> bool:
         return check(questions[row].question, answer, questions[row].answer)
 
-    parts = Parts(loaded.dialect, is_right, None, None, record=lambda: describe(config))
+    components = RunComponents(loaded.dialect, is_right, None, None, record=lambda: describe(config))
     trainer = RecursiveTrainer(
         config=config,
-        parts=parts,
+        components=components,
         args=trl_arguments(config),
         model=loaded.model,
         processing_class=loaded.processor,
         train_dataset=build_dataset(questions, sees_images=loaded.sees_images),
     )
-    parts.generator = _generator(config, loaded, trainer)
-    parts.teacher = _teacher(config, loaded, trainer)
+    components.generator = _generator(config, loaded, trainer)
+    components.teacher = _teacher(config, loaded, trainer)
     return trainer
 
 
@@ -197,9 +197,9 @@ def _save(
 ) -> None:
     """Policy and generator, each in one swap."""
     write_model(config.output, loaded.model, weights, loaded.processor, record)
-    if trainer.parts.generator is not None:
+    if trainer.components.generator is not None:
         output = config.confidence_output or config.output.with_name(f"{config.output.name}-confidence")
-        generator = trainer.parts.generator.model
+        generator = trainer.components.generator.model
         # Fitted to a policy that is no more; a fresh fit is `rtap train confidence`.
         block = cast(dict[str, Any], getattr(generator.config, "rtap", None) or {})
         for name in ("fusion", "threshold", "calibration"):

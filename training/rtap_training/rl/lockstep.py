@@ -23,14 +23,14 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class Completion:
     """What was generated for a request, its end token included. ``logps``: of the sampler, where it gives them."""
 
     ids: list[int]
     logps: list[float] | None
 
 
-Generate = Callable[[Sequence[Request]], list[Written]]
+Generate = Callable[[Sequence[Request]], list[Completion]]
 """Continue every request until an end token or its limit; results in the order of the requests."""
 
 
@@ -43,11 +43,11 @@ class Lockstep:
     def __init__(self, generate: Generate, num_rows: int) -> None:
         self._generate = generate
         self._num_running = num_rows
-        self._waiting: list[tuple[Request, asyncio.Future[Written]]] = []
+        self._waiting: list[tuple[Request, asyncio.Future[Completion]]] = []
 
-    async def write(self, request: Request) -> Written:
+    async def write(self, request: Request) -> Completion:
         """The continuation of one request, after everybody else has asked too."""
-        future: asyncio.Future[Written] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         self._flush()
         return await future

@@ -16,8 +16,8 @@ from rtap_core.types import Confidence, Cycle, Judged, Limits, Policy, Score, Se
 from rtap_core.voting import majority
 from rtap_training.calibration import within_question_auroc
 from rtap_training.questions import Question
-from rtap_training.rl.generator import OnlineGenerator
-from rtap_training.rl.lockstep import Lockstep, Request, RowEngine, Written, in_lockstep
+from rtap_training.rl.lockstep import Completion, Lockstep, Request, RowEngine, in_lockstep
+from rtap_training.rl.online_generator import OnlineGenerator
 from rtap_training.rl.rollouts import Dialect
 from rtap_training.rollout import TransformersSampler, encode_question
 from rtap_training.tasks import check
@@ -26,7 +26,7 @@ NEVER = 2.0  # a threshold that no confidence reaches
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MeasureConfig:
     """samples: trajectories a question under policy ``model``. forced: trajectories that are made to write all
     ``max_cycles`` cycles, for what stopping by confidence would have returned at ``threshold``."""
 
@@ -55,18 +55,18 @@ def measure(
     dialect: Dialect,
     generator: OnlineGenerator | None,
     questions: Sequence[Question],
-    plan: Plan,
+    config: MeasureConfig,
 ) -> dict[str, float | None]:
     """Figures by name. Shares are of questions (or of trajectories), tokens and cycles are means a trajectory."""
     model.eval()
-    own = _run(model, tokenizer, dialect, None, questions, plan.samples,
-               Limits(Policy.MODEL, max_cycles=plan.max_cycles, select=Select.LAST), plan)  # fmt: skip
+    own = _run(model, tokenizer, dialect, None, questions, config.samples,
+               Limits(Policy.MODEL, max_cycles=config.max_cycles, select=Select.LAST), config)  # fmt: skip
     figures = own_figures(own, questions)
-    if plan.forced:
+    if config.forced:
         scorer = None if generator is None else _Scorer(generator)
-        limits = Limits(Policy.CONFIDENCE, threshold=NEVER, max_cycles=plan.max_cycles)
-        forced = _run(model, tokenizer, dialect, scorer, questions, plan.forced, limits, plan)
-        figures |= forced_figures(forced, questions, plan.threshold, is_scored=generator is not None)
+        limits = Limits(Policy.CONFIDENCE, threshold=NEVER, max_cycles=config.max_cycles)
+        forced = _run(model, tokenizer, dialect, scorer, questions, config.forced, limits, config)
+        figures |= forced_figures(forced, questions, config.threshold, is_scored=generator is not None)
     return figures
 
 
@@ -78,21 +78,21 @@ def _run(
     questions: Sequence[Question],
     samples: int,
     limits: Limits,
-    plan: Plan,
+    config: MeasureConfig,
 ) -> list[list[Trajectory]]:
     """``samples`` trajectories of every question."""
     prompts = [encode_question(tokenizer, q.question) for q in questions for _ in range(samples)]
-    write = TransformersSampler(model).seeded(plan.seed)
+    write = TransformersSampler(model).seeded(config.seed)
     stops = tuple(sorted(dialect.end_of_turn_ids | dialect.cycle_end_ids))
 
-    def generate(requests: Sequence[Request]) -> list[Written]:
+    def generate(requests: Sequence[Request]) -> list[Completion]:
         rows = write([r.prompt_ids for r in requests], stops)
-        return [Written(ids[: plan.max_cycle_tokens], None) for ids in rows]
+        return [Completion(ids[: config.max_cycle_tokens], None) for ids in rows]
 
     async def follow(lockstep: Lockstep, row: int) -> Trajectory:
         engine = RowEngine(
             lockstep, row, frozenset(stops), dialect.end_of_turn_ids, dialect.decode, dialect.encode,
-            plan.max_cycle_tokens,
+            config.max_cycle_tokens,
         )  # fmt: skip
         async for event in Recursion(engine, dialect.format, confidence, dialect.count_oops).run(prompts[row], limits):
             if isinstance(event, FinalEvent):

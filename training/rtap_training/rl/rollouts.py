@@ -14,7 +14,7 @@ from rtap_training.rl.lockstep import Generate, Lockstep, RowEngine, in_lockstep
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RolloutQuestion:
     """A question as the policy sees it. question: what tells it from others. check: whether an answer is right."""
 
     question: str
@@ -76,7 +76,7 @@ class Rollout:
 class Checker:
     """The answer checker as ``rtap_core.types.Confidence``: 1 for a right answer, 0 for a wrong one."""
 
-    asked: Asked
+    asked: RolloutQuestion
     dialect: Dialect
 
     async def score(self, judged: Judged) -> Score:
@@ -87,7 +87,7 @@ class Checker:
 
 
 def roll_out(
-    asked: Sequence[Asked],
+    asked: Sequence[RolloutQuestion],
     generate: Generate,
     dialect: Dialect,
     *,
@@ -111,7 +111,7 @@ def roll_out(
     return in_lockstep(generate, len(asked), follow)
 
 
-async def _collect(asked: Asked, recursion: Recursion, limits: Limits, dialect: Dialect) -> Rollout:
+async def _collect(asked: RolloutQuestion, recursion: Recursion, limits: Limits, dialect: Dialect) -> Rollout:
     """Follow one trajectory's events and keep what was written, with its origin."""
     row = _Row(dialect)
     cycles: list[RolledCycle] = []

@@ -8,7 +8,7 @@ to write goes on with a spare row. Not here: the batch itself.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from rtap_training.rl.lockstep import Generate, Request, Written
+from rtap_training.rl.lockstep import Completion, Generate, Request
 
 Largest = Callable[[Sequence[int]], list[int]]
 """The largest of each number over all processes; a collective call."""
@@ -26,7 +26,7 @@ class Rounds:
     spare: Request
     same_size: bool
 
-    def __call__(self, requests: Sequence[Request]) -> list[Written]:
+    def __call__(self, requests: Sequence[Request]) -> list[Completion]:
         """One round; the result has the requests' rows only."""
         return self._round(requests) or []
 
@@ -35,7 +35,7 @@ class Rounds:
         while self._round([]) is not None:
             pass
 
-    def _round(self, requests: Sequence[Request]) -> list[Written] | None:
+    def _round(self, requests: Sequence[Request]) -> list[Completion] | None:
         limits = [r.max_tokens for r in requests]
         size, limit = self.largest([len(requests), max(limits, default=0)])
         if size == 0:
@@ -45,6 +45,6 @@ class Rounds:
         if self.same_size:  # one process asks for all, with its own limit
             rows = [replace(r, max_tokens=limit) for r in rows]
         return [
-            Written(w.ids[:own], None if w.logps is None else w.logps[:own])
+            Completion(w.ids[:own], None if w.logps is None else w.logps[:own])
             for w, own in zip(self.generate(rows), limits, strict=False)
         ]

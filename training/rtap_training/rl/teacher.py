@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rtap_training.errors import TeacherError
+from rtap_training.training_errors import TeacherError
 
 REMOTE_TIMEOUT_SECONDS = 120.0
 ROWS_IN_FLIGHT = 16
@@ -48,7 +48,7 @@ class LocalTeacher:
         return self._log_probs(self.model, input_ids, attention_mask, logits_to_keep)
 
 
-def patient_client() -> httpx.Client:
+def retrying_client() -> httpx.Client:
     """Tries a connection again before it gives up."""
     return httpx.Client(transport=httpx.HTTPTransport(retries=3))
 
@@ -61,7 +61,7 @@ class RemoteTeacher:
     token that the API insists on, so a row must be shorter than the server's context.
     """
 
-    def __init__(self, address: str, open_client: Callable[[], httpx.Client] = patient_client) -> None:
+    def __init__(self, address: str, open_client: Callable[[], httpx.Client] = retrying_client) -> None:
         self._open_client = open_client
         self._address = address.rstrip("/")
         with open_client() as client:

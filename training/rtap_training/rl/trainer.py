@@ -16,23 +16,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 
-from rtap_training.errors import TeacherError, TrainingError
 from rtap_training.events import Sample
 from rtap_training.losses import group_advantages, sequence_mean
 from rtap_training.rl import figures
 from rtap_training.rl.batches import forward_by_length
+from rtap_training.rl.checkpoints import last_checkpoint
+from rtap_training.rl.components import RunComponents
 from rtap_training.rl.config import RlConfig
-from rtap_training.rl.generator import LabelledCycle, labelled_cycles
-from rtap_training.rl.lockstep import Request, Written
+from rtap_training.rl.lockstep import Completion, Request
 from rtap_training.rl.messages import Messages, extend, last_text
 from rtap_training.rl.objective import objective
-from rtap_training.rl.parts import Parts
+from rtap_training.rl.online_generator import LabelledCycle, labelled_cycles
 from rtap_training.rl.reward_functions import reward_functions
-from rtap_training.rl.rollouts import Asked, Rollout, roll_out
+from rtap_training.rl.rollouts import Rollout, RolloutQuestion, roll_out
 from rtap_training.rl.rounds import Rounds
-from rtap_training.rl.runs import last_checkpoint
 from rtap_training.rl.trl import GRPOTrainer
-from rtap_training.runs import mark_whole
+from rtap_training.run_state import mark_complete
+from rtap_training.training_errors import TeacherError, TrainingError
 
 GENERATOR_FILE = "generator.pt"
 LENGTHS = 4  # passes by length that a micro batch is read in
@@ -45,20 +45,20 @@ _MULTIMODAL = (
 class RecursiveTrainer(GRPOTrainer):
     """GRPO on recursive trajectories under one of the four objectives."""
 
-    def __init__(self, *, config: RlConfig, parts: Parts, args: GRPOConfig, **kwargs: Any) -> None:
+    def __init__(self, *, config: RlConfig, components: RunComponents, args: GRPOConfig, **kwargs: Any) -> None:
         self.config = config
-        self.parts = parts
+        self.components = components
         self._rewards = torch.zeros(0)
         self._inputs: list[dict[str, Any]] = []
         self.samples: list[Sample] = []  # of the newest generation, this process's
         super().__init__(
             args=args,
-            reward_funcs=reward_functions(config, parts.dialect),
+            reward_funcs=reward_functions(config, components.dialect),
             rollout_func=self._roll_out,
             **kwargs,
         )
         # Generation stops at the end of a cycle as well as at the end of the turn.
-        self.eos_token_ids = sorted(parts.dialect.end_of_turn_ids | parts.dialect.cycle_end_ids)
+        self.eos_token_ids = sorted(components.dialect.end_of_turn_ids | components.dialect.cycle_end_ids)
         if self.use_vllm:
             self.vllm_generation.generation_kwargs["stop_token_ids"] = self.eos_token_ids
         else:
@@ -80,7 +80,7 @@ class RecursiveTrainer(GRPOTrainer):
         rollouts = roll_out(
             asked,
             rounds if is_collective else rounds.generate,
-            self.parts.dialect,
+            self.components.dialect,
             max_cycles=self.config.max_cycles,
             max_tokens=self.config.max_tokens,
             max_cycle_tokens=self.config.max_cycle_tokens or None,
@@ -96,18 +96,20 @@ class RecursiveTrainer(GRPOTrainer):
             "rollout": rollouts,
             "confidences": self._confidences(rollouts),
         }
-        if self.parts.generator is not None and self.model.training:  # learns after scoring, before the policy (alg. 1)
+        if (
+            self.components.generator is not None and self.model.training
+        ):  # learns after scoring, before the policy (alg. 1)
             cycles = cast(list[LabelledCycle], gather_object(labelled_cycles(rollouts)))
-            loss = self.parts.generator.update(
+            loss = self.components.generator.update(
                 cycles, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes
             )
             if loss is not None:
                 self._log_metric("generator/loss", loss)
         return fields
 
-    def _ask(self, row: int, prompt_ids: list[int]) -> Asked:
+    def _ask(self, row: int, prompt_ids: list[int]) -> RolloutQuestion:
         """By row, not by text: the same words may be asked of many images."""
-        return Asked(str(row), prompt_ids, lambda answer: self.parts.check(row, answer))
+        return RolloutQuestion(str(row), prompt_ids, lambda answer: self.components.check(row, answer))
 
     def _is_sharded(self) -> bool:
         """Whether a forward pass needs the other processes. transformers keeps generation in step only where it sees
@@ -120,7 +122,7 @@ class RecursiveTrainer(GRPOTrainer):
         local = torch.tensor([values], device=self.accelerator.device)
         return self.accelerator.gather(local).amax(dim=0).tolist()
 
-    def _generate_batch(self, requests: Sequence[Request], prompts: list[Messages]) -> list[Written]:
+    def _generate_batch(self, requests: Sequence[Request], prompts: list[Messages]) -> list[Completion]:
         """TRL's own single-turn generation, whatever it runs on; each row cut at its own limit."""
         limit = max(r.max_tokens for r in requests)
         if self.use_vllm:
@@ -134,16 +136,16 @@ class RecursiveTrainer(GRPOTrainer):
             fields = {name: extend(value, ids) for name, value in fields.items()}
         completions, logps = self._generate_single_turn(ids, images, fields, 1)
         return [
-            Written(list(row[: r.max_tokens]), None if logps is None else list(logps[i][: r.max_tokens]))
+            Completion(list(row[: r.max_tokens]), None if logps is None else list(logps[i][: r.max_tokens]))
             for i, (r, row) in enumerate(zip(requests, completions, strict=True))
         ]
 
     def _confidences(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Of every cycle of every row; a cycle cut before its answer has none and counts as 0."""
-        if self.parts.generator is None:
+        if self.components.generator is None:
             return [[] for _ in rollouts]
         rows = [(*r.prompt_ids, *c.ids) for r in rollouts for c in r.cycles if c.answer is not None]
-        scores = iter(self.parts.generator.score(rows))
+        scores = iter(self.components.generator.score(rows))
         return [[next(scores) if c.answer is not None else 0.0 for c in r.cycles] for r in rollouts]
 
     # Rewards and advantages.
@@ -161,7 +163,7 @@ class RecursiveTrainer(GRPOTrainer):
         """Figures of a generation that no reward shows, over the rollouts of all processes."""
         sums = figures.sums_of(rollouts, confidences)
         totals = dict(zip(sums, self._sum_over_processes(list(sums.values())), strict=True))
-        for name, value in figures.means_of(totals, has_generator=self.parts.generator is not None).items():
+        for name, value in figures.means_of(totals, has_generator=self.components.generator is not None).items():
             self._log_metric(name, value)
 
     def _sum_over_processes(self, values: Sequence[float | Tensor]) -> list[float]:
@@ -184,16 +186,16 @@ class RecursiveTrainer(GRPOTrainer):
             spread = advantages[:, None].expand(is_boundary.shape)
             advantages = torch.where(is_boundary, self.config.boundary_advantage, spread)
         output["advantages"] = advantages
-        if self.parts.teacher is not None:
+        if self.components.teacher is not None:
             output["teacher_per_token_logps"] = self._teacher_logps(output)
         return output
 
     def _teacher_logps(self, output: dict[str, Any]) -> Tensor:
         """Once a generation, however often it is used."""
-        assert self.parts.teacher is not None
+        assert self.components.teacher is not None
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-        logps = self.parts.teacher.logps(ids, mask, output["completion_ids"].size(1))
+        logps = self.components.teacher.logps(ids, mask, output["completion_ids"].size(1))
         used = output["completion_mask"].bool()
         if not torch.isfinite(logps[used]).all():
             raise TeacherError("the teacher gave log-probabilities that are not finite")
@@ -279,14 +281,14 @@ class RecursiveTrainer(GRPOTrainer):
             if not self.is_world_process_zero():
                 return
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            if self.parts.generator is not None:
-                torch.save(self.parts.generator.state_dict(), folder / GENERATOR_FILE)
-            mark_whole(folder, self.parts.record())
+            if self.components.generator is not None:
+                torch.save(self.components.generator.state_dict(), folder / GENERATOR_FILE)
+            mark_complete(folder, self.components.record())
         except (OSError, RuntimeError) as error:  # torch.save and safetensors raise RuntimeError on a full disk
             raise TrainingError(f"cannot save update {self.state.global_step}: {error}; {self._last_good()}") from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.parts.generator is not None:
+        if checkpoint is not None and self.components.generator is not None:
             state = torch.load(Path(checkpoint) / GENERATOR_FILE, map_location="cpu", weights_only=True)
-            self.parts.generator.load_state_dict(state)
+            self.components.generator.load_state_dict(state)

@@ -36,7 +36,7 @@ def last_boxed(solution: str) -> str | None:
     return None
 
 
-def as_it_is(answer: str) -> str | None:
+def stripped(answer: str) -> str | None:
     """The column is the answer."""
     return answer.strip() or None
 
@@ -47,7 +47,7 @@ class Recipe:
 
     question: str = "question"
     answer: str = "answer"
-    extract: Callable[[str], str | None] = as_it_is
+    extract: Callable[[str], str | None] = stripped
     configs: tuple[str | None, ...] = (None,)
     splits: Mapping[Split, str] | None = None
 

@@ -7,7 +7,7 @@
 #   STUDENT=Qwen/Qwen3-1.7B TEACHER=Qwen/Qwen3-8B training/rtap_training/recipes/verl/rlad.sh [further verl settings]
 # Student and teacher must share token ids; `rtap train rlad` checks that, verl does not.
 #
-# Checked: both functions register in verl 0.9.1, and its own distillation_ppo_loss gives training.losses.trrd_loss on a
+# Checked: both functions register in verl 0.9.1, and its own distillation_ppo_loss gives rtap_training.losses.trrd_loss on a
 # batch with teacher scores (CPU); verl composes these settings. Not run: no GPU was at hand, so no training.
 # Differences from `rtap train rlad`: one cycle a response; verl divides advantages by the sample deviation plus 1e-6,
 # the paper by the population's.
@@ -19,10 +19,10 @@ QUESTIONS=${QUESTIONS:-countdown}
 PYTHON=${PYTHON:-python}
 
 # Every process of verl imports this and finds the loss registered. With several machines, export it before `ray start`.
-export VERL_USE_EXTERNAL_MODULES=training.recipes.verl.trrd
+export VERL_USE_EXTERNAL_MODULES=rtap_training.recipes.verl.trrd
 
 [ -f "$DATA/train.parquet" ] ||
-  "$PYTHON" -m rtap_training.recipes.verl.questions --questions "$QUESTIONS" --output "$DATA"
+  "$PYTHON" -m rtap_training.recipes.verl.dataset_and_reward --questions "$QUESTIONS" --output "$DATA"
 
 settings=(
   data.train_files="$DATA/train.parquet"
@@ -30,7 +30,7 @@ settings=(
   data.train_batch_size=36
   data.max_prompt_length=512
   data.max_response_length=2048
-  reward.custom_reward_function.path=pkg://training.recipes.verl.questions
+  reward.custom_reward_function.path=pkg://rtap_training.recipes.verl.dataset_and_reward
   reward.custom_reward_function.name=compute_score
   algorithm.adv_estimator=grpo
   actor_rollout_ref.model.path="$STUDENT"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtap_training.errors import TeacherError
 from rtap_training.losses import clipped_surrogate, is_clipped, trrd_log_ratio
+from rtap_training.training_errors import TeacherError
 
 NAME = "trrd"
 

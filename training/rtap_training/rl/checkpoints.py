@@ -8,8 +8,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rtap_training.events import TAG, Sample, add_events
 from rtap_training.rl.config import SAME_RUN, RlConfig
-from rtap_training.runs import LineLog, check_same_settings, last_whole, plain
-from rtap_training.runs import describe as describe_settings
+from rtap_training.run_state import LineLog, check_same_settings, last_complete, plain
+from rtap_training.run_state import describe as describe_settings
 
 
 def describe(config: RlConfig) -> str:
@@ -28,7 +28,7 @@ def _settings(config: RlConfig) -> dict[str, Any]:
 
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    return last_whole(run_dir, "checkpoint")
+    return last_complete(run_dir, "checkpoint")
 
 
 class SamplesTable(TrainerCallback):

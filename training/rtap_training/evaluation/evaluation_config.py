@@ -17,7 +17,7 @@ OWN_QUANTILES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RuleSelection:
     """Which rules to run. samples: sizes of votes; only the largest is asked for, the others are its prefixes.
     own_thresholds: of each rule of OWN_SERVER; none means OWN_QUANTILES."""
 
@@ -73,12 +73,12 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class EvaluationConfig:
     """One evaluation. server, own_servers (by rule): addresses of running servers; without, one is started for
     ``model`` (None: the bundled models) with ``serve_flags``. token_budget: share of the vote's tokens that the chosen
     threshold may spend. command: what was typed, for the report."""
 
-    plan: Plan
+    rules: RuleSelection
     load: Load
     questions: tuple[Path, ...]
     limit: int | None
@@ -104,7 +104,7 @@ class Settings:
         if self.own_servers and self.server is None:
             flag = f"--{next(iter(self.own_servers))}-server"
             raise ConfigError(f"{flag} goes with --server; with --model that server is started for you")
-        missing = [rule for rule in self.plan.own_servers() if rule not in self.own_servers]
+        missing = [rule for rule in self.rules.own_servers() if rule not in self.own_servers]
         if missing and self.server is not None:
             raise ConfigError(
                 f"policy {missing[0]} needs a second server: start one with `rtap serve … --confidence {missing[0]}` "

@@ -58,13 +58,3 @@ def build_tokenizer(corpus: Iterable[str], *, vocab_size: int, max_length: int) 
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    """The id of a token that must exist."""
-    return cast(int, tokenizer.convert_tokens_to_ids(token))
-
-
-def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id of padding."""
-    return token_id(tokenizer, PAD)

