@@ -28,11 +28,11 @@ from rtap_server.http.auth import PROBE_PATHS, AuthMiddleware
 from rtap_server.http.body_limits import BodyLimitsMiddleware
 from rtap_server.http.errors import install_handlers
 from rtap_server.http.field_limits import FieldLimits, media_schemes
-from rtap_server.http.openapi import describe_rtap
 from rtap_server.http.recursion_fields import RecursionMiddleware
 from rtap_server.http.request_id import RequestIdMiddleware
 from rtap_server.http.request_log import RequestLogMiddleware
 from rtap_server.http.route_kinds import BLOCKED_PATHS, BLOCKED_WITH_KEYS
+from rtap_server.http.schema import describe_rtap
 from rtap_server.routes import page
 from rtap_server.routes.ops import ops_router
 from rtap_server.routes.rtap import ChatRenderer, rtap_router

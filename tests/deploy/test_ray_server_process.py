@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-
 from deploy.ray.child import Child, check_flags
+
 from deploy.ray.gateway import ReplicaLost
 from deploy.ray.traffic import Asked, Head
 

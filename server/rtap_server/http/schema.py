@@ -1,12 +1,15 @@
-"""The ``rtap`` objects of requests and responses: option fields, cycle and trajectory objects."""
+"""The ``rtap`` objects of requests and responses: options and their OpenAPI schema, cycle and trajectory objects."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from rtap_core.types import Cycle, Policy, Select, Trajectory
+from rtap_server.http.route_kinds import RECURSIVE_PATHS
+from rtap_server.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +105,35 @@ def trajectory_object(trajectory: Trajectory, *, with_think: bool) -> dict[str, 
     if trajectory.degraded is not None:
         shown["degraded"] = trajectory.degraded
     return shown
+
+
+_REFERENCES = "#/components/schemas/"
+_CEILINGS = {
+    "max_cycles": "max_cycles_limit",
+    "samples": "samples_limit",
+    "deadline_seconds": "deadline_seconds_limit",
+}
+
+
+def describe_rtap(app: FastAPI, settings: Settings) -> None:
+    """Make ``app.openapi`` describe ``rtap`` on the recursive routes."""
+    describe_vllm = app.openapi  # FastAPI caches its document, so the field is added once
+
+    def describe() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _add_options(describe_vllm(), settings)
+        return describe_vllm()
+
+    app.openapi = describe
+
+
+def _add_options(document: dict[str, Any], settings: Settings) -> None:
+    options = RtapOptions.model_json_schema(ref_template=_REFERENCES + "{model}")
+    for name, ceiling in _CEILINGS.items():
+        number = next(one for one in options["properties"][name]["anyOf"] if one["type"] != "null")
+        number["maximum"] = getattr(settings, ceiling)
+    schemas: dict[str, Any] = document["components"]["schemas"]
+    schemas |= options.pop("$defs") | {"RtapOptions": options}
+    for path in RECURSIVE_PATHS & document["paths"].keys():
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        schemas[body["$ref"].removeprefix(_REFERENCES)]["properties"]["rtap"] = {"$ref": _REFERENCES + "RtapOptions"}

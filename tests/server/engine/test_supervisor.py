@@ -106,9 +106,7 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    ("sent", "what"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "sent no output for 1.5 s")]
-)
+@pytest.mark.parametrize(("sent", "what"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "sent no output for 1.5 s")])
 async def test_the_end_of_the_policy_is_a_failure_of_the_server(sent, what):
     async with watched() as watch:
         assert watch.figure("rtap_engine_up", "policy") == 1

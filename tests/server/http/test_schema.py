@@ -6,10 +6,9 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
 from rtap_core.errors import InvalidRequest
-from rtap_server.http.openapi import describe_rtap
 from rtap_server.http.recursion_fields import parse_options
 from rtap_server.http.route_kinds import RECURSIVE_PATHS
-from rtap_server.http.schema import RtapOptions
+from rtap_server.http.schema import RtapOptions, describe_rtap
 from rtap_server.settings import Settings
 
 SETTINGS = Settings(max_cycles=4, max_cycles_limit=5)
