@@ -150,6 +150,7 @@ def _config(app: FastAPI, args: Namespace) -> uvicorn.Config:
         h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         **options,
     )
+    cast(Any, config).h11_max_header_count = args.h11_max_header_count  # as vLLM's launcher; uvicorn 0.54 ignores it
     config.load()
     return config
 

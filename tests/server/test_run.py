@@ -8,6 +8,7 @@ import socket
 from argparse import Namespace
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -99,8 +100,10 @@ def test_a_connection_stays_open_for_longer_than_clients_keep_it(args, monkeypat
 
 
 async def test_a_huge_header_is_refused_and_the_server_lives(args):
-    """uvicorn's h11 bounds the size of a request's head; --h11-max-incomplete-event-size is the bound."""
+    """--h11-max-incomplete-event-size bounds a head that has not ended."""
     app = FastAPI()
+    start = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx: "
+    heads = {b"400": start + b"y" * args.h11_max_incomplete_event_size, b"404": start + b"y\r\n\r\n"}
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
         serving = asyncio.create_task(
@@ -109,15 +112,22 @@ async def test_a_huge_header_is_refused_and_the_server_lives(args):
                 supervisor=Watcher(),  # type: ignore[arg-type]
             )
         )  # fmt: skip
-        async with asyncio.timeout(20):
-            while not getattr(getattr(app.state, "server", None), "started", False):
-                await asyncio.sleep(0.01)
-            for head, status in ((b"x: " + b"y" * 2**20, b"400"), (b"x: y", b"404")):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                # h11 compares what has arrived, up to one read too much, with the bound.
-                writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + head + b"\r\n\r\n")
-                assert (await reader.readline()).split()[1] == status
-                writer.close()
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            async with asyncio.timeout(20):
+                while not getattr(getattr(app.state, "server", None), "started", False):
+                    await asyncio.sleep(0.01)
+                for status, head in heads.items():
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    writer.write(head)
+                    assert (await reader.readline()).split()[1] == status
+                    writer.close()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
         assert await serving is None
     assert args.h11_max_incomplete_event_size == 2**16
+
+
+def test_header_limits_are_applied_as_vllm_applies_them():
+    flags = ["--h11-max-incomplete-event-size", "9000", "--h11-max-header-count", "7"]
+    config: Any = _config(FastAPI(), _parse([str(MODELS / "policy"), *flags])[0])
+    assert (config.h11_max_incomplete_event_size, config.h11_max_header_count) == (9000, 7)

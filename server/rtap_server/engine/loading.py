@@ -181,9 +181,9 @@ def _server_state(
     lexicon: Lexicon,
 ) -> ServerState:
     metrics, feedback, drain = Metrics(REGISTRY), Feedback(artifact.calibration.reference), Drain()
-    metrics.build(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
-    metrics.calibration(feedback)
-    metrics.draining(lambda: drain.has_begun, lambda: drain.num_trajectories)
+    metrics.set_build_info(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
+    metrics.export_calibration(feedback)
+    metrics.export_drain(lambda: drain.has_begun, lambda: drain.num_trajectories)
     tags = {tag: _encode(policy.renderer.tokenizer, tag) for tag in fmt.tags}
 
     def encode(text: str) -> list[int]:

@@ -224,7 +224,7 @@ class RecursiveEngine:
                 if spans is not None:
                     spans.close()
                 if not is_finished:
-                    server.metrics.abandoned(call.limits.policy)
+                    server.metrics.count_abandoned(call.limits.policy)
 
 
 def _with_probes(trajectory: Trajectory, probing: Probing | None) -> Trajectory:

@@ -44,10 +44,11 @@ class SupervisedEngine:
 
 @dataclass(slots=True)
 class SilenceTimer:
-    """Seconds since an engine with unfinished requests last sent a message.
+    """Seconds with unfinished requests since an engine's last message.
 
-    An interval between two observations counts at most ``max_interval_seconds``: while the machine is paused or the
-    event loop is blocked nobody could have seen a message."""
+    An interval counts at most ``max_interval_seconds``, because a paused machine or a blocked event loop sees no
+    messages. Idle time neither counts nor resets: a score that times out is aborted, so a silent generator is idle
+    between requests."""
 
     max_interval_seconds: float
     silent_seconds: float = 0.0
@@ -55,9 +56,9 @@ class SilenceTimer:
 
     def observe(self, interval_seconds: float, *, num_outputs: int, is_busy: bool) -> None:
         """Record one observation, ``interval_seconds`` after the previous one."""
-        if num_outputs != self._num_outputs or not is_busy:
+        if num_outputs != self._num_outputs:
             self.silent_seconds = 0.0
-        else:
+        elif is_busy:
             self.silent_seconds += min(interval_seconds, self.max_interval_seconds)
         self._num_outputs = num_outputs
 
@@ -86,9 +87,9 @@ class Supervisor:
 
     async def _supervise(self, supervised: SupervisedEngine) -> None:
         while supervised.engine is not None:
-            self._metrics.engine_up(supervised.name, up=True)
+            self._metrics.set_engine_up(supervised.name, up=True)
             problem = await self._until_lost(supervised, supervised.engine)
-            self._metrics.engine_up(supervised.name, up=False)
+            self._metrics.set_engine_up(supervised.name, up=False)
             if supervised.load is None:
                 self.failure = f"the {supervised.name} engine {problem}"
                 self.failed.set()
@@ -110,7 +111,7 @@ class Supervisor:
             now, is_busy = time.monotonic(), engine.get_num_unfinished_requests() > 0
             timer.observe(now - checked, num_outputs=supervised.num_outputs, is_busy=is_busy)
             checked = now
-            self._metrics.engine_progress(supervised.name, time.time() - timer.silent_seconds)
+            self._metrics.set_engine_progress(supervised.name, time.time() - timer.silent_seconds)
             if timer.silent_seconds > self._silence_seconds:
                 kill(process_tree(vllm_compat.process_ids(engine)))
                 return f"had requests and sent no output for {self._silence_seconds:g} s"
@@ -123,7 +124,7 @@ class Supervisor:
             wait = min(2 * wait, longest)
             with suppress(Exception):  # vLLM has logged why; the next attempt may succeed
                 engine = await _load_in_thread(load)
-                self._metrics.engine_restarted(supervised.name)
+                self._metrics.count_restart(supervised.name)
                 return engine
 
 

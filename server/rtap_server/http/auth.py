@@ -53,7 +53,7 @@ class AuthMiddleware:
             if is_counted:
                 account.enter(self._clock())
         except (Unauthorized, RateLimited) as error:
-            self._metrics.rejected(rejection_reason(error))
+            self._metrics.count_rejected(rejection_reason(error))
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": str(error)[:120]})
             else:

@@ -55,7 +55,7 @@ class BodyLimitsMiddleware:
         except _Disconnected:
             return
         except RtapError as error:
-            self._metrics.rejected(rejection_reason(error))
+            self._metrics.count_rejected(rejection_reason(error))
             await error_response(error)(scope, receive, send)
             return
         await self._app(scope, replay(state.body, receive), send)

@@ -51,7 +51,7 @@ class RecursionMiddleware:
                     read_recursion_fields(state, path, self._server)
                 admitted.enter_context(self._admission.admit(self._max_new_tokens(state, path)))
             except RtapError as error:
-                self._server.metrics.rejected(rejection_reason(error))
+                self._server.metrics.count_rejected(rejection_reason(error))
                 await error_response(error)(scope, receive, send)
                 return
             if is_recursive:

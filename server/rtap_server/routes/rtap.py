@@ -93,7 +93,7 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
         confidence = known.judge(
             request.request_id, request.choice, correct=request.correct, owner=current_request().owner
         )
-        server.metrics.judged(correct=request.correct)
+        server.metrics.count_feedback(correct=request.correct)
         return FeedbackResponse(
             request_id=request.request_id,
             confidence=confidence,

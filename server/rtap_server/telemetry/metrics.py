@@ -71,7 +71,7 @@ class Metrics:
         self._engine_up = Gauge("rtap_engine_up", "1 while an engine runs.", ("engine",), registry=registry)
         self._engine_progress = Gauge(
             "rtap_engine_last_progress_timestamp_seconds",
-            "Last time an engine sent output or had no requests.",
+            "Time of an engine's last message, moved on while it has no requests.",
             ("engine",),
             registry=registry,
         )
@@ -92,53 +92,50 @@ class Metrics:
             registry=registry,
         )
 
-    def build(self, *, version: str, vllm_version: str, confidence: str) -> None:
+    def set_build_info(self, *, version: str, vllm_version: str, confidence: str) -> None:
         """Set the build information."""
         self._build.labels(version, vllm_version, confidence).set(1)
 
-    def calibration(self, feedback: Feedback) -> None:
+    def export_calibration(self, feedback: Feedback) -> None:
         """Export the calibration figures, read at every scrape; NaN without verdicts."""
         self._verdicts.set_function(lambda: feedback.count)
         self._brier.set_function(lambda: feedback.brier)
         self._ece.set_function(lambda: feedback.ece)
         self._drift.set_function(lambda: feedback.drift)
 
-    def draining(self, has_begun: Callable[[], bool], trajectories: Callable[[], int]) -> None:
+    def export_drain(self, has_begun: Callable[[], bool], trajectories: Callable[[], int]) -> None:
         """Export the state of the graceful shutdown, read at every scrape."""
         self._draining.set_function(lambda: float(has_begun()))
         self._trajectories.set_function(lambda: float(trajectories()))
 
-    def tasks(self, loop: asyncio.AbstractEventLoop) -> None:
+    def export_tasks(self, loop: asyncio.AbstractEventLoop) -> None:
         """Export the number of asyncio tasks; it must not grow without requests."""
         self._tasks.set_function(lambda: float(len(asyncio.all_tasks(loop))))
 
-    def engine_up(self, name: str, *, up: bool) -> None:
-        """An engine has started or was lost."""
+    def set_engine_up(self, name: str, *, up: bool) -> None:
+        """Set 1 when an engine has started, 0 when it was lost."""
         self._engine_up.labels(name).set(float(up))
         self._engine_restarts.labels(name)  # creates the series at 0
 
-    def engine_progress(self, name: str, timestamp_seconds: float) -> None:
-        """Last progress of an engine, in seconds since 1970."""
+    def set_engine_progress(self, name: str, timestamp_seconds: float) -> None:
+        """Set the time of an engine's last progress, in seconds since 1970."""
         self._engine_progress.labels(name).set(timestamp_seconds)
 
-    def engine_restarted(self, name: str) -> None:
-        """An engine was restarted."""
+    def count_restart(self, name: str) -> None:
         self._engine_restarts.labels(name).inc()
 
-    def judged(self, *, correct: bool) -> None:
-        """A user judged an answer."""
+    def count_feedback(self, *, correct: bool) -> None:
         self._feedback.labels("true" if correct else "false").inc()
 
-    def in_flight(self, count: Callable[[], int]) -> None:
+    def export_in_flight(self, count: Callable[[], int]) -> None:
         """Export the requests in flight, read at every scrape."""
         self._in_flight.set_function(lambda: float(count()))
 
-    def rejected(self, reason: str) -> None:
-        """A request was refused. reason: one of REJECTED."""
+    def count_rejected(self, reason: str) -> None:
+        """Count a refused request. reason: one of REJECTED."""
         self._rejected.labels(reason).inc()
 
-    def abandoned(self, policy: Policy) -> None:
-        """A trajectory was aborted."""
+    def count_abandoned(self, policy: Policy) -> None:
         self._requests.labels(policy, self.ABANDONED).inc()
 
     def observe(self, trajectory: Trajectory, *, max_cycles: int) -> None:

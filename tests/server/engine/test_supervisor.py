@@ -175,7 +175,7 @@ def test_a_pause_counts_no_more_than_one_interval_and_progress_resets_the_timer(
     for interval, has_output, is_busy in steps:
         outputs += has_output
         timer.observe(interval, num_outputs=outputs, is_busy=is_busy)
-        observed = 0.0 if has_output or not is_busy else observed + min(interval, 1.0)
+        observed = 0.0 if has_output else observed + is_busy * min(interval, 1.0)
         assert timer.silent_seconds == pytest.approx(observed)
 
 
@@ -184,3 +184,25 @@ def test_a_machine_that_slept_an_hour_does_not_kill_a_busy_engine():
     timer.observe(0.5, num_outputs=1, is_busy=True)
     timer.observe(3600.0, num_outputs=1, is_busy=True)
     assert timer.silent_seconds == 1.0
+
+
+@given(st.lists(st.floats(60, 1e6), max_size=50))
+def test_a_paused_observer_never_kills(pauses):
+    """The machine sleeps between two observations; the engine answers within the next interval."""
+    timer = SilenceTimer(max_interval_seconds=1.0)
+    for outputs, pause in enumerate(pauses):
+        timer.observe(pause, num_outputs=outputs, is_busy=True)
+        assert timer.silent_seconds <= 1.0
+        timer.observe(0.5, num_outputs=outputs + 1, is_busy=True)
+        assert timer.silent_seconds == 0.0
+
+
+def test_a_silent_generator_is_found_though_its_requests_time_out_sooner():
+    """A score that timed out is aborted, so that the engine has no requests until the next one."""
+    timer = SilenceTimer(max_interval_seconds=1.0)
+    for _ in range(7):
+        for _ in range(20):
+            timer.observe(0.5, num_outputs=0, is_busy=True)
+        for _ in range(100):
+            timer.observe(0.5, num_outputs=0, is_busy=False)
+    assert timer.silent_seconds == 70.0

@@ -1,14 +1,19 @@
-"""Every internal of vLLM that the server leans on, by name. A failure here says what to look at after an upgrade."""
+"""Contract of the server with vLLM's internals. A failure shows what to check after an upgrade of vLLM."""
 
+import ast
+import asyncio
 import copy
 import inspect
 import json
-from typing import get_type_hints
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+import zmq
 from starlette.applications import Starlette
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -31,13 +36,14 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core_client import MPClient
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, MPClient
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from rtap_server.engine import reasoning_parser
+import rtap_server
+from rtap_server.engine import reasoning_parser, vllm_compat
 from rtap_server.engine.output_writer import ANSWER_MARK, REASONING_PARSER
 from rtap_server.engine.recursive_engine import RecursiveEngine
 from tests.other_checkpoints import MODELS
@@ -68,7 +74,7 @@ def test_signatures_that_we_call():
 
 def test_tokens_are_known_before_an_engine_is_started():
     config = AsyncEngineArgs(model=POLICY, kv_cache_memory_bytes=2**20).create_engine_config()
-    assert cached_tokenizer_from_config(config.model_config).get_vocab()["<think>"] == 444
+    assert vllm_compat.tokenizer_of(config).get_vocab()["<think>"] == 444
 
 
 def test_the_parser_has_what_serve_reads():
@@ -215,13 +221,96 @@ def test_names_that_routes_of_vllm_ask_of_the_engine(name):
     assert hasattr(AsyncLLM, name)
 
 
-def test_what_the_supervisor_asks_of_an_engine():
+def test_stop_token_ids_of_a_cycle_leave_the_requests_alone():
+    params = SamplingParams(stop_token_ids=[5])
+    cycle = copy.copy(params)
+    vllm_compat.add_stop_token_ids(cycle, [7])
+    assert (cycle._all_stop_token_ids, cycle.stop_token_ids) == ({5, 7}, [5, 7])
+    assert (params._all_stop_token_ids, params.stop_token_ids) == ({5}, [5])
+
+
+async def test_each_message_of_an_engine_is_observed():
+    """vLLM's own output handler, on a client that has two messages."""
+    messages, seen = asyncio.Queue[Any](), list[int]()
+    for _ in range(2):
+        messages.put_nowait(SimpleNamespace(outputs=[], scheduler_stats=None, engine_index=0, timestamp=0.0))
+    engine: Any = object.__new__(AsyncLLM)
+    engine.engine_core = SimpleNamespace(get_output_async=messages.get, shutdown=lambda **_: None)
+    engine.output_processor = SimpleNamespace(update_scheduler_stats=lambda _: None, propagate_error=seen.append)
+    engine.renderer = SimpleNamespace(mm_processor_cache=None, shutdown=lambda: None)
+    engine.output_handler, engine.log_stats, engine.logger_manager = None, False, None
+    vllm_compat.on_output(engine, lambda: seen.append(1))
+    engine._run_output_handler()
+    async with asyncio.timeout(10):
+        while len(seen) < 2:
+            await asyncio.sleep(0.01)
+    engine.output_handler.cancel()
+    await asyncio.gather(engine.output_handler, return_exceptions=True)
+    assert seen == [1, 1]
+    assert inspect.iscoroutinefunction(AsyncMPClient.get_output_async)
+
+
+def test_engine_processes_and_the_sockets_context():
+    with zmq.Context() as context:
+        resources = BackgroundResources(ctx=context)
+        engine: Any = SimpleNamespace(engine_core=SimpleNamespace(resources=resources))
+        assert vllm_compat.process_ids(engine) == []
+        manager: Any = SimpleNamespace(processes=[SimpleNamespace(pid=3)])
+        resources.engine_manager = manager
+        assert vllm_compat.process_ids(engine) == [3]
+        assert vllm_compat.zmq_context(engine) is context
+    assert "self.processes: list[BaseProcess]" in inspect.getsource(CoreEngineProcManager.__init__)
+    source = inspect.getsource(MPClient)
+    assert "self.resources.engine_manager" in source
+    assert "self.resources = BackgroundResources(ctx=" in source
+
+
+def test_cached_variables_are_read_again_once_the_cache_is_off(monkeypatch):
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "7")
+    vllm_compat.enable_envs_cache()
+    try:
+        monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "8")
+        assert envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE == 7
+    finally:
+        vllm_compat.disable_envs_cache()
+    assert envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE == 8
+
+
+def test_the_supervisor_uses_these_members_of_an_engine():
     assert _parameters(AsyncLLM.shutdown) == ["self", "timeout"]
     assert _parameters(AsyncLLM.get_num_unfinished_requests) == ["self"]
     assert isinstance(AsyncLLM.errored, property)
-    source = inspect.getsource(CoreEngineProcManager.__init__)
-    assert "self.processes: list[BaseProcess]" in source
-    assert "self.resources.engine_manager" in inspect.getsource(MPClient)
+
+
+def test_only_vllm_compat_uses_private_names():
+    root = Path(rtap_server.__file__).parent
+    files = [path for path in root.rglob("*.py") if path != Path(vllm_compat.__file__)]
+    assert len(files) > 20
+    assert {str(path.relative_to(root)): found for path in files if (found := _private_names(path))} == {}
+    assert "params._all_stop_token_ids" in _private_names(Path(vllm_compat.__file__))
+
+
+def _private_names(path: Path) -> set[str]:
+    """Private attributes and imports of other classes and packages, and the engine client's internals."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute):
+            is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            if (_is_private(node.attr) and not is_own) or node.attr in ("engine_core", "engine_manager", "resources"):
+                found.add(ast.unparse(node))
+        elif isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            found |= {f"{node.module}: {name}" for name in names if _is_private(name)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            if _is_private(str(name)):
+                found.add(ast.unparse(node))
+    return found - {"os._exit"}
+
+
+def _is_private(name: str) -> bool:
+    """namedtuple's ``_replace`` is public."""
+    return name.startswith("_") and not name.startswith("__") and name != "_replace"
 
 
 def test_an_aborted_request_gives_what_it_has():

@@ -105,11 +105,11 @@ def test_drift_reads_first_cycles_and_every_sample_of_a_vote():
 def test_figures_reach_the_metrics_as_they_are():
     registry, feedback = CollectorRegistry(), Feedback()
     metrics = Metrics(registry)
-    metrics.calibration(feedback)
+    metrics.export_calibration(feedback)
     assert math.isnan(registry.get_sample_value("rtap_calibration_brier") or 0.0)
     feedback.remember("a", {0: _scored(0.5)})
     feedback.judge("a", 0, correct=True)
-    metrics.judged(correct=True)
+    metrics.count_feedback(correct=True)
     assert registry.get_sample_value("rtap_calibration_brier") == 0.25
     assert registry.get_sample_value("rtap_calibration_ece") == 0.5
     assert registry.get_sample_value("rtap_calibration_verdicts") == 1

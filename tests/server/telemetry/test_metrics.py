@@ -24,7 +24,7 @@ def _sum(registry: CollectorRegistry, name: str) -> float:
 
 def test_refusals_have_a_rate_from_their_first_on():
     registry, _ = _observed()
-    for reason in ("invalid", "key_limit", "overloaded"):
+    for reason in ("draining", "invalid", "key_limit", "overloaded"):
         assert registry.get_sample_value("rtap_rejected_total", {"reason": reason}) == 0
 
 
@@ -47,12 +47,12 @@ def test_one_trajectory_is_counted_once_everywhere():
 
 def test_degraded_abandoned_and_in_flight():
     registry, metrics = _observed(_trajectory(degraded="timeout", selected=0))
-    metrics.abandoned(Policy.VOTE)
+    metrics.count_abandoned(Policy.VOTE)
     assert registry.get_sample_value("rtap_degraded_total", {"reason": "timeout"}) == 1
     assert registry.get_sample_value("rtap_first_cycle_accepted_total") == 1
     assert registry.get_sample_value("rtap_requests_total", {"policy": "vote", "stop_reason": "abandoned"}) == 1
     admission = Admission(8)
-    metrics.in_flight(lambda: admission.requests_in_flight)
+    metrics.export_in_flight(lambda: admission.requests_in_flight)
     with admission.admit(1):
         assert registry.get_sample_value("rtap_in_flight") == 1
     assert registry.get_sample_value("rtap_in_flight") == 0
