@@ -25,7 +25,7 @@ MODELS = ROOT / "deploy" / "models"
 VLLM_FLAGS = [
     "--no-enable-chunked-prefill", "--block-size", "32", "--enforce-eager",
 ]  # fmt: skip
-# And the executor that ours is derived from.
+# And its executor.
 VLLM_EXECUTOR = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -34,7 +34,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 Result = TypeVar("Result")
-GRACE_SECONDS = 3.0  # of a run with an Idempotency-Key that everybody has left
 START_SECONDS = 240  # generous: two test servers may be starting on two busy cores
 
 
@@ -105,7 +104,7 @@ def side_by_side(ours: Callable[[], Result], reference: Callable[[], Result]) ->
 
 
 def rtap_command(port: int, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", str(port), *flags]
+    return [sys.executable, "-m", "rtap_server", "--host", "127.0.0.1", "--port", str(port), *flags]
 
 
 def vllm_command(model: str, port: int, *flags: str) -> list[str]:
@@ -158,7 +157,6 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, P
     folder, port = tmp_path_factory.mktemp("keyed"), free_port()
     file = folder / "keys.toml"
     file.write_text(KEYS)
-    flags = ["--confidence", "yesno", "--api-keys-file", str(file), "--uvicorn-log-level", "debug",
-             "--idempotency-grace-seconds", str(GRACE_SECONDS)]  # fmt: skip
+    flags = ["--confidence", "yesno", "--api-keys-file", str(file), "--uvicorn-log-level", "debug"]
     with running(rtap_command(port, *flags), port, "/ready", folder, VLLM_LOGGING_LEVEL="DEBUG") as started:
         yield started, file
