@@ -1,4 +1,4 @@
-"""Checkpoints made of the bundled ones, for what they cannot show themselves: the `think` format, an adapter."""
+"""Test checkpoints derived from the bundled ones: the `think` format and a LoRA adapter."""
 
 import json
 import shutil
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.training.rl.tiny import BUNDLED as MODELS
+from rtap_core.artifact import BUNDLED_MODELS as MODELS
 
 RANK = 4
 END_ID = 447  # `</answer>` in the bundled tokenizer
 
 
 def save_think(name: str, folder: Path) -> Path:
-    """The bundled model ``name`` as one of the `think` format, by renaming two of its tokens: ``<answer>`` is an empty
-    line and ``</answer>`` ends the turn."""
+    """Save the bundled model ``name`` in the `think` format, with two tokens renamed: ``<answer>`` becomes an empty line
+    and ``</answer>`` ends the turn."""
     shutil.copytree(MODELS / name, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     names = {"<answer>": "\n\n", "</answer>": "<|end|>"}
@@ -31,7 +31,7 @@ def save_think(name: str, folder: Path) -> Path:
 
 
 def save_adapter(folder: Path, *, seed: int) -> Path:
-    """A LoRA adapter of the bundled policy that changes what it writes, in PEFT's files."""
+    """Save a random LoRA adapter of the bundled policy in PEFT's format."""
     config = json.loads((MODELS / "policy" / "config.json").read_text("utf-8"))
     hidden, heads, head = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
     generator = torch.Generator().manual_seed(seed)

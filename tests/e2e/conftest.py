@@ -1,5 +1,7 @@
-"""Real server processes over the bundled models. Streaming, disconnects and time-to-first-token need them: Starlette's
-TestClient and httpx's ASGITransport read a whole response before they return."""
+"""Real server processes with the bundled models, shared by all tests of a session.
+
+Streaming and disconnects need them: Starlette's TestClient and httpx's ASGITransport read a whole response before they
+return. A server starts in 25 to 60 seconds, so a new test uses one of the three here where it can."""
 
 import contextlib
 import os
@@ -10,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,13 +21,13 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.e2e.otlp import Receiver, receiving
+from tests.other_checkpoints import save_adapter, save_think
+
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "deploy" / "models"
-# What `rtap serve` sets for the bundled models on a CPU, spelt out for a plain `vllm serve` beside it.
-VLLM_FLAGS = [
-    "--no-enable-chunked-prefill", "--block-size", "32", "--enforce-eager",
-]  # fmt: skip
-# And the executor that ours is derived from.
+# Defaults of `rtap serve` for the bundled models on a CPU, as flags of plain `vllm serve`.
+VLLM_FLAGS = ["--no-enable-chunked-prefill", "--block-size", "32", "--enforce-eager"]
 VLLM_EXECUTOR = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -34,27 +36,29 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 Result = TypeVar("Result")
-GRACE_SECONDS = 3.0  # of a run with an Idempotency-Key that everybody has left
 START_SECONDS = 240  # generous: two test servers may be starting on two busy cores
 
 
 @dataclass
 class Running:
-    """A server process. ``client`` is the official SDK pointed at it."""
+    """A server process. client: the official SDK with ``key``."""
 
     url: str
     process: subprocess.Popen[bytes]
     log: Path
     start_seconds: float
+    key: str = "none"
+    metrics_key: str = "none"
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=120)
 
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics summed over labels, and one entry per ``name{labels}``."""
         total: dict[str, float] = {}
-        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
+        text = httpx.get(f"{self.url}/metrics", headers={"x-api-key": self.metrics_key}).text
+        for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
                 for key in {sample.name, f"{sample.name}{{{labels}}}"}:
@@ -70,7 +74,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(command: list[str], port: int, ready: str, folder: Path, **environment: str) -> Generator[Running]:
-    """Start a server, wait until it is ready, stop it at the end with all its children."""
+    """Start a server, wait until it is ready, and stop it with its children at the end."""
     log = folder / f"server-{port}.log"
     began = time.monotonic()
     with log.open("wb") as out:
@@ -98,14 +102,14 @@ def running(command: list[str], port: int, ready: str, folder: Path, **environme
 
 
 def side_by_side(ours: Callable[[], Result], reference: Callable[[], Result]) -> tuple[Result, Result]:
-    """Both results; two servers asked at the same time take half as long."""
+    """Both results, computed at the same time: one for each server."""
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.submit(ours), pool.submit(reference)
         return first.result(), second.result()
 
 
 def rtap_command(port: int, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", str(port), *flags]
+    return [sys.executable, "-m", "rtap_server", "--host", "127.0.0.1", "--port", str(port), *flags]
 
 
 def vllm_command(model: str, port: int, *flags: str) -> list[str]:
@@ -122,7 +126,7 @@ def vllm_command(model: str, port: int, *flags: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """`rtap serve` as a newcomer starts it: bundled policy and generator, no flags."""
+    """`rtap serve` without flags: bundled policy and generator."""
     port = free_port()
     with running(rtap_command(port), port, "/ready", tmp_path_factory.mktemp("rtap")) as started:
         yield started
@@ -130,7 +134,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Plain `vllm serve` of the same policy: the reference for everything that recursion must not change."""
+    """Plain `vllm serve` of the same policy, as reference."""
     port = free_port()
     command = vllm_command("policy", port, "--served-model-name", "rtap", "--kv-cache-memory-bytes", str(2**30))
     with running(command, port, "/health", tmp_path_factory.mktemp("vllm")) as started:
@@ -150,15 +154,30 @@ name = "prometheus"
 key = "key-scrape"
 scope = "metrics"
 """
+ADAPTER = "adapted"
 
 
 @pytest.fixture(scope="session")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Path]]:
-    """A server that asks for keys and logs all it can, and the file of its keys."""
-    folder, port = tmp_path_factory.mktemp("keyed"), free_port()
-    file = folder / "keys.toml"
-    file.write_text(KEYS)
-    flags = ["--confidence", "yesno", "--api-keys-file", str(file), "--uvicorn-log-level", "debug",
-             "--idempotency-grace-seconds", str(GRACE_SECONDS)]  # fmt: skip
-    with running(rtap_command(port, *flags), port, "/ready", folder, VLLM_LOGGING_LEVEL="DEBUG") as started:
-        yield started, file
+def receiver() -> Iterator[tuple[Receiver, str]]:
+    """An OTLP receiver and its address."""
+    with receiving() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def operated(receiver: tuple[Receiver, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """`rtap serve` with an operator's flags: keys, JSON log and traces; the `think` format, an adapter and tools.
+
+    Confidence comes from log-probabilities, so that one engine is enough. The keys are in keys.toml next to the log."""
+    folder, port = tmp_path_factory.mktemp("operated"), free_port()
+    (folder / "keys.toml").write_text(KEYS)
+    command = rtap_command(
+        port, str(save_think("policy", folder / "policy")), "--served-model-name", "rtap", "--confidence", "logprob",
+        "--enforce-eager", "--kv-cache-memory-bytes", str(2**29),
+        "--api-keys-file", str(folder / "keys.toml"), "--log-format", "json", "--otlp-traces-endpoint", receiver[1],
+        "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{ADAPTER}={save_adapter(folder / 'lora', seed=1)}",
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+    )  # fmt: skip
+    tracing = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    with running(command, port, "/ready", folder, **tracing) as started:
+        yield replace(started, key="key-team", metrics_key="key-scrape")

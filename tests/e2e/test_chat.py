@@ -39,6 +39,13 @@ def test_an_answer_with_its_trajectory(server):
     assert rtap["first_answer_seconds"] > 0
 
 
+def test_confidence_stops_at_the_threshold(server):
+    first, never = (_ask(server, rtap={"threshold": t, "max_cycles": 3}, seed=7).rtap for t in (0.0, 1.0))
+    assert (first["stop_reason"], len(first["cycles"])) == ("threshold", 1)
+    assert (never["stop_reason"], len(never["cycles"])) == ("max_cycles", 3)
+    assert first["cycles"][0]["answer"] == never["cycles"][0]["answer"]
+
+
 def test_rejected_cycles_are_reasoning_and_the_best_is_content(server):
     reply = _ask(server, rtap=EAGER | {"return_cycles": True}, seed=7)
     rtap, message = reply.rtap, reply.choices[0].message
@@ -53,8 +60,8 @@ def test_rejected_cycles_are_reasoning_and_the_best_is_content(server):
             assert f"<answer>{cycle['answer']}</answer>" in message.reasoning
 
 
-def test_a_stream_tells_the_same_as_the_whole_reply(server):
-    for seed in range(5):
+def test_a_stream_has_the_same_content_as_the_whole_reply(server):
+    for seed in range(2):
         whole, chunks = _ask(server, rtap=EAGER, seed=seed), _stream(server, rtap=EAGER, seed=seed)
         deltas = [c.choices[0].delta for c in chunks if c.choices]
         content = "".join(d.content or "" for d in deltas)
@@ -69,7 +76,7 @@ def test_a_stream_tells_the_same_as_the_whole_reply(server):
         assert stable[0] == stable[1]
 
 
-def test_cycles_are_told_as_they_end_and_before_any_content(server):
+def test_cycle_events_come_as_cycles_end_and_before_any_content(server):
     chunks = _stream(server, rtap=EAGER, seed=3)
     kinds = []
     for chunk in chunks:
@@ -94,7 +101,7 @@ def test_the_same_seed_gives_the_same_trajectory_and_another_seed_another(server
         return [c["answer"] for c in _ask(server, rtap=EAGER, seed=seed).rtap["cycles"]]
 
     assert answers(11) == answers(11)
-    assert len({tuple(answers(seed)) for seed in range(20, 26)}) > 1
+    assert len({tuple(answers(seed)) for seed in range(20, 24)}) > 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -139,36 +146,36 @@ def test_policies(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_turn_that_the_model_ends_is_one_request_to_the_engine_and_what_several_would_be(server, stream):
-    """A stop string makes it several: the engine holds text back for it. This one never comes."""
+def test_a_turn_of_policy_model_is_one_engine_request_with_the_same_cycles(server, stream):
+    """A stop string makes it one request a cycle, because the engine holds text back for it. This one never occurs."""
 
     def ask(question: str, **more) -> tuple[str, list, str, float]:
         before = server.metrics()["vllm:request_success_total"]
         asked = {"rtap": {"policy": "model", "return_cycles": True}, "temperature": 0, **more}
         if stream:
             chunks = _stream(server, question=question, **asked)
-            told, text = chunks[-1].rtap, "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+            rtap, text = chunks[-1].rtap, "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         else:
             reply = _ask(server, question, **asked)
-            told, text = reply.rtap, reply.choices[0].message.content
-        cycles = [[cycle[k] for k in ("think", "answer", "tokens", "oops_tokens")] for cycle in told["cycles"]]
-        return text, cycles, told["stop_reason"], server.metrics()["vllm:request_success_total"] - before
+            rtap, text = reply.rtap, reply.choices[0].message.content
+        cycles = [[cycle[k] for k in ("think", "answer", "tokens", "oops_tokens")] for cycle in rtap["cycles"]]
+        return text, cycles, rtap["stop_reason"], server.metrics()["vllm:request_success_total"] - before
 
     counts = set[int]()
-    for question in ("make 82 from 3, 7, 25", "12 * 9", "get 200 from 10, 10, 19"):
+    for question in ("12 * 9", "get 200 from 10, 10, 19"):
         once, often = ask(question), ask(question, stop=["never\n"])
         assert once[:3] == often[:3]
-        assert once[3] <= 1  # one that is stopped at the last cycle that is wanted is no success
+        assert once[3] <= 1  # a request that is aborted after its last cycle does not count as success
         assert often[3] >= len(often[1])
         counts.add(len(once[1]))
     assert max(counts) > 1
 
 
 def test_a_deadline_returns_the_best_so_far(server):
-    reply = _ask(server, rtap={"threshold": 1.0, "max_cycles": 16, "deadline_seconds": 3}, seed=2)
+    reply = _ask(server, rtap={"threshold": 1.0, "max_cycles": 16, "deadline_seconds": 2}, seed=2)
     assert reply.rtap["stop_reason"] in ("deadline", "max_cycles")
     assert reply.choices[0].message.content is not None
-    assert reply.rtap["first_answer_seconds"] < 4.0
+    assert reply.rtap["first_answer_seconds"] < 3.0
 
 
 def test_options_may_come_as_xargs_but_only_once(server):
@@ -190,11 +197,11 @@ def test_options_may_come_as_xargs_but_only_once(server):
 
 def test_the_cache_makes_later_cycles_cheap(server):
     with ThreadPoolExecutor(10) as pool:
-        replies = list(pool.map(lambda q: _ask(server, q, rtap={"threshold": 1.0, "max_cycles": 5}), questions(20)))
+        replies = list(pool.map(lambda q: _ask(server, q, rtap={"threshold": 1.0, "max_cycles": 5}), questions(10)))
     recomputed = [c["prompt_tokens"] - c["cached_tokens"] for reply in replies for c in reply.rtap["cycles"][1:]]
     # A block is 32 tokens and `<think>` opens a cycle. Only whole blocks are cached, so one block may be recomputed.
     assert max(recomputed) <= 32 + 1
-    assert len(recomputed) >= 60
+    assert len(recomputed) >= 30
 
 
 def test_logprobs_align_with_token_counts(server):
@@ -246,7 +253,7 @@ def test_a_grammar_binds_every_answer_and_no_thought(server, field, pattern):
 
 
 def test_probes_end_thoughts_whose_answer_no_longer_changes(server):
-    """Thoughts that the model cannot end itself, and a threshold of 0: two probes that agree are enough."""
+    """The model cannot end its thoughts here; with threshold 0, two probes that agree end one."""
     body = {"prompt": "</think><answer>", "add_special_tokens": False}
     tags = httpx.post(f"{server.url}/tokenize", json=body).json()["tokens"]
     options = {"temperature": 0, "max_tokens": 200, "logit_bias": dict.fromkeys(map(str, tags), -100)}
@@ -258,17 +265,16 @@ def test_probes_end_thoughts_whose_answer_no_longer_changes(server):
         probes, cycle = reply.rtap["probes"], reply.rtap["cycles"][0]
         assert reply.usage.completion_tokens == cycle["tokens"]
         assert (cycle["answer"] is not None) == (probes["thoughts_ended"] == 1)
-        assert probes["asked"] > probes["thoughts_ended"]  # two end a thought; some end by themselves before
+        assert probes["asked"] > probes["thoughts_ended"]  # two end a thought; some thoughts end before
         ended, discarded = ended + probes["thoughts_ended"], discarded + reply.rtap["discarded_tokens"]
     assert ended > 0
     assert discarded > 0
     assert server.metrics()["rtap_probes_total{ended=true}"] >= ended
 
 
-def test_a_grammar_binds_the_answers_that_probes_would_have_ended(server):
-    """So no thought is probed where there is one."""
+def test_a_grammar_turns_probes_off(server):
     options = {"max_cycles": 1, "threshold": 0.0, "probe_every": 3}
-    for seed in range(4):
+    for seed in range(2):
         reply = _ask(
             server, "37*48+65", seed=seed, rtap=options,
             response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}},

@@ -24,7 +24,10 @@ def _node_major() -> int:
     return int(re.match(r"v(\d+)", told)[1])
 
 
-pytestmark = pytest.mark.skipif(_node_major() < 20, reason="node 20 or newer and npm are not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_node_major() < 20, reason="node 20 or newer and npm are not installed"),
+]
 
 
 def run(folder: Path, *command: str | Path, **environment: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.e2e.conftest import MODELS, free_port, rtap_command, running, vllm_command
 
+pytestmark = pytest.mark.slow
 QUESTION = "make 82 from 3, 7, 25"
 
 

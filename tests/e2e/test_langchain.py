@@ -13,6 +13,7 @@ import pytest
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
+pytestmark = pytest.mark.slow
 QUESTION = "make 82 from 3, 7, 25"
 EAGER = {"threshold": 1.0, "max_cycles": 3}  # no confidence reaches 1.0, so three cycles are written
 

@@ -8,6 +8,7 @@ from playwright.sync_api import expect
 
 from tests.page.browser import chromium, open_page
 
+pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def browser():

@@ -21,6 +21,7 @@ from rtap_training.rl.config import RtapConfig
 from tests.e2e.conftest import VLLM_FLAGS, Running, free_port, rtap_command, running
 from tests.training.rl.tiny_vlm import encoded, picture, save_vlm
 
+pytestmark = pytest.mark.slow
 JUDGE = "Answer"  # of all words, one after which this model is not entirely sure of yes or no
 QUESTION = "make 82 from 3, 7, 25"
 UNSURE = "How do I get 207 from 9, 22, 1?"  # hard enough that what else it sees moves what it writes

@@ -18,6 +18,7 @@ from rtap_training.tasks.base import Split
 from rtap_training.training_errors import TeacherError
 from tests.e2e.conftest import MODELS, Running, free_port, running, vllm_command
 
+pytestmark = pytest.mark.slow
 # Different kernels on both sides add in different orders.
 TOLERANCE = 2e-4
 

@@ -5,9 +5,11 @@ The command's half an hour does not fit into CI; growth of memory is judged ther
 """
 
 import psutil
+import pytest
 from soak import ServerState, soak
 
 
+@pytest.mark.slow
 async def test_after_mixed_traffic_nothing_is_left_and_every_counter_is_what_clients_saw(server):
     plan = ServerState(seconds=20, warm_seconds=5, clients=8, seed=1, kill_seconds=None)
     soaked = await soak(server.url, psutil.Process(server.process.pid), server.log, plan, print)

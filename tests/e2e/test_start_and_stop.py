@@ -22,7 +22,7 @@ def test_ready_in_time_and_within_memory(server):
 def test_a_model_that_cannot_be_served_is_one_sentence():
     """The other sentences: tests/server/test_engines.py."""
     done = subprocess.run(
-        [sys.executable, "-m", "server", "/nowhere/model"], capture_output=True, text=True, timeout=180, cwd=ROOT,
+        [sys.executable, "-m", "rtap_server", "/nowhere/model"], capture_output=True, text=True, timeout=180, cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-2000:]
