@@ -1,4 +1,4 @@
-"""An HTTP server of a few prepared answers, for what no real server does on demand: failing, then working."""
+"""HTTP server with prepared answers, such as a failure followed by a success."""
 
 import json
 import threading
@@ -38,7 +38,7 @@ class Answer:
 
 @dataclass
 class Fake:
-    """The requests that came, and the answers that are left; the last one is given again and again."""
+    """Received requests and remaining answers. The last answer repeats."""
 
     url: str
     answers: list[Answer]
@@ -70,14 +70,14 @@ def stream(*chunks: dict[str, Any]) -> Answer:
 
 
 THOUGHT = chunk({"reasoning": "2+2", "reasoning_content": "2+2"})
-JUDGED = chunk({}, rtap={"event": "cycle", "cycle": CYCLE})
+CYCLE_END = chunk({}, rtap={"event": "cycle", "cycle": CYCLE})
 CONTENT = chunk({"content": "4"})
 LAST = chunk({}, finish="stop", rtap=RTAP)
 
 
 @contextmanager
 def fake_server(*answers: Answer) -> Iterator[Fake]:
-    """Listen on a free port until the block ends."""
+    """Serve on a free port until the block ends."""
     fake = Fake("", list(answers))
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,18 +1,30 @@
-"""RTAP and AsyncRTAP against prepared answers: what is sent, what is read, retries."""
+"""RTAP and AsyncRTAP against prepared answers: request bodies, typed replies, streams, retries."""
 
+import asyncio
 import time
 
 import openai
 import pytest
 
 from rtap_client import RTAP, AsyncRTAP, CycleEvent, IncompleteStream, Trajectory, events, trajectory
-from rtap_client.client import address
-from tests.clients.fake_server import CONTENT, CYCLE, JUDGED, LAST, REPLY, THOUGHT, Answer, error, fake_server, stream
+from rtap_client.client import api_url
+from tests.clients.fake_server import (
+    CONTENT,
+    CYCLE,
+    CYCLE_END,
+    LAST,
+    REPLY,
+    THOUGHT,
+    Answer,
+    error,
+    fake_server,
+    stream,
+)
 
 QUESTION = [{"role": "user", "content": "2+2"}]
 
 
-def test_options_travel_as_a_field_of_the_body_beside_others():
+def test_rtap_options_are_a_field_of_the_body():
     with fake_server(Answer(body=REPLY)) as fake, RTAP(fake.url) as client:
         client.chat.completions.create(
             model="rtap", messages=QUESTION, seed=3, rtap={"threshold": 0.8}, extra_body={"min_p": 0.1}
@@ -44,16 +56,16 @@ def test_an_older_client_reads_a_newer_servers_reply():
     assert (found.policy, found.model_extra) == ("ask_a_friend", {"moon": "full"})
 
 
-def test_the_plain_sdk_gives_trajectories_and_events_too():
-    with fake_server(Answer(body=REPLY), stream(THOUGHT, JUDGED, CONTENT, LAST)) as fake:
+def test_trajectories_and_events_of_the_plain_sdk():
+    with fake_server(Answer(body=REPLY), stream(THOUGHT, CYCLE_END, CONTENT, LAST)) as fake:
         client = openai.OpenAI(base_url=f"{fake.url}/v1", api_key="none")
         reply = client.chat.completions.create(model="rtap", messages=QUESTION, extra_body={"rtap": {"max_cycles": 2}})
         assert trajectory(reply).accepted.tokens == 7
-        happened = list(events(client.chat.completions.create(model="rtap", messages=QUESTION, stream=True)))
-    assert [event.type for event in happened] == ["thinking", "cycle", "answer", "done"]
-    assert happened[1] == CycleEvent(happened[1].cycle, 0)
-    assert happened[1].cycle.to_dict() == CYCLE
-    assert (happened[-1].text, happened[-1].rtap.confidence, happened[-1].id) == ("4", 0.9, "chatcmpl-1")
+        received = list(events(client.chat.completions.create(model="rtap", messages=QUESTION, stream=True)))
+    assert [event.type for event in received] == ["thinking", "cycle", "answer", "done"]
+    assert received[1] == CycleEvent(received[1].cycle, 0)
+    assert received[1].cycle.to_dict() == CYCLE
+    assert (received[-1].text, received[-1].rtap.confidence, received[-1].id) == ("4", 0.9, "chatcmpl-1")
 
 
 def test_a_reply_without_trajectory_has_none():
@@ -63,8 +75,8 @@ def test_a_reply_without_trajectory_has_none():
     assert trajectory(reply) is None
 
 
-async def test_the_async_client_has_the_same():
-    answers = (Answer(body=REPLY), stream(THOUGHT, JUDGED, CONTENT, LAST))
+async def test_the_async_client_has_options_replies_and_events():
+    answers = (Answer(body=REPLY), stream(THOUGHT, CYCLE_END, CONTENT, LAST))
     with fake_server(*answers) as fake:
         async with AsyncRTAP(fake.url) as client:
             reply = await client.chat.completions.create(model="rtap", messages=QUESTION, rtap={"samples": 2})
@@ -75,48 +87,47 @@ async def test_the_async_client_has_the_same():
     assert kinds == ["thinking", "cycle", "answer", "done"]
 
 
-def test_a_stream_that_ends_too_early_is_an_error():
-    with fake_server(stream(THOUGHT, JUDGED, CONTENT)) as fake, RTAP(fake.url) as client:
-        happening = events(client.chat.completions.create(model="rtap", messages=QUESTION, stream=True))
-        with pytest.raises(IncompleteStream, match="ask again"):
-            list(happening)
+def test_an_incomplete_stream_is_an_error():
+    with fake_server(stream(THOUGHT, CYCLE_END, CONTENT)) as fake, RTAP(fake.url) as client:
+        received = events(client.chat.completions.create(model="rtap", messages=QUESTION, stream=True))
+        with pytest.raises(IncompleteStream, match="send the request again"):
+            list(received)
 
 
-def test_an_error_inside_a_stream_is_the_sdks():
+def test_an_error_inside_a_stream_raises_the_sdks_error():
     broken = {"error": {"message": "the engine died", "type": "internal_error", "code": 500}}
     with fake_server(stream(THOUGHT, broken)) as fake, RTAP(fake.url) as client:
-        happening = events(client.chat.completions.create(model="rtap", messages=QUESTION, stream=True))
+        received = events(client.chat.completions.create(model="rtap", messages=QUESTION, stream=True))
         with pytest.raises(openai.APIError, match="the engine died"):
-            list(happening)
+            list(received)
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_retry_waits_as_told_and_sends_the_same_idempotency_key(status):
-    answer = Answer(body=REPLY)
-    with fake_server(error(status, "full", Retry_After="1"), answer) as fake, RTAP(fake.url) as client:
+def test_a_retry_honours_retry_after(status):
+    with fake_server(error(status, "full", Retry_After="1"), Answer(body=REPLY)) as fake, RTAP(fake.url) as client:
         began = time.monotonic()
         client.chat.completions.create(model="rtap", messages=QUESTION)
         assert time.monotonic() - began >= 1
-        client.with_options(max_retries=1).chat.completions.create(model="rtap", messages=QUESTION)
-        client.with_options(max_retries=0).chat.completions.create(model="rtap", messages=QUESTION)
-    first, again, next_one, without_retries = fake.sent("idempotency-key")
-    assert first == again
-    assert next_one not in (None, first)
-    assert without_retries is None  # the server would wait for a repeat that never comes
+    assert len(fake.requests) == 2
+    assert fake.sent("idempotency-key") == [None, None]  # the server refuses this header
 
 
-def test_a_retry_of_the_async_client_sends_the_same_idempotency_key():
-    import asyncio
-
+def test_the_async_client_retries():
     async def ask(url: str) -> None:
         async with AsyncRTAP(url) as client:
             await client.chat.completions.create(model="rtap", messages=QUESTION)
 
     with fake_server(error(503, "full", Retry_After_Ms="10"), Answer(body=REPLY)) as fake:
         asyncio.run(ask(fake.url))
-    first, again = fake.sent("idempotency-key")
-    assert first is not None
-    assert first == again
+    assert fake.sent("idempotency-key") == [None, None]
+
+
+def test_without_retries_an_error_is_raised_at_once():
+    with fake_server(error(503, "full"), Answer(body=REPLY)) as fake:
+        client = RTAP(fake.url, max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="full"):
+            client.chat.completions.create(model="rtap", messages=QUESTION)
+    assert len(fake.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -129,12 +140,12 @@ def test_a_retry_of_the_async_client_sends_the_same_idempotency_key():
         (None, "http://127.0.0.1:8000/v1"),
     ],
 )
-def test_an_address_may_come_without_v1(given, expected, monkeypatch):
+def test_v1_is_optional_in_an_address(given, expected, monkeypatch):
     monkeypatch.delenv("RTAP_URL", raising=False)
-    assert address(given) == expected
+    assert api_url(given) == expected
 
 
-def test_address_and_key_come_from_the_environment_and_openais_key_stays_at_home(monkeypatch):
+def test_address_and_key_come_from_the_environment_and_openais_key_is_not_sent(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")
     monkeypatch.delenv("RTAP_API_KEY", raising=False)
     with fake_server(Answer(body=REPLY)) as fake:

@@ -1,4 +1,4 @@
-"""The client's types and the server's are two descriptions of one wire: field by field the same."""
+"""The types of both clients have the same fields and values as the server's schema."""
 
 import re
 from dataclasses import fields
@@ -11,29 +11,31 @@ import rtap_client
 from rtap_client import types
 from rtap_core import types as server_types
 from rtap_core.types import Policy, Select, StopReason
-from rtap_server.http import schema as wire
+from rtap_server.http import schema
 
-WORDS = {Policy: types.Policy, Select: types.Select, StopReason: types.StopReason}
+LITERALS = {Policy: types.Policy, Select: types.Select, StopReason: types.StopReason}
 
 
-def spelt(hint: Any) -> Any:
-    """A type with the server's enums written as the client's literals, which typing flattens in a union."""
-    literals = {WORDS[part] for part in get_args(hint) if part in WORDS}
+def members(hint: Any) -> Any:
+    """The members of a type, with the server's enums replaced by the client's literals."""
+    literals = {LITERALS[part] for part in get_args(hint) if part in LITERALS}
     for literal in literals:
-        return frozenset(get_args(literal)) | (set(get_args(hint)) - set(WORDS))
+        return frozenset(get_args(literal)) | (set(get_args(hint)) - set(LITERALS))
     found = [member for part in get_args(hint) for member in (get_args(part) or (part,))]
     return frozenset(found or [hint])
 
 
-@pytest.mark.parametrize(("enum", "literal"), WORDS.items())
-def test_the_words_are_the_servers(enum, literal):
+@pytest.mark.parametrize(("enum", "literal"), LITERALS.items())
+def test_the_literals_are_the_servers(enum, literal):
     assert set(get_args(literal)) == {member.value for member in enum}
 
 
 def test_the_request_options_are_the_servers():
     ours = get_type_hints(types.RtapOptions)
-    theirs = {name: field.annotation for name, field in wire.RtapOptions.model_fields.items()}
-    assert {name: spelt(hint) for name, hint in ours.items()} == {name: spelt(hint) for name, hint in theirs.items()}
+    theirs = {name: field.annotation for name, field in schema.RtapOptions.model_fields.items()}
+    assert {name: members(hint) for name, hint in ours.items()} == {
+        name: members(hint) for name, hint in theirs.items()
+    }
 
 
 def _cycle() -> server_types.Cycle:
@@ -42,11 +44,11 @@ def _cycle() -> server_types.Cycle:
 
 
 def test_a_cycle_has_the_servers_fields():
-    assert set(types.Cycle.model_fields) == set(wire.cycle_object(_cycle(), with_think=True))
+    assert set(types.Cycle.model_fields) == set(schema.cycle_object(_cycle(), with_think=True))
 
 
 def test_a_trajectory_has_the_servers_fields():
-    shown = wire.trajectory_object(
+    shown = schema.trajectory_object(
         server_types.Trajectory(
             Policy.CONFIDENCE, StopReason.THRESHOLD, (_cycle(),), 0, "timeout", 0.1, 0.2, None, None, num_probes=2
         ),
@@ -57,13 +59,13 @@ def test_a_trajectory_has_the_servers_fields():
 
 
 def typescript(pattern: str) -> str:
-    """What the first group finds in the TypeScript client's types."""
+    """The first group of a pattern in the TypeScript client's types."""
     text = (Path(__file__).resolve().parents[2] / "clients" / "typescript" / "src" / "types.ts").read_text("utf-8")
     return re.search(pattern, text, re.DOTALL)[1]
 
 
-@pytest.mark.parametrize("enum", WORDS)
-def test_typescript_has_the_same_words(enum):
+@pytest.mark.parametrize("enum", LITERALS)
+def test_typescript_has_the_same_literals(enum):
     union = typescript(rf"export type {enum.__name__} =(.*?);")
     assert set(re.findall(r"'(\w+)'", union)) == {member.value for member in enum}
 

@@ -1,4 +1,4 @@
-"""What `rtap chat` draws: bars, changes, the running and the finished turn; hostile model text stays text."""
+"""Rendering of `rtap chat`: bars, changes, running and finished replies, hostile model text."""
 
 import io
 import re
@@ -6,10 +6,10 @@ import re
 import pytest
 from rich.console import Console, RenderableType
 
-from rtap_client.connection import safe
+from rtap_client.commands import printable
 from rtap_client.streams import AnswerEvent, CycleEvent, DoneEvent, ThinkingEvent
 from rtap_client.types import Cycle, Trajectory
-from rtap_client.view import Turn, bar, changes, render, summary
+from rtap_client.view import LiveReply, bar, changes, render, summary
 from tests.clients.fake_server import CYCLE, RTAP
 
 HOSTILE = "[bold]x[/bold]\x1b[2J\x1b]0;owned\x07\x9b31m4\r"
@@ -45,7 +45,7 @@ def test_a_bar_shows_the_confidence_and_where_the_threshold_is(confidence, thres
     [
         (None, "25*3", "25*3"),
         ("25*3", "25*3", "25*3  same answer"),
-        ("25+7", "25*3", "25*3  gone: +7"),
+        ("25+7", "25*3", "25*3  removed: +7"),
         ("25", "25*3", "25*3"),
         ("a " * 50, "b", "b"),
         ("25", None, "(cut before its answer was complete)"),
@@ -55,21 +55,21 @@ def test_changes_between_answers(before, after, expected):
     assert changes(before, after).plain == expected
 
 
-def test_what_is_new_is_marked():
+def test_new_parts_are_bold():
     text = changes("25+7", "25*3")
     marked = ["".join(text.plain[s.start : s.end]) for s in text.spans if s.style == "bold green"]
     assert marked == ["*3"]
 
 
-def test_a_running_turn_shows_cycles_and_the_last_thoughts_without_the_rejected_answer():
-    turn = Turn("confidence", 0.5, 4)
+def test_a_running_reply_shows_cycles_and_the_last_thoughts_without_the_rejected_answer():
+    reply = LiveReply("confidence", 0.5, 4)
     for event in (
         ThinkingEvent("first thought", 0),
         CycleEvent(cycle(0, "25*3", 0.1), 0),
         ThinkingEvent("\n<answer>25*3</answer>\n" + "\n".join(f"line {i}" for i in range(20)), 0),
     ):
-        turn.observe(event)
-    shown = printed(render(turn, 1.25))
+        reply.observe(event)
+    shown = printed(render(reply, 1.25))
     assert "cycle 2 of at most 4 · confidence · 1.2 s · Ctrl-C stops" in shown
     assert re.search(r"1 ✗ ██░+│░+ 0\.100 7 tok", shown)
     assert "line 19" in shown
@@ -78,48 +78,48 @@ def test_a_running_turn_shows_cycles_and_the_last_thoughts_without_the_rejected_
     assert "<answer>" not in shown
 
 
-def test_a_finished_turn_shows_the_answer_and_why_it_stopped():
-    turn = Turn("confidence", 0.5, 4)
-    turn.observe(AnswerEvent("4", 0))
+def test_a_finished_reply_shows_the_answer_and_why_it_stopped():
+    reply = LiveReply("confidence", 0.5, 4)
+    reply.observe(AnswerEvent("4", 0))
     rtap = Trajectory.construct(**RTAP)
-    turn.observe(DoneEvent("id", "4", "stop", rtap, (rtap,), None))
-    shown = printed(render(turn, 0.5))
+    reply.observe(DoneEvent("id", "4", "stop", rtap, (rtap,), None))
+    shown = printed(render(reply, 0.5))
     assert "─ answer ─" in shown
-    assert "sure enough after 1 cycle · confidence 0.900 (threshold 0.50) · 7 tokens · 0.50 s" in shown
+    assert "reached the threshold after 1 cycle · confidence 0.900 (threshold 0.50) · 7 tokens · 0.50 s" in shown
     assert "Ctrl-C" not in shown
 
 
-def test_a_vote_tells_of_samples_and_marks_all_that_agree_with_the_answer():
-    turn = Turn("vote", None, 8)
-    assert "sample 1 · vote · 1.0 s" in printed(render(turn, 1.0))
+def test_a_vote_counts_samples_and_marks_those_that_agree_with_the_answer():
+    reply = LiveReply("vote", None, 8)
+    assert "sample 1 · vote · 1.0 s" in printed(render(reply, 1.0))
     cycles = [{**CYCLE, "index": i, "answer": a, "accepted": i == 0} for i, a in enumerate(("4", "5", "4"))]
     rtap = Trajectory.construct(**{**RTAP, "policy": "vote", "stop_reason": "vote", "cycles": cycles})
-    turn.observe(DoneEvent("id", "4", "stop", rtap, (rtap,), None))
-    shown = printed(render(turn, 0.5))
+    reply.observe(DoneEvent("id", "4", "stop", rtap, (rtap,), None))
+    shown = printed(render(reply, 0.5))
     assert re.findall(r"^\d ([✓✗])", shown, re.MULTILINE) == ["✓", "✗", "✓"]
     assert "majority of 3 samples · confidence 0.900 · " in shown
 
 
-def test_a_stopped_turn_and_one_without_an_answer_say_so():
-    turn = Turn("model", None, 4, cycles=[cycle(0, None, None)], stopped=True)
-    assert "stopped after 2.0 s" in printed(render(turn, 2.0))
-    assert summary(turn, 2.0) == "7 tokens · 2.00 s"
-    cut = Turn("model", None, 4, done=DoneEvent("id", "", "length", None, (), None))
-    assert "no answer was completed; raise max-tokens or the deadline" in printed(render(cut, 1.0))
+def test_a_stopped_reply_and_one_without_an_answer_say_so():
+    reply = LiveReply("model", None, 4, cycles=[cycle(0, None, None)], stopped=True)
+    assert "stopped after 2.0 s" in printed(render(reply, 2.0))
+    assert summary(reply, 2.0) == "7 tokens · 2.00 s"
+    cut = LiveReply("model", None, 4, done=DoneEvent("id", "", "length", None, (), None))
+    assert "no cycle completed an answer; raise --max-tokens or --deadline" in printed(render(cut, 1.0))
 
 
-def test_hostile_model_text_is_shown_and_does_not_command_the_terminal():
-    turn = Turn("confidence", 0.5, 4, cycles=[cycle(0, HOSTILE, 0.1)], thought=HOSTILE)
-    finished = Turn("confidence", 0.5, 4, answer=HOSTILE, done=DoneEvent("id", HOSTILE, "stop", None, (), None))
-    for shown in (printed(render(turn, 1.0)), printed(render(finished, 1.0))):
+def test_hostile_model_text_is_shown_without_control_characters():
+    reply = LiveReply("confidence", 0.5, 4, cycles=[cycle(0, HOSTILE, 0.1)], thought=HOSTILE)
+    finished = LiveReply("confidence", 0.5, 4, answer=HOSTILE, done=DoneEvent("id", HOSTILE, "stop", None, (), None))
+    for shown in (printed(render(reply, 1.0)), printed(render(finished, 1.0))):
         assert "[bold]x[/bold]" in shown
         assert not set(shown) & set("\x1b\x07\x9b\r")
 
 
-def test_safe_text_keeps_lines_and_letters():
-    assert safe("a\tb\nç→𝟙" + HOSTILE) == "a\tb\nç→𝟙[bold]x[/bold][2J]0;owned31m4"
+def test_printable_text_keeps_lines_and_letters():
+    assert printable("a\tb\nç→𝟙" + HOSTILE) == "a\tb\nç→𝟙[bold]x[/bold][2J]0;owned31m4"
 
 
-def test_a_narrow_terminal_loses_nothing_of_the_answer():
-    shown = printed(render(Turn("confidence", 0.5, 4, cycles=[cycle(0, "abcdefghij" * 4, 0.2)]), 1.0), width=70)
+def test_a_narrow_terminal_shows_the_whole_answer():
+    shown = printed(render(LiveReply("confidence", 0.5, 4, cycles=[cycle(0, "abcdefghij" * 4, 0.2)]), 1.0), width=70)
     assert sum(shown.split("⠋")[0].count(letter) for letter in "hij") == 12

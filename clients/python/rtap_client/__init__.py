@@ -1,6 +1,6 @@
-"""Client of an rtap server, and the `rtap` command. Imports neither torch, vLLM, server nor training.
+"""Client of an rtap server, and the `rtap` command.
 
-Nothing is imported before it is used, so that `rtap --help` comes at once.
+Names are imported on first use, so that `rtap --help` is fast.
 """
 
 import importlib
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 try:
     __version__ = version("rtap")
-except PackageNotFoundError:  # run from a checkout that is not installed
+except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+checkout"
 
-_HOMES = {
+_MODULES = {
     "RTAP": "client",
     "AsyncRTAP": "client",
     "events": "streams",
@@ -57,7 +57,7 @@ _HOMES = {
     "ServerConfig": "types",
     "trajectory": "types",
 }
-__all__ = [  # noqa: RUF022 - in the order in which a reader meets them
+__all__ = [  # noqa: RUF022 - in reading order
     "RTAP",
     "AsyncRTAP",
     "RtapOptions",
@@ -81,6 +81,6 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,7 +1,6 @@
-"""``RTAP`` and ``AsyncRTAP``: the openai SDK's clients with ``rtap=`` in chat calls and ``.rtap`` in their results.
+"""Sync and async clients: the openai SDK with ``rtap=`` in chat calls, ``.rtap`` in replies, and rtap's own routes.
 
-Connections, retries, time limits and everything else stay the SDK's; what is added is types and the server's own three
-routes. Nothing here reads streams (``streams.py``).
+Connections, retries and timeouts are the SDK's. Streams are read in ``streams.py``.
 """
 
 import os
@@ -17,12 +16,11 @@ from typing_extensions import Unpack
 from rtap_client.types import ChatChunk, ChatReply, Feedback, RtapOptions, Score, ServerConfig
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-IDEMPOTENCY_HEADER = "Idempotency-Key"
 _T = TypeVar("_T")
 
 
 class ChatOptions(CompletionCreateParamsBase, total=False):
-    """All that the SDK's ``chat.completions.create`` takes, except ``stream``, and ``rtap``."""
+    """Arguments of the SDK's ``chat.completions.create`` except ``stream``, and ``rtap``."""
 
     rtap: RtapOptions | None
     extra_headers: Mapping[str, str] | None
@@ -31,32 +29,40 @@ class ChatOptions(CompletionCreateParamsBase, total=False):
     timeout: float | None
 
 
-def address(url: str | None) -> str:
-    """The base URL of an API, from an address with or without ``/v1``; by default ``RTAP_URL``, else this machine."""
+def api_url(url: str | None) -> str:
+    """Return the API's base URL for an address with or without ``/v1``. Default: ``RTAP_URL``, else this machine."""
     root = (url or os.environ.get("RTAP_URL") or DEFAULT_URL).rstrip("/")
     return root if root.endswith("/v1") else f"{root}/v1"
 
 
-def _key(given: Any) -> Any:
-    """A server without keys takes any, and the SDK insists on one."""
-    return given or os.environ.get("RTAP_API_KEY") or "none"
+def _with_defaults(base_url: Any, api_key: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the SDK's constructor. The SDK requires a key; a server without keys accepts any."""
+    key = api_key or os.environ.get("RTAP_API_KEY") or "none"
+    return {**options, "base_url": api_url(None if base_url is None else str(base_url)), "api_key": key}
 
 
-def _body(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The SDK's arguments: ``rtap`` travels in ``extra_body``."""
-    rest = {name: value for name, value in options.items() if name != "rtap"}
+def _sdk_arguments(options: Mapping[str, Any], stream: bool | None) -> dict[str, Any]:
+    """Arguments of the SDK's ``create``: ``rtap`` moves into ``extra_body``."""
+    arguments = {name: value for name, value in options.items() if name != "rtap"}
     if options.get("rtap") is not None:
-        rest["extra_body"] = {**(rest.get("extra_body") or {}), "rtap": options["rtap"]}
-    return rest
+        arguments["extra_body"] = {**(arguments.get("extra_body") or {}), "rtap": options["rtap"]}
+    return arguments if stream is None else {**arguments, "stream": stream}
 
 
-def _typed(cast_to: type[_T]) -> type[_T]:
-    """Our reading of what the SDK would read as a chat completion."""
+def _reply_type(cast_to: type[_T]) -> type[_T]:
     return cast(type[_T], ChatReply) if cast_to is ChatCompletion else cast_to
 
 
+def _score_body(question: str, answer: str, think: str) -> dict[str, str]:
+    return {"question": question, "think": think, "answer": answer}
+
+
+def _feedback_body(request_id: str, correct: bool, choice: int) -> dict[str, object]:
+    return {"request_id": request_id, "correct": correct, "choice": choice}
+
+
 class RTAP(OpenAI):
-    """A client of an rtap server.
+    """Client of an rtap server.
 
         client = RTAP()                               # RTAP_URL, else http://127.0.0.1:8000
         reply = client.chat.completions.create(
@@ -66,17 +72,13 @@ class RTAP(OpenAI):
         )
         reply.choices[0].message.content, reply.rtap.confidence, reply.rtap.stop_reason
 
-    ``base_url`` may come without ``/v1``. Keys: ``api_key``, else ``RTAP_API_KEY``. All else is the SDK's: a request
-    that fails or is told to come again (429, 503 with Retry-After) is repeated ``max_retries`` times (2), with one
-    Idempotency-Key, so that the server does its work once. Without repeats (0) there is no such key, and a request
-    whose connection closes ends at once; with it the server waits a second for the repeat.
+    ``base_url``: with or without ``/v1``. ``api_key``: by default ``RTAP_API_KEY``. All other arguments are the SDK's.
+    The SDK retries a failed request ``max_retries`` times (default 2) and honours Retry-After on 429 and 503. Each
+    retry is a new request to the server.
     """
 
     def __init__(self, base_url: Any = None, *, api_key: Any = None, **options: Any) -> None:
-        super().__init__(
-            base_url=address(None if base_url is None else str(base_url)), api_key=_key(api_key), **options
-        )
-        self._idempotency_header = IDEMPOTENCY_HEADER if self.max_retries else None
+        super().__init__(**_with_defaults(base_url, api_key, options))
 
     @property
     def chat(self) -> "RtapChat":
@@ -84,22 +86,21 @@ class RTAP(OpenAI):
         return RtapChat(self)
 
     def score(self, question: str, answer: str, *, think: str = "") -> Score:
-        """How sure the server's generator is of a Think–Answer pair that was written elsewhere."""
-        return self.post("/rtap/score", body={"question": question, "think": think, "answer": answer}, cast_to=Score)
+        """Score an existing answer with the server's confidence generator."""
+        return self.post("/rtap/score", body=_score_body(question, answer, think), cast_to=Score)
 
     def feedback(self, request_id: str, *, correct: bool, choice: int = 0) -> Feedback:
-        """Say whether an answer was right. request_id: the ``id`` of its reply."""
-        body = {"request_id": request_id, "correct": correct, "choice": choice}
-        return self.post("/rtap/feedback", body=body, cast_to=Feedback)
+        """Report whether an answer was correct. request_id: the reply's ``id``."""
+        return self.post("/rtap/feedback", body=_feedback_body(request_id, correct, choice), cast_to=Feedback)
 
     def config(self) -> ServerConfig:
-        """How the server recurses: its models, defaults and ceilings."""
+        """Return the server's models, defaults and limits."""
         return self.get("/rtap/config", cast_to=ServerConfig)
 
     def post(self, path: str, *, cast_to: Any, stream_cls: Any = None, **options: Any) -> Any:
-        """The SDK's, with chat completions read as ours."""
+        """The SDK's ``post``, with chat completions parsed as ChatReply and ChatChunk."""
         stream_cls = Stream[ChatChunk] if stream_cls == Stream[ChatCompletionChunk] else stream_cls
-        return super().post(path, cast_to=_typed(cast_to), stream_cls=stream_cls, **options)
+        return super().post(path, cast_to=_reply_type(cast_to), stream_cls=stream_cls, **options)
 
 
 class RtapChat(Chat):
@@ -126,18 +127,15 @@ class RtapCompletions(Completions):
     def create(  # pyright: ignore[reportIncompatibleMethodOverride] - the SDK spells 40 parameters out
         self, *, stream: bool | None = None, **options: Any
     ) -> ChatReply | Stream[ChatChunk]:
-        """The SDK's, with ``rtap=``."""
-        return cast(Any, super().create)(**_body(options), **({} if stream is None else {"stream": stream}))
+        """The SDK's ``create``, with ``rtap=``."""
+        return cast(Any, super().create)(**_sdk_arguments(options, stream))
 
 
 class AsyncRTAP(AsyncOpenAI):
-    """``RTAP`` for asyncio. Cancelling a task that awaits a reply closes its connection, and the server stops."""
+    """``RTAP`` for asyncio. Cancelling a task that awaits a reply closes its connection, and the server aborts."""
 
     def __init__(self, base_url: Any = None, *, api_key: Any = None, **options: Any) -> None:
-        super().__init__(
-            base_url=address(None if base_url is None else str(base_url)), api_key=_key(api_key), **options
-        )
-        self._idempotency_header = IDEMPOTENCY_HEADER if self.max_retries else None
+        super().__init__(**_with_defaults(base_url, api_key, options))
 
     @property
     def chat(self) -> "AsyncRtapChat":
@@ -145,23 +143,21 @@ class AsyncRTAP(AsyncOpenAI):
         return AsyncRtapChat(self)
 
     async def score(self, question: str, answer: str, *, think: str = "") -> Score:
-        """How sure the server's generator is of a Think–Answer pair that was written elsewhere."""
-        body = {"question": question, "think": think, "answer": answer}
-        return await self.post("/rtap/score", body=body, cast_to=Score)
+        """Score an existing answer with the server's confidence generator."""
+        return await self.post("/rtap/score", body=_score_body(question, answer, think), cast_to=Score)
 
     async def feedback(self, request_id: str, *, correct: bool, choice: int = 0) -> Feedback:
-        """Say whether an answer was right. request_id: the ``id`` of its reply."""
-        body = {"request_id": request_id, "correct": correct, "choice": choice}
-        return await self.post("/rtap/feedback", body=body, cast_to=Feedback)
+        """Report whether an answer was correct. request_id: the reply's ``id``."""
+        return await self.post("/rtap/feedback", body=_feedback_body(request_id, correct, choice), cast_to=Feedback)
 
     async def config(self) -> ServerConfig:
-        """How the server recurses: its models, defaults and ceilings."""
+        """Return the server's models, defaults and limits."""
         return await self.get("/rtap/config", cast_to=ServerConfig)
 
     async def post(self, path: str, *, cast_to: Any, stream_cls: Any = None, **options: Any) -> Any:
-        """The SDK's, with chat completions read as ours."""
+        """The SDK's ``post``, with chat completions parsed as ChatReply and ChatChunk."""
         stream_cls = AsyncStream[ChatChunk] if stream_cls == AsyncStream[ChatCompletionChunk] else stream_cls
-        return await super().post(path, cast_to=_typed(cast_to), stream_cls=stream_cls, **options)
+        return await super().post(path, cast_to=_reply_type(cast_to), stream_cls=stream_cls, **options)
 
 
 class AsyncRtapChat(AsyncChat):
@@ -188,5 +184,5 @@ class AsyncRtapCompletions(AsyncCompletions):
     async def create(  # pyright: ignore[reportIncompatibleMethodOverride] - the SDK spells 40 parameters out
         self, *, stream: bool | None = None, **options: Any
     ) -> ChatReply | AsyncStream[ChatChunk]:
-        """The SDK's, with ``rtap=``."""
-        return await cast(Any, super().create)(**_body(options), **({} if stream is None else {"stream": stream}))
+        """The SDK's ``create``, with ``rtap=``."""
+        return await cast(Any, super().create)(**_sdk_arguments(options, stream))

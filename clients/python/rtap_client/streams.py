@@ -1,6 +1,6 @@
-"""A stream of chat chunks as events: ``thinking``, ``answer``, ``tool_call``, ``cycle``, ``done``.
+"""Events of a chat stream: ``thinking``, ``answer``, ``tool_call``, ``cycle`` and ``done``.
 
-Works on the streams of ``RTAP`` and of the plain openai SDK. It asks for nothing by itself.
+Works on the streams of ``RTAP`` and of the plain openai SDK.
 """
 
 from collections.abc import AsyncGenerator, Generator, Iterator
@@ -12,16 +12,16 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import ChoiceDeltaToolCall
 
-from rtap_client.types import Cycle, CycleNote, Trajectory, trajectory
+from rtap_client.types import Cycle, CycleUpdate, Trajectory, trajectory
 
 
 class IncompleteStream(OpenAIError):
-    """A stream that ended before its answer did: the server or something between was stopped."""
+    """The stream ended before the answer was complete: the server or a proxy was stopped."""
 
 
 @dataclass(frozen=True, slots=True)
 class ThinkingEvent:
-    """A piece of reasoning, or an answer that was not accepted."""
+    """Reasoning text, or the text of an answer that was not accepted."""
 
     text: str
     choice: int
@@ -30,7 +30,7 @@ class ThinkingEvent:
 
 @dataclass(frozen=True, slots=True)
 class AnswerEvent:
-    """A piece of the accepted answer."""
+    """Text of the accepted answer."""
 
     text: str
     choice: int
@@ -39,7 +39,7 @@ class AnswerEvent:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallEvent:
-    """A piece of a tool call, which is an answer too."""
+    """Part of a tool call."""
 
     call: ChoiceDeltaToolCall
     choice: int
@@ -48,7 +48,7 @@ class ToolCallEvent:
 
 @dataclass(frozen=True, slots=True)
 class CycleEvent:
-    """A cycle has ended and was judged."""
+    """A finished and scored cycle."""
 
     cycle: Cycle
     choice: int
@@ -57,10 +57,11 @@ class CycleEvent:
 
 @dataclass(frozen=True, slots=True)
 class DoneEvent:
-    """The end of a stream. The first choice's answer and trajectory; ``trajectories`` has those of all choices.
+    """End of a stream, with the answer of the first choice.
 
-    usage: None unless the request asked for it with ``stream_options={"include_usage": True}``.
-    rtap: None from a server that is not rtap's.
+    rtap: the first choice's trajectory; None if the server is not an rtap server.
+    trajectories: of every choice.
+    usage: None unless the request set ``stream_options={"include_usage": True}``.
     """
 
     id: str
@@ -77,7 +78,7 @@ Event = ThinkingEvent | AnswerEvent | ToolCallEvent | CycleEvent | DoneEvent
 
 @dataclass(slots=True)
 class EventReader:
-    """Reads one stream: ``read`` each chunk, then ``done``."""
+    """Converter for one stream: call ``read`` with each chunk, then ``done``."""
 
     _id: str = ""
     _text: list[str] = field(default_factory=list[str])
@@ -87,11 +88,11 @@ class EventReader:
     _usage: CompletionUsage | None = None
 
     def read(self, chunk: ChatCompletionChunk) -> Iterator[Event]:
-        """The events of one chunk."""
+        """Yield the events of one chunk."""
         self._id = chunk.id or self._id
         self._usage = chunk.usage or self._usage
         self._read_trajectories(chunk)
-        cycle = _cycle(chunk)
+        cycle = _finished_cycle(chunk)
         for choice in chunk.choices:
             delta = choice.delta
             if choice.index == 0:
@@ -108,32 +109,31 @@ class EventReader:
                 yield ToolCallEvent(call, choice.index)
 
     def done(self) -> DoneEvent:
-        """The last event. Raises IncompleteStream if the first choice did not end."""
+        """Return the last event. Raises IncompleteStream if the first choice did not finish."""
         if self._finish_reason is None:
-            raise IncompleteStream("the stream ended before its answer did; ask again")
+            raise IncompleteStream("the stream ended before the answer was complete; send the request again")
         return DoneEvent(
             self._id, "".join(self._text), self._finish_reason, self._rtap, self._trajectories, self._usage
         )
 
     def _read_trajectories(self, chunk: ChatCompletionChunk) -> None:
-        found = trajectory(chunk)
-        if found is not None:
-            all_of_them: Any = getattr(chunk, "rtap_choices", None)
-            self._rtap = found
-            self._trajectories = tuple(_as_trajectory(t) for t in all_of_them) if all_of_them else (found,)
+        first = trajectory(chunk)
+        if first is not None:
+            every: Any = getattr(chunk, "rtap_choices", None)
+            self._rtap = first
+            self._trajectories = tuple(_as_trajectory(t) for t in every) if every else (first,)
 
 
 def _as_trajectory(value: Any) -> Trajectory:
     return value if isinstance(value, Trajectory) else Trajectory.construct(**value)
 
 
-def _cycle(chunk: ChatCompletionChunk) -> Cycle | None:
-    """The cycle that a chunk says has ended."""
-    note: Any = getattr(chunk, "rtap", None)
-    if isinstance(note, CycleNote):
-        return note.cycle
-    told = cast(dict[str, Any], note) if isinstance(note, dict) else {}
-    return Cycle.construct(**told["cycle"]) if told.get("event") == "cycle" else None
+def _finished_cycle(chunk: ChatCompletionChunk) -> Cycle | None:
+    update: Any = getattr(chunk, "rtap", None)
+    if isinstance(update, CycleUpdate):
+        return update.cycle
+    fields = cast(dict[str, Any], update) if isinstance(update, dict) else {}
+    return Cycle.construct(**fields["cycle"]) if fields.get("event") == "cycle" else None
 
 
 @overload
@@ -145,10 +145,10 @@ def events(stream: AsyncStream[Any]) -> AsyncGenerator[Event]: ...
 
 
 def events(stream: Stream[Any] | AsyncStream[Any]) -> Generator[Event] | AsyncGenerator[Event]:
-    """The events of ``client.chat.completions.create(…, stream=True)``; the last is a DoneEvent.
+    """Yield the events of ``client.chat.completions.create(…, stream=True)``, ending with a DoneEvent.
 
-    When the iteration is left early the connection is closed, and the server stops writing.
-    Raises IncompleteStream, and what the SDK raises when the server reports an error.
+    Leaving the iteration early closes the connection, and the server aborts the request.
+    Raises IncompleteStream, and the SDK's exceptions when the server reports an error.
     """
     return _events(stream) if isinstance(stream, Stream) else _async_events(stream)
 

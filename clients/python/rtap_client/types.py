@@ -1,8 +1,7 @@
-"""What travels: the ``rtap`` request options, the trajectory in a reply, and the server's own routes. Data only.
+"""Types of the API: the ``rtap`` request object, the trajectory in a reply, and the bodies of the server's own routes.
 
-Replies are read as the openai SDK reads its own: without validation, unknown fields kept, so that a newer server does
-not break an older client. Fields that are objects are Optional[X], not X | None, which older versions of the SDK cannot
-take apart (no weak reference to a types.UnionType).
+Replies are parsed like the openai SDK's: without validation, keeping unknown fields, so that an older client works with
+a newer server. Object fields are Optional[X]: older SDK versions cannot parse X | None.
 """
 
 # ruff: noqa: UP007, UP045
@@ -16,174 +15,174 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 
 Policy = Literal["confidence", "model", "single", "vote"]
-"""Who decides to stop: the confidence generator, the model itself, one pass, a majority of samples."""
+"""When to stop: at a confidence, when the model ends its turn, after one cycle, or by a vote of samples."""
 Select = Literal["best", "last"]
-"""Which complete answer is returned: the one with the highest confidence or the last."""
+"""Which complete answer to return: the one with the highest confidence, or the last."""
 StopReason = Literal["threshold", "model", "max_cycles", "max_tokens", "deadline", "no_gain", "vote", "drained"]
-"""Why no further cycle was written."""
+"""Why the trajectory ended."""
 
 
 class RtapOptions(TypedDict, total=False):
-    """The ``rtap`` object of a request. What is left out, or None, takes the server's default.
+    """The ``rtap`` object of a request. Omitted fields and None take the server's default.
 
-    The server checks values and caps them; a wrong one is an ``openai.BadRequestError`` that names the field.
+    A value that the server refuses raises ``openai.BadRequestError``, which names the field.
     """
 
     policy: Policy | None
-    """Who decides to stop."""
+    """When to stop."""
     threshold: float | None
-    """Confidence in 0..1 that is good enough."""
+    """Stop at this confidence, in 0..1."""
     max_cycles: int | None
-    """Cycles at most."""
+    """Maximum number of cycles."""
     samples: int | None
-    """Samples of a vote."""
+    """Number of samples in a vote."""
     select: Select | None
     """Return the best or the last complete answer."""
     patience: int | None
-    """Stop after this many cycles without a new highest confidence."""
+    """Stop after this many cycles without a higher confidence."""
     deadline_seconds: float | None
-    """Answer with the best so far after this long."""
+    """Return the best answer so far after this time."""
     probe_every: int | None
-    """Ask for the answer inside a thought every so many tokens."""
+    """Probe for an answer inside a thought after every N tokens."""
     return_cycles: bool
-    """Put each cycle's thinking into the reply."""
+    """Include each cycle's thinking in the reply."""
 
 
 class Cycle(BaseModel):
-    """One Think–Answer pair as it was written and judged."""
+    """One Think–Answer cycle."""
 
     index: int
-    """Its place in the trajectory, from 0."""
+    """Position in the trajectory, from 0."""
     answer: str | None = None
-    """None when the cycle was cut before its answer was complete."""
+    """None if the cycle was cut before its answer was complete."""
     think: str | None = None
     """The thinking; only with ``return_cycles``."""
     confidence: float | None = None
-    """In 0..1; None when nothing scored it."""
+    """In 0..1; None if the cycle was not scored."""
     accepted: bool
-    """Whether this answer is the one returned. In a cycle event: whether it ended the request."""
+    """True for the returned answer. In a cycle event: True if the cycle ended the request."""
     tokens: int
-    """Written in this cycle, the tags that the server injects included."""
+    """Generated tokens, including the tags that the server inserts."""
     oops_tokens: int
-    """Of these, tokens of phrases of self-doubt."""
+    """Of these, tokens of self-doubt phrases."""
     prompt_tokens: int
-    """What the engine had to read for it."""
+    """Prompt length of the cycle."""
     cached_tokens: int
     """Of these, found in the prefix cache."""
     seconds: float
-    """Writing and judging it."""
+    """Time of generating and scoring."""
     confidence_seconds: float | None = None
-    """Of these, waiting for the score."""
+    """Of this, time of scoring."""
 
 
 class Probes(BaseModel):
-    """Answers that were asked for inside a thought."""
+    """Probes for an answer inside a thought."""
 
     asked: int
     thoughts_ended: int
 
 
 class Trajectory(BaseModel):
-    """How an answer came about: the ``rtap`` object of a reply."""
+    """The ``rtap`` object of a reply: the cycles behind the answer and why they ended."""
 
     policy: Policy
-    """Who decided to stop."""
+    """The stop policy that was used."""
     stop_reason: StopReason
-    """Why no further cycle was written."""
+    """Why the trajectory ended."""
     cycles: list[Cycle]
-    """In the order they were written; the samples of a vote in sample order."""
+    """In order; the samples of a vote in sample order."""
     confidence: float | None = None
-    """Of the returned answer."""
+    """Confidence of the returned answer."""
     first_answer_seconds: float | None = None
-    """From the request until the returned answer was known."""
+    """Seconds from the start of the request to the first complete answer."""
     confidence_tokens: int
-    """Read by the generator; in no usage."""
+    """Tokens that the confidence generator read; not in usage."""
     discarded_tokens: int
-    """Sampled ahead of a verdict that made them unwanted; in no usage."""
+    """Sampled tokens that belong to no cycle, such as those of unused probes; not in usage."""
     probes: Optional[Probes] = None
-    """Only where there were some."""
+    """None if there were no probes."""
     degraded: str | None = None
-    """Why the generator could not be used; None where it could."""
+    """Why the confidence generator could not be used; None if it could."""
 
     @property
     def accepted(self) -> Cycle | None:
-        """The cycle whose answer was returned; None where every cycle was cut."""
+        """The cycle whose answer was returned; None if every cycle was cut."""
         return next((cycle for cycle in self.cycles if cycle.accepted), None)
 
 
 class Message(ChatCompletionMessage):
-    """The SDK's message and its reasoning."""
+    """The SDK's message with ``reasoning``."""
 
     reasoning: str | None = None
-    """All thinking, and the answers that were not accepted."""
+    """The thinking, and the answers that were not accepted."""
 
 
 class ReplyChoice(Choice):
-    """The SDK's choice and, with ``n`` above 1, its own trajectory."""
+    """The SDK's choice with, if ``n`` is above 1, its trajectory."""
 
     message: Message  # pyright: ignore[reportIncompatibleVariableOverride]
     rtap: Optional[Trajectory] = None
 
 
 class ChatReply(ChatCompletion):
-    """The SDK's completion and how it came about."""
+    """The SDK's completion with its trajectory."""
 
     choices: list[ReplyChoice]  # pyright: ignore[reportIncompatibleVariableOverride] - narrower, in data that is only read
     rtap: Optional[Trajectory] = None
-    """Of the first choice. None from a server that is not rtap's."""
+    """Trajectory of the first choice; None if the server is not an rtap server."""
 
 
-class CycleNote(BaseModel):
-    """What a chunk with an empty delta says: a cycle has just ended."""
+class CycleUpdate(BaseModel):
+    """The ``rtap`` field of a chunk that reports a finished cycle."""
 
     event: Literal["cycle"]
     cycle: Cycle
 
 
 class Delta(ChoiceDelta):
-    """The SDK's delta and its reasoning."""
+    """The SDK's delta with ``reasoning``."""
 
     reasoning: str | None = None
 
 
 class ChunkChoiceWithReasoning(ChunkChoice):
-    """The SDK's choice of a chunk."""
+    """The SDK's choice of a chunk, with ``Delta``."""
 
     delta: Delta  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class ChatChunk(ChatCompletionChunk):
-    """The SDK's chunk. The last one of a stream carries the trajectory; ``rtap_client.events`` reads all this."""
+    """The SDK's chunk with cycle updates and, in the last one, the trajectory. ``rtap_client.events`` reads them."""
 
     choices: list[ChunkChoiceWithReasoning]  # pyright: ignore[reportIncompatibleVariableOverride]
-    rtap: Optional[Union[CycleNote, Trajectory]] = None
+    rtap: Optional[Union[CycleUpdate, Trajectory]] = None
     rtap_choices: Optional[list[Trajectory]] = None
-    """With ``n`` above 1: of every choice."""
+    """Trajectories of all choices, if ``n`` is above 1."""
 
 
 class Score(BaseModel):
-    """What the generator thinks of a pair that was written elsewhere."""
+    """Confidence of an existing answer."""
 
     confidence: float
     confidence_tokens: int
-    """Read by the generator."""
+    """Tokens that the generator read."""
 
 
 class Feedback(BaseModel):
-    """The server's calibration after a verdict."""
+    """Calibration statistics after a verdict."""
 
     request_id: str
     confidence: float | None = None
-    """What the answer had; None for an unscored one."""
+    """Confidence of the answer; None if it was not scored."""
     verdicts: int
-    """Recent verdicts that the figures below are over."""
+    """Number of recent verdicts in the statistics below."""
     brier: float | None = None
     ece: float | None = None
     """Expected calibration error."""
 
 
 class Defaults(BaseModel):
-    """What a request gets for what it leaves out."""
+    """Defaults of the ``rtap`` object."""
 
     policy: Policy
     threshold: float
@@ -195,7 +194,7 @@ class Defaults(BaseModel):
 
 
 class Ceilings(BaseModel):
-    """What a request may ask for at most."""
+    """Maximum values of a request."""
 
     max_cycles: int
     samples: int
@@ -204,13 +203,14 @@ class Ceilings(BaseModel):
 
 
 class Calibration(BaseModel):
-    """Shares of first-cycle confidences over equal bins of 0..1 when the generator was trained; empty if unknown."""
+    """Reference distribution of the confidence generator."""
 
     reference: list[float]
+    """Shares of first-cycle confidences in equal bins of 0..1 at training time; empty if unknown."""
 
 
 class ConfidenceSource(BaseModel):
-    """Where confidence comes from."""
+    """The confidence generator."""
 
     kind: Literal["pooling", "remote", "yesno", "logprob", "none"]
     timeout_seconds: float
@@ -218,11 +218,11 @@ class ConfidenceSource(BaseModel):
 
 
 class ServerConfig(BaseModel):
-    """How a server recurses."""
+    """Configuration of a server: models, defaults and limits."""
 
     version: str
     models: list[str]
-    """Names that a request may give as ``model``."""
+    """Names accepted as ``model``."""
     format: str
     defaults: Defaults
     limits: Ceilings
@@ -230,10 +230,7 @@ class ServerConfig(BaseModel):
 
 
 def trajectory(reply: Any) -> Trajectory | None:
-    """The trajectory of any reply or chunk, also of one that the plain openai SDK has read; None where there is none.
-
-    A cycle event is no trajectory.
-    """
+    """Return the trajectory of a reply or chunk of this client or the plain openai SDK; None if it has none."""
     found: Any = getattr(reply, "rtap", None)
     if isinstance(found, Trajectory):
         return found

@@ -1,6 +1,6 @@
-"""How `rtap chat` shows one turn: pure functions from what has happened so far to what rich prints.
+"""Rendering of a streamed reply in `rtap chat`, as rich renderables.
 
-Model text is never markup and never reaches the terminal with control characters (``connection.safe``).
+Model text is never parsed as markup and is printed without control characters (``commands.printable``).
 """
 
 import difflib
@@ -13,29 +13,29 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from rtap_client.connection import safe
+from rtap_client.commands import printable
 from rtap_client.streams import AnswerEvent, CycleEvent, DoneEvent, Event, ThinkingEvent
 from rtap_client.types import Cycle, StopReason
 
 BAR_CELLS = 24
 THOUGHT_LINES = 6
-GONE_CHARACTERS = 40
+MAX_REMOVED_CHARACTERS = 40  # longer removals are not shown
 _WORDS = re.compile(r"\w+|\s+|[^\w\s]")
-STOP_WORDS: dict[StopReason, str] = {
-    "threshold": "sure enough",
+STOP_PHRASES: dict[StopReason, str] = {
+    "threshold": "reached the threshold",
     "model": "the model ended its turn",
-    "max_cycles": "no more cycles allowed",
-    "max_tokens": "out of tokens",
-    "deadline": "out of time",
-    "no_gain": "confidence rose no more",
+    "max_cycles": "cycle limit reached",
+    "max_tokens": "token limit reached",
+    "deadline": "deadline reached",
+    "no_gain": "confidence stopped rising",
     "vote": "majority",
-    "drained": "the server was stopping",
+    "drained": "the server is shutting down",
 }
 
 
 @dataclass(slots=True)
-class Turn:
-    """One question being answered. threshold: None where the policy looks at none."""
+class LiveReply:
+    """State of a reply while it streams. threshold: None if the policy has none."""
 
     policy: str
     threshold: float | None
@@ -50,11 +50,11 @@ class Turn:
 
     @property
     def noun(self) -> str:
-        """What one of ``cycles`` is called."""
+        """Name of one item of ``cycles``."""
         return "sample" if self.policy == "vote" else "cycle"
 
     def observe(self, event: Event) -> None:
-        """Take in what the server says."""
+        """Add one event."""
         match event:
             case ThinkingEvent():
                 self.thought += event.text
@@ -69,48 +69,49 @@ class Turn:
                 if event.rtap is not None:
                     self.cycles = list(event.rtap.cycles)
             case _:
-                pass  # a tool call: chat offers no tools
+                pass  # tool calls: chat sends no tools
 
 
-def render(turn: Turn, seconds: float) -> RenderableType:
-    """The whole turn. seconds: since the question was sent."""
-    if turn.failed:
-        return Text("")  # the error is told below
-    parts: list[RenderableType] = [_cycles(turn)] if turn.cycles else []
-    if turn.done is None and not turn.stopped:
-        at_most = f" of at most {turn.max_cycles}" if turn.policy == "confidence" else ""
-        label = f"{turn.noun} {len(turn.cycles) + 1}{at_most} · {turn.policy} · {seconds:.1f} s · Ctrl-C stops"
-        return Group(*parts, Spinner("dots", Text(label, style="dim")), *_thought(turn))
-    if turn.stopped:
+def render(reply: LiveReply, seconds: float) -> RenderableType:
+    """Render the whole reply. seconds: time since the question was sent."""
+    if reply.failed:
+        return Text("")  # the error is printed below
+    parts: list[RenderableType] = [_cycles(reply)] if reply.cycles else []
+    if reply.done is None and not reply.stopped:
+        at_most = f" of at most {reply.max_cycles}" if reply.policy == "confidence" else ""
+        label = f"{reply.noun} {len(reply.cycles) + 1}{at_most} · {reply.policy} · {seconds:.1f} s · Ctrl-C stops"
+        return Group(*parts, Spinner("dots", Text(label, style="dim")), *_thought(reply))
+    if reply.stopped:
         parts.append(Text(f"stopped after {seconds:.1f} s", style="yellow"))
-    elif turn.answer:
-        parts.append(Panel(Text(safe(turn.answer)), title="answer", title_align="left", border_style="green"))
+    elif reply.answer:
+        parts.append(Panel(Text(printable(reply.answer)), title="answer", title_align="left", border_style="green"))
     else:
-        parts.append(Text("no answer was completed; raise max-tokens or the deadline", style="yellow"))
-    return Group(*parts, Text(summary(turn, seconds), style="dim"))
+        parts.append(Text("no cycle completed an answer; raise --max-tokens or --deadline", style="yellow"))
+    return Group(*parts, Text(summary(reply, seconds), style="dim"))
 
 
-def summary(turn: Turn, seconds: float) -> str:
-    """Tokens, time and why it stopped, in a line."""
-    done, parts = turn.done, list[str]()
+def summary(reply: LiveReply, seconds: float) -> str:
+    """One line: stop reason, confidence, tokens and time."""
+    done, parts = reply.done, list[str]()
     rtap = None if done is None else done.rtap
     if rtap is not None:
-        why, link = STOP_WORDS.get(rtap.stop_reason, rtap.stop_reason), "of" if rtap.stop_reason == "vote" else "after"
-        parts.append(f"{why} {link} {count(len(rtap.cycles), turn.noun)}")
+        reason = STOP_PHRASES.get(rtap.stop_reason, rtap.stop_reason)
+        link = "of" if rtap.stop_reason == "vote" else "after"
+        parts.append(f"{reason} {link} {count(len(rtap.cycles), reply.noun)}")
         if rtap.confidence is not None:
-            against = "" if turn.threshold is None else f" (threshold {turn.threshold:.2f})"
-            parts.append(f"confidence {rtap.confidence:.3f}{against}")
+            threshold = "" if reply.threshold is None else f" (threshold {reply.threshold:.2f})"
+            parts.append(f"confidence {rtap.confidence:.3f}{threshold}")
         if rtap.degraded:
             parts.append(f"without the generator: {rtap.degraded}")
     if done is not None and done.usage is not None:
         parts.append(count(done.usage.completion_tokens, "token"))
     else:
-        parts.append(count(sum(cycle.tokens for cycle in turn.cycles), "token"))
+        parts.append(count(sum(cycle.tokens for cycle in reply.cycles), "token"))
     return " · ".join([*parts, f"{seconds:.2f} s"])
 
 
 def bar(confidence: float | None, threshold: float | None, cells: int = BAR_CELLS) -> Text:
-    """A confidence as a bar, with a line where the threshold is."""
+    """Draw a confidence as a bar, with a line at the threshold."""
     value = 0.0 if confidence is None else min(1.0, max(0.0, confidence))
     filled = round(value * cells)
     line = None if threshold is None else min(cells - 1, round(min(1.0, max(0.0, threshold)) * cells))
@@ -123,40 +124,40 @@ def bar(confidence: float | None, threshold: float | None, cells: int = BAR_CELL
 
 
 def changes(before: str | None, after: str | None) -> Text:
-    """An answer: what is new in it is bold, and what is gone from the one before follows, if that is short."""
+    """Mark the new parts of an answer, and append short parts that it no longer has."""
     if after is None:
         return Text("(cut before its answer was complete)", style="dim italic")
-    new = safe(after)
+    new = printable(after)
     if before is None:
         return Text(new)
-    old = safe(before)
+    old = printable(before)
     if old == new:
         return Text.assemble(new, ("  same answer", "dim"))
-    a, b, gone = _WORDS.findall(old), _WORDS.findall(new), list[str]()
+    a, b, removed = _WORDS.findall(old), _WORDS.findall(new), list[str]()
     text = Text()
     for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_opcodes():
         text.append("".join(b[b0:b1]), "" if kind == "equal" else "bold green")
         if kind != "equal" and a0 < a1:
-            gone.append("".join(a[a0:a1]))
-    if gone and sum(map(len, gone)) <= GONE_CHARACTERS:
-        text.append("  gone: ", "dim").append(" ".join(gone), "red strike")
+            removed.append("".join(a[a0:a1]))
+    if removed and sum(map(len, removed)) <= MAX_REMOVED_CHARACTERS:
+        text.append("  removed: ", "dim").append(" ".join(removed), "red strike")
     return text
 
 
-def _cycles(turn: Turn) -> Table:
-    """Accepted is the cycle that was returned; of a vote, every sample that agrees with it."""
-    chosen = {cycle.answer for cycle in turn.cycles if cycle.accepted} if turn.policy == "vote" else set[str | None]()
+def _cycles(reply: LiveReply) -> Table:
+    """One row per cycle. In a vote, every sample that agrees with the answer has a check mark."""
+    chosen = {cycle.answer for cycle in reply.cycles if cycle.accepted} if reply.policy == "vote" else set[str | None]()
     table = Table.grid(padding=(0, 1))
     for justify in ("right", "left", "left", "right", "right", "right"):
         table.add_column(justify=justify, no_wrap=True)
     table.add_column(overflow="fold")
     before: str | None = None
-    for cycle in turn.cycles:
+    for cycle in reply.cycles:
         value = "  –  " if cycle.confidence is None else f"{cycle.confidence:.3f}"
         table.add_row(
             str(cycle.index + 1),
             Text("✓", "bold green") if cycle.accepted or cycle.answer in chosen else Text("✗", "red"),
-            bar(cycle.confidence, turn.threshold),
+            bar(cycle.confidence, reply.threshold),
             value,
             Text(f"{cycle.tokens} tok", "dim"),
             Text(f"{cycle.seconds:.2f} s", "dim"),
@@ -166,15 +167,15 @@ def _cycles(turn: Turn) -> Table:
     return table
 
 
-def _thought(turn: Turn) -> list[RenderableType]:
-    """The last lines of what is being thought; a rejected answer, which comes first, is in the table already."""
-    text = safe(turn.thought)
-    if turn.cycles and turn.cycles[-1].answer is not None:
-        text = text.replace(f"<answer>{safe(turn.cycles[-1].answer)}</answer>", "", 1)
+def _thought(reply: LiveReply) -> list[RenderableType]:
+    """The last lines of the thinking, without the rejected answer that the table shows already."""
+    text = printable(reply.thought)
+    if reply.cycles and reply.cycles[-1].answer is not None:
+        text = text.replace(f"<answer>{printable(reply.cycles[-1].answer)}</answer>", "", 1)
     lines = text.strip().splitlines()[-THOUGHT_LINES:]
     return [Text("\n".join(lines), style="dim italic")] if lines else []
 
 
 def count(number: int, noun: str) -> str:
-    """3 tokens, 1 token."""
+    """Format a number with its noun: 3 tokens, 1 token."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

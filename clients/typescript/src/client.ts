@@ -1,4 +1,4 @@
-/** `RTAP`: the official OpenAI client with `rtap` in chat calls and in their results. */
+/** Client of an rtap server: the openai SDK with `rtap` in chat calls and replies, and rtap's own routes. */
 
 import OpenAI, { type ClientOptions } from 'openai';
 import type { APIPromise } from 'openai/core/api-promise';
@@ -7,27 +7,27 @@ import type { Stream } from 'openai/streaming';
 import type { ChatChunk, ChatReply, Feedback, RtapOptions, Score, ServerConfig } from './types.js';
 
 type Params = OpenAI.Chat.Completions.ChatCompletionCreateParams;
-type Whole = OpenAI.Chat.Completions.ChatCompletionCreateParamsNonStreaming;
-type Streamed = OpenAI.Chat.Completions.ChatCompletionCreateParamsStreaming;
+type NonStreamingParams = OpenAI.Chat.Completions.ChatCompletionCreateParamsNonStreaming;
+type StreamingParams = OpenAI.Chat.Completions.ChatCompletionCreateParamsStreaming;
 type WithRtap = { rtap?: RtapOptions };
 type RequestOptions = OpenAI.RequestOptions;
 
 export const DEFAULT_URL = 'http://127.0.0.1:8000';
 
-/** A variable of the environment, where there is one: not in browsers. */
-function variable(name: string): string | undefined {
+/** Read an environment variable; undefined in browsers. */
+function environmentVariable(name: string): string | undefined {
   const { process } = globalThis as { process?: { env?: Record<string, string | undefined> } };
   return process?.env?.[name] || undefined;
 }
 
-/** The base URL of an API, from an address with or without `/v1`. */
-export function address(url?: string | null): string {
-  const root = (url || variable('RTAP_URL') || DEFAULT_URL).replace(/\/+$/, '');
+/** Return the API's base URL for an address with or without `/v1`. */
+export function apiUrl(url?: string | null): string {
+  const root = (url || environmentVariable('RTAP_URL') || DEFAULT_URL).replace(/\/+$/, '');
   return root.endsWith('/v1') ? root : `${root}/v1`;
 }
 
 /**
- * A client of an rtap server.
+ * Client of an rtap server.
  *
  * ```ts
  * const client = new RTAP();                                  // RTAP_URL, else http://127.0.0.1:8000
@@ -39,26 +39,25 @@ export function address(url?: string | null): string {
  * console.log(reply.choices[0]?.message.content, reply.rtap?.confidence, reply.rtap?.stop_reason);
  * ```
  *
- * `baseURL` may come without `/v1`. Keys: `apiKey`, else `RTAP_API_KEY`. All else is the SDK's: a request that fails or
- * is told to come again (429, 503 with Retry-After) is repeated `maxRetries` times (2), with one Idempotency-Key, so
- * that the server does its work once. In a browser give `dangerouslyAllowBrowser: true`, and a key that its user owns.
+ * `baseURL`: with or without `/v1`. `apiKey`: by default `RTAP_API_KEY`. All other options are the SDK's.
+ * The SDK retries a failed request `maxRetries` times (default 2) and honours Retry-After on 429 and 503. Each retry is
+ * a new request to the server. In a browser set `dangerouslyAllowBrowser: true` and use the user's own key.
  */
 export class RTAP extends OpenAI {
-  protected override idempotencyHeader = 'Idempotency-Key';
   override chat: RtapChat = new RtapChat(this);
 
   constructor(options: ClientOptions = {}) {
-    // A server without keys takes any, and the SDK insists on one.
-    const apiKey = options.apiKey ?? variable('RTAP_API_KEY') ?? 'none';
-    super({ ...options, baseURL: address(options.baseURL), apiKey });
+    // The SDK requires a key; a server without keys accepts any.
+    const apiKey = options.apiKey ?? environmentVariable('RTAP_API_KEY') ?? 'none';
+    super({ ...options, baseURL: apiUrl(options.baseURL), apiKey });
   }
 
-  /** How sure the server's generator is of a Think–Answer pair that was written elsewhere. */
+  /** Score an existing answer with the server's confidence generator. */
   score(pair: { question: string; think?: string; answer: string }, options?: RequestOptions): APIPromise<Score> {
     return this.post('/rtap/score', { ...options, body: pair });
   }
 
-  /** Say whether an answer was right. `request_id`: the `id` of its reply. */
+  /** Report whether an answer was correct. `request_id`: the reply's `id`. */
   feedback(
     verdict: { request_id: string; correct: boolean; choice?: number },
     options?: RequestOptions,
@@ -66,7 +65,7 @@ export class RTAP extends OpenAI {
     return this.post('/rtap/feedback', { ...options, body: verdict });
   }
 
-  /** How the server recurses: its models, defaults and ceilings. */
+  /** Return the server's models, defaults and limits. */
   config(options?: RequestOptions): APIPromise<ServerConfig> {
     return this.get('/rtap/config', options);
   }
@@ -77,10 +76,10 @@ export class RtapChat extends OpenAI.Chat {
   override completions: RtapCompletions = new RtapCompletions(this._client);
 }
 
-/** The SDK's `client.chat.completions`. The body goes out as it is given, so only types are added. */
+/** The SDK's `client.chat.completions`, with types for `rtap`. */
 export class RtapCompletions extends OpenAI.Chat.Completions {
-  override create(body: Whole & WithRtap, options?: RequestOptions): APIPromise<ChatReply>;
-  override create(body: Streamed & WithRtap, options?: RequestOptions): APIPromise<Stream<ChatChunk>>;
+  override create(body: NonStreamingParams & WithRtap, options?: RequestOptions): APIPromise<ChatReply>;
+  override create(body: StreamingParams & WithRtap, options?: RequestOptions): APIPromise<Stream<ChatChunk>>;
   override create(body: Params & WithRtap, options?: RequestOptions): APIPromise<Stream<ChatChunk> | ChatReply>;
   override create(body: Params & WithRtap, options?: RequestOptions): APIPromise<Stream<ChatChunk> | ChatReply> {
     return super.create(body, options) as APIPromise<Stream<ChatChunk> | ChatReply>;

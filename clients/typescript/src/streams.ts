@@ -1,4 +1,4 @@
-/** A stream of chat chunks as events. Works on streams of `RTAP` and of the plain openai client. */
+/** Events of a chat stream, of `RTAP` or of the plain openai client. */
 
 import { OpenAIError } from 'openai';
 import type OpenAI from 'openai';
@@ -9,7 +9,7 @@ import type { ChatChunk, Cycle, Trajectory } from './types.js';
 type Chunk = OpenAI.Chat.Completions.ChatCompletionChunk;
 type ToolCall = OpenAI.Chat.Completions.ChatCompletionChunk.Choice.Delta.ToolCall;
 
-/** `thinking`: a piece of reasoning, or an answer that was not accepted. `answer`: a piece of the accepted one. */
+/** `thinking`: reasoning, or an answer that was not accepted. `answer`: text of the accepted answer. */
 export type RtapEvent =
   | { type: 'thinking'; text: string; choice: number }
   | { type: 'answer'; text: string; choice: number }
@@ -17,27 +17,27 @@ export type RtapEvent =
   | { type: 'cycle'; cycle: Cycle; choice: number }
   | DoneEvent;
 
-/** The end of a stream: the first choice's answer and trajectory; `trajectories` has those of all choices. */
+/** End of a stream, with the answer of the first choice. `trajectories`: of every choice. */
 export interface DoneEvent {
   type: 'done';
-  /** To give feedback on. */
+  /** The `request_id` of `feedback`. */
   id: string;
   text: string;
   finishReason: string;
-  /** Absent from a server that is not rtap's. */
+  /** Trajectory of the first choice; undefined if the server is not an rtap server. */
   rtap: Trajectory | undefined;
   trajectories: Trajectory[];
-  /** Absent unless the request asked for it with `stream_options: { include_usage: true }`. */
+  /** Undefined unless the request set `stream_options: { include_usage: true }`. */
   usage: OpenAI.CompletionUsage | undefined;
 }
 
-/** A stream that ended before its answer did: the server or something between was stopped. */
+/** The stream ended before the answer was complete: the server or a proxy was stopped. */
 export class IncompleteStream extends OpenAIError {}
 
 /**
- * The events of `client.chat.completions.create({ …, stream: true })`; the last is `done`.
+ * Yield the events of `client.chat.completions.create({ …, stream: true })`, ending with `done`.
  *
- * When the iteration is left early (`break`, an exception) the connection is closed, and the server stops writing.
+ * Leaving the iteration early closes the connection, and the server aborts the request.
  */
 export async function* events(stream: Stream<Chunk> | Stream<ChatChunk>): AsyncGenerator<RtapEvent, void, undefined> {
   const texts: string[] = [];
@@ -49,14 +49,14 @@ export async function* events(stream: Stream<Chunk> | Stream<ChatChunk>): AsyncG
     for await (const chunk of stream as Stream<ChatChunk>) {
       id = chunk.id || id;
       usage = chunk.usage ?? usage;
-      const told = chunk.rtap;
-      if (told && 'cycles' in told) trajectories = chunk.rtap_choices ?? [told];
+      const rtap = chunk.rtap;
+      if (rtap && 'cycles' in rtap) trajectories = chunk.rtap_choices ?? [rtap];
       for (const { index: choice, delta, finish_reason } of chunk.choices) {
         if (choice === 0) {
           finishReason = finish_reason ?? finishReason;
           if (delta.content) texts.push(delta.content);
         }
-        if (told && 'cycle' in told) yield { type: 'cycle', cycle: told.cycle, choice };
+        if (rtap && 'cycle' in rtap) yield { type: 'cycle', cycle: rtap.cycle, choice };
         if (delta.reasoning) yield { type: 'thinking', text: delta.reasoning, choice };
         if (delta.content) yield { type: 'answer', text: delta.content, choice };
         for (const call of delta.tool_calls ?? []) yield { type: 'tool_call', call, choice };
@@ -65,6 +65,6 @@ export async function* events(stream: Stream<Chunk> | Stream<ChatChunk>): AsyncG
   } finally {
     stream.controller.abort();
   }
-  if (finishReason === null) throw new IncompleteStream('the stream ended before its answer did; ask again');
+  if (finishReason === null) throw new IncompleteStream('the stream ended before the answer was complete; send the request again');
   yield { type: 'done', id, text: texts.join(''), finishReason, rtap: trajectories[0], trajectories, usage };
 }

@@ -1,12 +1,12 @@
-/** What travels: the `rtap` request options, the trajectory in a reply, and the server's own routes. Types only. */
+/** Types of the API: the `rtap` request object, the trajectory in a reply, and the bodies of rtap's own routes. */
 
 import type OpenAI from 'openai';
 
-/** Who decides to stop: the confidence generator, the model itself, one pass, a majority of samples. */
+/** When to stop: at a confidence, when the model ends its turn, after one cycle, or by a vote of samples. */
 export type Policy = 'confidence' | 'model' | 'single' | 'vote';
-/** Which complete answer is returned: the one with the highest confidence or the last. */
+/** Which complete answer to return: the one with the highest confidence, or the last. */
 export type Select = 'best' | 'last';
-/** Why no further cycle was written. */
+/** Why the trajectory ended. */
 export type StopReason =
   | 'threshold'
   | 'model'
@@ -17,71 +17,71 @@ export type StopReason =
   | 'vote'
   | 'drained';
 
-/** The `rtap` object of a request. What is left out, or null, takes the server's default; it checks and caps values. */
+/** The `rtap` object of a request. Omitted fields and null take the server's default. */
 export interface RtapOptions {
-  /** Who decides to stop. */
+  /** When to stop. */
   policy?: Policy | null;
-  /** Confidence in 0..1 that is good enough. */
+  /** Stop at this confidence, in 0..1. */
   threshold?: number | null;
-  /** Cycles at most. */
+  /** Maximum number of cycles. */
   max_cycles?: number | null;
-  /** Samples of a vote. */
+  /** Number of samples in a vote. */
   samples?: number | null;
   /** Return the best or the last complete answer. */
   select?: Select | null;
-  /** Stop after this many cycles without a new highest confidence. */
+  /** Stop after this many cycles without a higher confidence. */
   patience?: number | null;
-  /** Answer with the best so far after this long. */
+  /** Return the best answer so far after this time. */
   deadline_seconds?: number | null;
-  /** Ask for the answer inside a thought every so many tokens. */
+  /** Probe for an answer inside a thought after every N tokens. */
   probe_every?: number | null;
-  /** Put each cycle's thinking into the reply. */
+  /** Include each cycle's thinking in the reply. */
   return_cycles?: boolean;
 }
 
-/** One Think–Answer pair as it was written and judged. */
+/** One Think–Answer cycle. */
 export interface Cycle {
-  /** Its place in the trajectory, from 0. */
+  /** Position in the trajectory, from 0. */
   index: number;
-  /** null when the cycle was cut before its answer was complete. */
+  /** null if the cycle was cut before its answer was complete. */
   answer: string | null;
   /** The thinking; only with `return_cycles`. */
   think?: string;
-  /** In 0..1; null when nothing scored it. */
+  /** In 0..1; null if the cycle was not scored. */
   confidence: number | null;
-  /** Whether this answer is the one returned. In a cycle event: whether it ended the request. */
+  /** True for the returned answer. In a cycle event: true if the cycle ended the request. */
   accepted: boolean;
-  /** Written in this cycle, the tags that the server injects included. */
+  /** Generated tokens, including the tags that the server inserts. */
   tokens: number;
-  /** Of these, tokens of phrases of self-doubt. */
+  /** Of these, tokens of self-doubt phrases. */
   oops_tokens: number;
-  /** What the engine had to read for it. */
+  /** Prompt length of the cycle. */
   prompt_tokens: number;
   /** Of these, found in the prefix cache. */
   cached_tokens: number;
-  /** Writing and judging it. */
+  /** Time of generating and scoring. */
   seconds: number;
-  /** Of these, waiting for the score. */
+  /** Of this, time of scoring. */
   confidence_seconds: number | null;
 }
 
-/** How an answer came about: the `rtap` object of a reply. */
+/** The `rtap` object of a reply: the cycles behind the answer and why they ended. */
 export interface Trajectory {
   policy: Policy;
   stop_reason: StopReason;
-  /** In the order they were written; the samples of a vote in sample order. */
+  /** In order; the samples of a vote in sample order. */
   cycles: Cycle[];
-  /** Of the returned answer. */
+  /** Confidence of the returned answer. */
   confidence: number | null;
-  /** From the request until the returned answer was known. */
+  /** Seconds from the start of the request to the first complete answer. */
   first_answer_seconds: number | null;
-  /** Read by the generator; in no usage. */
+  /** Tokens that the confidence generator read; not in usage. */
   confidence_tokens: number;
-  /** Sampled ahead of a verdict that made them unwanted; in no usage. */
+  /** Sampled tokens that belong to no cycle, such as those of unused probes; not in usage. */
   discarded_tokens: number;
-  /** Answers asked for inside a thought; only where there were some. */
+  /** Probes for an answer inside a thought; absent if there were none. */
   probes?: { asked: number; thoughts_ended: number };
-  /** Why the generator could not be used. */
+  /** Why the confidence generator could not be used; absent if it could. */
   degraded?: string;
 }
 
@@ -89,49 +89,49 @@ type Chat = OpenAI.Chat.Completions.ChatCompletion;
 type Chunk = OpenAI.Chat.Completions.ChatCompletionChunk;
 type ChunkChoice = OpenAI.Chat.Completions.ChatCompletionChunk.Choice;
 
-/** The SDK's message and its reasoning: all thinking, and the answers that were not accepted. */
+/** The SDK's message with `reasoning`: the thinking, and the answers that were not accepted. */
 export type Message = OpenAI.Chat.Completions.ChatCompletionMessage & { reasoning?: string | null };
 
-/** The SDK's choice and, with `n` above 1, its own trajectory. */
+/** The SDK's choice with, if `n` is above 1, its trajectory. */
 export type ReplyChoice = OpenAI.Chat.Completions.ChatCompletion.Choice & { message: Message; rtap?: Trajectory };
 
-/** The SDK's completion and how the first choice came about; no `rtap` from a server that is not rtap's. */
+/** The SDK's completion with the trajectory of its first choice; no `rtap` if the server is not an rtap server. */
 export type ChatReply = Omit<Chat, 'choices'> & { choices: ReplyChoice[]; rtap?: Trajectory };
 
-/** The SDK's chunk. `events` reads all this. */
+/** The SDK's chunk with cycle updates and, in the last one, the trajectory. `events` reads them. */
 export type ChatChunk = Omit<Chunk, 'choices'> & {
   choices: (ChunkChoice & { delta: ChunkChoice['delta'] & { reasoning?: string | null } })[];
-  /** A cycle has just ended; or, in the last chunk, the trajectory. */
+  /** A finished cycle or, in the last chunk, the trajectory. */
   rtap?: { event: 'cycle'; cycle: Cycle } | Trajectory;
-  /** With `n` above 1: of every choice. */
+  /** Trajectories of all choices, if `n` is above 1. */
   rtap_choices?: Trajectory[];
 };
 
-/** What the generator thinks of a pair that was written elsewhere. */
+/** Confidence of an existing answer. */
 export interface Score {
   confidence: number;
   confidence_tokens: number;
 }
 
-/** The server's calibration after a verdict. */
+/** Calibration statistics after a verdict. */
 export interface Feedback {
   request_id: string;
-  /** What the answer had; null for an unscored one. */
+  /** Confidence of the answer; null if it was not scored. */
   confidence: number | null;
-  /** Recent verdicts that the figures below are over. */
+  /** Number of recent verdicts in the statistics below. */
   verdicts: number;
   brier: number | null;
   /** Expected calibration error. */
   ece: number | null;
 }
 
-/** How a server recurses. */
+/** Configuration of a server: models, defaults and limits. */
 export interface ServerConfig {
   version: string;
-  /** Names that a request may give as `model`. */
+  /** Names accepted as `model`. */
   models: string[];
   format: string;
-  /** What a request gets for what it leaves out. */
+  /** Defaults of the `rtap` object. */
   defaults: {
     policy: Policy;
     threshold: number;
@@ -141,7 +141,7 @@ export interface ServerConfig {
     patience: number | null;
     deadline_seconds: number | null;
   };
-  /** What a request may ask for at most. */
+  /** Maximum values of a request. */
   limits: { max_cycles: number; samples: number; deadline_seconds: number; body_bytes: number };
   confidence: {
     kind: 'pooling' | 'remote' | 'yesno' | 'logprob' | 'none';

@@ -1,0 +1,160 @@
+"""Flags, exit codes and error messages shared by `rtap ask` and `rtap chat`."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, TypedDict, cast, get_args
+
+import openai
+
+from rtap_client.client import DEFAULT_URL, RTAP
+from rtap_client.types import Policy, RtapOptions, Select
+
+FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130  # exit codes; 0 is success
+EXIT_CODES = (
+    "Exit codes: 0 answered, 1 request refused or failed, 2 wrong arguments, 3 server not reached, "
+    "130 stopped with Ctrl-C."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error message that ends in the next step, and the exit code."""
+
+    message: str
+    exit_code: int
+
+
+class Sampling(TypedDict, total=False):
+    """Arguments of ``chat.completions.create`` that have a flag of the same name."""
+
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+def add_connection_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --url, --timeout and --retries. There is no flag for the key: other users can read command lines."""
+    parser.add_argument("--url", metavar="URL", help=f"address of the server [RTAP_URL, else {DEFAULT_URL}]")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="timeout of a request [600]")
+    retries = "retries when the server is not reached, full, or limits this key; honours Retry-After [0]"
+    parser.add_argument("--retries", type=int, default=0, metavar="N", help=retries)
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the ``rtap`` object and of sampling."""
+    parser.add_argument("--model", metavar="NAME", help="model name [the first that the server lists]")
+    rtap = parser.add_argument_group("recursion", "Defaults are the server's.")
+    rtap.add_argument("--policy", choices=get_args(Policy), help="stop policy")
+    rtap.add_argument("--threshold", type=float, metavar="0..1", help="stop at this confidence")
+    rtap.add_argument("--max-cycles", type=int, metavar="N", help="maximum number of cycles")
+    rtap.add_argument("--samples", type=int, metavar="N", help="number of samples in a vote")
+    rtap.add_argument("--select", choices=get_args(Select), help="return the best or the last complete answer")
+    rtap.add_argument("--patience", type=int, metavar="N", help="stop after N cycles without a higher confidence")
+    rtap.add_argument("--deadline", type=float, metavar="SECONDS", help="return the best answer so far after this time")
+    rtap.add_argument("--probe-every", type=int, metavar="TOKENS", help="probe for an answer inside a thought")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--system", metavar="TEXT", help="system message")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="token limit over all cycles")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="sampling temperature")
+    sampling.add_argument("--seed", type=int, metavar="N", help="seed of the whole trajectory")
+
+
+def rtap_options(args: argparse.Namespace) -> RtapOptions:
+    """Return the ``rtap`` object of the flags that were given."""
+    names = ("policy", "threshold", "max_cycles", "samples", "select", "patience", "probe_every")
+    given: dict[str, Any] = {name: getattr(args, name) for name in names} | {"deadline_seconds": args.deadline}
+    return cast(RtapOptions, {name: value for name, value in given.items() if value is not None})
+
+
+def sampling_options(args: argparse.Namespace) -> Sampling:
+    """Return the sampling arguments that were given."""
+    given = {name: getattr(args, name) for name in Sampling.__annotations__}
+    return cast(Sampling, {name: value for name, value in given.items() if value is not None})
+
+
+def usage_error(args: argparse.Namespace) -> str | None:
+    """Check the address and the key, for which the SDK's own errors would be misleading."""
+    url, key = args.url or os.environ.get("RTAP_URL"), os.environ.get("RTAP_API_KEY", "")
+    if url and not url.startswith(("http://", "https://")):
+        return f"the address {url} does not begin with http:// or https://; try --url http://{url.rpartition('://')[2]}"
+    if not (key.isascii() and key.isprintable()):
+        return "RTAP_API_KEY contains a line break or a character that is not ASCII; copy the key again"
+    return None
+
+
+def connect(args: argparse.Namespace) -> RTAP:
+    """Return a client for the parsed flags."""
+    return RTAP(args.url, timeout=args.timeout, max_retries=args.retries)
+
+
+def model_names(client: RTAP) -> list[str]:
+    """List the names that the server accepts as ``model``."""
+    return [model.id for model in client.models.list().data]
+
+
+def server_url(client: RTAP) -> str:
+    """Return the server's address without ``/v1``."""
+    return str(client.base_url).rstrip("/").removesuffix("/v1")
+
+
+def describe_error(error: openai.OpenAIError, client: RTAP) -> Failure:
+    """Turn an SDK error into one sentence and an exit code."""
+    url = server_url(client)
+    if isinstance(error, openai.APITimeoutError):
+        return Failure(
+            f"{url} did not answer in time; raise --timeout, or set --deadline to get the best answer so far", FAILED
+        )
+    if isinstance(error, openai.APIConnectionError):
+        return Failure(
+            f"no server answers at {url}; start one with `rtap serve`, or name yours with --url or RTAP_URL",
+            UNREACHABLE,
+        )
+    if isinstance(error, openai.APIStatusError):
+        return Failure(_describe_status(error, client, url), FAILED)
+    return Failure(f"{error}; run `rtap doctor --url {url}` to look for the cause", FAILED)
+
+
+def _describe_status(error: openai.APIStatusError, client: RTAP, url: str) -> str:
+    message = _server_message(error).rstrip(".")
+    if isinstance(error, openai.AuthenticationError):
+        return f"{url} refused the API key ({message}); set RTAP_API_KEY to a key of this server"
+    if isinstance(error, openai.NotFoundError):
+        return f"{message}; {_model_hint(client, url)}"
+    if isinstance(error, openai.RateLimitError) or error.status_code == 503:
+        wait = error.response.headers.get("retry-after")
+        return f"{message}; try again {f'in {wait} s' if wait else 'later'}"
+    if error.status_code >= 500:
+        request_id = error.response.headers.get("x-request-id")
+        return f"{url} failed ({error.status_code}: {message}); see its log{f' for {request_id}' if request_id else ''}"
+    return f"{message}; change the request (`--help` lists the flags)"
+
+
+def _model_hint(client: RTAP, url: str) -> str:
+    try:
+        return f"name one of its models with --model: {', '.join(model_names(client))}"
+    except openai.OpenAIError:
+        return f"{url} may not be an rtap server: name yours with --url or RTAP_URL"
+
+
+def _server_message(error: openai.APIStatusError) -> str:
+    """Return the ``message`` of the server's error object on one line."""
+    body: Any = error.body
+    message: Any = cast(dict[str, Any], body).get("message") if isinstance(body, dict) else None
+    return " ".join(str(message or error.message).split())
+
+
+def print_error(command: str, message: str) -> None:
+    """Print a message to stderr."""
+    sys.stderr.write(f"rtap {command}: {message}\n")
+
+
+def printable(text: str) -> str:
+    """Remove control characters, so that model text cannot send escape sequences to the terminal."""
+    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
+
+
+def is_terminal() -> bool:
+    """Return True when stdout is an interactive terminal."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
