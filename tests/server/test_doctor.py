@@ -59,7 +59,7 @@ def test_a_cuda_engine_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     found = doctor.engine_check("vllm", has_gpu=False)
     expected = "warning" if doctor.has_other_accelerator() else "failed"
-    assert (found["status"], "no NVIDIA one" in found["found"]) == (expected, True)
+    assert (found["status"], "no NVIDIA GPU" in found["found"]) == (expected, True)
     assert "make setup EXTRA=cpu" in found["todo"]
 
 
@@ -118,13 +118,13 @@ def test_a_checkpoint_that_is_not_whole(copied, tmp_path):
     for content in (b"version https://git-lfs.github.com/spec/v1\n", whole[:-1], whole[:100], b"", b"\0" * 8):
         (policy / "model.safetensors").write_bytes(content)
         found = doctor.model_check("model", policy)
-        assert "model.safetensors is no whole weights file" in found["found"]
+        assert "model.safetensors is a Git LFS pointer or truncated" in found["found"]
         assert "git lfs pull" in found["todo"]
     assert doctor.model_check("model", Path("Qwen/Qwen3-0.6B"))["status"] == "skipped"
 
 
 def test_a_generator_that_does_not_fit(copied):
-    assert "is no classifier: " in doctor.generator_check(POLICY, POLICY)["found"]
+    assert "is not a classifier: " in doctor.generator_check(POLICY, POLICY)["found"]
     other = copied("confidence")
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace("<answer>", "<reply>"))
@@ -140,7 +140,7 @@ def test_a_generator_in_the_place_of_the_model():
     found = doctor.model_check("model", GENERATOR)
     assert (found["status"], found["todo"]) == (
         "failed",
-        "Give the model that writes, and this one as --confidence-model.",
+        "Give a generating model, and this one as --confidence-model.",
     )
 
 

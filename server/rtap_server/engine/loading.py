@@ -1,4 +1,4 @@
-"""Start the engines: the policy's AsyncLLM, the generator's beside it, and the state that requests share."""
+"""Start the engines of policy and generator, and build the state that requests share."""
 
 import asyncio
 from argparse import Namespace

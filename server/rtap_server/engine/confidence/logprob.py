@@ -11,7 +11,7 @@ from rtap_server.engine.confidence.common import LOGPROB_FLOOR
 
 
 class LogprobConfidence:
-    """How peaked the policy's own next-token distributions were: the baseline that a generator must beat.
+    """Peakedness of the policy's own next-token distributions: the baseline that a generator must beat.
 
     top_k >= 2: DeepConf's token confidence C = -mean of the top-k log-probabilities (arXiv 2508.15260), averaged over
     the cycle. C is log k for a flat top-k and unbounded above, so the score is 1 - log(k) / C, in [0, 1).
