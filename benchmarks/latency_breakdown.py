@@ -1,13 +1,10 @@
-"""Where the time of a request goes: queue, prefill, decode, scoring, our Python, HTTP; at 1 and at 32 concurrent. And
-what cycle k costs: trajectories that no score ends, one at a time.
+"""Latency breakdown of a request: queue, prefill, decode, scoring, the recursion loop, HTTP; and the cost of cycle k.
 
-No profiler: the sums of the server's own histograms before and after a load, vLLM's for each cycle and ours for each
-request, and the client's clock around both. Writes docs/results/where/where.{json,md}.
+Sums of the server's histograms before and after a load, against the client's clock. Writes docs/results/where/.
 """
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench_servers import MODELS, ROOT, cpu_seconds, processes_of, run_of, sums
-from rich.console import Console
+from harness import LOGS, MODELS, READY_SECONDS, RESULTS, list_info, metric_sums, processes_of, run_info, write_report
 
 from rtap_training.evaluation.client import Load, RtapServer
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import CycleRecord, RunSpec, write_atomically
+from rtap_training.evaluation.records import CycleRecord, RunSpec
 from rtap_training.evaluation.rules import CONFIDENCE, SINGLE
 from rtap_training.evaluation.server_process import running_server, serve_command
 from rtap_training.tasks import check
@@ -40,9 +36,10 @@ QUEUE, PREFILL, DECODE, CYCLES, SCORING, REQUESTS = SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Mean milliseconds of a request. engine: what vLLM spent on its cycles beside queue, prefill and decode (its own
-    front: from arrival to the queue, and from the last token to our loop). ours: the loop and its events. http: all
-    between the client's clock and the loop's: sockets, parsing, chat template, JSON."""
+    """Mean milliseconds of a request.
+
+    engine: vLLM's time for its cycles without queue, prefill and decode. ours: the recursion loop. http: the client's
+    time without all of these: sockets, parsing, chat template, JSON."""
 
     policy: str
     concurrency: int
@@ -59,14 +56,13 @@ class Split:
 
     @property
     def total(self) -> float:
-        """As the client saw it."""
+        """Latency at the client."""
         return sum(getattr(self, part) for part in PARTS)
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """ready_seconds: from the command to /ready. gibibytes: resident, of all processes. idle_share: of one core, over
-    ten seconds without a request."""
+    """ready_seconds: from the command to /ready. gibibytes: resident, of all processes. idle_share: of one core."""
 
     ready_seconds: float
     gibibytes: float
@@ -75,8 +71,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class CycleCost:
-    """Means of the k-th cycle (from 1) over requests. recomputed: prompt tokens that were not in the prefix cache.
-    write_ms: until its last token; score_ms: until its verdict."""
+    """Means of the k-th cycle, from 1. recomputed: prompt tokens outside the prefix cache."""
 
     cycle: int
     tokens: float
@@ -87,36 +82,31 @@ class CycleCost:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write. Result: 1 when a request failed."""
+    """Measure and write. Raises SystemExit when a request failed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="bench_where.py")
+    parser = argparse.ArgumentParser(prog="latency_breakdown.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--requests", type=int, nargs="+", default=[60, 480], help="for each concurrency")
     parser.add_argument("--max-cycles", type=int, default=4)
     parser.add_argument("--cost-cycles", type=int, default=8, help="cycles whose cost is measured")
     parser.add_argument("--threshold", type=float, default=0.5)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "where")
+    parser.add_argument("--output", type=Path, default=RESULTS / "where")
     args = parser.parse_args(arguments)
-    console, started = Console(), datetime.now(UTC)
+    started = datetime.now(UTC)
     questions = next(iter(load_questions([MODELS / "eval" / "countdown.jsonl"]).values()))
     launched = time.perf_counter()
-    # Ahead of the verdict two things happen at once, and sums could not be told apart.
-    command = serve_command(None, None, ["--speculate-below", "0"])
-    with running_server(command, log=ROOT / "build" / "bench" / "where.log", ready_seconds=300) as url:
+    with running_server(serve_command(None, None, []), log=LOGS / "where.log", ready_seconds=READY_SECONDS) as url:
         start = _start(url, time.perf_counter() - launched)
         splits = asyncio.run(_measure(url, questions, args))
         costs = asyncio.run(_costs(url, questions, args.cost_cycles, args.requests[0]))
-    setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started)
+    info = run_info(__file__, arguments, started)
     content = {
-        "setting": setting,
+        "setting": info,
         "start": asdict(start),
         "splits": list(map(asdict, splits)),
         "cycles": list(map(asdict, costs)),
     }
-    write_atomically(args.output / "where.json", json.dumps(content, indent=1) + "\n")
-    report = to_markdown(setting, start, splits, costs)
-    write_atomically(args.output / "where.md", report)
-    console.print(report, markup=False, soft_wrap=True)
+    write_report(args.output, "where", content, to_markdown(info, start, splits, costs))
     return 0
 
 
@@ -128,9 +118,9 @@ async def _measure(url: str, questions: Sequence[Question], args: argparse.Names
         load = Load(concurrency, 1.0, 0, args.max_cycles)
         for spec in (RunSpec(SINGLE), RunSpec(CONFIDENCE, args.threshold)):
             await server.run("warm-up", chosen[: 2 * concurrency], spec, load, check, on_outcome=lambda _: None)
-            before = sums(url, SUMS)
+            before = metric_sums(url, SUMS)
             run = await server.run("countdown", chosen, spec, load, check, on_outcome=lambda _: None)
-            spent = {name: 1000 * (after - before[name]) / count for name, after in sums(url, SUMS).items()}
+            spent = {name: 1000 * (after - before[name]) / count for name, after in metric_sums(url, SUMS).items()}
             if len(run.answered) < count:
                 raise SystemExit(f"{count - len(run.answered)} of {count} requests failed")
             engine = spent[CYCLES] - spent[QUEUE] - spent[PREFILL] - spent[DECODE]
@@ -155,20 +145,24 @@ async def _measure(url: str, questions: Sequence[Question], args: argparse.Names
 
 def _start(url: str, ready_seconds: float) -> Start:
     processes = processes_of(url)
-    before = cpu_seconds(processes)
+
+    def cpu_seconds() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    before = cpu_seconds()
     time.sleep(IDLE_SECONDS)
     resident = sum(process.memory_info().rss for process in processes)
-    return Start(ready_seconds, resident / 2**30, (cpu_seconds(processes) - before) / IDLE_SECONDS)
+    return Start(ready_seconds, resident / 2**30, (cpu_seconds() - before) / IDLE_SECONDS)
 
 
 async def _costs(url: str, questions: Sequence[Question], cycles: int, count: int) -> list[CycleCost]:
     server = await RtapServer(url, api_key=None, timeout_seconds=120, concurrency=1).connect()
-    spec, load = RunSpec(CONFIDENCE, 1.0), Load(1, 1.0, 0, cycles)  # nothing is sure enough to stop
+    spec, load = RunSpec(CONFIDENCE, 1.0), Load(1, 1.0, 0, cycles)  # no score reaches the threshold
     run = await server.run("countdown", questions[:count], spec, load, check, on_outcome=lambda _: None)
     costs: list[CycleCost] = []
     for index in range(cycles):
         found = [o.cycles[index] for o in run.answered if len(o.cycles) > index]
-        if not found:  # none had room for it
+        if not found:  # no request had room for it
             break
 
         def mean(figure: Callable[[CycleRecord], float], found: Sequence[CycleRecord] = found) -> float:
@@ -187,18 +181,17 @@ async def _costs(url: str, questions: Sequence[Question], cycles: int, count: in
     return costs
 
 
-def to_markdown(setting: Mapping[str, Any], start: Start, splits: Sequence[Split], costs: Sequence[CycleCost]) -> str:
+def to_markdown(info: Mapping[str, Any], start: Start, splits: Sequence[Split], costs: Sequence[CycleCost]) -> str:
     """The report."""
     lines = [
-        "# Where the time of a request goes",
+        "# Latency breakdown of a request",
         "",
-        "Mean milliseconds of a request and its share, from the server's own histograms and the client's clock. "
-        "Client, server and both engines share two cores. *engine*: vLLM's own front, from arrival to its queue and "
-        "from the engine's last token to our loop. *ours*: the loop, its events and outputs. *http*: sockets, request "
-        "parsing, chat template, JSON, of vLLM's routes and our middleware. The next cycle does not begin ahead of the "
-        "verdict here, so that the parts add up.",
+        "Mean milliseconds of a request and their share, from the server's histograms and the client's clock. Client, "
+        "server and both engines share the cores. *engine*: vLLM from arrival to its queue, and from the last token "
+        "to our loop. *ours*: the recursion loop, its events and outputs. *http*: sockets, request parsing, chat "
+        "template and JSON, in vLLM's routes and our middleware.",
         "",
-        *(f"- {name}: `{value}`" for name, value in setting.items()),
+        *list_info(info),
         f"- ready after {start.ready_seconds:.0f} s, {start.gibibytes:.1f} GiB resident in all processes, "
         f"{start.idle_share:.1%} of one core while idle",
         "",
@@ -211,10 +204,10 @@ def to_markdown(setting: Mapping[str, Any], start: Start, splits: Sequence[Split
         lines.append(f"| {' | '.join([*cells, f'{split.total:.1f}', *shares])} | {split.total / split.tokens:.2f} |")
     lines += [
         "",
-        "## What cycle k costs",
+        "## Cost of cycle k",
         "",
-        "One request at a time, with a threshold that no score reaches. *recomputed*: tokens of its prompt that were "
-        "not in the prefix cache.",
+        "One request at a time, with a threshold that no score reaches. *recomputed*: prompt tokens outside the prefix "
+        "cache.",
         "",
         "| cycle | tokens | prompt | recomputed | ms to write | ms a token | ms to score |",
         "|---|---|---|---|---|---|---|",

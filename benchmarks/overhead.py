@@ -1,70 +1,63 @@
-"""What recursion costs where it is not used: policy ``single`` of this server against plain ``vllm serve``.
+"""Overhead of ``rtap serve --policy single`` against plain ``vllm serve``.
 
-Both servers live at once and are loaded one at a time, in alternating order (A B, B A, …), each round with the same
-prompts and seeds on both, so that a slow minute of the machine hits both. Both are started several times, because a
-process is a little faster or slower than another of the same code as long as it lives. The plain server gets
-``</answer>`` as stop token, so that both stop at the same place. Ratios are over pooled rounds, with 95 % intervals by
-paired bootstrap over starts and their rounds. Writes docs/results/overhead.{json,md}.
+All servers run at once and are loaded one at a time, in a random order in each round, with the same prompts and seeds.
+They are started several times, because two processes of the same code differ for their whole lives. ``--base CHECKOUT``
+adds a third server, an older checkout of this repository. Writes docs/results/overhead.{json,md}.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
-import uvloop
-from bench_load import Load, load, open_session
-from bench_servers import (
+from harness import (
     MODELS,
-    ROOT,
-    STREAMED,
+    RESULTS,
+    Load,
     Servers,
-    bench_questions,
-    both_servers,
-    chat_body,
-    drawn,
+    bench_serve,
+    commit_of,
+    comparable_servers,
     interval_text,
+    is_bundled,
+    list_info,
+    questions_of,
     ratio_over_rounds,
-    setting,
+    run_info,
+    shuffled,
+    write_prompts,
+    write_report,
 )
-from rich.console import Console
-from rich.progress import Progress
 
-from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import write_atomically
 from rtap_training.evaluation.statistics import Interval
 
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """The same requests on both servers. ours_first: which was loaded first."""
-
-    ours: Load
-    plain: Load
-    ours_first: bool
+Round = Mapping[str, Load]
+"""The loads of one round by server: "rtap", "vllm" and perhaps "base"."""
+_FIRST_COUNT = 2  # requests per concurrent client of the trial that sizes a round
+_LEAST_COUNT = 2  # requests per concurrent client of a round
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure of both servers, and ours over plain. bound: what the ratio must reach, None where nothing must."""
+    """One figure of each server. ratio: rtap over vllm; over_base: rtap over base.
+
+    bound: what the ratio must reach; None without a goal. is_met refers to it."""
 
     name: str
-    ours: float
-    plain: float
+    values: Mapping[str, float]
     ratio: Interval
+    over_base: Interval | None
     bound: str | None
     is_met: bool | None
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """All figures at one concurrency."""
+    """All figures at one concurrency. errors: failed requests of all servers."""
 
     concurrency: int
     starts: int
@@ -76,7 +69,7 @@ class Level:
 
 def requests_per_second(loads: Sequence[Load]) -> float:
     """Of all loads together."""
-    return sum(one.num_requests for one in loads) / sum(one.seconds for one in loads)
+    return sum(one.completed for one in loads) / sum(one.seconds for one in loads)
 
 
 def tokens_per_second(loads: Sequence[Load]) -> float:
@@ -84,187 +77,152 @@ def tokens_per_second(loads: Sequence[Load]) -> float:
     return sum(one.tokens for one in loads) / sum(one.seconds for one in loads)
 
 
-def percentile_ms(what: str, percent: float) -> Callable[[Sequence[Load]], float]:
+def percentile_ms(name: str, percent: float) -> Callable[[Sequence[Load]], float]:
     """Percentile over the requests of all loads together, in milliseconds."""
 
     def figure(loads: Sequence[Load]) -> float:
-        return 1000 * float(np.percentile(np.concatenate([getattr(one, what) for one in loads]), percent))
+        return 1000 * float(np.percentile(np.concatenate([getattr(one, name) for one in loads]), percent))
 
     return figure
 
 
-# name, figure of some loads, bound of ours over plain: (at least, at most)
+# name, figure of some loads, bound of the ratio: (at least, at most)
 FIGURES: tuple[tuple[str, Callable[[Sequence[Load]], float], tuple[float | None, float | None]], ...] = (
     ("requests/s", requests_per_second, (0.98, None)),
-    ("tokens/s", tokens_per_second, (0.98, None)),
-    ("first chunk, median ms", percentile_ms("first_chunk", 50), (None, 1.05)),
-    ("first chunk, p99 ms", percentile_ms("first_chunk", 99), (None, None)),
-    ("first text, median ms", percentile_ms("first_text", 50), (None, 1.05)),
-    ("first text, p99 ms", percentile_ms("first_text", 99), (None, None)),
-    ("first text after the tag, median ms", percentile_ms("first_word", 50), (None, 1.05)),
-    ("first text after the tag, p99 ms", percentile_ms("first_word", 99), (None, None)),
+    ("tokens/s", tokens_per_second, (None, None)),
+    ("TTFT, median ms", percentile_ms("ttft", 50), (None, 1.05)),
+    ("TTFT, p99 ms", percentile_ms("ttft", 99), (None, None)),
+    ("TPOT, median ms", percentile_ms("tpot", 50), (None, None)),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write. Result: 0, or 1 when a bound is missed or a request failed."""
+    """Measure and write. Returns 1 when a goal is missed or a request failed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(arguments)
-    console = Console()
     started = datetime.now(UTC)
-    questions = bench_questions(args.questions)
-    generator = None if args.without_generator else args.confidence_model
+    prompts = write_prompts(questions_of(args.questions))
+    generator = args.confidence_model or (MODELS / "confidence" if is_bundled(args.model) else None)
     plain_flags = ["--reasoning-parser", args.reasoning_parser] if args.reasoning_parser else []
     measured: dict[int, list[list[Round]]] = {concurrency: [] for concurrency in args.concurrency}
     described: dict[str, Any] = {}
     for start in range(args.starts):
-        console.print(f"starting both servers, {start + 1} of {args.starts} times")
-        with both_servers(
-            model=args.model,
-            confidence_model=generator,
-            max_model_len=args.max_model_len,
-            logs=ROOT / "build" / "bench",
-            plain_flags=plain_flags,
-            gives_executor=args.same_executor,
-        ) as servers:
-            for concurrency, rounds in uvloop.run(_measure(servers, questions, args, start, console)).items():
-                measured[concurrency].append(rounds)
-            described = setting(servers, [f"scripts/{Path(__file__).name}", *arguments], started)
+        print(f"start {start + 1} of {args.starts}", flush=True)
+        with comparable_servers(
+            args.model, confidence_model=generator, max_model_len=args.max_model_len, plain_flags=plain_flags,
+            base=args.base,
+        ) as servers:  # fmt: skip
+            for concurrency in args.concurrency:
+                measured[concurrency].append(_measure(servers, prompts, concurrency, start, args))
+            described = {
+                "flags": " ".join(servers.flags),
+                "flags of vllm serve alone": " ".join(plain_flags) or "none",
+                "environment": " ".join(f"{name}={value}" for name, value in servers.environment.items()),
+            }
     levels = [summarise(concurrency, rounds) for concurrency, rounds in measured.items()]
-    described |= {"seed": args.seed, "generator beside ours": str(generator)}
-    results = {"setting": described, "levels": [asdict(level) for level in levels]}
-    write_atomically(args.output / "overhead.json", json.dumps(results, indent=1) + "\n")
-    markdown = to_markdown(described, levels)
-    write_atomically(args.output / "overhead.md", markdown)
-    console.print(markdown, markup=False, soft_wrap=True)
+    info = run_info(__file__, arguments, started, seed=args.seed, model=str(args.model), generator=str(generator))
+    if args.base is not None:
+        info["base"] = commit_of(args.base)
+    info |= described
+    write_report(
+        args.output, "overhead", {"setting": info, "levels": list(map(asdict, levels))}, to_markdown(info, levels)
+    )
     failed = any(level.errors for level in levels)
-    return 1 if failed or any(f.is_met is False for level in levels for f in level.figures) else 0
+    return int(failed or any(f.is_met is False for level in levels for f in level.figures))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench_overhead.py", description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path, default=MODELS / "policy")
-    parser.add_argument("--confidence-model", type=Path, default=MODELS / "confidence")
+    parser = argparse.ArgumentParser(prog="overhead.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, default=MODELS / "policy", help="default: the bundled policy")
+    parser.add_argument("--confidence-model", type=Path, help="idle generator of ours; default: of the bundled policy")
+    parser.add_argument("--base", type=Path, help="an older checkout of this repository, a third server")
     parser.add_argument("--reasoning-parser", help="of the plain server, e.g. deepseek_r1; ours always has one")
-    parser.add_argument("--same-executor", action="store_true", help="the plain one on our executor, not on vLLM's")
-    parser.add_argument("--without-generator", action="store_true", help="ours without a (here idle) generator")
-    parser.add_argument("--questions", type=Path, nargs="+", default=[], help="default: the bundled ones")
+    parser.add_argument("--questions", type=Path, nargs="+", default=[], help="JSONL files; default: the bundled ones")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--starts", type=int, default=4, help="how often both servers are started")
-    parser.add_argument("--rounds", type=int, default=4, help="of each start; even: each server is first equally often")
-    parser.add_argument("--seconds", type=float, default=4.0, help="about how long one server is loaded in a round")
+    parser.add_argument("--starts", type=int, default=4, help="how often all servers are started (default: 4)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of each start (default: 4)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="approximate load of a server in a round")
+    parser.add_argument("--output-len", type=int, default=256, help="most tokens of a completion (default: 256)")
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     return parser
 
 
-async def _measure(
-    servers: Servers,
-    questions: Sequence[Question],
-    args: argparse.Namespace,
-    start: int,
-    console: Console,
-) -> dict[int, list[Round]]:
-    """The rounds of one start, the ``start``-th, at each concurrency."""
-    measured: dict[int, list[Round]] = {}
-    async with open_session() as session:
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            for concurrency in args.concurrency:
-                bar = progress.add_task(f"{concurrency} at a time", total=args.rounds)
-                count = await _requests_a_round(session, servers, questions, concurrency, args)
-                rounds = measured[concurrency] = list[Round]()
-                for number in range(start * args.rounds, (start + 1) * args.rounds):
-                    rounds.append(await _round(session, servers, questions, concurrency, count, number, args.seed))
-                    progress.advance(bar)
-                for error in [e for one in rounds for e in (*one.ours.errors, *one.plain.errors)][:3]:
-                    console.print(f"failed request: {error}", style="bold red", markup=False)
-    return measured
+def _measure(
+    servers: Servers, prompts: Path, concurrency: int, start: int, args: argparse.Namespace
+) -> list[Round]:  # fmt: skip
+    """The rounds of one start at one concurrency, after a warm-up of every server."""
 
+    def load_all(count: int, seed: int) -> Round:
+        return {
+            server.name: bench_serve(
+                server, prompts, concurrency=concurrency, count=count, seed=seed, output_len=args.output_len
+            )
+            for server in shuffled(servers.all, concurrency, seed)
+        }
 
-async def _requests_a_round(
-    session: aiohttp.ClientSession,
-    servers: Servers,
-    questions: Sequence[Question],
-    concurrency: int,
-    args: argparse.Namespace,
-) -> int:
-    """Warm both servers up, and see how many requests fill ``args.seconds``; a multiple of the concurrency."""
-    count = 4 * concurrency
-    await _round(session, servers, questions, concurrency, count, 0, args.seed + 1)
-    trial = await _round(session, servers, questions, concurrency, count, 1, args.seed + 1)
-    rate = count / trial.plain.seconds
-    return concurrency * max(4, round(rate * args.seconds / concurrency))
-
-
-async def _round(
-    session: aiohttp.ClientSession,
-    servers: Servers,
-    questions: Sequence[Question],
-    concurrency: int,
-    count: int,
-    number: int,
-    seed: int,
-) -> Round:
-    """Load both servers with the same ``count`` requests. Rounds differ in prompts, seeds and who is first."""
-    rng = np.random.default_rng([seed, concurrency, number])
-    pairs = drawn(questions, rng, count)
-    ours = [chat_body(q, s, 1.0, rtap={"policy": "single"}, **STREAMED) for q, s in pairs]
-    plain = [chat_body(q, s, 1.0, stop_token_ids=[servers.answer_close_id], **STREAMED) for q, s in pairs]
-    ours_first = number % 4 in (0, 3)  # A B, B A, B A, A B: linear drift cancels
-    if ours_first:
-        ours_load = await load(session, servers.rtap, ours, concurrency)
-        return Round(ours_load, await load(session, servers.plain, plain, concurrency), ours_first)
-    plain_load = await load(session, servers.plain, plain, concurrency)
-    return Round(await load(session, servers.rtap, ours, concurrency), plain_load, ours_first)
+    trial = load_all(_FIRST_COUNT * concurrency, args.seed)
+    rate = requests_per_second([trial["vllm"]])
+    count = concurrency * max(_LEAST_COUNT, round(rate * args.seconds / concurrency))
+    first = args.seed + 1 + start * args.rounds
+    rounds: list[Round] = []
+    for seed in range(first, first + args.rounds):
+        rounds.append(load_all(count, seed))
+        rates = ", ".join(f"{name} {requests_per_second([load]):.1f}/s" for name, load in rounds[-1].items())
+        print(f"{concurrency} at a time, {count} requests: {rates}", flush=True)
+    return rounds
 
 
 def summarise(concurrency: int, starts: Sequence[Sequence[Round]]) -> Level:
-    """Figures of one concurrency with their ratios and intervals, of the rounds of each start."""
+    """Figures of one concurrency with their ratios and intervals. starts: the rounds of each start."""
     rounds = [one for rounds in starts for one in rounds]
-    all_ours, all_plain = [r.ours for r in rounds], [r.plain for r in rounds]
+    loads = {name: [one[name] for one in rounds] for name in rounds[0]}
+    sizes = list(map(len, starts))
     figures: list[Figure] = []
     for name, figure, (least, most) in FIGURES:
-        interval = ratio_over_rounds(figure, all_ours, all_plain, starts=list(map(len, starts)))
-        ratio = interval.value
+        ratio = ratio_over_rounds(figure, loads["rtap"], loads["vllm"], starts=sizes)
+        over_base = ratio_over_rounds(figure, loads["rtap"], loads["base"], starts=sizes) if "base" in loads else None
         bound = f">= {least}" if least is not None else f"<= {most}" if most is not None else None
-        is_met = ratio >= least if least is not None else ratio <= most if most is not None else None
-        figures.append(Figure(name, figure(all_ours), figure(all_plain), interval, bound, is_met))
-    errors = sum(len(r.ours.errors) + len(r.plain.errors) for r in rounds)
-    requests = sum(r.ours.num_requests for r in rounds) // len(rounds)
+        is_met = ratio.value >= least if least is not None else ratio.value <= most if most is not None else None
+        values = {server: figure(of_server) for server, of_server in loads.items()}
+        figures.append(Figure(name, values, ratio, over_base, bound, is_met))
+    errors = sum(load.failed for one in rounds for load in one.values())
+    requests = sum(load.completed + load.failed for load in loads["rtap"]) // len(rounds)
     return Level(concurrency, len(starts), len(rounds), requests, tuple(figures), errors)
 
 
-def to_markdown(setting: dict[str, Any], levels: Sequence[Level]) -> str:
+def to_markdown(info: Mapping[str, Any], levels: Sequence[Level]) -> str:
     """The report."""
     lines = [
         "# Overhead of policy `single` against plain `vllm serve`",
         "",
-        "Both servers alive at once, loaded one at a time, alternating; the same prompts and seeds on both in each "
-        "round. Ratios are ours over plain, with 95 % intervals by bootstrap over starts of both and their rounds. "
-        "`first chunk` has the role and no text: it is sent with the first token, and is what vLLM's own benchmark "
-        "counts as the time to the first token. `first text` is the first "
-        "chunk with any text in `content` or `reasoning`; the plain server's first text is the tag `<think>` itself, "
-        "which ours does not send, so `first text after the tag` compares the same token of both.",
+        "Load by `vllm bench serve`: streaming chat requests, a fixed number at a time. All servers run at once and "
+        "are loaded one at a time, in a random order in each round, with the same prompts and seeds. Ratios have 95 % "
+        "intervals by bootstrap over starts and their rounds. TTFT is the time to the first streaming chunk, TPOT the "
+        "time per token after it.",
         "",
-        *(f"- {name}: `{value}`" for name, value in setting.items()),
+        *list_info(info),
     ]
     for level in levels:
+        servers = sorted(level.figures[0].values, key=["rtap", "vllm", "base"].index)
+        has_base = "base" in servers
+        head = ["figure", *servers, "rtap / vllm [95 %]", "goal", "met", *(["rtap / base [95 %]"] if has_base else [])]
         lines += [
             "",
             f"## {level.concurrency} at a time",
             "",
-            f"{level.starts} starts, {level.rounds} rounds in all, of some {level.requests_a_round} requests a server; "
-            f"{level.errors} failed.",
+            f"{level.starts} starts, {level.rounds} rounds in all, of about {level.requests_a_round} requests to each "
+            f"server; {level.errors} failed.",
             "",
-            "| figure | rtap, single | vllm serve | ratio [95 %] | must be | met |",
-            "|---|---|---|---|---|---|",
+            f"| {' | '.join(head)} |",
+            f"|{'---|' * len(head)}",
         ]
         for f in level.figures:
             met = "" if f.is_met is None else "yes" if f.is_met else "**no**"
-            lines.append(
-                f"| {f.name} | {f.ours:,.1f} | {f.plain:,.1f} | {interval_text(f.ratio)} | {f.bound or ''} | {met} |"
-            )
+            cells = [f.name, *(f"{f.values[server]:,.1f}" for server in servers), interval_text(f.ratio)]
+            cells += [f.bound or "", met, *([interval_text(f.over_base)] if f.over_base is not None else [])]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

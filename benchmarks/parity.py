@@ -1,8 +1,8 @@
-"""Does policy ``single`` at temperature 0 say exactly what plain ``vllm serve`` says?
+"""Parity of policy ``single`` with plain ``vllm serve`` at temperature 0: text, finish_reason and usage.
 
-Compared on every question, streaming and not: text, finish_reason and usage. The plain server gets ``</answer>`` as
-stop token and keeps it in the text; our reasoning and content are rendered back into a cycle and must equal it. Half of
-the questions are asked a second time with a token limit that cuts the cycle. Writes docs/results/parity.{json,md}.
+Every question is sent to both servers, streaming and not. The plain server gets ``</answer>`` as stop token and keeps it
+in the text; our reasoning and content are rendered back into a cycle and must equal it. Half of the questions are sent
+again with a token limit that cuts the cycle. Writes docs/results/parity.{json,md}.
 """
 
 import argparse
@@ -15,20 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from bench_servers import MODELS, ROOT, Servers, bench_questions, both_servers, chat_body, setting
-from rich.console import Console
-from rich.progress import track
+from harness import (
+    MODELS,
+    RESULTS,
+    SERVED_NAME,
+    Server,
+    Servers,
+    comparable_servers,
+    list_info,
+    questions_of,
+    run_info,
+    write_report,
+)
 
 from rtap_core.format import RTAP, parse_cycle
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import write_atomically
 
 USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a client gets. text: the plain server's whole text, or ours as (reasoning, content) rendered back."""
+    """text: the plain server's whole text, or our reasoning and content rendered back into a cycle."""
 
     text: str
     finish_reason: str
@@ -47,49 +55,41 @@ class Difference:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare and write. Result: 0, or 1 when any reply differs."""
+    """Compare and write. Returns 1 when any reply differs."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(arguments)
-    console = Console()
     started = datetime.now(UTC)
-    questions = bench_questions(args.questions)[: args.limit]
-    # a cycle of the bundled models is longer than this, so that the limit binds
+    questions = questions_of(args.questions)[: args.limit]
+    # A cycle of the bundled models is longer than cut_tokens.
     cases = [(q, None) for q in questions] + [(q, args.cut_tokens) for q in questions[::2]]
-    console.print("starting both servers")
     with (
-        both_servers(
-            model=args.model,
-            confidence_model=args.confidence_model,
-            max_model_len=args.max_model_len,
-            logs=ROOT / "build" / "bench",
+        comparable_servers(
+            args.model, confidence_model=args.confidence_model, max_model_len=args.max_model_len
         ) as servers,
         httpx.Client(timeout=120) as client,
     ):
         differences = [
             difference
-            for question, max_tokens in track(cases, "comparing", console=console, disable=not console.is_terminal)
+            for question, max_tokens in cases
             for is_streamed in (False, True)
             if (difference := compare(client, servers, question, max_tokens, is_streamed=is_streamed))
         ]
-        described = setting(servers, [f"scripts/{Path(__file__).name}", *arguments], started)
+        info = run_info(__file__, arguments, started, flags=" ".join(servers.flags))
     compared = 2 * len(cases)
-    results = {"setting": described, "compared": compared, "differences": [asdict(d) for d in differences]}
-    write_atomically(args.output / "parity.json", json.dumps(results, indent=1) + "\n")
-    markdown = to_markdown(described, len(questions), compared, differences)
-    write_atomically(args.output / "parity.md", markdown)
-    console.print(markdown, markup=False, soft_wrap=True)
-    return 1 if differences else 0
+    content = {"setting": info, "compared": compared, "differences": list(map(asdict, differences))}
+    write_report(args.output, "parity", content, to_markdown(info, len(questions), compared, differences))
+    return int(bool(differences))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench_parity.py", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(prog="parity.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=MODELS / "policy")
     parser.add_argument("--confidence-model", type=Path, default=MODELS / "confidence")
-    parser.add_argument("--questions", type=Path, nargs="+", default=[], help="default: the bundled ones")
-    parser.add_argument("--limit", type=int, default=50, help="questions")
-    parser.add_argument("--cut-tokens", type=int, default=8, help="the limit that cuts half of them")
+    parser.add_argument("--questions", type=Path, nargs="+", default=[], help="JSONL files; default: the bundled ones")
+    parser.add_argument("--limit", type=int, default=50, help="number of questions")
+    parser.add_argument("--cut-tokens", type=int, default=8, help="token limit of the cut half")
     parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     return parser
 
 
@@ -98,16 +98,16 @@ def compare(
 ) -> Difference | None:
     """None when both answer the same."""
     limit = {} if max_tokens is None else {"max_completion_tokens": max_tokens}
-    ends = {"stop_token_ids": [servers.answer_close_id], "include_stop_str_in_output": True}
-    ours_body = chat_body(question, None, 0.0, rtap={"policy": "single"}, **limit)
-    plain_body = chat_body(question, None, 0.0, **ends, **limit)
-    message, finish_reason, usage = ask(client, servers.rtap, ours_body, is_streamed=is_streamed)
-    plain_message, plain_finish, plain_usage = ask(client, servers.plain, plain_body, is_streamed=is_streamed)
+    kept = {"include_stop_str_in_output": True} if servers.plain.extra_body else {}
+    message, finish_reason, usage = send(client, servers.rtap, question, limit, is_streamed=is_streamed)
+    plain_message, plain_finish, plain_usage = send(
+        client, servers.plain, question, limit | kept, is_streamed=is_streamed
+    )
     plain_text = plain_message["content"]
     if finish_reason == "stop":
         ours = Reply(RTAP.render_cycle(message["reasoning"], message["content"]), finish_reason, usage)
         plain = Reply(plain_text, plain_finish, plain_usage)
-    else:  # a cut cycle has not all its tags: compare what is between them
+    else:  # a cut cycle lacks its last tags: compare the text between them
         think, _ = parse_cycle(plain_text, RTAP)
         ours = Reply(message["reasoning"].strip(), finish_reason, usage)
         plain = Reply(think, plain_finish, plain_usage)
@@ -116,10 +116,15 @@ def compare(
     return Difference(question.text, is_streamed, max_tokens, ours, plain)
 
 
-def ask(
-    client: httpx.Client, url: str, body: dict[str, Any], *, is_streamed: bool
+def send(
+    client: httpx.Client, server: Server, question: Question, fields: Mapping[str, Any], *, is_streamed: bool
 ) -> tuple[dict[str, str], str, dict[str, int]]:
-    """(reasoning and content, finish_reason, the three counts of usage) of one chat completion."""
+    """(reasoning and content, finish_reason, usage) of one chat completion."""
+    body: dict[str, Any] = {
+        "model": SERVED_NAME, "messages": [{"role": "user", "content": question.text}], "temperature": 0.0,
+        **server.extra_body, **fields,
+    }  # fmt: skip
+    url = server.url
     message = {"reasoning": "", "content": ""}
     if not is_streamed:
         reply = client.post(f"{url}/v1/chat/completions", json=body).raise_for_status().json()
@@ -143,7 +148,7 @@ def ask(
     return message, finish_reason, usage
 
 
-def to_markdown(described: Mapping[str, Any], questions: int, compared: int, differences: Sequence[Difference]) -> str:
+def to_markdown(info: Mapping[str, Any], questions: int, compared: int, differences: Sequence[Difference]) -> str:
     """The report."""
     verdict = "all equal" if not differences else f"**{len(differences)} differ**"
     lines = [
@@ -152,7 +157,7 @@ def to_markdown(described: Mapping[str, Any], questions: int, compared: int, dif
         f"Temperature 0, {questions} questions, streaming and not, half of them also cut by a token limit: {compared} "
         f"comparisons of text, finish_reason and usage, {verdict}.",
         "",
-        *(f"- {name}: `{value}`" for name, value in described.items()),
+        *list_info(info),
     ]
     for d in differences[:10]:
         how = "streamed" if d.is_streamed else "whole"

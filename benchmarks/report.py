@@ -1,7 +1,6 @@
-"""One report of what the benchmarks measured: each goal with its figure, and three pictures.
+"""Goals of speed with their measured figures, and three pictures.
 
-Reads docs/results/{overhead,rivals/rivals,where/where}.json as the benchmarks wrote them, measures nothing, and writes
-docs/results/report.{md,json,png}.
+Reads docs/results/{overhead,rivals/rivals,where/where}.json, measures nothing, writes docs/results/report.{md,json,png}.
 """
 
 import argparse
@@ -13,10 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from bench_servers import ROOT, interval_text
-from bench_where import PARTS, Split
+from harness import RESULTS, interval_text, write_report
+from latency_breakdown import PARTS, Split
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from rtap_training.evaluation.records import write_atomically
 from rtap_training.evaluation.statistics import Interval
@@ -25,12 +23,12 @@ REPORTS = ("overhead.json", "rivals/rivals.json", "where/where.json")
 SCORING_SHARE, READY_SECONDS = 0.03, 60.0
 TOKENS_SHARE, TIME_SHARE = 0.25, 0.33
 BELOW = 0.03  # accuracy
-LATER_CYCLES = 1.05  # milliseconds a token of the last cycle over the first: what "independent" may mean
+LATER_CYCLES = 1.05  # milliseconds a token of the last cycle over the first
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What was asked for, what was measured, and whether it suffices."""
+    """A bound and its measured value."""
 
     name: str
     bound: str
@@ -39,7 +37,7 @@ class Goal:
 
 
 def goals(overhead: Mapping[str, Any], rivals: Mapping[str, Any], where: Mapping[str, Any]) -> Iterator[Goal]:
-    """Every goal that the three reports can answer."""
+    """Every goal that the three reports cover."""
     for level in overhead["levels"]:
         for figure in level["figures"]:
             if figure["bound"] is not None and figure["name"] != "tokens/s":
@@ -61,8 +59,9 @@ def goals(overhead: Mapping[str, Any], rivals: Mapping[str, Any], where: Mapping
 
 
 def _against_rivals(level: Mapping[str, Any]) -> Iterator[Goal]:
-    """Of our rules whose accuracy reaches the majority's, the quickest; and that against optillm, in accuracy, tokens
-    and time. Reached: with 97.5 % certainty not more than BELOW under it."""
+    """The quickest of our rules that reach the majority's accuracy, against the majority and against optillm.
+
+    A rule reaches it when the lower bound of its 95 % interval is within BELOW."""
     rows = {row["rule"]: row for row in level["rows"]}
     ours = [row for rule, row in rows.items() if rule.startswith(("confidence", "model"))]
     reaching = [row for row in ours if row["accuracy_difference"]["low"] >= -BELOW]
@@ -72,9 +71,9 @@ def _against_rivals(level: Mapping[str, Any]) -> Iterator[Goal]:
         return
     best = min(reaching, key=lambda row: row["seconds_ratio"]["value"])
     rule = f"{best['rule']}; right {interval_text(Interval(**best['accuracy_difference']), sign='+')}"
-    for what, bound in (("tokens", TOKENS_SHARE), ("seconds", TIME_SHARE)):
-        ratio = best[f"{what}_ratio"]
-        name = f"{task}: {what} of a majority of 8, for its accuracy ({rule})"
+    for unit, bound in (("tokens", TOKENS_SHARE), ("seconds", TIME_SHARE)):
+        ratio = best[f"{unit}_ratio"]
+        name = f"{task}: {unit} of a majority of 8, for its accuracy ({rule})"
         yield Goal(name, f"<= {bound}", _interval(ratio), ratio["value"] <= bound)
     for other, row in rows.items():
         if other.startswith("optillm"):
@@ -104,7 +103,7 @@ def _splits(where: Mapping[str, Any]) -> list[Split]:
 
 def to_markdown(found: Sequence[Goal], settings: Mapping[str, Mapping[str, Any]]) -> str:
     """The report."""
-    lines = ["# What speed was asked for, and what was measured", ""]
+    lines = ["# Goals of speed and measured figures", ""]
     lines += [f"- {file}: {s['date']}, `{s['command']}`" for file, s in settings.items()]
     lines += ["", "![accuracy, scaling, shares](report.png)", "", "| goal | bound | measured [95 %] | met |",
               "|---|---|---|---|"]  # fmt: skip
@@ -113,7 +112,7 @@ def to_markdown(found: Sequence[Goal], settings: Mapping[str, Mapping[str, Any]]
 
 
 def plot_png(rivals: Mapping[str, Any], where: Mapping[str, Any]) -> bytes:
-    """Accuracy against time, questions a second against concurrency, the parts of a request, what cycle k costs."""
+    """Accuracy over time, throughput over concurrency, the parts of a request, the cost of cycle k."""
     tasks = list(dict.fromkeys(level["task"] for level in rivals["levels"]))
     figure = Figure(figsize=(5 * (len(tasks) + 1), 8), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(tasks) + 1, squeeze=False)
@@ -130,7 +129,7 @@ def plot_png(rivals: Mapping[str, Any], where: Mapping[str, Any]) -> bytes:
 
 def _draw_accuracy(axis: Any, level: Mapping[str, Any]) -> None:
     for number, row in enumerate(level["rows"]):
-        marker = "os^D"[number // 10 % 4]  # matplotlib has ten colours before it begins again
+        marker = "os^D"[number // 10 % 4]  # matplotlib has ten colours
         axis.plot(1000 * row["seconds"], 100 * row["accuracy"]["value"], marker, label=row["rule"])
     axis.set(title=f"{level['task']}, {level['at']} at a time", xlabel="ms a question", ylabel="right, %")
     axis.legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
@@ -154,7 +153,7 @@ def _draw_parts(axis: Any, splits: Sequence[Split]) -> None:
         shares = [100 * getattr(split, part) / split.total for split in splits]
         axis.barh(names, shares, left=left, label=part)
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    axis.set(title="where the time of a request goes", xlabel="%")
+    axis.set(title="latency breakdown", xlabel="%")
     axis.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
@@ -162,23 +161,20 @@ def _draw_cycles(axis: Any, cycles: Sequence[Mapping[str, Any]]) -> None:
     numbers = [cycle["cycle"] for cycle in cycles]
     axis.plot(numbers, [cycle["write_ms"] / cycle["tokens"] for cycle in cycles], "o-", label="ms a token")
     axis.plot(numbers, [cycle["recomputed"] for cycle in cycles], "s-", label="recomputed prompt tokens")
-    axis.set(title="what cycle k costs", xlabel="cycle", ylim=(0, None))
+    axis.set(title="cost of cycle k", xlabel="cycle", ylim=(0, None))
     axis.legend(fontsize=7)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read, and write the report. Result: 0; whether goals are met is the report's business."""
-    parser = argparse.ArgumentParser(prog="bench_report.py")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    """Read and write. Returns 0 whatever the goals."""
+    parser = argparse.ArgumentParser(prog="report.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     overhead, rivals, where = (json.loads((args.results / file).read_text("utf-8")) for file in REPORTS)
     found = list(goals(overhead, rivals, where))
     settings = {file: report["setting"] for file, report in zip(REPORTS, (overhead, rivals, where), strict=True)}
     write_atomically(args.results / "report.png", plot_png(rivals, where))
-    write_atomically(args.results / "report.json", json.dumps(list(map(asdict, found)), indent=1) + "\n")
-    report = to_markdown(found, settings)
-    write_atomically(args.results / "report.md", report)
-    Console().print(report, markup=False, soft_wrap=True)
+    write_report(args.results, "report", list(map(asdict, found)), to_markdown(found, settings))
     return 0
 
 

@@ -1,19 +1,16 @@
-"""What recursion is worth against what a user would pick instead, under the same load on the same machine.
+"""Recursion against majority voting, log-probabilities and optillm, under the same load on the same machine.
 
-Three rtap servers live at once: with the generator (``single``, ``confidence``, ``model``), with the policy's own
-log-probabilities instead of one (``logprob``), and one that answers in single passes, for plain majorities and, where
-an optillm is named, its self_consistency and bon approaches through their own proxy: every rival samples from the same
-policy in the same vLLM, started in the same way (compiled, which a server that is given no model is not). Rules take
-turns on the same questions, in an order that turns with the rounds. Ratios are over
-a majority of 8, with 95 % intervals by bootstrap over rounds (time, tokens) or questions (accuracy). All rules run at
-the first concurrency, only those of the server itself at the others. Writes docs/results/rivals/rivals.{json,md}.
+Three rtap servers run at once: with the generator (``single``, ``confidence``, ``model``), with log-probabilities in
+place of the generator, and one of single passes for plain majorities. The last also serves optillm's proxy, so that all
+rivals sample from the same policy in the same vLLM. Rules take turns on the same questions. Ratios are over a majority
+of 8, with 95 % intervals by bootstrap over rounds (time, tokens) or questions (accuracy). All rules run at the first
+concurrency; at the others only those of the server. Writes docs/results/rivals/rivals.{json,md}.
 
-optillm's dependencies clash with ours, so it lives in an environment of its own: ``--optillm ENV/bin/python``.
+optillm's dependencies clash with ours: give it a separate environment, ``--optillm ENV/bin/python``.
 """
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 import time
@@ -25,31 +22,41 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from bench_servers import MODELS, ROOT, SERVED_NAME, interval_text, ratio_over_rounds, run_of
-from rich.console import Console
+from harness import (
+    LOGS,
+    MODELS,
+    READY_SECONDS,
+    RESULTS,
+    SERVED_NAME,
+    interval_text,
+    list_info,
+    ratio_over_rounds,
+    run_info,
+    write_report,
+)
 
 from rtap_training.evaluation.client import Load, RtapServer
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import RunSpec, write_atomically
+from rtap_training.evaluation.records import RunSpec
 from rtap_training.evaluation.rules import CONFIDENCE, MODEL, SINGLE, VOTE
 from rtap_training.evaluation.server_process import running_server, serve_command
 from rtap_training.evaluation.statistics import Interval, paired_difference, wilson_interval
 from rtap_training.tasks import check
 
 REFERENCE = "majority of 8"
-# Starts optillm's proxy with the host and port that our launcher appends to every command.
+# Starts optillm's proxy with the host and port that running_server appends to every command.
 OPTILLM = "import sys; sys.argv = ['optillm', *sys.argv[1:]]; from optillm.server import main; main()"
-MAX_TOKENS = 512  # optillm asks for 4096 unless told, which is more than the bundled models read
+MAX_TOKENS = 512  # optillm asks for 4096 by default, more than the bundled models' context
 OPTILLM_APPROACHES = ("self_consistency", "bon")
 POLICY, GENERATOR = str(MODELS / "policy"), str(MODELS / "confidence")
 NAMED = ["--served-model-name", SERVED_NAME]
 LOGPROB_FLAGS = ["--confidence", "logprob", "--logprob-top-k", "1", *NAMED]
-WAVES = 4  # of requests in a round, where there are so many questions: in the last there are fewer and fewer at a time
+WAVES = 4  # of requests in a round: during the last one the concurrency falls
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One rule on one chunk of questions. rights: of each question, in their order."""
+    """One rule on one chunk of questions. rights: correctness of each answer, in order."""
 
     rights: tuple[bool, ...]
     tokens: int
@@ -59,7 +66,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One rule at one concurrency, and against the majority."""
+    """One rule at one concurrency, with ratios over the majority."""
 
     rule: str
     questions: int
@@ -73,21 +80,20 @@ class Row:
 
 
 Rule = Callable[[Sequence[Question], int], Awaitable[Round]]
-"""(questions, concurrency) -> what became of them."""
+"""Answer questions at a concurrency."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write. Result: 1 when a request failed."""
+    """Measure and write. Returns 1 when a request failed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(arguments)
-    console, started = Console(), datetime.now(UTC)
+    started = datetime.now(UTC)
     questions = load_questions(sorted((MODELS / "eval" / f"{task}.jsonl") for task in args.tasks))
-    logs = ROOT / "build" / "bench"
     with ExitStack() as stack:
 
         def start(name: str, command: Sequence[str], ready_path: str = "/ready") -> str:
             return stack.enter_context(
-                running_server(command, log=logs / f"{name}.log", ready_seconds=300, ready_path=ready_path)
+                running_server(command, log=LOGS / f"{name}.log", ready_seconds=READY_SECONDS, ready_path=ready_path)
             )
 
         scored = start("scored", serve_command(POLICY, GENERATOR, NAMED))
@@ -95,45 +101,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = start("logprob", serve_command(POLICY, None, LOGPROB_FLAGS))
         proxy = None
         if args.optillm is not None:
-            os.environ["OPENAI_API_KEY"] = "none"  # optillm wants one
+            os.environ["OPENAI_API_KEY"] = "none"  # optillm needs one
             proxy = start("optillm", [str(args.optillm), "-c", OPTILLM, "--base-url", f"{plain}/v1"], "/health")
         rules = _rules(scored, plain, args)
         others = _other_rules(scored, plain, own, proxy, args)
-        levels = asyncio.run(_measure(rules, others, questions, args, console))
-    setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started)
-    content = {"setting": setting, "levels": [{"at": c, "task": t, "rows": list(map(asdict, r))} for c, t, r in levels]}
-    write_atomically(args.output / "rivals.json", json.dumps(content, indent=1) + "\n")
-    report = to_markdown(setting, levels)
-    write_atomically(args.output / "rivals.md", report)
-    console.print(report, markup=False, soft_wrap=True)
+        levels = asyncio.run(_measure(rules, others, questions, args))
+    info = run_info(__file__, arguments, started, seed=args.seed)
+    content = {"setting": info, "levels": [{"at": c, "task": t, "rows": list(map(asdict, r))} for c, t, r in levels]}
+    write_report(args.output, "rivals", content, to_markdown(info, levels))
     return int(any(row.failed for _, _, rows in levels for row in rows))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench_rivals.py")
+    parser = argparse.ArgumentParser(prog="rivals.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[32, 1, 8, 64])
     parser.add_argument("--tasks", nargs="+", default=["arithmetic", "countdown"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--questions", type=int, default=128,
-        help="of each task, in each round and rule; where few are asked at a time, fewer",
+        help="of each task, round and rule; fewer at low concurrency",
     )  # fmt: skip
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--max-cycles", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--samples", type=int, nargs="*", default=[2, 4, 16], help="of further plain majorities")
+    parser.add_argument("--samples", type=int, nargs="*", default=[2, 4, 16], help="sizes of further plain majorities")
     parser.add_argument(
         "--logprob-thresholds", type=float, nargs="*", default=[0.9, 0.95],
-        help="of the logprob rule: the mean probability of the tokens that were sampled",
+        help="of the logprob rule: mean probability of the sampled tokens",
     )  # fmt: skip
-    parser.add_argument("--probe-every", type=int, help="also with probes every so many tokens of a thought")
+    parser.add_argument("--probe-every", type=int, help="also probe thoughts every so many tokens")
     parser.add_argument("--optillm", type=Path, help="a Python that can import optillm")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "rivals")
+    parser.add_argument("--output", type=Path, default=RESULTS / "rivals")
     return parser
 
 
 def _rules(scored: str, plain: str, args: argparse.Namespace) -> dict[str, Rule]:
-    """What is compared at every concurrency, by the name that the report gives it."""
+    """Rules compared at every concurrency, by their name in the report."""
     rules: dict[str, Rule] = {
         REFERENCE: _ours(plain, RunSpec(VOTE, samples=8), args),
         "single": _ours(scored, RunSpec(SINGLE), args),
@@ -145,7 +148,7 @@ def _rules(scored: str, plain: str, args: argparse.Namespace) -> dict[str, Rule]
 
 
 def _other_rules(scored: str, plain: str, own: str, proxy: str | None, args: argparse.Namespace) -> dict[str, Rule]:
-    """What is compared at the first concurrency alone."""
+    """Rules compared at the first concurrency alone."""
     most = args.max_cycles[-1]
     rules = {f"majority of {count}": _ours(plain, RunSpec(VOTE, samples=count), args) for count in args.samples}
     for threshold in args.logprob_thresholds:
@@ -161,7 +164,7 @@ def _other_rules(scored: str, plain: str, own: str, proxy: str | None, args: arg
 
 
 def _ours(url: str, spec: RunSpec, args: argparse.Namespace, **load: int) -> Rule:
-    async def ask(questions: Sequence[Question], concurrency: int) -> Round:
+    async def answer(questions: Sequence[Question], concurrency: int) -> Round:
         server = await RtapServer(url, api_key=None, timeout_seconds=300, concurrency=concurrency).connect()
         how = Load(concurrency, 1.0, args.seed, **load)
         run = await server.run(questions[0].task, questions, spec, how, check, on_outcome=lambda _: None)
@@ -172,11 +175,11 @@ def _ours(url: str, spec: RunSpec, args: argparse.Namespace, **load: int) -> Rul
             len(run.outcomes) - len(run.answered),
         )
 
-    return ask
+    return answer
 
 
 def _optillm(url: str, approach: str) -> Rule:
-    async def ask(questions: Sequence[Question], concurrency: int) -> Round:
+    async def answer(questions: Sequence[Question], concurrency: int) -> Round:
         rights, tokens, failed, turn = [False] * len(questions), 0, 0, iter(enumerate(questions))
 
         async def work(client: httpx.AsyncClient) -> None:
@@ -189,19 +192,19 @@ def _optillm(url: str, approach: str) -> Rule:
                         json={"model": f"{approach}-{SERVED_NAME}", "messages": messages, "max_tokens": MAX_TOKENS},
                     )
                     content = reply.raise_for_status().json()
-                    answer = str(content["choices"][0]["message"]["content"]).strip()
+                    text = str(content["choices"][0]["message"]["content"]).strip()
                     tokens += int(content["usage"]["completion_tokens"])
                 except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
                     failed += 1
                     continue
-                rights[index] = check(question.text, answer, question.answer)
+                rights[index] = check(question.text, text, question.answer)
 
         async with httpx.AsyncClient(base_url=url, timeout=300) as client:
             started = time.perf_counter()
             await asyncio.gather(*(work(client) for _ in range(concurrency)))
             return Round(tuple(rights), tokens, time.perf_counter() - started, failed)
 
-    return ask
+    return answer
 
 
 async def _measure(
@@ -209,7 +212,6 @@ async def _measure(
     others: Mapping[str, Rule],
     questions: Mapping[str, Sequence[Question]],
     args: argparse.Namespace,
-    console: Console,
 ) -> list[tuple[int, str, list[Row]]]:
     levels: list[tuple[int, str, list[Row]]] = []
     for concurrency in args.concurrency:
@@ -218,7 +220,7 @@ async def _measure(
         for task, all_of_task in questions.items():
             found: dict[str, list[Round]] = {name: [] for name in rules}
             names = list(rules)
-            for number in range(-1, args.rounds):  # the first warms up, on questions that are not counted
+            for number in range(-1, args.rounds):  # the first round warms up, on other questions
                 first = (number % (args.rounds + 1)) * size
                 chunk = all_of_task[first : first + size]
                 if len(chunk) < size:
@@ -228,7 +230,7 @@ async def _measure(
                     if number >= 0:
                         found[name].append(result)
             levels.append((concurrency, task, [_row(name, found[name], found[REFERENCE]) for name in rules]))
-            console.print(f"{task}, {concurrency} at a time: done")
+            print(f"{task}, {concurrency} at a time: done", flush=True)
     return levels
 
 
@@ -247,20 +249,20 @@ def _row(rule: str, rounds: Sequence[Round], reference: Sequence[Round]) -> Row:
     )
 
 
-def to_markdown(setting: Mapping[str, Any], levels: Sequence[tuple[int, str, Sequence[Row]]]) -> str:
+def to_markdown(info: Mapping[str, Any], levels: Sequence[tuple[int, str, Sequence[Row]]]) -> str:
     """The report."""
     lines = [
-        "# Against what a user would pick instead",
+        "# Recursion against majority voting, log-probabilities and optillm",
         "",
-        "The same questions for every rule, in turns, on servers that live at once; every rival samples from the same "
-        "policy through the same vLLM. Ratios and differences are against a plain majority of 8 samples, asked for in "
-        "one request of a server without generator. logprob: the mean probability of the sampled tokens in the "
-        "generator's place; model: the policy ends its turn by itself, nothing is scored. Tokens are the policy's; "
-        "time is wall-clock a question. Intervals are over the rounds of one start of the servers: another start may "
-        "differ by more. optillm 0.4.0 with its own defaults: self_consistency draws 5 samples one after the other and "
-        "clusters similar answers, bon draws 3 and lets the model rate them.",
+        "The same questions for every rule, in turns, on servers that run at once; every rival samples from the same "
+        "policy through the same vLLM. Ratios and differences are over a plain majority of 8 samples in one request to "
+        "a server without generator. logprob: the mean probability of the sampled tokens replaces the generator; "
+        "model: the policy ends its turn itself, nothing is scored. Tokens are the policy's; time is wall-clock per "
+        "question. Intervals cover the rounds of one start of the servers. optillm 0.4.0 with its defaults: "
+        "self_consistency draws 5 samples in sequence and clusters similar answers; bon draws 3 and lets the model "
+        "rate them.",
         "",
-        *(f"- {name}: `{value}`" for name, value in setting.items()),
+        *list_info(info),
     ]
     for concurrency, task, rows in levels:
         lines += [

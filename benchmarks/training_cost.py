@@ -1,28 +1,28 @@
-"""What a teacher costs: step times of grpo, kdrl and rlad in alternating short runs on one machine.
+"""Step times of grpo, kdrl and rlad in alternating short runs on one machine: the cost of a teacher.
 
-    python scripts/bench_training.py --policy runs/student --teacher deploy/models/policy
+    python benchmarks/training_cost.py --policy runs/student --teacher deploy/models/policy
 
-A step is one generation and its update (mu = 1, the worst case for the teacher: it scores every step). Ratios are of
-medians within a round, with a bootstrap interval over rounds. Parts are measured by timing the trainer's own methods.
+A step is one generation and its update (mu = 1, so the teacher scores every step). Writes
+docs/results/training-cost/cost.{json,md}.
 """
 
 import argparse
-import json
 import shutil
+import sys
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from random import Random
 from statistics import fmean, median
 from time import perf_counter
 from typing import Any
 
+from harness import RESULTS, interval_text, list_info, ratio_over_rounds, run_info, write_report
 from transformers import TrainerCallback
 
-from rtap_training.checkpoint import git_commit, versions
 from rtap_training.config import build_config
 from rtap_training.questions import load_questions
 from rtap_training.rl.config import CONFIGS
@@ -30,12 +30,12 @@ from rtap_training.runtime import configure_torch
 from rtap_training.tasks.base import Split
 
 METHODS = ("grpo", "kdrl", "rlad")
-PARTS = {"rollout": "rollout_func", "teacher": "_teacher_logps"}  # attributes of the trainer
+PARTS = {"rollout": "rollout_func", "teacher": "_teacher_logps"}  # part: attribute of the trainer
 WARM_UP = 1  # steps of a run that are not counted
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step, and of the timed methods within it."""
+    """Time every step, and the named methods within it."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -92,64 +92,45 @@ def run_once(method: str, args: argparse.Namespace, seed: int, folder: Path) -> 
     return clock.steps[WARM_UP:]
 
 
-def ratio(rounds: list[dict[str, float]], method: str, baseline: str) -> tuple[float, float, float]:
-    """Mean over rounds of the ratio of medians, and its 95 % bootstrap interval."""
-    values = [r[method] / r[baseline] for r in rounds]
-    rng = Random(0)
-    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(2000))
-    return fmean(values), means[50], means[1949]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="training_cost.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/training-cost"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "training-cost")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6, help="counted steps of a run")
-    parser.add_argument("--questions", type=int, default=16, help="questions a step, 8 rollouts each")
-    args = parser.parse_args()
+    parser.add_argument("--questions", type=int, default=16, help="questions of a step, 8 rollouts each")
+    args, started = parser.parse_args(arguments), datetime.now(UTC)
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     rounds: list[dict[str, float]] = []
-    parts: dict[str, list[dict[str, float]]] = {m: [] for m in METHODS}
+    parts: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.rounds):
             medians: dict[str, float] = {}
             for method in METHODS if number % 2 == 0 else reversed(METHODS):
                 steps = run_once(method, args, seed=number + 1, folder=Path(folder))
                 parts[method] += steps
-                medians[method] = median(s["total"] for s in steps)
+                medians[method] = median(step["total"] for step in steps)
             rounds.append(medians)
-    write(args, rounds, parts)
-
-
-def write(args: argparse.Namespace, rounds: list[dict[str, float]], parts: dict[str, list[dict[str, float]]]) -> None:
-    """``cost.json`` and ``cost.md``."""
-    command = (
-        f"python scripts/bench_training.py --policy {args.policy} --teacher {args.teacher} --rounds {args.rounds} "
-        f"--steps {args.steps} --questions {args.questions}"
-    )
-    ratios = {f"{m}/{b}": ratio(rounds, m, b) for m, b in (("rlad", "grpo"), ("kdrl", "grpo"), ("rlad", "kdrl"))}
-    lines = ["# What a teacher costs a training step", "", f"{datetime.now(UTC):%Y-%m-%d}, `{command}`", "",
-             "| step time | ratio [95 %] |", "|---|---|"]  # fmt: skip
-    lines += [f"| {name} | {r[0]:.3f} [{r[1]:.3f}, {r[2]:.3f}] |" for name, r in ratios.items()]
+    info = run_info(__file__, arguments, started)
+    ratios = {
+        f"{method}/{other}": ratio_over_rounds(fmean, [r[method] for r in rounds], [r[other] for r in rounds])
+        for method, other in (("rlad", "grpo"), ("kdrl", "grpo"), ("rlad", "kdrl"))
+    }
+    lines = ["# Cost of a teacher in a training step", "", *list_info(info), ""]
+    lines += ["| step time | ratio [95 %] |", "|---|---|"]
+    lines += [f"| {name} | {interval_text(ratio)} |" for name, ratio in ratios.items()]
     names = ("total", *PARTS, "update")
     lines += ["", f"| median seconds | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for method in METHODS:
-        cells = (f"{median(s[n] for s in parts[method]):.3f}" for n in names)
+        cells = (f"{median(step[name] for step in parts[method]):.3f}" for name in names)
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "cost.md").write_text("\n".join(lines) + "\n")
-    record = {
-        "command": command,
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "rounds": rounds,
-        "ratios": ratios,
-    }
-    (args.output / "cost.json").write_text(json.dumps(record, indent=1) + "\n")
-    print("\n".join(lines))
+    content = {"setting": info, "rounds": rounds, "ratios": {name: asdict(ratio) for name, ratio in ratios.items()}}
+    write_report(args.output, "cost", content, "\n".join(lines) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

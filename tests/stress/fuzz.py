@@ -1,8 +1,9 @@
-"""Fuzz a running server over its own /openapi.json: requests that the document allows, and such that break it.
+"""Fuzz a running server over its /openapi.json with valid and invalid requests.
 
-No answer may be a 5xx, every error has OpenAI's shape and tells nothing of the server's inside, and at the end a good
-request still passes. Bodies come from schemathesis; what is sent, and what is looked for in replies, is here. Exits 1
-when anything was found, and prints the body that did it.
+    python -m tests.stress.fuzz
+
+No reply may be a 5xx, every error has OpenAI's shape and leaks no internals, and a good request still passes at the
+end. Bodies come from schemathesis. Exits 1 with the offending request when anything is found.
 """
 
 import argparse
@@ -30,24 +31,23 @@ from hypothesis.strategies import SearchStrategy
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis import APIOperation, Case, GenerationMode
 
-from rtap_server.http.route_kinds import RECURSIVE_PATHS, REFUSED_PATHS
+from rtap_server.http.route_kinds import BLOCKED_PATHS, RECURSIVE_PATHS
 from rtap_training.evaluation.server_process import running_server, serve_command
 
 Operation = APIOperation[Any, Any, Any, Any]
 AnyCase = Case[Any]
-# What is not fuzzed, and why.
+# Paths that are not fuzzed, with the reason.
 EXCLUDED: Mapping[str, str] = {
-    **dict.fromkeys(REFUSED_PATHS, "closed: refused by its path, whatever the body (tests/e2e/test_bad_input.py)"),
+    **dict.fromkeys(BLOCKED_PATHS, "blocked by its path, whatever the body (tests/e2e/test_bad_input.py)"),
     "/v1/systemone": "501 for every body: the model makes no structured decisions",
 }
-# Mode SERVED keeps what the document allows of everything else and gives a request that can be answered: without fields
-# that end it before anything else is looked at (tests/server/test_caps.py), with a question, and short.
+# Mode SERVED makes a valid body answerable: a short question, without fields that are always refused.
 _REFUSED = (
     "chat_template", "chat_template_kwargs", "use_beam_search", "background", "previous_response_id", "prompt_embeds",
     "previous_input_messages", "messages", "input", "prompt",
 )  # fmt: skip
 _QUESTION = "make 82 from 3, 7, 25"
-_ASKED: Mapping[str, Mapping[str, Any]] = {
+_QUESTIONS: Mapping[str, Mapping[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": _QUESTION}]},
     "/v1/messages": {"messages": [{"role": "user", "content": _QUESTION}]},
     "/v1/completions": {"prompt": _QUESTION},
@@ -56,15 +56,17 @@ _ASKED: Mapping[str, Mapping[str, Any]] = {
 _MOST: Mapping[str, int] = {"max_tokens": 64, "max_completion_tokens": 64, "max_output_tokens": 64, "n": 4}
 SERVED = "served"
 MODES = (GenerationMode.POSITIVE.value, GenerationMode.NEGATIVE.value, SERVED)
-_LONGEST_SECONDS = 20.0  # a reply that takes longer is left, as clients do
-_INSIDE = re.compile(r"0x[0-9a-f]{6,}|Traceback|File \"|/(?:tmp|usr|root|home|opt|var|proc|work|site-packages)/|\.py\b")
-GOOD: Mapping[str, Any] = {"model": "rtap", **_ASKED["/v1/chat/completions"]}
+_LONGEST_SECONDS = 20.0  # the client disconnects after it
+_INTERNALS = re.compile(
+    r"0x[0-9a-f]{6,}|Traceback|File \"|/(?:tmp|usr|root|home|opt|var|proc|work|site-packages)/|\.py\b"
+)
+GOOD: Mapping[str, Any] = {"model": "rtap", **_QUESTIONS["/v1/chat/completions"]}
 _GOOD_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that must not be, and the request that did it."""
+    """A problem and the request that caused it."""
 
     operation: str
     mode: str
@@ -74,22 +76,22 @@ class Finding:
 
 @dataclass(slots=True)
 class Report:
-    """replies: by operation, mode and status (``left``: it took too long; ``unsendable``: no HTTP client sends it)."""
+    """replies: by operation, mode and status (``left``: took too long; ``unsendable``: not sent by HTTP clients)."""
 
     replies: Counter[tuple[str, str, str]] = field(default_factory=Counter[tuple[str, str, str]])
     findings: list[Finding] = field(default_factory=list[Finding])
 
     @property
     def requests(self) -> int:
-        """How many were answered."""
+        """Number of replies."""
         return sum(n for (_, _, status), n in self.replies.items() if status.isdigit())
 
 
-def fuzz(url: str, *, seconds: float, examples: int, seed: int, tell: Callable[[str], None]) -> Report:
-    """Rounds over all operations until the time is up; the first is always whole, at ``examples`` a mode each."""
+def fuzz(url: str, *, seconds: float, examples: int, seed: int, log_line: Callable[[str], None]) -> Report:
+    """Run rounds over all operations until the time is up. The first is always complete."""
     report, began = Report(), time.monotonic()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # schemathesis warns of what it cannot generate; nothing is sent then
+        warnings.simplefilter("ignore")  # schemathesis warns about bodies that it cannot generate
         document: Any = schemathesis.openapi.from_url(f"{url}/openapi.json")  # its types are generic and open
         operations: list[Operation] = [found.ok() for found in document.get_all_operations()]
         for round_ in itertools.count():
@@ -97,7 +99,7 @@ def fuzz(url: str, *, seconds: float, examples: int, seed: int, tell: Callable[[
                 if round_ and time.monotonic() - began > seconds:
                     return report
                 _run(operation, mode, examples, hash((seed, round_)), report)
-            tell(f"round {round_}: {report.requests} requests, {len(report.findings)} findings")
+            log_line(f"round {round_}: {report.requests} requests, {len(report.findings)} findings")
             if time.monotonic() - began > seconds:
                 return report
     raise AssertionError("unreachable")
@@ -124,27 +126,27 @@ def _run(operation: Operation, mode: str, examples: int, seed: int, report: Repo
     def each(case: AnyCase) -> None:
         if mode == SERVED:
             case.body = served(case.body, operation.path)
-        _ask(case, operation.label, mode, report)
+        _send_case(case, operation.label, mode, report)
 
     try:
         each()
-    except Unsatisfiable:  # a request without parameters has nothing to break
+    except Unsatisfiable:  # a request without parameters
         report.replies[operation.label, mode, "nothing to vary"] += 1
 
 
 def served(body: Any, path: str) -> Any:
-    """A body that can be answered, if nothing else in it is wrong."""
+    """An answerable version of a body."""
     if not isinstance(body, dict):
         return body
     fields = {k: v for k, v in cast(dict[str, Any], body).items() if k not in _REFUSED}
     few = {k: max(1, min(v, most)) for k, most in _MOST.items() if isinstance(v := fields.get(k), int)}
-    return {"max_tokens": 64, **fields, **few, "model": "rtap", **_ASKED[path]}
+    return {"max_tokens": 64, **fields, **few, "model": "rtap", **_QUESTIONS[path]}
 
 
-def _ask(case: AnyCase, label: str, mode: str, report: Report) -> None:
+def _send_case(case: AnyCase, label: str, mode: str, report: Report) -> None:
     try:
-        asked: dict[str, Any] = cast(Any, case).as_transport_kwargs()
-        status, headers, content = _send(asked)
+        request: dict[str, Any] = cast(Any, case).as_transport_kwargs()
+        status, headers, content = _send(request)
     except requests.exceptions.ConnectionError as error:
         report.findings.append(Finding(label, mode, f"no answer: {type(error).__name__}", _shown(case)))
         return
@@ -155,17 +157,17 @@ def _ask(case: AnyCase, label: str, mode: str, report: Report) -> None:
         report.replies[label, mode, "left"] += 1
         return
     report.replies[label, mode, str(status)] += 1
-    problem = problem_of(status, headers, content)
+    problem = problem_of(status, headers, content, _shown(case))
     if problem is not None:
         report.findings.append(Finding(label, mode, f"{status}: {problem}", _shown(case)))
 
 
-def _send(asked: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes | None]:
-    """(status, headers, body), the body None where it took too long."""
+def _send(request: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes | None]:
+    """(status, headers, body); no body when it took too long."""
     until, parts = time.monotonic() + _LONGEST_SECONDS, list[bytes]()
     with requests.Session() as session:
         try:
-            reply = session.request(**asked, timeout=_LONGEST_SECONDS, stream=True)
+            reply = session.request(**request, timeout=_LONGEST_SECONDS, stream=True)
             with closing(reply):
                 for part in reply.iter_content(None):
                     parts.append(part)
@@ -176,8 +178,8 @@ def _send(asked: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes | Non
             return 0, {}, None
 
 
-def problem_of(status: int, headers: Mapping[str, str], content: bytes) -> str | None:
-    """What must not be in a reply; None where all is well."""
+def problem_of(status: int, headers: Mapping[str, str], content: bytes, request: str = "") -> str | None:
+    """The first problem of a reply, None without one. request: its text, which errors may quote."""
     if "x-request-id" not in headers:
         return "no x-request-id"
     if status < 400:
@@ -191,8 +193,10 @@ def problem_of(status: int, headers: Mapping[str, str], content: bytes) -> str |
         return f"no error object: {content[:300]!r}"
     if set(error) != {"message", "type", "param", "code"} or error["code"] != status or not error["message"]:
         return f"not OpenAI's shape: {content[:300]!r}"
-    inside = _INSIDE.search(error["message"])
-    return None if inside is None else f"tells of the inside ({inside[0]!r}): {error['message'][:300]!r}"
+    internals = _INTERNALS.search(error["message"])
+    if internals is None or internals[0] in request:
+        return None
+    return f"leaks internals ({internals[0]!r}): {error['message'][:300]!r}"
 
 
 def _code(event: bytes) -> int:
@@ -206,7 +210,7 @@ def _shown(case: AnyCase) -> str:
 
 
 def engines_of(url: str) -> dict[str, float]:
-    """Which engines are up, how often they were started anew, and how many requests are being answered."""
+    """Gauges of the engines and the number of requests in flight."""
     names = ("rtap_engine_up", "rtap_engine_restarts_total", "rtap_in_flight")
     families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
     samples = (sample for family in families for sample in family.samples)
@@ -214,16 +218,16 @@ def engines_of(url: str) -> dict[str, float]:
 
 
 def still_works(url: str, before: Mapping[str, float]) -> str | None:
-    """Why the server is not as it was before it was fuzzed; None when it is."""
+    """The difference from the state before the fuzzing; None without one."""
     until = time.monotonic() + _GOOD_SECONDS
     reply = httpx.post(f"{url}/v1/chat/completions", json=GOOD, timeout=_GOOD_SECONDS)
     if reply.status_code != 200 or "degraded" in reply.json()["rtap"] or not reply.json()["rtap"]["cycles"]:
         return f"a good request is answered with {reply.status_code}: {reply.text[:300]}"
     if httpx.get(f"{url}/ready").status_code != 200:
-        return "it is not ready"
-    while (now := engines_of(url)) != before:  # what was left is being ended
+        return "the server is not ready"
+    while (now := engines_of(url)) != before:  # aborted requests are still ending
         if time.monotonic() > until:
-            return f"it was {dict(before)} and is {now}"
+            return f"the engines were {dict(before)} and are {now}"
         time.sleep(0.1)
     return None
 
@@ -232,9 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="fuzz.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--examples", type=int, default=25, help="of each operation and mode in a round")
+    parser.add_argument("--examples", type=int, default=25, help="examples of each operation and mode in a round")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--url", help="of a running server; default: one of the bundled models is started")
+    parser.add_argument("--url", help="of a running server; default: start one with the bundled models")
     parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "rtap-fuzz-server.log")
     options = parser.parse_args(argv)
     print(f"seed {options.seed}")
@@ -246,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(url: str, options: argparse.Namespace) -> int:
     before = engines_of(url)
-    report = fuzz(url, seconds=60 * options.minutes, examples=options.examples, seed=options.seed, tell=print)
+    report = fuzz(url, seconds=60 * options.minutes, examples=options.examples, seed=options.seed, log_line=print)
     for (operation, mode, status), count in sorted(report.replies.items()):
         print(f"{operation:45} {mode:10} {status:16} {count}")
     for finding in report.findings:

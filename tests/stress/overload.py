@@ -1,17 +1,17 @@
-"""What five times the load does to a server that takes no more than it can answer.
+"""Overload test: five times the load that the server can take.
 
-First, closed loops of more and more clients find the rate that it can hold, and how many requests at a time that takes.
-Then the server is started with that many as its ``--max-in-flight-requests``, and two loads take turns on it: that many
-clients in a closed loop (*at capacity*), and requests that arrive at random five times as often as it can answer,
-whoever is still waiting (*overload*). Ratios are of pooled rounds, with 95 % intervals by paired bootstrap over rounds.
-At last, clients leave, and the engine's gauges are watched until they are at 0. Writes docs/results/overload.{json,md}.
+    python -m tests.stress.overload
+
+Closed loops of more and more clients find the capacity: the fewest clients that reach nearly the best rate. The server
+then starts with that ``--max-in-flight-requests``, and two loads alternate: a closed loop of that many clients (*at
+capacity*), and Poisson arrivals at five times the rate (*overload*). Ratios are of pooled rounds, with 95 % intervals
+by paired bootstrap over rounds. Last, clients disconnect, and the engine's gauges must fall to 0. Writes
+docs/results/overload.{json,md}.
 """
 
 import argparse
 import asyncio
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,24 +23,34 @@ from typing import Any
 import aiohttp
 import numpy as np
 import uvloop
-from bench_open_load import Clients, Load, open_session, p99_of, rate_of
-from bench_servers import ROOT, bench_questions, chat_body, interval_text, ratio_over_rounds, run_of
 from prometheus_client.parser import text_string_to_metric_families
 
-from rtap_training.evaluation.records import write_atomically
+from benchmarks.harness import (
+    LOGS,
+    READY_SECONDS,
+    RESULTS,
+    interval_text,
+    list_info,
+    questions_of,
+    ratio_over_rounds,
+    run_info,
+    write_report,
+)
 from rtap_training.evaluation.server_process import running_server, serve_command
 from rtap_training.evaluation.statistics import Interval
+from tests.stress.overload_clients import Clients, Load, open_session, p99_of, rate_of
 
-TIMES = 5  # of the capacity is offered
-_NEAR_THE_BEST = 0.97  # the fewest clients that complete this share of the best rate are the capacity
+TIMES = 5  # offered load over capacity
+_NEAR_THE_BEST = 0.97  # share of the best rate that counts as capacity
 MOST_P99_RATIO, LEAST_RATE_RATIO, MOST_REFUSAL_MS, MOST_LEAVING_SECONDS = 1.5, 1.0, 50.0, 1.0
 _LEAVERS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """levels: completed a second by clients at a time. rounds: at capacity, and in overload. leaving: seconds until the
-    gauges were at 0, each time clients left."""
+    """levels: completed requests per second by number of clients. rounds: (at capacity, overload).
+
+    leaving: seconds until the engine's gauges were 0 after each disconnect."""
 
     levels: Mapping[int, float]
     capacity: int
@@ -49,21 +59,21 @@ class Found:
 
     @property
     def p99(self) -> Interval:
-        """Of admitted requests, overload over capacity."""
+        """p99 latency of admitted requests, overload over capacity."""
         return ratio_over_rounds(p99_of, [over for _, over in self.rounds], [at for at, _ in self.rounds])
 
     @property
     def rate(self) -> Interval:
-        """Of completed requests, overload over capacity."""
+        """Rate of completed requests, overload over capacity."""
         return ratio_over_rounds(rate_of, [over for _, over in self.rounds], [at for at, _ in self.rounds])
 
-    def pooled(self, what: str) -> list[float]:
-        """Of all overloads."""
-        return [value for _, over in self.rounds for value in getattr(over, what)]
+    def pooled(self, name: str) -> list[float]:
+        """Values of all overloads."""
+        return [value for _, over in self.rounds for value in getattr(over, name)]
 
 
 async def _levels(url: str, bodies: Sequence[bytes], levels: Sequence[int], seconds: float) -> dict[int, float]:
-    """Completed a second by number of clients, up and down again, so that a drift of the machine cancels."""
+    """Completed requests per second by number of clients, up and down so that a drift of the machine cancels."""
     async with open_session() as session:
         clients, loads = Clients(session, url, bodies), {level: list[Load]() for level in levels}
         await clients.closed(8, 3)
@@ -74,7 +84,7 @@ async def _levels(url: str, bodies: Sequence[bytes], levels: Sequence[int], seco
 
 
 def capacity_of(levels: Mapping[int, float]) -> int:
-    """The fewest clients with which (nearly) the best rate is reached."""
+    """The fewest clients that reach nearly the best rate."""
     return min(level for level, rate in levels.items() if rate >= _NEAR_THE_BEST * max(levels.values()))
 
 
@@ -99,7 +109,7 @@ async def _rounds(
 
 
 async def _leaving(url: str, times: int, clients_at_once: int) -> list[float]:
-    """Clients with seconds of work left go at once; how long until nothing runs or waits in the engine."""
+    """Seconds from the disconnect of clients with long requests to an idle engine."""
     question = {"messages": [{"role": "user", "content": "make 82 from 3, 7, 25"}], "model": "rtap"}
     body = json.dumps({**question, "ignore_eos": True, "rtap": {"threshold": 1.0, "max_cycles": 16}}).encode()
     seconds: list[float] = []
@@ -128,16 +138,16 @@ async def _at_work(session: aiohttp.ClientSession, url: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What was to be reached, and what was."""
+    """A bound and its measured value."""
 
-    what: str
+    name: str
     found: str
     bound: str
     met: bool
 
 
 def goals_of(found: Found) -> list[Goal]:
-    """All of them. A rate is met where its interval reaches it."""
+    """Goals with their measured values. A rate meets its bound when its interval reaches it."""
     refused = float(np.percentile(found.pooled("refused"), 99))
     wrong, leaving, p99, rate = found.pooled("wrong"), max(found.leaving), found.p99, found.rate
     answer, late = f"<= {MOST_REFUSAL_MS:g}", f"<= {MOST_LEAVING_SECONDS:g}"
@@ -145,15 +155,15 @@ def goals_of(found: Found) -> list[Goal]:
         Goal("p99 of admitted, over that at capacity", interval_text(p99), "<= 1.5", p99.value <= MOST_P99_RATIO),
         Goal("completed/s, over that at capacity", interval_text(rate), ">= 1", rate.high >= LEAST_RATE_RATIO),
         Goal("refusal (503, Retry-After), p99 ms", f"{refused:.1f}", answer, refused <= MOST_REFUSAL_MS),
-        Goal("neither answered nor refused so", str(len(wrong)), "0", not wrong),
+        Goal("wrong replies", str(len(wrong)), "0", not wrong),
         Goal(
-            "s from clients' leaving to an idle engine, most", f"{leaving:.2f}", late, leaving <= MOST_LEAVING_SECONDS
+            "seconds from disconnect to an idle engine, most", f"{leaving:.2f}", late, leaving <= MOST_LEAVING_SECONDS
         ),
     ]
 
 
 def _summary(one: Load) -> dict[str, Any]:
-    def told(values: Sequence[float]) -> dict[str, float]:
+    def summary(values: Sequence[float]) -> dict[str, float]:
         shares = np.percentile(values, (50, 90, 99)) if values else ()
         return {
             "count": len(values),
@@ -162,19 +172,19 @@ def _summary(one: Load) -> dict[str, Any]:
 
     return {
         "seconds": round(one.seconds, 2),
-        "completed": told(one.completed),
-        "refused": told(one.refused),
-        "sent late": told(one.late),
+        "completed": summary(one.completed),
+        "refused": summary(one.refused),
+        "sent late": summary(one.late),
         "wrong": one.wrong[:10],
     }
 
 
-def to_markdown(setting: Mapping[str, Any], found: Found) -> str:
+def to_markdown(info: Mapping[str, Any], found: Found) -> str:
     """The report."""
     ats, overs = [at for at, _ in found.rounds], [over for _, over in found.rounds]
     doc = (__doc__ or "").split("\n\n")
     offered = sum(len(one.late) for one in overs) / sum(one.seconds for one in overs)
-    lines = ["# Overload", "", doc[1].replace("\n", " "), "", *(f"- {k}: `{v}`" for k, v in setting.items()), ""]
+    lines = ["# Overload", "", doc[2].replace("\n", " "), "", *list_info(info), ""]
     lines += ["| clients in a closed loop | completed/s |", "|---|---|"]
     lines += [f"| {n}{' (capacity)' if n == found.capacity else ''} | {rate:.1f} |" for n, rate in found.levels.items()]
     lines += ["", "| | at capacity | overload |", "|---|---|---|"]
@@ -187,49 +197,44 @@ def to_markdown(setting: Mapping[str, Any], found: Found) -> str:
     lines += [f"| refused | 0 | {len(refused)} (median {np.median(refused):.1f} ms) |"]
     lines += [f"| sent late, p99 ms | – | {np.percentile(late, 99):.1f} |"]
     lines += ["", "| goal | found | must be | met |", "|---|---|---|---|"]
-    lines += [f"| {g.what} | {g.found} | {g.bound} | {'yes' if g.met else '**no**'} |" for g in goals_of(found)]
+    lines += [f"| {g.name} | {g.found} | {g.bound} | {'yes' if g.met else '**no**'} |" for g in goals_of(found)]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write. Result: 0, or 1 when a goal is missed."""
+    """Measure and write. Returns 1 when a goal is missed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="bench_overload.py", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="overload.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--levels", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128])
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--leave", type=int, default=10, help="how often clients leave")
+    parser.add_argument("--leave", type=int, default=10, help="number of disconnects")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args, started = parser.parse_args(arguments), datetime.now(UTC)
-    questions = bench_questions([])[:512]
-    bodies = [json.dumps(chat_body(question, None, 1.0, rtap={"max_cycles": 4})).encode() for question in questions]
-    logs = ROOT / "build" / "bench"
-    with running_server(serve_command(None, None, []), log=logs / "levels.log", ready_seconds=300) as url:
+    bodies = [
+        json.dumps({"messages": [{"role": "user", "content": q.text}], "rtap": {"max_cycles": 4}}).encode()
+        for q in questions_of([])[:512]
+    ]
+    with running_server(serve_command(None, None, []), log=LOGS / "levels.log", ready_seconds=READY_SECONDS) as url:
         levels = uvloop.run(_levels(url, bodies, args.levels, args.seconds / 2))
     capacity = capacity_of(levels)
     flags = ["--max-in-flight-requests", str(capacity)]
-    with running_server(serve_command(None, None, flags), log=logs / "overload.log", ready_seconds=300) as url:
+    command = serve_command(None, None, flags)
+    with running_server(command, log=LOGS / "overload.log", ready_seconds=READY_SECONDS) as url:
         rounds = uvloop.run(_rounds(url, bodies, capacity, args))
         leaving = uvloop.run(_leaving(url, args.leave, min(_LEAVERS, capacity)))
     found = Found(levels, capacity, rounds, leaving)
-    setting = run_of([f"scripts/{Path(__file__).name}", *arguments], started) | {
-        "seed": args.seed,
-        "flags": " ".join(flags),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, which the clients use as well",
-    }
+    info = run_info(__file__, arguments, started, seed=args.seed, flags=" ".join(flags))
     content = {
-        "setting": setting,
+        "setting": info,
         "completed/s by clients": found.levels,
         "capacity": found.capacity,
         "rounds": [{"at capacity": _summary(at), "overload": _summary(over)} for at, over in found.rounds],
         "seconds until idle": [round(seconds, 3) for seconds in found.leaving],
         "goals": [asdict(goal) for goal in goals_of(found)],
     }
-    write_atomically(args.output / "overload.json", json.dumps(content, indent=1) + "\n")
-    report = to_markdown(setting, found)
-    write_atomically(args.output / "overload.md", report)
-    print(report)
+    write_report(args.output, "overload", content, to_markdown(info, found))
     return int(not all(goal.met for goal in goals_of(found)))
 
 

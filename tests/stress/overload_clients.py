@@ -1,6 +1,6 @@
-"""Load generator of the overload benchmark: whole chat requests, from so many clients or at such a rate.
+"""Clients of the overload test: whole chat requests, in a closed loop or at a Poisson rate.
 
-A server that is full is asked like any other; what it refuses properly is counted apart.
+Refusals (503 with Retry-After) are counted apart from answers. ``vllm bench serve`` counts them as failures.
 """
 
 import asyncio
@@ -15,8 +15,9 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One phase. completed, refused: milliseconds of each. late: of sending, against when it was to be. wrong: replies
-    that are neither an answer nor a 503 with Retry-After."""
+    """One phase. completed, refused: latencies in milliseconds. late: delay of sending against the schedule.
+
+    wrong: replies that are neither an answer nor a 503 with Retry-After."""
 
     seconds: float
     completed: tuple[float, ...]
@@ -27,17 +28,17 @@ class Load:
 
 @dataclass(slots=True)
 class Clients:
-    """They ask one server for answers, with the same bodies in turn."""
+    """Clients of one server, with the same bodies in turn."""
 
     session: aiohttp.ClientSession
     url: str
     bodies: Sequence[bytes]
-    asked: int = 0
+    sent: int = 0
 
     async def one(self, completed: list[float], refused: list[float], wrong: list[str]) -> None:
-        """Ask once."""
-        body = self.bodies[self.asked % len(self.bodies)]
-        self.asked += 1
+        """Send one request."""
+        body = self.bodies[self.sent % len(self.bodies)]
+        self.sent += 1
         began = time.perf_counter()
         try:
             async with self.session.post(f"{self.url}/v1/chat/completions", data=body) as reply:
@@ -54,22 +55,22 @@ class Clients:
             wrong.append(f"{reply.status}: {content[:200]!r}")
 
     async def closed(self, clients: int, seconds: float) -> Load:
-        """So many, each asking again as soon as it is answered; what is answered after the end does not count."""
+        """A closed loop of ``clients``; replies after the end do not count."""
         completed, refused, wrong = list[float](), list[float](), list[str]()
         began = time.perf_counter()
 
-        async def ask() -> None:
+        async def loop() -> None:
             while time.perf_counter() - began < seconds:
                 await self.one(completed, refused, wrong)
 
-        tasks = [asyncio.create_task(ask()) for _ in range(clients)]
+        tasks = [asyncio.create_task(loop()) for _ in range(clients)]
         await asyncio.sleep(seconds)
         counted = Load(time.perf_counter() - began, tuple(completed), tuple(refused), (), tuple(wrong))
         await asyncio.gather(*tasks)
         return counted
 
     async def opened(self, rate: float, seconds: float, seed: int) -> Load:
-        """Arrivals at random, ``rate`` a second, whatever has become of those before."""
+        """Poisson arrivals, ``rate`` a second."""
         completed, refused, wrong, late = list[float](), list[float](), list[str](), list[float]()
         chance, tasks = random.Random(seed), list[asyncio.Task[None]]()
         began = time.perf_counter()
@@ -84,17 +85,17 @@ class Clients:
 
 
 def rate_of(loads: Sequence[Load]) -> float:
-    """Completed requests a second of all loads together."""
+    """Completed requests per second of all loads together."""
     return sum(len(one.completed) for one in loads) / sum(one.seconds for one in loads)
 
 
 def p99_of(loads: Sequence[Load]) -> float:
-    """Milliseconds, of completed requests of all loads together."""
+    """99th percentile of completed requests of all loads together, in milliseconds."""
     return float(np.percentile(np.concatenate([one.completed for one in loads]), 99))
 
 
 def open_session() -> aiohttp.ClientSession:
-    """As many connections as are wanted."""
+    """A session without a limit on connections."""
     headers = {"content-type": "application/json"}
     return aiohttp.ClientSession(
         headers=headers, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=300)

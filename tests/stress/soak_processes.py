@@ -1,7 +1,4 @@
-"""What a server's processes hold while it works: memory, files, sockets, threads, tasks; and how memory grows.
-
-It looks and computes; it sends nothing but a scrape. Bounds are ``soak.py``'s.
-"""
+"""Resources of a server's processes: memory, files, sockets, threads, tasks, and the growth of memory."""
 
 import asyncio
 import math
@@ -22,12 +19,12 @@ from rtap_training.evaluation.statistics import Interval
 
 MIB = 2**20
 API, POLICY, GENERATOR = "api", "policy engine", "generator engine"
-_BINS = 24  # of a slope: neighbouring samples say the same, so they are taken together before an interval is
+_BINS = 24  # of a slope: neighbouring samples are correlated, so an interval over single ones would be too narrow
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One process at one time. seconds: since the watch began."""
+    """One process at one time. seconds: since the start of the watch."""
 
     seconds: float
     role: str
@@ -39,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the API process has open, and how many choices it writes. tasks: asyncio's."""
+    """Resources of the API process. tasks: asyncio's. trajectories: choices in flight."""
 
     files: int
     sockets: int
@@ -50,24 +47,24 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """Of one server: the API's, and the policy's engine. The generator's may be another one tomorrow."""
+    """The API process and the policy's engine of one server. The generator's engine changes with restarts."""
 
     api: psutil.Process
     policy: psutil.Process
 
     def by_role(self) -> dict[str, psutil.Process]:
-        """Those that there are; no generator while it is being started."""
+        """Running processes; without the generator while it restarts."""
         others = [engine for engine in engines_of(self.api) if engine.pid != self.policy.pid]
         return {API: self.api, POLICY: self.policy, **dict(zip([GENERATOR], others, strict=False))}
 
 
 def engines_of(api: psutil.Process) -> list[psutil.Process]:
-    """In no order."""
+    """Engine processes, in no order."""
     return [child for child in api.children(recursive=True) if "EngineCore" in _command(child)]
 
 
 async def processes_of(url: str, api: psutil.Process) -> Processes:
-    """Which engine is the policy's: the one that works when nothing is scored."""
+    """Find the policy's engine: the one that uses CPU time for an unscored request."""
     engines = engines_of(api)
     before = {engine: _processor_seconds(engine) for engine in engines}
     body = {
@@ -106,7 +103,7 @@ async def watch(processes: Processes, samples: list[Sample], every_seconds: floa
 
 
 async def held(url: str, server: psutil.Process) -> Held:
-    """As it is now, this question included."""
+    """Resources now, this scrape included."""
     figures = await scrape(url)
     return Held(
         files=server.num_fds(),
@@ -131,14 +128,13 @@ async def scrape(url: str) -> dict[str, float]:
 
 
 def written(processes: Processes, log: Path) -> int:
-    """Bytes that the API process and the policy's engine have sent to the disk (not to pipes or sockets), but for those
-    of the log, which is their output."""
+    """Bytes that the API process and the policy's engine have written to disk, without their output in ``log``."""
     counters = [cast(Any, process.io_counters()) for process in (processes.api, processes.policy)]
     return sum(counter.write_bytes for counter in counters) - log.stat().st_size
 
 
 def growth(samples: Sequence[Sample]) -> Interval:
-    """MiB an hour by least squares over medians of equal times, with a 95 % interval; unbounded for few samples."""
+    """MiB per hour by least squares over binned medians, with a 95 % interval; unbounded for few samples."""
     if len(samples) < 6:
         return Interval(math.nan, -math.inf, math.inf)
     seconds = np.array([s.seconds for s in samples])
@@ -154,6 +150,6 @@ def growth(samples: Sequence[Sample]) -> Interval:
 
 
 def lives(samples: Sequence[Sample], role: str) -> list[list[Sample]]:
-    """The samples of a role, those of one process at a time."""
+    """Samples of a role, one list per process."""
     pids = dict.fromkeys(s.pid for s in samples if s.role == role)
     return [[s for s in samples if s.role == role and s.pid == pid] for pid in pids]
