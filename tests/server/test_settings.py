@@ -7,7 +7,7 @@ import pytest
 
 from rtap_core.errors import ConfigError
 from rtap_core.types import Policy
-from rtap_server.settings import Settings, add_flags, load_settings
+from rtap_server.settings import REMOVED, Settings, add_flags, load_settings
 
 
 def _load(argv: list[str], environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Settings:
@@ -75,3 +75,11 @@ def test_auto_confidence_is_decided_by_the_model(monkeypatch):
 def test_a_variable_that_is_no_json_is_one_sentence(monkeypatch):
     with pytest.raises(ConfigError, match="is it valid JSON"):
         _load([], {"RTAP_CONFIDENCE_ENGINE_ARGS": "{"}, monkeypatch)
+
+
+@pytest.mark.parametrize("flag", REMOVED)
+def test_a_removed_variable_is_refused_with_its_sentence(flag):
+    assert flag[2:].replace("-", "_") not in Settings.model_fields
+    name = f"RTAP_{flag[2:].replace('-', '_').upper()}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{name} was removed: {REMOVED[flag]}')}$"):
+        load_settings({}, {name: "1"})
