@@ -57,7 +57,7 @@ def test_it_is_small_enough_to_mail(report: Path) -> None:
 @pytest.mark.parametrize("width", [320, 1200])
 def test_axe_finds_nothing_and_it_fits(browser: Browser, report: Path, scheme: str, width: int) -> None:
     with open_page(browser, report.as_uri(), width=width, color_scheme=scheme) as page:
-        page.get_by_text("The whole setting").click()
+        page.get_by_text("Full setup").click()
         assert violations(page) == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         tables = page.get_by_role("region")

@@ -33,7 +33,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("num_kv_heads: 4", "multiple of num_kv_heads"),
         ("tasks: countdown=-1", "at least 0"),
         ("minutes: 0", "must be positive"),
-        ("initial: a\ntokenizer: b", "initial=a brings its own tokenizer; leave out tokenizer=b"),
+        ("initial: a\ntokenizer: b", "initial=a has its own tokenizer; leave out tokenizer=b"),
         ("- seed", "name: value"),
         ("seed: [", "cannot read"),
     ],
@@ -64,15 +64,21 @@ def test_every_field_is_a_flag() -> None:
 
 def test_errors_are_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["confidence", "--policy", str(tmp_path)]) == 2
-    assert "no checkpoint" in capsys.readouterr().err
+    assert "not a checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["sft", "--max-step=3"], "sft knows no --max-step=3 (did you mean --max-steps?); `rtap train sft --help`"),
-        (["rtap", "--zzz", "3"], "rtap knows no --zzz 3; `rtap train rtap --help` lists its flags"),
-        (["questions", "--zzz"], "questions knows no --zzz; `rtap train questions --help` lists its flags"),
+        (
+            ["sft", "--max-step=3"],
+            "unknown arguments of sft: --max-step=3 (did you mean --max-steps?); `rtap train",
+        ),
+        (["rtap", "--zzz", "3"], "unknown arguments of rtap: --zzz 3; `rtap train rtap --help` lists its flags"),
+        (
+            ["questions", "--zzz"],
+            "unknown arguments of questions: --zzz; `rtap train questions --help`",
+        ),
     ],
 )
 def test_a_flag_that_is_written_wrong_says_where_to_look(

@@ -459,6 +459,6 @@ def test_a_server_does_not_outlive_an_evaluation_that_is_told_to_stop(tmp_path: 
 
 
 def test_the_serve_command_names_model_and_generator() -> None:
-    assert serve_command(None, None, []) == [sys.executable, "-m", "server"]
+    assert serve_command(None, None, []) == [sys.executable, "-m", "rtap_server"]
     command = serve_command("policy", "judge", ["--max-model-len", "512"])
-    assert command[2:] == ["server", "policy", "--confidence-model", "judge", "--max-model-len", "512"]
+    assert command[2:] == ["rtap_server", "policy", "--confidence-model", "judge", "--max-model-len", "512"]

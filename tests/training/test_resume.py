@@ -34,7 +34,7 @@ TOGETHER = [*ALONE, "--processes=2"]
 
 def kill_after_a_state(command: str, flags: list[str], output: Path) -> None:
     """Start a run, and end it and its workers with kill -9 once it has saved something."""
-    arguments = [sys.executable, "-m", "training", command, *flags, f"--output={output}"]
+    arguments = [sys.executable, "-m", "rtap_training", command, *flags, f"--output={output}"]
     child = subprocess.Popen(arguments, start_new_session=True)
     deadline = time.monotonic() + 240
     while last_complete(run_dir(output), "state") is None and child.poll() is None and time.monotonic() < deadline:
@@ -61,6 +61,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert last_complete(run_dir(second), "state") is None
 
 
+@pytest.mark.slow
 def test_sft_of_two_processes_resumes_to_the_last_bit(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["sft", *TOGETHER, f"--output={whole}"]) == 0
@@ -76,6 +77,7 @@ CONFIDENCE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_confidence_resumes_to_the_last_bit(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["confidence", *CONFIDENCE, f"--output={whole}"]) == 0
@@ -94,6 +96,7 @@ GENERATOR = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_generator_for_a_users_model_resumes_to_the_last_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,7 +105,7 @@ def test_a_generator_for_a_users_model_resumes_to_the_last_bit(
     assert [line["step"] for line in curve(whole)] == [20, 24]
     kill_after_a_state("generator", GENERATOR, killed)
     assert main(["generator", *GENERATOR, f"--output={killed}", "--learning-rate=1e-3"]) == 2
-    assert "(learning_rate: 0.0001 then, 0.001 now)" in capsys.readouterr().err
+    assert "(learning_rate: was 0.0001, is 0.001)" in capsys.readouterr().err
     file = run_dir(killed) / "samples-fitting.jsonl"
     sampled = file.read_bytes()
     file.write_bytes(sampled[: len(sampled) // 2])  # as if it had been killed while sampling too
@@ -133,7 +136,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 def test_another_config_is_refused_by_the_names_of_its_fields(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sft", *ALONE, f"--output={broken}", "--matrix-rate=0.5", "--eval-questions=3"]) == 2
-    assert "(matrix_rate: 0.02 then, 0.5 now)" in capsys.readouterr().err
+    assert "(matrix_rate: was 0.02, is 0.5)" in capsys.readouterr().err
     settings = json.loads((run_dir(broken) / "state-8" / "complete.json").read_text())
     (run_dir(broken) / "state-8" / "complete.json").write_text(json.dumps(settings | {"data_sha256": "0"}))
     assert main(["sft", *ALONE, f"--output={broken}"]) == 2
@@ -154,7 +157,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(broken: Path, monke
     losses = iter([1.0, float("nan")])
     monkeypatch.setattr(sft, "policy_loss", lambda *given: original(*given) * next(losses))
     config = build_config(SftConfig, None, {"output": broken} | SETTINGS)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 10; the last good state is .*state-8\. Lower"):
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 10; the last good state is .*state-8\. Try"):
         sft.run(config)
     assert last_complete(run_dir(broken), "state") == run_dir(broken) / "state-8"
 

@@ -95,6 +95,7 @@ class Trainer:
         shutil.copytree(POLICY, settings["output"])
 
 
+@pytest.mark.slow
 def test_what_is_done_is_kept(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite.write_text(SUITE.replace("deploy/models/policy", f"{POLICY}, max_steps: 3"))
     monkeypatch.chdir(tmp_path)

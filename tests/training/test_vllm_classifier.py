@@ -18,6 +18,8 @@ from rtap_training.examples import Example
 from rtap_training.huggingface import encode_text
 from rtap_training.rollout import encode_question
 
+pytestmark = pytest.mark.slow
+
 GENERATOR = Path(__file__).parents[2] / "deploy" / "models" / "confidence"
 SCRIPT = """
 import json, sys

@@ -16,6 +16,8 @@ from rtap_core.format import RTAP, parse_cycle
 from rtap_training.huggingface import decode_ids, load_tokenizer, token_id
 from rtap_training.rollout import MAX_CYCLE_TOKENS
 
+pytestmark = pytest.mark.slow
+
 POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
 SCRIPT = """
 import json, sys
@@ -31,10 +33,10 @@ torch.set_num_threads(1)
 path, wanted = Path(sys.argv[1]), []
 questions = [q.question for name in ("countdown", "arithmetic") for q in held_out_questions(TASKS[name], 2)]
 for kind in (SamplerKind.VLLM, SamplerKind.TRANSFORMERS):
-    asked = PolicySetup(*load_policy(path), ConfidenceConfig(policy=path, sampler=kind, max_cycles=2))
-    sampler = build_sampler(asked)
+    setup = PolicySetup(*load_policy(path), ConfidenceConfig(policy=path, sampler=kind, max_cycles=2))
+    sampler = build_sampler(setup)
     for seed in (1, 1, 2):
-        trajectories = sample_chunk(asked, sampler.seeded(seed), questions, [0, 1, 2, 3], 16)
+        trajectories = sample_chunk(setup, sampler.seeded(seed), questions, [0, 1, 2, 3], 16)
         wanted.append([[t.question, [[c.ids, c.answer, c.is_right] for c in t.cycles]] for t in trajectories])
     sampler.close()
 assert not torch.distributed.is_initialized()
@@ -48,7 +50,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     script = tmp_path_factory.mktemp("vllm") / "sample.py"
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, str(script), str(POLICY)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""``rtap train``: the training commands. Heavy imports wait until a command runs, so that ``--help`` is quick."""
+"""``rtap train``: the training commands. Heavy imports are deferred so that ``--help`` is fast."""
 
 import argparse
 import difflib
@@ -26,24 +26,24 @@ from rtap_training.rl.config import CONFIGS
 
 EVAL_COUNT = 600
 RECIPE = Path("training/rtap_training/bundled/recipe.yaml")
-# Supervised stages: the module whose ``run`` does it, its config, its help.
+# Supervised stages: module with ``run``, config, help text.
 STAGES: dict[str, tuple[str, type[Any], str]] = {
-    "sft": ("rtap_training.sft", SftConfig, "cold start of a policy on Think–Answer traces"),
+    "sft": ("rtap_training.sft", SftConfig, "cold-start a policy on Think–Answer traces"),
     "correct": (
         "rtap_training.corrections",
         CorrectConfig,
-        "go on from a policy: right cycles after its own wrong ones",
+        "train a policy on corrections of its own wrong cycles",
     ),
-    "imitate": ("rtap_training.imitation", ImitateConfig, "teach a student what its teacher samples right"),
+    "imitate": ("rtap_training.imitation", ImitateConfig, "train a student on its teacher's right trajectories"),
     "confidence": (
         "rtap_training.confidence",
         ConfidenceConfig,
-        "train a confidence generator on a policy's own answers",
+        "train the bundled policy's confidence generator",
     ),
     "generator": (
         "rtap_training.generator",
         GeneratorConfig,
-        "the same for any Hugging Face model, on questions of your own",
+        "train a confidence generator for any Hugging Face model on your questions",
     ),
 }
 
@@ -61,12 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("suite", type=Path, help="YAML file: title, seeds, baseline, common, runs, measure")
     study.add_argument("--output", type=Path, required=True, help="folder of results.json and results.md")
     pipeline = commands.add_parser(
-        "pipeline", help="run the stages of a recipe: the bundled models from nothing", allow_abbrev=False
+        "pipeline", help="run a recipe; the default trains the bundled models from scratch", allow_abbrev=False
     )
     pipeline.add_argument("--recipe", type=Path, default=RECIPE, help="YAML file of stages (default: %(default)s)")
     pipeline.add_argument("--folder", type=Path, default=Path("runs/bundled"), help="outputs (default: %(default)s)")
-    pipeline.add_argument("--smoke", action="store_true", help="a few steps a stage: whether the chain holds together")
-    pipeline.add_argument("--install", action="store_true", help="replace the bundled models with what comes out")
+    pipeline.add_argument("--smoke", action="store_true", help="run a few steps per stage to check the whole pipeline")
+    pipeline.add_argument("--install", action="store_true", help="replace the bundled models with the results")
     pipeline.add_argument("--models", type=Path, default=BUNDLED, help="where to install (default: %(default)s)")
     questions = commands.add_parser("questions", help="write the held-out question files", allow_abbrev=False)
     questions.add_argument("--output", type=Path, default=BUNDLED / "eval", help="folder (default: %(default)s)")
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    # A worker that spins between steps would take the cores from a server on the same machine.
+    # Workers that spin between steps would slow down a server on the same machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     parser = _parser()
     parsed, unknown = parser.parse_known_args(argv)
@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = [f"--{item.name.replace('_', '-')}" for item in fields(kinds[command])] if command in kinds else []
         close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        parser.error(f"{command} knows no {' '.join(unknown)}{hint}; `rtap train {command} --help` lists its flags")
+        parser.error(
+            f"unknown arguments of {command}: {' '.join(unknown)}{hint}; `rtap train {command} --help` lists its flags"
+        )
     try:
         _run(command, flags)
     except RtapError as error:
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, flags: dict[str, Any]) -> None:
-    # TRL warns of any vLLM but those it names; the pair that pyproject.toml pins was tried.
+    # TRL warns about vLLM versions it does not list; the version pinned in pyproject.toml was tested.
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     match command:
         case "questions":
@@ -119,7 +121,7 @@ def _run(command: str, flags: dict[str, Any]) -> None:
 
 
 def _train(command: str, flags: dict[str, Any]) -> None:
-    """One training stage; ``config`` among the flags is a YAML file."""
+    """Run one training command; the flag ``config`` is a YAML file."""
     file: Path | None = flags.pop("config", None)
     if command in STAGES:
         module, kind, _ = STAGES[command]
@@ -130,7 +132,7 @@ def _train(command: str, flags: dict[str, Any]) -> None:
 
         rl.run(config)
     else:
-        raise ConfigError(f"unknown training command {command!r}; known are {', '.join([*STAGES, *CONFIGS])}")
+        raise ConfigError(f"unknown training command {command!r}; choose from {', '.join([*STAGES, *CONFIGS])}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Figures of a confidence generator, and its calibration. Pure numpy; scores are arrays over cycles.
+"""Metrics and calibration of a confidence generator. Pure numpy; scores are arrays over cycles.
 
-The first figure is the within-question AUROC: does a right cycle score above a wrong one *of the same question*?
-A generator that only knows which questions are hard has a fair global AUROC and is useless for stopping.
+The main metric is the within-question AUROC: the chance that a right cycle scores above a wrong one of the same
+question. A generator that only knows which questions are hard has a fair global AUROC and is useless for stopping.
 """
 
 from collections import defaultdict
@@ -21,9 +21,9 @@ BOOTSTRAPS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """within_auroc: mean over the questions that have right and wrong cycles (``contrast_questions`` of them).
+    """Metrics of a generator. AUROCs are None without contrast.
 
-    An AUROC without contrast is None.
+    within_auroc: mean over the ``contrast_questions`` questions that have both right and wrong cycles.
     """
 
     within_auroc: float | None
@@ -36,7 +36,7 @@ class Figures:
 
 
 def auroc(scores: Floats, labels: Bools) -> float:
-    """P(right scores above wrong), ties count half; NaN without contrast."""
+    """P(a right cycle scores above a wrong one); ties count half; NaN without contrast."""
     num_right, num_wrong = int(labels.sum()), int((~labels).sum())
     if not num_right or not num_wrong:
         return float("nan")
@@ -56,14 +56,14 @@ def within_question_auroc(scores: Floats, labels: Bools, questions: Sequence[int
 
 
 def expected_calibration_error(scores: Floats, labels: Bools) -> float:
-    """Mean over equal-width bins of |accuracy - confidence|, weighted by how full each is."""
+    """Mean over equal-width bins of |accuracy - confidence|, weighted by bin size."""
     bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
     gaps = [abs(scores[bins == b].sum() - labels[bins == b].sum()) for b in range(NUM_BINS)]
     return float(sum(gaps) / len(scores))
 
 
 def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
-    """All figures, rounded for a report."""
+    """All metrics, rounded for a report."""
     within, contrast = within_question_auroc(scores, labels, questions)
     return Figures(
         within_auroc=_known(within),
@@ -77,9 +77,9 @@ def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
 
 
 def intervals(scores: Floats, labels: Bools, questions: Sequence[int], *, seed: int = 0) -> dict[str, list[float]]:
-    """95 % intervals of the figures by bootstrap over questions: cycles of one question are not independent.
+    """95 % bootstrap intervals of the metrics. Questions are resampled: cycles of one question are not independent.
 
-    The calibration error grows with noise, also with that of a resample, so its interval lies high.
+    The calibration error is biased upwards by noise, so its interval lies high.
     """
     names, place = np.unique(np.asarray(questions), return_inverse=True)
     num_questions = len(names)
@@ -105,7 +105,7 @@ def intervals(scores: Floats, labels: Bools, questions: Sequence[int], *, seed: 
 
 
 def _weighted_auroc(level: NDArray[np.intp], labels: Bools, weights: Floats) -> float:
-    """AUROC of cycles that count ``weights`` times, scored by rank; NaN without contrast."""
+    """AUROC of weighted cycles, scored by rank; NaN without contrast."""
     right, wrong = np.bincount(level, weights=weights * labels), np.bincount(level, weights=weights * ~labels)
     pairs = right.sum() * wrong.sum()
     return float((right * (wrong.cumsum() - wrong / 2)).sum() / pairs) if pairs else float("nan")
@@ -116,21 +116,21 @@ def _known(value: float) -> float | None:
 
 
 def sigmoid(logits: Floats) -> Floats:
-    """Without overflow."""
+    """Sigmoid that does not overflow."""
     return np.exp(-np.logaddexp(0, -logits))
 
 
 def fit_platt(logits: Floats, labels: Bools) -> tuple[float, float]:
     """(slope, offset) that minimise the cross-entropy of sigmoid(slope·logit + offset); damped Newton steps.
 
-    Targets are smoothed as Platt does, so separable data keeps the slope finite.
+    Targets are smoothed as in Platt (1999), so the slope stays finite on separable data.
     """
     slope, offset = fit_logistic(np.stack([logits, np.ones_like(logits)], axis=1), labels, np.array([1.0, 0.0]))
     return float(slope), float(offset)
 
 
 def fit_logistic(features: Floats, labels: Bools, start: Floats, *, steps: int = 100) -> Floats:
-    """Weights (F,) that minimise the cross-entropy of sigmoid(features @ weights); features (N, F). As fit_platt."""
+    """Weights (F,) that minimise the cross-entropy of sigmoid(features @ weights); features (N, F). See fit_platt."""
     num_right, num_wrong = int(labels.sum()), int((~labels).sum())
     targets = np.where(labels, (num_right + 1) / (num_right + 2), 1 / (num_wrong + 2))
 
@@ -170,6 +170,6 @@ def best_threshold(scores: Floats, labels: Bools) -> float:
 
 
 def histogram(scores: Floats) -> list[float]:
-    """Share of the scores in each of the equal-width bins of [0, 1]."""
+    """Share of scores in each equal-width bin of [0, 1]."""
     counts, _ = np.histogram(scores, bins=NUM_BINS, range=(0.0, 1.0))
     return [round(float(c) / max(1, len(scores)), 5) for c in counts]

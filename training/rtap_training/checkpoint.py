@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent: written beside their place, then swapped in; and their manifest."""
+"""Atomic checkpoint folders and their manifests."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 MANIFEST = "manifest.json"
-KEPT = ("README.md",)  # written by people, carried over to the new checkpoint
+KEPT = ("README.md",)  # written by hand, carried over to the new checkpoint
 
 
 @contextmanager
 def replacing(output: Path) -> Generator[Path]:
-    """A fresh folder to write into; on success it takes the place of ``output``, on failure nothing changes.
+    """Yield a temporary folder that replaces ``output`` on success; on failure nothing changes.
 
-    A folder cannot be replaced in one system call, so the old one is first renamed to ``.NAME.old``: a kill in that
-    instant leaves it there, and the next save puts it back before it starts.
+    A folder cannot be replaced in one system call, so the old one is first renamed to ``.NAME.old``. If the process is
+    killed at that moment, the next save restores it.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     old = output.parent / f".{output.name}.old"
@@ -53,7 +53,7 @@ def replacing(output: Path) -> Generator[Path]:
 def manifest(
     command: str, config: "DataclassInstance", *, data: str, seconds: float, figures: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything needed to tell how a checkpoint came about. ``data``: text that identifies the training data."""
+    """Provenance of a checkpoint. ``data``: text that identifies the training data."""
     return {
         "command": command,
         "config": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()},
@@ -72,7 +72,7 @@ def sha256(text: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what training does."""
+    """Versions of Python and of the packages that determine training."""
     names = ("torch", "transformers", "trl", "accelerate")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
@@ -83,7 +83,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, None outside a checkout."""
+    """Git commit of this code; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

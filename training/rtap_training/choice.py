@@ -1,7 +1,6 @@
-"""What a score is worth for choosing among k samples of a question: best of k, against majority vote of k.
+"""Best-of-k selection by a score, compared with a majority vote of k.
 
-Pure: samples in, shares of right choices out. Every question's samples are cut into as many groups of k as they give,
-and the question is the unit of the bootstrap.
+Pure functions. The samples of each question are split into groups of k; the bootstrap resamples questions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,9 @@ SIZES = (2, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One first cycle. answer: None where it was cut; such a sample is never chosen before one with an answer.
+    """One first cycle.
 
-    scores: by the name of the rule that gives them.
+    answer: None for a truncated cycle; a sample with an answer is always preferred. scores: by name of the rule.
     """
 
     answer: str | None
@@ -26,13 +25,13 @@ class Sample:
 
 
 def best(samples: Sequence[Sample], rule: str) -> bool:
-    """Whether the sample with the highest score is right; the earliest of those tied."""
+    """Return True if the sample with the highest score is right; the earliest sample wins a tie."""
     answered = [s for s in samples if s.answer is not None]
     return bool(answered) and max(answered, key=lambda s: s.scores[rule]).is_right
 
 
 def vote(samples: Sequence[Sample]) -> bool:
-    """Whether the most frequent answer is right; the earliest of those tied."""
+    """Return True if the most frequent answer is right; the earliest answer wins a tie."""
     winner = majority([s.answer for s in samples])
     return winner is not None and next(s.is_right for s in samples if s.answer == winner)
 
@@ -40,7 +39,7 @@ def vote(samples: Sequence[Sample]) -> bool:
 def compare(questions: Sequence[Sequence[Sample]], *, generator: str, baselines: Sequence[str]) -> dict[str, Any]:
     """Shares of right choices with 95 % intervals for each k, and the generator's lead with its paired interval.
 
-    The lead over the baselines is over the best of them *on these very questions*: that favours them.
+    The best baseline is picked on the same questions, which favours the baselines.
     """
     num_samples = min(len(samples) for samples in questions)
     report: dict[str, Any] = {

@@ -1,7 +1,6 @@
-"""The confidence generator as a model: the policy's body under a head of one label, pooled at a cycle's last token.
+"""Confidence generator model: the policy's body and a one-label head on a cycle's last token.
 
-Input: the prompt of the question and **one** cycle, ending at ``</answer>``; earlier cycles are not seen (the paper's
-form). Not here: its training (``confidence.py``) and what its scores are worth (``judging.py``).
+Input: the prompt and **one** cycle, ending at ``</answer>``, as in the paper. Earlier cycles are not part of it.
 """
 
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from rtap_training.tasks.trajectory import TURN_END
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Pooled features (N, D) and logits (N,) of cycles, with labels and question indices."""
+    """Pooled features (N, D), logits (N,), labels and question indices of cycles."""
 
     hidden: Floats
     logits: Floats
@@ -36,11 +35,10 @@ class Scored:
 def build_generator(
     policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, num_layers: int | None = None
 ) -> Qwen3ForSequenceClassification:
-    """The policy's body (R-TAP app. A), or its first ``num_layers``; the head starts as the policy's choice after a
-    cycle: end the turn or go on.
+    """Build a generator from the policy's body (R-TAP app. A) or its first ``num_layers``.
 
-    Training then starts from what the policy knows of its answers (within-question AUROC 0.92 on held-out Countdown)
-    instead of spending its first steps, and its features, on a random head.
+    The head is the policy's logit difference between ending the turn and opening another cycle. Untrained it has a
+    within-question AUROC of 0.92 on held-out Countdown; a random head would first have to learn this.
     """
     model = build_scratch(policy, num_layers)
     body = body_of(model)
@@ -53,9 +51,10 @@ def build_generator(
 
 
 def build_scratch(policy: Qwen3ForCausalLM, num_layers: int | None = None) -> Qwen3ForSequenceClassification:
-    """Fresh weights from torch's global generator, in the policy's shape, ``num_layers`` deep.
+    """Random weights from torch's global generator, in the policy's shape, ``num_layers`` deep.
 
-    Raises ConfigError for more layers than the policy has."""
+    Raises ConfigError for more layers than the policy has.
+    """
     settings = deepcopy(policy.config)
     settings.num_labels = 1
     if num_layers is not None:
@@ -78,7 +77,7 @@ def body_of(model: Qwen3ForSequenceClassification) -> Qwen3Model:
 
 
 def pooled(model: Qwen3ForSequenceClassification, examples: Sequence[Example]) -> Tensor:
-    """Hidden state of each example's last token, right-padded batch: (B, D)."""
+    """Hidden state (B, D) of each example's last token."""
     pad_id = cast(int, model.config.pad_token_id)
     width = max(len(e.ids) for e in examples)
     ids = torch.tensor([[*e.ids, *[pad_id] * (width - len(e.ids))] for e in examples])
@@ -88,13 +87,13 @@ def pooled(model: Qwen3ForSequenceClassification, examples: Sequence[Example]) -
 
 
 def logits_of(model: Qwen3ForSequenceClassification, examples: Sequence[Example]) -> Tensor:
-    """(B,)."""
+    """Logits (B,)."""
     return model.score(pooled(model, examples))[:, 0]
 
 
 @torch.inference_mode()
 def score(model: Qwen3ForSequenceClassification, examples: Sequence[Example], batch_tokens: int) -> Scored:
-    """Score distinct cycles once and repeat them as often as they were sampled."""
+    """Score each distinct cycle once; repeat the result ``count`` times."""
     model.eval()
     groups = group(examples, batch_tokens)
     ordered = [e for g in groups for e in g]
@@ -113,13 +112,13 @@ def score(model: Qwen3ForSequenceClassification, examples: Sequence[Example], ba
 def confidences(
     model: Qwen3ForSequenceClassification, rows: Sequence[tuple[int, ...]], batch_tokens: int
 ) -> list[float]:
-    """Confidence of each row of prompt and cycle ids, in [0, 1]; equal rows are read once."""
+    """Confidence in [0, 1] of each row of prompt and cycle ids; equal rows are read once."""
     model.eval()
     return read_once(rows, batch_tokens, lambda batch: cast(Any, logits_of(model, batch).sigmoid()).tolist())
 
 
 def calibrate(model: Qwen3ForSequenceClassification, scored: Scored) -> dict[str, float]:
-    """Fold a Platt fit into the head, so that every engine serves calibrated scores with no code of ours."""
+    """Fold a Platt fit into the head, so that any engine returns calibrated scores."""
     slope, offset = fit_platt(scored.logits, scored.labels)
     direction = constant_direction(scored.hidden)
     residual = float(np.std(scored.hidden @ direction))

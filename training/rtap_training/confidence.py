@@ -1,7 +1,7 @@
-"""Train a confidence generator on a policy's own cycles (``rtap train confidence``).
+"""Confidence generator of the bundled policy (``rtap train confidence``).
 
-Sample, label by the tasks' checkers, train, calibrate, judge. Not here: the online updates during RL
-(``rl/generator.py``).
+Sample the policy's cycles, label them with the tasks' checkers, train, calibrate, evaluate. Online updates during RL
+are in ``rl/online_generator.py``.
 """
 
 import json
@@ -43,21 +43,21 @@ from rtap_training.tasks.base import Problem
 
 
 def run(config: ConfidenceConfig) -> None:
-    """Sample, label, train, calibrate, judge on held-out questions, save, and print the figures.
+    """Sample, label, train, calibrate, evaluate on held-out questions, save, and print the metrics.
 
-    Goes on from the run's last state, and from what was sampled, where there is something.
+    Resumes from saved samples and the last state.
     """
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
     setup = PolicySetup(*load_policy(config.policy), config)
     problems, questions = training_problems(config)
-    with closing(build_sampler(setup)) as sampler:  # all at once: vLLM starts slowly
+    with closing(build_sampler(setup)) as sampler:  # sample everything now: vLLM starts slowly
         sampled = sample_training(setup, sampler, questions)
         fitting, validation = label(setup, problems, questions, sampled)
         held_out = sample_held_out(setup, sampler)
     digest = json.dumps([(e.ids, e.is_right, e.count) for e in fitting])
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
-    configure_torch(config.threads, config.seed)  # fresh weights from the seed, however much was sampled before
+    configure_torch(config.threads, config.seed)  # weights depend on the seed alone, not on the amount of sampling
     depth = config.num_layers or None
     model = (
         build_scratch(setup.policy, depth)
@@ -66,7 +66,7 @@ def run(config: ConfidenceConfig) -> None:
     )
     training = train(model, fitting, config, states)
     calibration = calibrate(model, score(model, validation, config.batch_tokens))
-    cast_to(model, torch.bfloat16)  # what is saved is what is judged
+    cast_to(model, torch.bfloat16)  # evaluate the weights as they are saved
     cast_to(model, torch.float32)
     unseen = [t for t in sampled if t.question < num_validation(config)]
     known = score_cycles(model, setup.policy, setup.tokenizer, unseen, config.batch_tokens)
@@ -91,9 +91,9 @@ def run(config: ConfidenceConfig) -> None:
 
 
 def sample_held_out(setup: PolicySetup[ConfidenceConfig], sampler: Sampler) -> dict[str, list[Trajectory]]:
-    """Trajectories of each task's held-out questions, kept in files until the run has succeeded."""
+    """Trajectories of each task's held-out questions, kept in files until the run succeeds."""
     config = setup.config
-    size = f"{config.eval_questions}x{config.eval_samples}"  # may be another when a run is resumed
+    size = f"{config.eval_questions}x{config.eval_samples}"  # may change when a run is resumed
     held_out: dict[str, list[Trajectory]] = {}
     for name in parse_mix(config.tasks):
         questions = [q.question for q in held_out_questions(TASKS[name], config.eval_questions)]
@@ -108,8 +108,8 @@ def label(
     questions: Sequence[str],
     sampled: Sequence[Trajectory],
 ) -> tuple[list[Example], list[Example]]:
-    """Weighted examples to fit on, and (sampled ones only) those to calibrate on. Raises ConfigError where either
-    has nothing to tell apart."""
+    """(weighted training examples, sampled calibration examples). Raises ConfigError if either set lacks right or wrong
+    cycles."""
     config, rng = setup.config, Random(f"{setup.config.seed}:synthetic")
     rows = [(t.question, (*t.prompt, *c.ids), c.is_right) for t in sampled for c in t.cycles if c.answer is not None]
     if not rows:
@@ -133,7 +133,7 @@ def label(
 
 
 def num_validation(config: ConfidenceConfig) -> int:
-    """Questions, the first ones, that are calibrated on and not trained on."""
+    """Number of questions, from the first, that are for calibration only."""
     return max(1, round(config.validation_share * config.questions))
 
 
@@ -141,7 +141,7 @@ def _check_contrast(examples: Sequence[Example], whose: str, so: str) -> None:
     num_right = sum(e.is_right for e in examples)
     if num_right in (0, len(examples)):
         raise ConfigError(
-            f"{num_right} of {len(examples)} distinct answers to {whose} are right, so there is {so}; take a better "
+            f"{num_right} of {len(examples)} distinct answers to {whose} are right, so there is {so}; use a better "
             "policy (harder questions if all are right), more questions or more samples"
         )
 
@@ -152,7 +152,7 @@ def _check_contrast(examples: Sequence[Example], whose: str, so: str) -> None:
 def train(
     model: Qwen3ForSequenceClassification, examples: Sequence[Example], config: ConfidenceConfig, states: States
 ) -> dict[str, Any]:
-    """Shuffled epochs until the budget ends; from the last state where there is one."""
+    """Train on shuffled epochs until the budget ends, from the last state if any."""
     optimisers = build_muon(
         model.named_parameters(),
         matrix_rate=config.matrix_rate,
@@ -185,14 +185,14 @@ def train(
 
 
 def balanced_loss(logits: Tensor, batch: Sequence[Example], mean_weight: float) -> Tensor:
-    """Cross-entropy under the examples' weights, which are ``mean_weight`` on average over an epoch."""
+    """Weighted cross-entropy; ``mean_weight``: mean weight over an epoch."""
     labels = torch.tensor([float(e.is_right) for e in batch])
     weights = torch.tensor([e.weight / mean_weight for e in batch])
     return (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weights).mean()
 
 
 def pairwise_loss(logits: Tensor) -> Tensor:
-    """Mean of log(1 + exp(wrong - right)); logits (2 P,) of right and wrong cycles in turn."""
+    """Mean of log(1 + exp(wrong - right)); logits (2 P,) alternate right and wrong cycles."""
     right, wrong = logits.reshape(-1, 2).unbind(1)
     return F.softplus(wrong - right).mean()
 
@@ -206,7 +206,7 @@ def judge(
     held_out: dict[str, list[Trajectory]],
     fusion: Fusion | None,
 ) -> dict[str, Judged]:
-    """By task."""
+    """Scores of the held-out cycles, by task."""
     tokens = setup.config.batch_tokens
     return {
         name: judge_task(model, setup.policy, setup.tokenizer, part, tokens, fusion) for name, part in held_out.items()
@@ -216,9 +216,10 @@ def judge(
 def artifact(
     threshold: float, fusion: Fusion | None, judged: dict[str, Judged], figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """The ``rtap`` block that the server reads, and the figures that a reader of ``config.json`` looks for.
+    """The ``rtap`` block of config.json: server settings and held-out metrics.
 
-    The reference is of first cycles, which every stop rule writes alike: a server can compare its own with them."""
+    The reference histogram is over first cycles, which do not depend on the stop rule, so a server can compare its own.
+    """
     scalars = {name: value for name, value in figures.items() if not isinstance(value, dict)}
     firsts = [s for j in judged.values() for question in j.first_cycles for s in question if s.answer is not None]
     reference = histogram(np.array([s.scores[GENERATOR] for s in firsts], dtype=np.float64))
@@ -234,8 +235,7 @@ def show(
     judged: Mapping[str, Judged],
     figures: Mapping[str, Any],
 ) -> None:
-    """The judgement in TensorBoard: figures of each task and of all, and turns with the confidence of their last
-    cycle."""
+    """Write TensorBoard events: metrics per task and over all, and trajectories with their last confidence."""
     config = setup.config
     turns = {
         name: HeldOutTrajectories([q.question for q in held_out_questions(TASKS[name], config.eval_questions)], part)
@@ -248,7 +248,7 @@ def show(
 
 
 def write_plot(file: Path, judged: dict[str, Judged]) -> None:
-    """The reliability plot of every task and of all."""
+    """Write the reliability plot of every task and of all together."""
     parts = judged | {"all": pool(list(judged.values()))}
     png = plot_png({name: (p.scores, p.labels) for name, p in parts.items()}, "held-out questions, all cycles")
     file.write_bytes(png)

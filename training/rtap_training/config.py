@@ -1,4 +1,4 @@
-"""Typed configs of the training commands: defaults, then a YAML file, then flags. Unknown keys are refused."""
+"""Configs of the training commands. Flags override a YAML file, which overrides defaults."""
 
 import argparse
 from dataclasses import dataclass, field, fields
@@ -17,7 +17,7 @@ from rtap_training.tasks import parse_mix
 
 
 class SamplerKind(StrEnum):
-    """What samples a policy's cycles. auto: vLLM where it and a GPU are there."""
+    """Sampling backend. auto: vLLM if it is installed and a GPU is present, else transformers."""
 
     AUTO = "auto"
     VLLM = "vllm"
@@ -25,7 +25,7 @@ class SamplerKind(StrEnum):
 
 
 class Loss(StrEnum):
-    """What a confidence generator minimises.
+    """Training loss of a confidence generator.
 
     balanced: cross-entropy in which right and wrong cycles of a question weigh the same (R-TAP eq. 6). pairwise:
     the logistic loss of the difference between a right and a wrong cycle of the same question.
@@ -36,7 +36,7 @@ class Loss(StrEnum):
 
 
 class Init(StrEnum):
-    """What a confidence generator starts from: the policy's weights, or fresh ones of its shape."""
+    """Initial weights of a confidence generator: the policy's, or random ones of the same shape."""
 
     POLICY = "policy"
     SCRATCH = "scratch"
@@ -44,7 +44,7 @@ class Init(StrEnum):
 
 BUNDLED = BUNDLED_MODELS
 TASK_MIX = "countdown=0.4,arithmetic=0.2,knights=0.4"
-# Fields that may differ when a run is resumed: they do not decide what training computes.
+# Fields that may differ when a run is resumed: they do not change the result.
 _MAY_CHANGE = frozenset({"output", "threads", "eval_questions", "save_steps", "save_minutes"})
 
 
@@ -59,16 +59,16 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class SftConfig:
-    """Cold start of a policy from nothing on Think–Answer traces.
+    """Cold start of a policy from random weights on Think–Answer traces.
 
-    Neither paper trains from nothing: all defaults are ours, for 3 M parameters on two cores (deploy/models).
+    Neither paper trains from scratch: all defaults are ours, for 3 M parameters on two cores (deploy/models).
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE
     output: Path = field(default=Path("runs/policy"), metadata=_help("where the checkpoint is written"))
-    initial: Path | None = field(default=None, metadata=_help("checkpoint to go on from, with its tokenizer and shape"))
+    initial: Path | None = field(default=None, metadata=_help("checkpoint to continue from; fixes tokenizer and shape"))
     tokenizer: Path | None = field(
-        default=None, metadata=_help("checkpoint whose tokenizer a fresh model gets, as a teacher's student needs")
+        default=None, metadata=_help("checkpoint whose tokenizer a new model uses; a student needs its teacher's")
     )
     seed: int = field(default=1, metadata=_help("seed of data, weights and evaluation sampling"))
     minutes: float = field(default=30.0, metadata=_help("training budget; the learning rate follows it"))
@@ -97,11 +97,11 @@ class SftConfig:
     def __post_init__(self) -> None:
         if self.initial is not None and self.tokenizer is not None:
             raise ConfigError(
-                f"initial={self.initial} brings its own tokenizer; leave out tokenizer={self.tokenizer}, or leave out "
-                "initial to start fresh weights on that tokenizer"
+                f"initial={self.initial} has its own tokenizer; leave out tokenizer={self.tokenizer}, or leave out "
+                "initial to train new weights with that tokenizer"
             )
         if self.head_dim not in (32, 64, 96, 128):
-            raise ConfigError(f"head_dim={self.head_dim} is not served by vLLM on CPU; use 32, 64, 96 or 128")
+            raise ConfigError(f"head_dim={self.head_dim} is not supported by vLLM on CPUs; use 32, 64, 96 or 128")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.processes < 1 or self.threads < 1:
@@ -112,13 +112,13 @@ class SftConfig:
 
 @dataclass(frozen=True, slots=True)
 class SampledTurnsConfig:
-    """What ``correct`` and ``imitate`` have in common: sample turns, then learn from them.
+    """Common settings of ``correct`` and ``imitate``, which sample trajectories and train on them.
 
     Neither paper has these stages: all defaults are ours, for 3 M parameters on two cores (deploy/models).
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE | {"samples_file"}
-    policy: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to go on from"))
+    policy: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint to continue from"))
     output: Path = field(default=Path("runs/policy"), metadata=_help("where the checkpoint is written"))
     samples_file: Path | None = field(default=None, metadata=_help("file that keeps the sampled cycles"))
     seed: int = field(default=4, metadata=_help("seed of questions, sampling and training order"))
@@ -150,33 +150,35 @@ class SampledTurnsConfig:
 
 @dataclass(frozen=True, slots=True)
 class CorrectConfig(SampledTurnsConfig):
-    """Correcting a policy's own wrong cycles."""
+    """Train a policy to correct its own wrong cycles."""
 
     output: Path = field(default=Path("runs/corrected"), metadata=_help("where the checkpoint is written"))
-    kept_share: float = field(default=0.5, metadata=_help("own right turns an epoch, for each one mended"))
-    confirmed_share: float = field(default=0.15, metadata=_help("right cycles told twice, for each one mended"))
+    kept_share: float = field(default=0.5, metadata=_help("right trajectories per epoch, for each corrected one"))
+    confirmed_share: float = field(
+        default=0.15, metadata=_help("right trajectories with a confirming cycle per epoch, for each corrected one")
+    )
 
     def __post_init__(self) -> None:
-        SampledTurnsConfig.__post_init__(self)  # super() is not there in a dataclass with slots
+        SampledTurnsConfig.__post_init__(self)  # super() fails in a dataclass with slots
         if self.kept_share < 0 or self.confirmed_share < 0:
             raise ConfigError(f"kept_share={self.kept_share} and confirmed_share={self.confirmed_share} must be >= 0")
 
 
 @dataclass(frozen=True, slots=True)
 class ImitateConfig(SampledTurnsConfig):
-    """Learning a teacher's right turns: what RLAD is compared with."""
+    """Supervised learning on a teacher's right trajectories: a baseline of RLAD."""
 
-    policy: Path = field(default=BUNDLED / "student", metadata=_help("student to go on from"))
-    teacher: Path = field(default=BUNDLED / "policy", metadata=_help("checkpoint that is sampled"))
+    policy: Path = field(default=BUNDLED / "student", metadata=_help("student checkpoint to continue from"))
+    teacher: Path = field(default=BUNDLED / "policy", metadata=_help("teacher checkpoint to sample from"))
     output: Path = field(default=Path("runs/imitated"), metadata=_help("where the student is written"))
-    max_cycles: int = field(default=1, metadata=_help("cycles a turn; forced open after wrong ones"))
+    max_cycles: int = field(default=1, metadata=_help("cycles a trajectory; forced open after wrong ones"))
 
 
 @dataclass(frozen=True, slots=True)
 class ConfidenceConfig:
     """Training of a confidence generator from the policy's own trajectories.
 
-    Defaults are ours, for 3 M parameters on two cores (deploy/models), where a field does not name its source.
+    Defaults without a named source are ours, for 3 M parameters on two cores (deploy/models).
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = _MAY_CHANGE | {"samples_file", "eval_samples"}
@@ -188,13 +190,15 @@ class ConfidenceConfig:
     samples: int = field(default=6, metadata=_help("trajectories a question. R-TAP: 128"))
     sampler: SamplerKind = field(default=SamplerKind.AUTO, metadata=_help("auto: vllm on GPUs, else transformers"))
     loss: Loss = field(default=Loss.BALANCED, metadata=_help("training loss. R-TAP eq. 6: balanced"))
-    init: Init = field(default=Init.POLICY, metadata=_help("first weights. R-TAP app. A: the policy's"))
+    init: Init = field(default=Init.POLICY, metadata=_help("initial weights. R-TAP app. A: the policy's"))
     num_layers: int = field(default=0, metadata=_help("depth; the policy's first layers (0: all, as R-TAP app. A)"))
     max_cycles: int = field(default=3, metadata=_help("cycles a trajectory; forced open after wrong ones"))
     tasks: str = field(default=TASK_MIX, metadata=_help("share of each task, as NAME=WEIGHT with commas between"))
-    synthetic_pairs: int = field(default=3, metadata=_help("made-up right and hard wrong cycles a question"))
+    synthetic_pairs: int = field(default=3, metadata=_help("synthetic right and hard wrong cycles a question"))
     validation_share: float = field(default=0.1, metadata=_help("questions kept for calibration and threshold"))
-    fuse: bool = field(default=True, metadata=_help("serve it joined with the policy's own log-probabilities"))
+    fuse: bool = field(
+        default=True, metadata=_help("combine the generator with the policy's log-probabilities when serving")
+    )
     threads: int = field(default=1, metadata=_help("torch threads"))
     minutes: float = field(default=6.0, metadata=_help("wall-clock budget of the training loop"))
     max_steps: int = field(
@@ -213,7 +217,7 @@ class ConfidenceConfig:
 
     def __post_init__(self) -> None:
         if self.samples < 2:
-            raise ConfigError(f"samples={self.samples} must be at least 2: one answer has no contrast")
+            raise ConfigError(f"samples={self.samples} must be at least 2: a single answer has no contrast")
         for name in ("max_cycles", "questions", "eval_questions", "eval_samples", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
@@ -231,7 +235,10 @@ class ConfidenceConfig:
 
 def _check_loop(config: SftConfig | SampledTurnsConfig | ConfidenceConfig) -> None:
     if config.minutes <= 0 or config.save_minutes <= 0 or config.batch_tokens < 256:
-        raise ConfigError("minutes and save_minutes must be positive and batch_tokens at least 256")
+        raise ConfigError(
+            f"minutes={config.minutes} and save_minutes={config.save_minutes} must be positive, and "
+            f"batch_tokens={config.batch_tokens} at least 256"
+        )
     if config.max_steps < 0 or config.save_steps < 0:
         raise ConfigError(f"max_steps={config.max_steps} and save_steps={config.save_steps} must not be negative")
     if not 0 < config.warmup_share < 1:
@@ -242,12 +249,12 @@ Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def run_dir(output: Path) -> Path:
-    """Folder of what the run that writes ``output`` keeps: its log and the states that it resumes from."""
+    """Folder of logs and resumable states of the run that writes ``output``."""
     return output.with_name(f"{output.name}.run")
 
 
 def add_flags(parser: argparse.ArgumentParser, config: "type[DataclassInstance]") -> None:
-    """One flag per field, and ``--config``."""
+    """Add one flag per field, and ``--config``."""
     parser.add_argument("--config", type=Path, help="YAML file with the same names as the flags; flags win")
     types = get_type_hints(config)
     for item in fields(config):
@@ -269,7 +276,7 @@ def _plain(kind: Any) -> type:
 
 
 def build_config(config: type[Config], file: Path | None, flags: dict[str, Any]) -> Config:
-    """Merge file and flags over the defaults. Raises ConfigError on unknown keys and wrong types."""
+    """Merge defaults, ``file`` and ``flags``. Raises ConfigError for unknown keys and wrong types."""
     hints = get_type_hints(config)
     types = {item.name: hints[item.name] for item in fields(config)}
     values: dict[str, Any] = _read_yaml(file) if file else {}

@@ -1,8 +1,8 @@
-"""Go on training a policy on its own cycles: after a wrong one, a right one (``rtap train correct``).
+"""Training on corrections of a policy's own wrong cycles (``rtap train correct``).
 
-A cold start's wrong cycles are made up, so a policy learns to mend faults it does not make, and copies its own into the
-next cycle. Here the wrong cycles are those it samples itself on training questions, never trained on, and what follows
-each is a right working of the task. Its own right cycles are kept in, so that nothing else changes.
+The wrong cycles of a cold start are synthetic, so a policy learns to correct errors it does not make and copies its own
+errors into the next cycle. Here wrong cycles are sampled from the policy and masked; each is followed by a right cycle.
+The policy's own right trajectories are included to keep the rest of its behaviour.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,18 @@ from rtap_training.tasks.trajectory import CONFIRMATIONS, TURN_END, cycle_segmen
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is learnt. corrected: a right cycle after wrong ones. kept: the policy's own turns that end right.
-    confirmed: a right cycle once more, after the server's loop has opened one that was not needed."""
+    """Training rows by kind.
+
+    corrected: a right cycle after wrong ones. kept: the policy's own trajectories that end right. confirmed: a right
+    cycle repeated after the loop has opened an unneeded one.
+    """
 
     corrected: list[Encoded]
     kept: list[Encoded]
     confirmed: list[Encoded]
 
     def draw(self, config: CorrectConfig, rng: Random) -> list[Encoded]:
-        """Those of an epoch: all that is corrected, and a fresh share of the rest."""
+        """Rows of one epoch: all corrected rows and a random share of the others."""
         drawn = list(self.corrected)
         for part, share in ((self.kept, config.kept_share), (self.confirmed, config.confirmed_share)):
             drawn += rng.sample(part, min(len(part), round(share * len(self.corrected))))
@@ -43,9 +46,9 @@ class Rows:
 
 
 def run(config: CorrectConfig) -> None:
-    """Sample, train, evaluate on held-out questions before and after, save, and print the figures.
+    """Sample, train, evaluate on held-out questions before and after, save, and print the metrics.
 
-    Goes on from the run's last state, and from what was sampled, where there is something.
+    Resumes from saved samples and the last state.
     """
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
@@ -54,20 +57,19 @@ def run(config: CorrectConfig) -> None:
     rows = build_rows(setup.tokenizer, problems, sampled, Random(f"{config.seed}:rows"))
     if not rows.corrected:
         raise ConfigError(
-            f"{config.policy} answered {config.questions} questions without a fault to correct; "
-            "take more, or harder ones"
+            f"{config.policy} answered {config.questions} questions without an error to correct; "
+            "use more or harder questions"
         )
     parts = {"corrected": rows.corrected, "kept": rows.kept, "confirmed": rows.confirmed}
     ids = [[row.ids for row in part] for part in parts.values()]
     counts = {name: len(part) for name, part in parts.items()}
-    lesson = TrainingRows(ids, counts, lambda rng: rows.draw(config, rng))
-    learn("correct", setup, lesson, evaluate_before=True)
+    learn("correct", setup, TrainingRows(ids, counts, lambda rng: rows.draw(config, rng)), evaluate_before=True)
 
 
 def build_rows(
     tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], sampled: Sequence[Trajectory], rng: Random
 ) -> Rows:
-    """Rows of all trajectories; ``problems[t.question]`` is what trajectory ``t`` answers."""
+    """Rows of all trajectories; trajectory ``t`` answers ``problems[t.question]``."""
     rows = Rows([], [], [])
     for trajectory in sampled:
         _add(rows, tokenizer, problems[trajectory.question], trajectory, rng)
@@ -99,7 +101,7 @@ def _followed(row: Encoded, ids: list[int], *, is_trained: bool = True) -> Encod
 
 
 def _again(tokenizer: PreTrainedTokenizerFast, ids: list[int], doubt: str) -> list[int]:
-    """A cycle once more, begun with ``doubt``. A first cycle may have been opened by its prompt."""
+    """The cycle repeated after ``doubt``. A first cycle may have been opened by the prompt."""
     opening = encode_text(tokenizer, RTAP.cycle_open)
     body = ids[len(opening) :] if ids[: len(opening)] == opening else ids
     return [*opening, *encode_text(tokenizer, doubt), *body]

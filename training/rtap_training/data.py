@@ -1,4 +1,4 @@
-"""Conversations to token ids, a loss mask and length-bucketed batches. Deterministic for a seed, endless."""
+"""Tokenisation, loss masks and length-bucketed batches of training conversations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ POOL_BATCHES = 16
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of prompt and turn, and for each whether predicting it counts in the loss."""
+    """Token ids of prompt and completion. is_trained: per token, True if it counts in the loss."""
 
     ids: list[int]
     is_trained: list[bool]
@@ -34,7 +34,7 @@ class Batch:
 
 
 def conversation_text(conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-    """The whole text and the character spans whose tokens are trained."""
+    """Text of a conversation, and the character spans that are trained."""
     text = render_prompt(conversation.messages)
     spans: list[tuple[int, int]] = []
     for segment in conversation.turn:
@@ -45,7 +45,7 @@ def conversation_text(conversation: Conversation) -> tuple[str, list[tuple[int, 
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation]) -> list[Encoded]:
-    """Tokenise whole texts (as an engine would), then mask: a token is trained only if all its text is."""
+    """Tokenise whole texts, as an engine does. A token is trained only if all its characters are."""
     rendered = [conversation_text(c) for c in conversations]
     encodings = tokenizer.backend_tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
     result: list[Encoded] = []
@@ -72,7 +72,7 @@ def pad(rows: Sequence[Encoded], padding: int) -> Batch:
 def batches(
     tokenizer: PreTrainedTokenizerFast, weights: Mapping[str, float], *, seed: int, batch_tokens: int
 ) -> Stream[Batch]:
-    """Endless batches of at most ``batch_tokens`` padded tokens, each of rows of similar length."""
+    """Endless batches of rows of similar length, at most ``batch_tokens`` padded tokens each."""
     padding = pad_id(tokenizer)
 
     def draw(rng: Random) -> list[Batch]:
@@ -90,7 +90,7 @@ def batches(
 
 
 def bucket(rows: Sequence[Encoded], batch_tokens: int) -> list[list[Encoded]]:
-    """Sort by length and cut so that rows times longest row stays within ``batch_tokens``."""
+    """Sort rows by length and split them so that each padded batch has at most ``batch_tokens`` tokens."""
     groups: list[list[Encoded]] = [[]]
     for row in sorted(rows, key=lambda r: len(r.ids)):
         if groups[-1] and (len(groups[-1]) + 1) * len(row.ids) > batch_tokens:

@@ -1,7 +1,6 @@
-"""``rtap eval``: measure what each stopping rule is worth on question files, against a real server.
+"""``rtap eval``: measure accuracy and cost of stopping rules against a running server.
 
-Only the arguments are handled here; nothing heavy is imported until they are understood. The work is in
-``rtap_training.evaluation``.
+This module parses arguments and defers heavy imports; ``rtap_training.evaluation`` does the work.
 """
 
 import argparse
@@ -26,7 +25,7 @@ Value = TypeVar("Value")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``rtap eval``. Result: 0; 1 when requests failed; 2 for arguments or servers that cannot work."""
+    """Run ``rtap eval``. Returns 0; 1 if requests failed; 2 for invalid arguments or servers."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     at = arguments.index("--") if "--" in arguments else len(arguments)
     args = _parser().parse_args(arguments[:at])
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error_console.print(f"rtap eval: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        error_console.print("rtap eval: stopped; finished runs are kept, --resume goes on from them")
+        error_console.print("rtap eval: interrupted; finished runs are kept, continue with --resume")
         return 130
 
 
@@ -52,7 +51,7 @@ def _evaluate(config: "EvaluationConfig", console: Console) -> int:
     for path in write_results(results, config.output):
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     if results.errors:
-        console.print(f"{results.errors} requests failed; they are in no figure but `errors`", style="bold red")
+        console.print(f"{results.errors} requests failed; only `errors` counts them", style="bold red")
     return 1 if results.errors else 0
 
 
@@ -62,12 +61,14 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
 
     rules = args.policies
     own_servers = {rule: url for rule in OWN_SERVER if (url := getattr(args, f"{rule}_server")) is not None}
-    if rules is None:  # yesno is for models that learnt to judge; the others, as far as there are servers for them
+    if rules is None:  # yesno is for models trained to judge; logprob and yesno need their own server
         rules = [
             r for r in RULES if r not in OWN_SERVER or r in own_servers or (r == "logprob" and args.server is None)
         ]
     if args.model is not None and args.model_flag is not None:
-        raise ConfigError("the model is given twice, as MODEL and as --model; give it once")
+        raise ConfigError(
+            f"the model is given as MODEL ({args.model}) and as --model ({args.model_flag}); give it once"
+        )
     selection = RuleSelection(
         frozenset(rules),
         tuple(sorted(set(args.thresholds))),
@@ -95,11 +96,11 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
 
 
 def _bundled_questions() -> list[Path]:
-    """Held-out questions of what the bundled policy has learnt. A checkout has them, an installed package has not."""
+    """Held-out questions of the tasks that the bundled policy was trained on."""
     folder = BUNDLED_MODELS / "eval"
     files = [folder / "arithmetic.jsonl", folder / "countdown.jsonl"]
     if not all(file.is_file() for file in files):
-        raise ConfigError(f"no --questions given, and no bundled ones in {folder}; give a JSONL file")
+        raise ConfigError(f"no --questions given and no bundled questions in {folder}; give a JSONL file")
     return files
 
 
@@ -111,38 +112,42 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: rtap eval --policies single,confidence --limit 100 -- --max-model-len 1024",
         allow_abbrev=False,
     )
-    where = parser.add_argument_group("where to ask (neither --server nor MODEL: serve the bundled models)")
-    where.add_argument("model", nargs="?", metavar="MODEL", help="a model to serve for the time of the evaluation")
-    where.add_argument("--model", dest="model_flag", metavar="PATH", help="the same as MODEL")
-    where.add_argument("--server", metavar="URL", help="a running rtap server")
+    where = parser.add_argument_group("server (default: serve the bundled models)")
+    where.add_argument("model", nargs="?", metavar="MODEL", help="model to serve during the evaluation")
+    where.add_argument("--model", dest="model_flag", metavar="PATH", help="same as MODEL")
+    where.add_argument("--server", metavar="URL", help="address of a running rtap server")
     for rule in OWN_SERVER:
-        text = f"one started with --confidence {rule}, for that rule"
+        text = f"address of a server started with --confidence {rule}, for the rule {rule}"
         where.add_argument(f"--{rule}-server", metavar="URL", help=text)
-    where.add_argument("--confidence-model", metavar="PATH", help="its confidence generator")
-    where.add_argument("--api-key", default=os.environ.get("RTAP_API_KEY"), help="(default: RTAP_API_KEY)")
-    what = parser.add_argument_group("what to ask")
-    told = "JSONL: question, answer (default: those of the bundled tasks)"
-    what.add_argument("--questions", type=Path, nargs="+", metavar="FILE", help=told)
+    where.add_argument("--confidence-model", metavar="PATH", help="confidence generator of MODEL")
+    where.add_argument(
+        "--api-key", default=os.environ.get("RTAP_API_KEY"), help="API key of the server (default: RTAP_API_KEY)"
+    )
+    what = parser.add_argument_group("questions and rules")
+    questions = "JSONL files with question and answer (default: the bundled tasks)"
+    what.add_argument("--questions", type=Path, nargs="+", metavar="FILE", help=questions)
     what.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each task")
-    policies = f"some of {','.join(RULES)} (default: all but yesno)"
+    policies = f"stopping rules to measure, from {','.join(RULES)} (default: all but yesno)"
     what.add_argument("--policies", type=_list(_rule), metavar="LIST", help=policies)
     thresholds = "0.2,0.4,0.6,0.8"
-    _add(what, "--thresholds", _list(_share), thresholds, "of the confidence rule", "LIST")
+    _add(what, "--thresholds", _list(_share), thresholds, "thresholds of the confidence rule", "LIST")
     for rule in OWN_SERVER:
-        text = "(default: quantiles of its scores)"
+        text = f"thresholds of the {rule} rule (default: quantiles of its scores)"
         what.add_argument(f"--{rule}-thresholds", type=_list(_share), default=[], metavar="LIST", help=text)
-    _add(what, "--samples", _list(_positive), "1,2,4,8", "how many samples vote", "LIST")
-    what.add_argument("--max-cycles", type=_positive, metavar="N", help="cycles at most (default: the server's)")
-    what.add_argument("--max-tokens", type=_positive, metavar="N", help="tokens a reply at most (default: no limit)")
+    _add(what, "--samples", _list(_positive), "1,2,4,8", "numbers of samples to vote over", "LIST")
+    what.add_argument("--max-cycles", type=_positive, metavar="N", help="maximum cycles (default: the server's)")
+    what.add_argument("--max-tokens", type=_positive, metavar="N", help="maximum tokens per reply (default: no limit)")
     _add(what, "--temperature", _temperature, "1.0", "sampling temperature", "T")
-    _add(what, "--seed", int, "0", "every question gets its own seed from it", "S")
-    how = parser.add_argument_group("how to ask, and what comes out")
-    _add(how, "--concurrency", _positive, "32", "requests at a time", "N")
-    _add(how, "--timeout", _positive, "600", "for one request", "SECONDS")
-    _add(how, "--ready-timeout", _positive, "300", "for a server to start", "SECONDS")
-    _add(how, "--token-budget", _share, "0.35", "share of the vote's tokens that the best threshold may spend", "SHARE")
-    _add(how, "--output", Path, "rtap-eval", "folder of report.html, results.{json,csv,md}, the plot", "DIR")
-    how.add_argument("--resume", action="store_true", help="take finished runs of the same settings from DIR/runs")
+    _add(what, "--seed", int, "0", "seed; every question derives its own from it", "S")
+    how = parser.add_argument_group("load and output")
+    _add(how, "--concurrency", _positive, "32", "concurrent requests", "N")
+    _add(how, "--timeout", _positive, "600", "timeout of one request", "SECONDS")
+    _add(how, "--ready-timeout", _positive, "300", "timeout of a server start", "SECONDS")
+    _add(
+        how, "--token-budget", _share, "0.35", "share of the vote's tokens that the chosen threshold may spend", "SHARE"
+    )
+    _add(how, "--output", Path, "rtap-eval", "folder for report.html, results.{json,csv,md} and the plot", "DIR")
+    how.add_argument("--resume", action="store_true", help="reuse finished runs with the same settings from DIR/runs")
     return parser
 
 
@@ -154,7 +159,7 @@ def _add(
     meaning: str,
     metavar: str,
 ) -> None:
-    """A flag whose help shows its default as it would be typed."""
+    """Add a flag whose help shows the default as typed."""
     group.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{meaning} (default: {default})")
 
 
@@ -164,7 +169,7 @@ def _list(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
     def parse(text: str) -> list[Value]:
         items = [item.strip() for item in text.split(",")]
         if not all(items):
-            raise argparse.ArgumentTypeError(f"{text!r} must be values with commas between, like 1,2,4")
+            raise argparse.ArgumentTypeError(f"{text!r} must be a comma-separated list, like 1,2,4")
         return [kind(item) for item in items]
 
     return parse
@@ -172,13 +177,13 @@ def _list(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
 
 def _rule(text: str) -> str:
     if text not in RULES:
-        raise argparse.ArgumentTypeError(f"{text!r} is no policy; choose from {', '.join(RULES)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a policy; choose from {', '.join(RULES)}")
     return text
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return int(text)
 
 

@@ -1,7 +1,4 @@
-"""What TensorBoard shows of a stage beside its curve: figures of what the model writes, and a table of samples.
-
-Not here: which figures there are of a reinforcement-learning step (``rl/figures.py``, TRL).
-"""
+"""TensorBoard events: metrics of sampled trajectories and a table of samples."""
 
 import re
 import shutil
@@ -12,14 +9,14 @@ from typing import Any, Protocol, cast
 
 from rtap_training.rollout import Trajectory
 
-FOLDER, TAG = "tensorboard", "samples"  # of a run; of its table
-SHOWN = ("within_auroc", "global_auroc", "ece", "brier")  # of a judgement; the manifest has more
-MAX_ROWS = 12  # of a table
-_MAX_TEXT = 600  # characters of a cell
+FOLDER, TAG = "tensorboard", "samples"  # folder in the run folder; tag of the table
+SHOWN = ("within_auroc", "global_auroc", "ece", "brier")  # metrics of a generator; the manifest has more
+MAX_ROWS = 12  # rows of the table
+_MAX_TEXT = 600  # characters per cell
 
 
 class Checked(Protocol):
-    """A cycle whose answer was looked at."""
+    """A cycle whose answer was checked."""
 
     @property
     def answer(self) -> str | None: ...
@@ -29,7 +26,7 @@ class Checked(Protocol):
 
 
 class CheckedTrajectory(Protocol):
-    """What was written to one question."""
+    """A trajectory of checked cycles."""
 
     @property
     def cycles(self) -> Sequence[Checked]: ...
@@ -37,7 +34,7 @@ class CheckedTrajectory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One turn as a reader of the table wants it. confidence: of the last cycle; None where nothing scored it."""
+    """One row of the table. confidence: of the last cycle; None if it was not scored."""
 
     question: str
     text: str
@@ -48,7 +45,7 @@ class Sample:
 
 
 def samples_table(samples: Sequence[Sample]) -> str:
-    """Markdown, as TensorBoard renders text; at most MAX_ROWS of them."""
+    """Markdown table of at most MAX_ROWS samples."""
     lines = ["| right | confidence | cycles | tokens | question | written |", "|---|---|---|---|---|---|"]
     for s in samples[:MAX_ROWS]:
         confidence = "–" if s.confidence is None else f"{s.confidence:.3f}"
@@ -58,15 +55,15 @@ def samples_table(samples: Sequence[Sample]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Literal text of one line: neither tags nor bars of it may shape the table."""
+    """Text as one line, with Markdown and HTML escaped."""
     short = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
     escaped = short.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]|~#])", r"\\\1", " ".join(escaped.split()))
 
 
 def open_events(folder: Path, *, resumed_at: int) -> Any:
-    """A writer of TensorBoard events; those of an earlier run from its start are dropped, as its log is."""
-    from torch.utils.tensorboard import SummaryWriter  # takes a second
+    """Writer of TensorBoard events. Events after ``resumed_at`` are dropped, as in the log."""
+    from torch.utils.tensorboard import SummaryWriter  # a slow import
 
     if resumed_at == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -74,7 +71,7 @@ def open_events(folder: Path, *, resumed_at: int) -> Any:
 
 
 def add_events(folder: Path, step: int, scalars: Mapping[str, float], samples: Mapping[str, Sequence[Sample]]) -> None:
-    """Scalars, and a table for each entry of ``samples``, beside what the folder holds."""
+    """Add scalars, and one table per entry of ``samples``, to the events in ``folder``."""
     from torch.utils.tensorboard import SummaryWriter
 
     events = cast(Any, SummaryWriter)(str(folder))
@@ -88,13 +85,13 @@ def add_events(folder: Path, step: int, scalars: Mapping[str, float], samples: M
 def scalars_of(
     trajectories: Sequence[Trajectory], texts: Sequence[str], count_oops: Callable[[str], int]
 ) -> dict[str, float]:
-    """Means over trajectories, whose texts are ``texts``."""
+    """Means over trajectories with the texts ``texts``."""
     tokens = sum(len(c.ids) for t in trajectories for c in t.cycles)
     return means_over(trajectories, tokens=tokens, oops=sum(map(count_oops, texts)))
 
 
 def means_over(turns: Sequence[CheckedTrajectory], *, tokens: int, oops: int) -> dict[str, float]:
-    """Means over turns. tokens, oops: in all of them."""
+    """Means over trajectories. tokens, oops: totals."""
     count = max(1, len(turns))
     return {
         "first_right": sum(t.cycles[0].is_right for t in turns) / count,
@@ -106,7 +103,7 @@ def means_over(turns: Sequence[CheckedTrajectory], *, tokens: int, oops: int) ->
 
 
 def last_confidences(turns: Sequence[CheckedTrajectory], scores: Sequence[float]) -> list[float | None]:
-    """``scores``: of all cycles with an answer, in order. None for a turn whose last cycle has no answer."""
+    """Confidence of each last cycle; None if it has no answer. scores: of all cycles with an answer, in order."""
     rest = iter(scores)
     rows = [[None if c.answer is None else next(rest) for c in t.cycles] for t in turns]
     return [row[-1] if row else None for row in rows]

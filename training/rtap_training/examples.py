@@ -1,8 +1,8 @@
-"""What a confidence generator is trained and judged on: single cycles, labelled, with their balance weights.
+"""Labelled, weighted cycles for training a confidence generator.
 
-Balance is the paper's (R-TAP eq. 6): within each question right and wrong cycles weigh the same in sum. Questions
-whose cycles are all right or all wrong have no contrast; eq. 6 is undefined there, so they get a smaller total weight
-and only teach the general level. Synthetic pairs (a right working and hard wrong ones) give most of them contrast.
+Weights follow R-TAP eq. 6: within each question right and wrong cycles have equal total weight. Eq. 6 is undefined for
+questions whose cycles are all right or all wrong; they get the total weight ``global_weight``. Synthetic pairs (a right
+cycle and a hard wrong one) give most questions contrast.
 """
 
 from collections import Counter, defaultdict
@@ -14,15 +14,15 @@ from rtap_core.format import RTAP
 from rtap_training.tasks.base import Attempt, Problem
 
 PAIRS = 4
-"""Pairs a question and epoch. Ours: more would only repeat the same questions sooner."""
+"""Pairs per question and epoch. Our choice: more would only repeat the same questions sooner."""
 
 Row = tuple[int, tuple[int, ...], bool]
-"""Question index, prompt and cycle ids, right or not."""
+"""(question index, prompt and cycle ids, is right)"""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One distinct cycle of one question. ``count``: how often it was sampled."""
+    """One distinct cycle of a question. count: times it was sampled."""
 
     question: int
     ids: tuple[int, ...]
@@ -32,13 +32,13 @@ class Example:
 
 
 def collect(rows: Iterable[Row]) -> list[Example]:
-    """Merge equal rows; order of first appearance."""
+    """Merge equal rows, in order of first appearance."""
     counts = Counter(rows)
     return [Example(question, ids, is_right, count) for (question, ids, is_right), count in counts.items()]
 
 
 def balance(examples: Sequence[Example], *, global_weight: float) -> list[Example]:
-    """Set the weights: a question's right cycles sum to 1/2, its wrong ones to 1/2; without contrast all sum to
+    """Set weights: right and wrong cycles of a question sum to 1/2 each; without contrast all sum to
     ``global_weight``."""
     totals: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])
     for example in examples:
@@ -55,7 +55,7 @@ def balance(examples: Sequence[Example], *, global_weight: float) -> list[Exampl
 
 
 def group(examples: Sequence[Example], batch_tokens: int) -> list[list[Example]]:
-    """Batches of similar length: rows times longest row within ``batch_tokens``."""
+    """Batches of similar length with at most ``batch_tokens`` padded tokens."""
     groups: list[list[Example]] = [[]]
     for example in sorted(examples, key=lambda e: len(e.ids)):
         if groups[-1] and (len(groups[-1]) + 1) * len(example.ids) > batch_tokens:
@@ -67,7 +67,7 @@ def group(examples: Sequence[Example], batch_tokens: int) -> list[list[Example]]
 def read_once(
     rows: Sequence[tuple[int, ...]], batch_tokens: int, read: Callable[[Sequence[Example]], Sequence[float]]
 ) -> list[float]:
-    """``read`` of every row of ids, in batches; equal rows are read once."""
+    """Apply ``read`` to every row of ids in batches; equal rows are read once."""
     values: dict[tuple[int, ...], float] = {}
     distinct = [Example(0, ids, False, 1) for ids in dict.fromkeys(rows)]
     for batch in group(distinct, batch_tokens) if distinct else []:
@@ -76,9 +76,9 @@ def read_once(
 
 
 def pair_batches(examples: Sequence[Example], rng: Random, batch_tokens: int) -> list[list[Example]]:
-    """One pairwise epoch: batches of right and wrong cycles in turn, each two of one question and of similar length.
+    """One pairwise epoch: batches of alternating right and wrong cycles; each pair belongs to one question.
 
-    Every question with contrast gives the same number of pairs, drawn as often as their cycles were sampled.
+    Every question with contrast gives the same number of pairs. Cycles are drawn in proportion to their counts.
     """
     sides: defaultdict[int, tuple[list[Example], list[Example]]] = defaultdict(lambda: ([], []))
     for example in examples:
@@ -88,7 +88,7 @@ def pair_batches(examples: Sequence[Example], rng: Random, batch_tokens: int) ->
         if wrong and right:
             drawn = (rng.choices(side, [e.count for e in side], k=PAIRS) for side in (right, wrong))
             pairs += zip(*drawn, strict=True)
-    rng.shuffle(pairs)  # so that pairs of equal length meet others in every epoch
+    rng.shuffle(pairs)  # so that batches of equal lengths differ between epochs
     batches: list[list[Example]] = [[]]
     for pair in sorted(pairs, key=_longer):
         if batches[-1] and (len(batches[-1]) + 2) * _longer(pair) > batch_tokens:
@@ -103,8 +103,8 @@ def _longer(pair: tuple[Example, Example]) -> int:
 
 
 def synthetic_texts(problem: Problem, rng: Random, pairs: int) -> list[tuple[str, bool]]:
-    """``pairs`` right and wrong cycles as text; half of the wrong ones lie in ways a sampler rarely does, where the
-    task has such lies."""
+    """``pairs`` right and wrong cycles as text. Where the task has false attempts, half of the wrong ones are false:
+    errors that a policy rarely samples."""
     texts: list[tuple[str, bool]] = []
     for _ in range(pairs):
         right = problem.right_attempt(rng)
@@ -119,5 +119,5 @@ def synthetic_texts(problem: Problem, rng: Random, pairs: int) -> list[tuple[str
 
 
 def cycle_text(attempt: Attempt, doubt: str) -> str:
-    """A cycle as the policy would write it."""
+    """Text of a cycle as the policy writes it."""
     return RTAP.render_cycle(doubt + "".join(s.text for s in attempt.think), attempt.answer.text)

@@ -1,8 +1,7 @@
-"""Train a confidence generator for any Hugging Face model on a user's own questions (``rtap train generator``).
+"""Confidence generator for any Hugging Face model (``rtap train generator``).
 
-Label by the checkers what the model samples, train, calibrate, judge; go on after any kill. The bundled models'
-generator has a command of its own (``confidence.py``), with made-up cycles and a second witness. Not here:
-the sampling (``generator_samples.py``), and one step (``rl/generator.py``).
+Sample the model on the user's questions, label the cycles with answer checkers, train, calibrate, evaluate. A killed
+run resumes. The bundled models use ``confidence.py``, which adds synthetic cycles and a log-probability fusion.
 """
 
 import gc
@@ -42,7 +41,7 @@ from rtap_training.training_errors import TrainingError
 
 @dataclass(frozen=True, slots=True)
 class Cycles:
-    """Scored cycles in the order of their turns. logits: of the generator alone."""
+    """Generator logits and labels of cycles, in trajectory order."""
 
     logits: Floats
     labels: Bools
@@ -51,16 +50,18 @@ class Cycles:
 
 
 def run(config: GeneratorConfig) -> None:
-    """Sample, train, calibrate, judge on held-out questions, save, and print the figures. Raises ConfigError.
+    """Sample, train, calibrate, evaluate on held-out questions, save, and print the metrics. Raises ConfigError.
 
-    Goes on from the run's last state, and from what was sampled, where there is something.
+    Resumes from saved samples and the last state.
     """
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
     fitting, validation, held_out = _questions(config)
     loaded = load_for_training(config.policy)
     if loaded.sees_images:
-        raise ConfigError(f"{config.policy} is a vision-language model; a generator reads text alone")
+        raise ConfigError(
+            f"{config.policy} is a vision-language model; `rtap train generator` supports text models only"
+        )
     parts = (("fitting", fitting), ("validation", validation), ("held-out", held_out))
     sampled = [sample(loaded, part, config, name, config.seed + i) for i, (name, part) in enumerate(parts)]
     cycles = _labelled(sampled[0])
@@ -75,7 +76,7 @@ def run(config: GeneratorConfig) -> None:
         model, learning_rate=config.learning_rate, iterations=1, global_weight=config.global_weight, average=_alone
     )
     training = _train(generator, _batches(cycles, config), config, states)
-    cast_to(model, torch.bfloat16)  # what is saved is what is judged
+    cast_to(model, torch.bfloat16)  # evaluate the weights as they are saved
     cast_to(model, torch.float32)
     known, unseen = _score(generator, sampled[1]), _score(generator, sampled[2])
     slope, offset = fit_platt(known.logits, known.labels)
@@ -99,16 +100,16 @@ def run(config: GeneratorConfig) -> None:
 
 
 def _alone(_: Sequence[Tensor]) -> None:
-    """The mean over one process."""
+    """Mean over a single process."""
 
 
 def _questions(config: GeneratorConfig) -> tuple[list[Question], list[Question], list[Question]]:
-    """To fit on, to calibrate on, and to judge on; no question in two of them."""
+    """Disjoint questions for (training, calibration, evaluation)."""
     known = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
     held_out = load_questions(config.questions, Split.HELD_OUT, seed=config.seed, count=config.eval_questions)
     kept = max(1, round(config.validation_share * len(known)))
     if kept >= len(known):
-        raise ConfigError(f"{config.questions} has {len(known)} training questions; give more")
+        raise ConfigError(f"{config.questions} has only {len(known)} training questions; add more")
     return known[kept:], known[:kept], held_out
 
 
@@ -116,7 +117,7 @@ def _questions(config: GeneratorConfig) -> tuple[list[Question], list[Question],
 
 
 def _labelled(turns: Sequence[SampledTrajectory]) -> list[LabelledCycle]:
-    """Finished cycles; those without an answer teach nothing."""
+    """Cycles with an answer; truncated ones are left out."""
     return [
         LabelledCycle(str(t.question), (*t.prompt_ids, *c.ids), c.is_right)
         for t in turns
@@ -128,8 +129,8 @@ def _labelled(turns: Sequence[SampledTrajectory]) -> list[LabelledCycle]:
 def _check_contrast(labels: Sequence[bool], whose: str) -> None:
     if sum(labels) in (0, len(labels)):
         raise ConfigError(
-            f"{sum(labels)} of {len(labels)} finished answers to the {whose} questions are right, so there is nothing "
-            "to tell apart; take other questions, more of them, more samples or more max_cycle_tokens"
+            f"{sum(labels)} of {len(labels)} finished answers to the {whose} questions are right, so there is "
+            "no contrast to learn from; use other or more questions, more samples, or a larger max_cycle_tokens"
         )
 
 
@@ -137,26 +138,27 @@ def _check_contrast(labels: Sequence[bool], whose: str) -> None:
 
 
 def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
-    """The policy's body (R-TAP app. A) under a fresh head of one label."""
+    """The policy's body (R-TAP app. A) with a new one-label head."""
     cast(Any, torch).manual_seed(config.seed)
     factory = cast(Any, AutoModelForSequenceClassification)
     try:
         model = factory.from_pretrained(config.policy, num_labels=1, dtype=torch.float32)
     except ValueError as error:
-        raise ConfigError(f"transformers has no sequence classifier of {config.policy}'s kind: {error}") from error
-    model.config.pad_token_id = pad_id  # else nothing tells where a padded row ends
+        raise ConfigError(
+            f"transformers has no sequence classifier for the architecture of {config.policy}: {error}"
+        ) from error
+    model.config.pad_token_id = pad_id  # needed to find the end of a padded row
     return cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _batches(cycles: Sequence[LabelledCycle], config: GeneratorConfig) -> list[list[LabelledCycle]]:
-    """What each step of all epochs learns from: the cycles of some questions. Raises ConfigError where no question
-    teaches anything."""
+    """Batches of all epochs; each holds all cycles of some questions. Raises ConfigError if no question can be used."""
     by_question: dict[str, list[LabelledCycle]] = {}
     for cycle in cycles:
         by_question.setdefault(cycle.question, []).append(cycle)
     names = [n for n, own in by_question.items() if config.global_weight or len({c.is_right for c in own}) == 2]
     if not names:
-        raise ConfigError("no question has right and wrong answers; take more samples, or a global_weight above 0")
+        raise ConfigError("no question has right and wrong answers; use more samples, or a global_weight above 0")
     rng, size = Random(config.seed), config.questions_per_step
     batches: list[list[LabelledCycle]] = []
     for _ in range(config.epochs):
@@ -168,7 +170,7 @@ def _batches(cycles: Sequence[LabelledCycle], config: GeneratorConfig) -> list[l
 def _train(
     generator: OnlineGenerator, batches: Sequence[list[LabelledCycle]], config: GeneratorConfig, states: States
 ) -> dict[str, Any]:
-    """All steps, or those after the last state. Raises TrainingError when the loss is not finite."""
+    """Run the steps after the last state. Raises TrainingError when the loss is not finite."""
     last = states.last
     shared, own = states.load(last) if last is not None else ({}, {})
     budget = Budget(0.0, len(batches), used=shared.get("seconds", 0.0), steps=shared.get("steps", 0))
@@ -182,8 +184,8 @@ def _train(
             loss = generator.update(batch)
             if loss is None or not math.isfinite(loss):
                 raise TrainingError(
-                    f"the loss is {loss} at step {budget.steps + 1}; {states.resume_hint}. A lower learning_rate "
-                    f"usually helps; a run with another needs another output, or {states.folder} removed"
+                    f"the loss is {loss} at step {budget.steps + 1}; {states.resume_hint}. Try a lower "
+                    f"learning_rate, with another output or with {states.folder} removed"
                 )
             budget.steps += 1
             progress.record(loss, rows=len(batch), tokens=sum(len(c.ids) for c in batch))
@@ -216,7 +218,7 @@ def _show(
     turns: Sequence[SampledTrajectory],
     confidences: Floats,
 ) -> None:
-    """The judgement in TensorBoard, as the other stages have it."""
+    """Write metrics and sample trajectories to TensorBoard."""
     last = last_confidences(turns, confidences.tolist())
     samples = [
         Sample(

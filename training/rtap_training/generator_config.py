@@ -10,42 +10,42 @@ from rtap_training.config import setting
 
 @dataclass(frozen=True, slots=True)
 class GeneratorConfig:
-    """A confidence generator for any Hugging Face model, on questions of your own.
+    """Confidence generator for any Hugging Face model, trained on your questions.
 
-    Defaults are for models of billions of parameters on a GPU; R-TAP's where a field names it.
+    Defaults are for models of billions of parameters on a GPU; fields name R-TAP where a value is the paper's.
     """
 
-    # batch_rows too: what was sampled before is kept, so memory that ran out can be mended.
+    # batch_rows may change too: after running out of memory, resume with smaller batches.
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"output", "threads", "batch_rows", "save_steps", "save_minutes"})
-    policy: Path = setting(Path("policy"), "folder of the checkpoint that answers, as `rtap serve` loads it")
+    policy: Path = setting(Path("policy"), "policy checkpoint folder, as `rtap serve` loads it")
     questions: str = setting("", "JSONL file, hf:DATASET, or a mix of bundled tasks")
     output: Path = setting(Path("runs/generator"), "where the checkpoint is written")
     num_questions: int = setting(2000, "training questions at most")
     eval_questions: int = setting(200, "held-out questions at most, of the tenth that is held out by hash")
     samples: int = setting(8, "trajectories a question. R-TAP: 128")
-    max_cycles: int = setting(2, "cycles a trajectory; another one after a wrong one")
+    max_cycles: int = setting(2, "cycles a trajectory; a wrong cycle is followed by another")
     max_cycle_tokens: int = setting(2048, "tokens a cycle at most")
     batch_rows: int = setting(64, "trajectories sampled side by side")
     epochs: int = setting(2, "passes over the questions")
-    questions_per_step: int = setting(8, "questions whose cycles make one step")
-    learning_rate: float = setting(1e-5, "of AdamW, on all weights")
+    questions_per_step: int = setting(8, "questions a training step")
+    learning_rate: float = setting(1e-5, "AdamW learning rate, all weights")
     global_weight: float = setting(0.25, "weight of questions all right or all wrong")
     validation_share: float = setting(0.2, "training questions kept for calibration and threshold")
-    seed: int = setting(2, "seed of questions, sampling, the head and training order")
+    seed: int = setting(2, "seed of questions, sampling, head weights and training order")
     threads: int = setting(1, "torch threads")
     save_steps: int = setting(0, "steps between states to resume from (0: by minutes alone)")
-    save_minutes: float = setting(20.0, "minutes between them; a kill costs no more")
+    save_minutes: float = setting(20.0, "minutes between states to resume from")
 
     def __post_init__(self) -> None:
         if not self.questions:
-            raise ConfigError("questions is missing: a JSONL file with question and answer, hf:DATASET, or a task")
+            raise ConfigError("questions is empty; give a JSONL file, hf:DATASET, or a bundled task")
         names = ("num_questions", "eval_questions", "max_cycles", "max_cycle_tokens", "batch_rows", "epochs",
                  "questions_per_step", "threads")  # fmt: skip
         for name in names:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.samples < 2:
-            raise ConfigError(f"samples={self.samples} must be at least 2: one answer has no contrast")
+            raise ConfigError(f"samples={self.samples} must be at least 2: a single answer has no contrast")
         if self.save_steps < 0 or self.save_minutes <= 0:
             raise ConfigError(f"save_steps={self.save_steps} must be >= 0, save_minutes={self.save_minutes} above 0")
         if not 0 < self.validation_share < 1:

@@ -1,7 +1,6 @@
-"""What a Hugging Face model writes on a user's questions, in its own chat template and trajectory format.
+"""Sampling of a Hugging Face model on a user's questions, in its chat template and trajectory format.
 
-Kept in the run's folder until the run has succeeded, so that one that was killed samples only what is missing. Not
-here: the loop that is sampled (``rl/rollouts.py``), and the file (``samples.py``).
+Samples stay in the run's folder until the run succeeds; a resumed run samples only missing questions.
 """
 
 import json
@@ -29,7 +28,7 @@ CHUNK_ROWS = 256  # trajectories that a kill costs at most
 
 @dataclass(frozen=True, slots=True)
 class SampledTrajectory:
-    """One sampled trajectory. question: its index. tokens: how many were written, with what the loop opened."""
+    """One sampled trajectory. question: index. tokens: completion length, cycle openings included."""
 
     question: int
     prompt_ids: tuple[int, ...]
@@ -38,14 +37,14 @@ class SampledTrajectory:
 
     @property
     def is_right(self) -> bool:
-        """Whether the last cycle is right."""
+        """True if the last cycle is right."""
         return self.cycles[-1].is_right
 
 
 def sample(
     loaded: Loaded, questions: Sequence[Question], config: GeneratorConfig, part: str, seed: int
 ) -> list[SampledTrajectory]:
-    """``samples`` trajectories of every question, those of one side by side. part: names the file that keeps them."""
+    """``samples`` trajectories per question, grouped by question. part: name of the samples file."""
     prompts = [prompt_ids(loaded, q.question) for q in questions]
     identities = [json.dumps([p, q.answer]) for p, q in zip(prompts, questions, strict=True)]
     first = header(
@@ -80,14 +79,14 @@ def sample(
 
 
 def clean_up(states: States) -> None:
-    """After success: states and samples go, the log stays."""
+    """Remove states and samples after success; the log stays."""
     states.remove()
     for file in states.folder.glob("samples-*.jsonl"):
         file.unlink()
 
 
 def _render(rollouts: Sequence[Rollout]) -> str:
-    """One question's."""
+    """Line of one question."""
     rows = [
         [len(r.completion_ids), [[c.ids, c.text, c.answer, c.is_right, c.oops_tokens] for c in r.cycles]]
         for r in rollouts
@@ -109,17 +108,17 @@ def _parse(line: str) -> list[SampledTrajectory]:
 
 
 def prompt_ids(loaded: Loaded, question: str) -> list[int]:
-    """A question alone in the model's chat template, as the server renders it. Raises ConfigError without one."""
+    """Prompt ids of a question in the model's chat template. Raises ConfigError without a template."""
     tokenizer = cast(Any, loaded.tokenizer)
     if not tokenizer.chat_template:
-        raise ConfigError("the policy's tokenizer has no chat template, so nothing says how it is asked; add one")
+        raise ConfigError("the policy's tokenizer has no chat template; add one")
     messages = [{"role": "user", "content": question}]
     text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     return loaded.dialect.encode(text)
 
 
 def _to_device(loaded: Loaded) -> None:
-    """A GPU where there is one, and there in bfloat16."""
+    """Move the model to the GPU in bfloat16, if there is a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cast(Any, loaded.model).to(device).eval()
     if device == "cuda":
@@ -128,7 +127,7 @@ def _to_device(loaded: Loaded) -> None:
 
 @torch.inference_mode()
 def write(loaded: Loaded, requests: Sequence[Request], batch_rows: int) -> list[Completion]:
-    """Continue every request at temperature 1, similar lengths together."""
+    """Generate every request at temperature 1, batched by length."""
     dialect, model = loaded.dialect, cast(Any, loaded.model)
     ends = sorted(dialect.end_of_turn_ids | dialect.cycle_end_ids)
     pad_id = cast(int, loaded.tokenizer.pad_token_id)
@@ -151,5 +150,5 @@ def write(loaded: Loaded, requests: Sequence[Request], batch_rows: int) -> list[
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """Up to the first end, which is kept."""
+    """Ids up to and including the first end token."""
     return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]

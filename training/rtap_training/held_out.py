@@ -1,4 +1,4 @@
-"""HeldOutTrajectories on held-out questions as TensorBoard shows them: means of each task, and a table of some of the turns."""
+"""TensorBoard events of held-out evaluation: means per task and a table of trajectories."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from rtap_training.rollout import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class HeldOutTrajectories:
-    """What was asked, and what came. ``trajectories[i].question`` is an index of ``questions``."""
+    """Held-out questions and their trajectories. ``trajectories[i].question`` is an index into ``questions``."""
 
     questions: Sequence[str]
     trajectories: Sequence[Trajectory]
@@ -30,9 +30,9 @@ def show_held_out(
     confidences: Mapping[str, Sequence[float | None]] | None = None,
     more: Mapping[str, float] | None = None,
 ) -> None:
-    """Write events of the run that makes ``output``.
+    """Write TensorBoard events of the run that makes ``output``.
 
-    confidences: by task, of the last cycle of each trajectory. more: further scalars, by their full names.
+    confidences: by task, of the last cycle of each trajectory. more: additional scalars by full name.
     """
     counter = OopsCounter(load_lexicon(), lambda text: encode_text(tokenizer, text))
     scalars: dict[str, float] = dict(more or {})

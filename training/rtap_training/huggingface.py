@@ -1,4 +1,4 @@
-"""The calls into transformers whose types are partly unknown, each once, behind typed functions."""
+"""Typed wrappers of transformers calls."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ from rtap_training.checkpoint import replacing, write_manifest
 
 
 def load_policy(path: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A policy in fp32 for evaluation, and its tokenizer. Raises ConfigError when ``path`` is no such checkpoint."""
+    """Policy in fp32 and evaluation mode, and its tokenizer. Raises ConfigError if ``path`` is not a checkpoint."""
     if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is no checkpoint (no config.json); train one with `rtap train sft`")
+        raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train sft`")
     model = cast(Qwen3ForCausalLM, cast(Any, Qwen3ForCausalLM).from_pretrained(path, dtype=torch.float32))
     return model.eval(), load_tokenizer(path)
 
@@ -25,12 +25,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids of a text, nothing added."""
+    """Token ids of a text, without special tokens."""
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def decode_ids(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
-    """Text of ids, specials included."""
+    """Text of token ids, special tokens included."""
     return cast(str, cast(Any, tokenizer).decode(list(ids)))
 
 
@@ -50,10 +50,10 @@ def cast_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def save_checkpoint(output: Path, model: PreTrainedModel, processor: Any, record: Mapping[str, Any]) -> None:
-    """Write model, its tokenizer or processor, and manifest to ``output`` in one swap, in the dtype the model has."""
+    """Write model, tokenizer or processor, and manifest to ``output`` atomically, in the model's dtype."""
     with replacing(output) as folder:
         cast(Any, model).save_pretrained(folder)
         processor.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
+            file.chmod(0o644)  # safetensors writes 0600, which a container user cannot read
         write_manifest(folder, record)

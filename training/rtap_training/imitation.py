@@ -1,6 +1,6 @@
-"""Teach a student what its teacher writes (``rtap train imitate``): supervised, on the teacher's right turns.
+"""Supervised training of a student on its teacher's right trajectories (``rtap train imitate``).
 
-What RLAD is compared with: the teacher samples here, where in ``rtap train rlad`` it only scores what the student does.
+A baseline of RLAD: here the teacher generates; in ``rtap train rlad`` it only scores the student's rollouts.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from rtap_training.tasks.trajectory import TURN_END
 
 
 def run(config: ImitateConfig) -> None:
-    """Sample the teacher, train the student, evaluate it on held-out questions, save it, and print the figures.
+    """Sample the teacher, train the student, evaluate it on held-out questions, save it, and print the metrics.
 
-    Goes on from the run's last state, and from what was sampled, where there is something. Raises ConfigError for a
-    teacher whose tokens are not the student's, or that is never right.
+    Resumes from saved samples and the last state. Raises ConfigError if the tokenizers differ or the teacher is never
+    right.
     """
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
@@ -34,13 +34,13 @@ def run(config: ImitateConfig) -> None:
     rows = right_turns(sampled, token_id(student.tokenizer, TURN_END))
     if not rows:
         raise ConfigError(
-            f"{config.teacher} answered none of {config.questions} questions right; it has nothing to teach"
+            f"the teacher {config.teacher} answered none of {config.questions} questions right; use another teacher"
         )
     learn("imitate", student, TrainingRows([row.ids for row in rows], len(rows), lambda _: list(rows)))
 
 
 def right_turns(sampled: Sequence[Trajectory], end: int) -> list[Encoded]:
-    """Every turn up to its first right cycle, then the end of the turn; the question is not learnt."""
+    """Each trajectory up to its first right cycle, then the end of turn. The prompt is masked."""
     rows: list[Encoded] = []
     for trajectory in sampled:
         written: list[int] = []

@@ -1,8 +1,7 @@
-"""Judge a generator on held-out questions: AUROCs, calibration, and the choice among samples against what is free.
+"""Held-out evaluation of a confidence generator: AUROC, calibration, and best-of-k against free baselines.
 
-The generator is judged as it is served, joined with the policy's log-probabilities where a fusion was fitted, and
-alone. What is free: a majority vote, and the policy's own log-probabilities of what it wrote. Not here: the formulas
-(``calibration.py``, ``choice.py``) and the judgement under a server (``rtap eval``).
+The generator is evaluated as served (fused with the policy's log-probabilities if a fusion was fitted) and alone. The
+free baselines are the majority vote and the policy's own log-probabilities.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,14 +29,14 @@ from rtap_training.huggingface import token_id
 from rtap_training.rollout import SampledCycle, Trajectory
 
 GENERATOR, ALONE = "generator", "generator_alone"
-"""The confidence that is served, and what the generator says of itself; the same where nothing is fused."""
+"""Names of the served confidence and of the generator's own; equal without a fusion."""
 LOGPROB_RULES = ("logprob_mean", "logprob_min", "logprob_answer")
-"""Mean and smallest log-probability of a cycle's tokens; mean of those between the answer's tags."""
+"""Mean and minimum log-probability of a cycle's tokens, and the mean between the answer tags."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Scores and labels of all cycles with an answer, their questions, and the first cycles of each question."""
+    """Scores, labels and questions of all cycles with an answer, and the first cycles of each question."""
 
     scores: Floats
     labels: Bools
@@ -47,8 +46,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class CycleScores:
-    """What is known of each cycle with an answer, in the order of the trajectories: the generator's probability, and
-    the log-probability rules over what the policy sampled in it."""
+    """Generator probability and log-probability scores of each cycle with an answer, in trajectory order."""
 
     cycles: list[tuple[Trajectory, SampledCycle]]
     probabilities: Floats
@@ -56,22 +54,22 @@ class CycleScores:
 
     @property
     def labels(self) -> Bools:
-        """Whether each is right."""
+        """True for each right cycle."""
         return np.array([c.is_right for _, c in self.cycles], dtype=np.bool_)
 
     def confidences(self, fusion: Fusion | None) -> Floats:
-        """As they are served."""
+        """Confidences as served: fused if ``fusion`` is given."""
         return self.probabilities if fusion is None else np.array([fusion.joined(*seen) for seen in self._seen()])
 
     def fit(self) -> Fusion:
-        """The fusion that describes these cycles best; starts from the generator alone."""
+        """Fit a fusion to these cycles, starting from the generator alone."""
         features = np.array([Fusion.features(*seen) for seen in self._seen()])
         weights = fit_logistic(features, self.labels, np.array([0.0, 1.0, 0.0, 0.0]))
         bias, generator, mean, smallest = (round(float(w), 4) for w in weights)
         return Fusion(bias=bias, generator=generator, logprob_mean=mean, logprob_min=smallest)
 
     def _seen(self) -> Iterator[tuple[float, float, float]]:
-        """What a fusion joins, of each cycle."""
+        """Inputs of a fusion for each cycle."""
         for probability, known in zip(self.probabilities.tolist(), self.logprobs, strict=True):
             yield probability, known["logprob_mean"], known["logprob_min"]
 
@@ -83,7 +81,7 @@ def score_cycles(
     trajectories: Sequence[Trajectory],
     batch_tokens: int,
 ) -> CycleScores:
-    """Score every cycle alone with its question, and read what the policy sampled in it after all that came before."""
+    """Score each cycle with the generator (question and cycle only) and the policy (whole context)."""
     cycle_open = token_id(tokenizer, RTAP.cycle_open)
     cycles: list[tuple[Trajectory, SampledCycle]] = []
     sampled: list[tuple[list[int], tuple[int, ...]]] = []
@@ -92,7 +90,7 @@ def score_cycles(
         for depth, cycle in enumerate(trajectory.cycles):
             if cycle.answer is not None:
                 cycles.append((trajectory, cycle))
-                # The loop opens later cycles, so the policy sampled what follows.
+                # The loop writes the opening of later cycles; the policy sampled the rest.
                 sampled.append(([*context, cycle_open], cycle.ids[1:]) if depth else (context[:], cycle.ids))
             context += cycle.ids
     logprobs = logprob_scores(policy, sampled, token_id(tokenizer, RTAP.answer_open or ""), batch_tokens)
@@ -108,7 +106,7 @@ def judge_task(
     batch_tokens: int,
     fusion: Fusion | None = None,
 ) -> Judged:
-    """Confidences of all cycles, and every rule's scores of first ones."""
+    """Confidences of all cycles, and the scores of every rule on first cycles."""
     known = score_cycles(model, policy, tokenizer, trajectories, batch_tokens)
     scores = known.confidences(fusion)
     rules = {
@@ -126,12 +124,12 @@ def judge_task(
 
 
 def report(judged: Mapping[str, Judged]) -> dict[str, Any]:
-    """Figures of each task, and of ``all`` together."""
+    """Metrics of each task, and of ``all`` tasks together."""
     return {name: _figures(part) for name, part in {**judged, "all": pool(list(judged.values()))}.items()}
 
 
 def pool(parts: Sequence[Judged]) -> Judged:
-    """One judgement over all; the tasks' questions are not mixed up."""
+    """Merge tasks; question indices stay distinct."""
     questions: list[int] = []
     for part in parts:
         start = 1 + max(questions, default=-1)
@@ -156,7 +154,7 @@ def _figures(judged: Judged) -> dict[str, Any]:
 
 
 def _rankings(questions: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-    """AUROCs of every rule over first cycles with an answer, where the rules can be compared."""
+    """AUROCs of every rule over first cycles with an answer."""
     rows = [(index, s) for index, samples in enumerate(questions) for s in samples if s.answer is not None]
     labels = np.array([s.is_right for _, s in rows], dtype=np.bool_)
     ranked: dict[str, Any] = {}
@@ -175,13 +173,13 @@ def _known(value: float) -> float | None:
 def logprob_scores(
     policy: Qwen3ForCausalLM, rows: Sequence[tuple[Sequence[int], tuple[int, ...]]], answer_open: int, batch_tokens: int
 ) -> list[dict[str, float]]:
-    """The rules' scores of rows of (prompt, cycle); equal rows are read once."""
+    """Log-probability scores of (prompt, cycle) rows; equal rows are read once."""
     policy.eval()
     distinct = sorted(dict.fromkeys((tuple(p), c) for p, c in rows), key=lambda row: len(row[0]) + len(row[1]))
     scores: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[str, float]] = {}
     while distinct:
         size = max(1, min(len(distinct), batch_tokens // (len(distinct[-1][0]) + len(distinct[-1][1]))))
-        batch, distinct = distinct[-size:], distinct[:-size]  # longest first: the last row fixes the width
+        batch, distinct = distinct[-size:], distinct[:-size]  # longest rows first; the last row sets the width
         width = max(len(p) + len(c) for p, c in batch)
         ids = torch.tensor([[*p, *c, *[0] * (width - len(p) - len(c))] for p, c in batch])  # right-padded, unread
         logps = policy(input_ids=ids[:, :-1], use_cache=False).logits.float().log_softmax(-1)
@@ -193,7 +191,7 @@ def logprob_scores(
 
 
 def _rule_scores(logps: Floats, cycle: Sequence[int], answer_open: int) -> dict[str, float]:
-    """logps (T,) of the tokens of ``cycle``, which ends with its closing tag. A cycle without answer uses all."""
+    """Scores from logps (T,) of ``cycle``, which ends with its closing tag. Without an answer all tokens count."""
     opened = max((i for i, token in enumerate(cycle) if token == answer_open), default=-1)
     answer = logps[opened + 1 : -1] if opened < len(cycle) - 2 else logps
     values = (logps.mean(), logps.min(), answer.mean())

@@ -1,7 +1,7 @@
-"""The training loop of ``sft`` and ``confidence``: budget, schedule, log, and states to resume from after any kill.
+"""Resumable training loop of the supervised stages: budget, schedule, log and states.
 
-A run of ``max_steps`` steps that was killed and started again gives the curve and the weights of one that was not; a
-run of some minutes counts those it has used. What a step computes is the caller's.
+A run of ``max_steps`` steps that is killed and resumed gives the same losses and weights as an uninterrupted one. A run
+of ``minutes`` keeps count of the time used. The caller computes the loss of each step.
 """
 
 import math
@@ -24,7 +24,7 @@ from rtap_training.training_errors import TrainingError
 
 
 class LoopConfig(Protocol):
-    """Settings of the loop. 0 in ``max_steps``: train ``minutes``; in ``save_steps``: save by minutes alone."""
+    """Loop settings. max_steps 0: train for ``minutes``. save_steps 0: save by ``save_minutes`` alone."""
 
     @property
     def minutes(self) -> float: ...
@@ -39,7 +39,7 @@ class LoopConfig(Protocol):
 
 
 class Loop:
-    """``with Loop(...) as loop: while loop.should_continue(): loop.descend(...)``, in every process."""
+    """Training loop: ``with Loop(...) as loop: while loop.should_continue(): loop.descend(...)``, in every process."""
 
     def __init__(
         self,
@@ -76,9 +76,9 @@ class Loop:
         self._progress.__exit__(kind, error, trace)
 
     def should_continue(self) -> bool:
-        """Whether there is another step to take. Saves when it is time, and after the last step.
+        """Return True while the budget lasts. Saves a state when one is due and after the last step.
 
-        The first process's clock decides, so that all take the same number of steps at the same rates.
+        The clock of rank 0 decides, so all processes take the same number of steps at the same rates.
         """
         steps, config = self._budget.steps, self._config
         is_time = monotonic() - self._saved > config.save_minutes * 60
@@ -90,7 +90,7 @@ class Loop:
         return done < 1
 
     def descend(self, loss: Tensor, *, rows: int, tokens: int) -> None:
-        """One step down ``loss``. Raises TrainingError when loss or gradient is not finite."""
+        """One optimiser step. Raises TrainingError when the loss or a gradient is not finite."""
         value = loss.item()
         if not math.isfinite(value):
             raise self._broken(f"the loss is {value}")
@@ -102,13 +102,13 @@ class Loop:
         self._progress.record(value, rows=rows, tokens=tokens)
 
     def summary(self) -> dict[str, Any]:
-        """Figures of the run so far; rows and tokens are of the first process, the others read as many."""
+        """Totals of the run so far. Rows and tokens are those of rank 0; other ranks read as many."""
         return self._progress.summary()
 
     def _broken(self, what: str) -> TrainingError:
         return TrainingError(
-            f"{what} at step {self._budget.steps + 1}; {self._states.resume_hint}. Lower rates usually help; a run with "
-            f"others needs another output, or {self._states.folder} removed"
+            f"{what} at step {self._budget.steps + 1}; {self._states.resume_hint}. Try lower learning rates, with "
+            f"another output or with {self._states.folder} removed"
         )
 
     def _save(self) -> None:

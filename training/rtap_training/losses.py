@@ -1,7 +1,7 @@
-"""Objectives of the reinforcement-learning stages: GRPO, TRRD (RLAD) and the KL terms of the baselines.
+"""Reinforcement-learning objectives: GRPO, TRRD (RLAD, arXiv 2602.22495) and the KL terms of the baselines.
 
-Pure functions of tensors; no model, no trainer. Unless said otherwise log-probabilities and masks are (B, T) over
-the sampled completion tokens, advantages (B,) or (B, T), results scalars to minimise. ``RLAD`` is arXiv 2602.22495.
+Pure functions of tensors. By default log-probabilities and masks are (B, T) over the sampled completion tokens,
+advantages (B,) or (B, T), and results scalars to minimise.
 """
 
 from typing import Literal
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 ClampGradient = Literal["stop", "straight_through"]
-"""What passes back through the clamp of the teacher's log-ratio; the paper does not say (papers.md, A1).
+"""Gradient through the clamp of the teacher's log-ratio, which the paper does not specify.
 
-stop: as torch.clamp, nothing outside the range. straight_through: as if there were no clamp.
+stop: as torch.clamp, zero outside the range. straight_through: as without a clamp.
 """
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """(reward - mean) / std within each group of ``group_size`` consecutive rewards, population std (RLAD eq. 1).
 
-    rewards, result: (N,). A group whose rewards are all equal has no preference and gets zeros.
-    Raises ValueError when N is no multiple of ``group_size``.
+    rewards, result: (N,). A group with equal rewards gets zeros. Raises ValueError if N is not a multiple of
+    ``group_size``.
     """
     if group_size < 1 or rewards.numel() % group_size:
         raise ValueError(f"{rewards.numel()} rewards cannot be split into groups of {group_size}")
@@ -43,7 +43,7 @@ def trrd_log_ratio(
     """alpha (log pi - log old) + (1 - alpha) clamp(log pi - log teacher): RLAD eq. 5 with the clamp of appendix B.
 
     The anchor old^alpha teacher^(1-alpha) is a geometric mixture of the sampled token's probabilities and is not
-    renormalised. ``teacher_clamp``: bound of the teacher's term in nats, None for none.
+    renormalised. teacher_clamp: bound of the teacher's term in nats; None for no bound.
     """
     to_teacher = logp - logp_teacher
     if teacher_clamp is not None:
@@ -62,7 +62,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, *, clip_low: float,
 
 
 def is_clipped(log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
-    """Tokens whose surrogate is flat (bool, (B, T)). With a teacher some are from the first update on (RLAD)."""
+    """Tokens with a flat surrogate (bool, (B, T)). With a teacher there are some from the first update on (RLAD)."""
     per_token = advantages if advantages.dim() == 2 else advantages[:, None]
     ratio = log_ratio.exp()
     return ((ratio > 1 + clip_high) & (per_token > 0)) | ((ratio < 1 - clip_low) & (per_token < 0))

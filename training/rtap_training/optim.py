@@ -1,6 +1,6 @@
-"""Optimisers, learning-rate schedule and budget shared by the commands.
+"""Optimisers, learning-rate schedule and training budget.
 
-Muon (Jordan et al. 2024) steps hidden matrices along their orthogonalised momentum; everything else is AdamW.
+Muon (Jordan et al. 2024) updates hidden matrices along their orthogonalised momentum; AdamW updates the rest.
 """
 
 import math
@@ -18,7 +18,7 @@ MAX_GRADIENT_NORM = 1.0
 
 
 def build_adamw(parameters: Iterable[Parameter], *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; norms and biases are not decayed."""
+    """AdamW without weight decay on norms and biases."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -28,7 +28,7 @@ def build_adamw(parameters: Iterable[Parameter], *, learning_rate: float, weight
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made nearly orthogonal, for 2-D hidden weights. In fp32: CPUs are slow in bf16."""
+    """Muon for 2-D hidden weights, in fp32 because bf16 is slow on CPUs."""
 
     def __init__(
         self, parameters: Iterable[Parameter], *, learning_rate: float, momentum: float = 0.95, weight_decay: float
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = cast(Tensor, state.setdefault("momentum", torch.zeros_like(parameter)))
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
                 update = orthogonalise(parameter.grad.lerp(momentum, group["momentum"]))
-                # Tall matrices get a larger step so that every shape changes its outputs alike.
+                # Tall matrices get a larger step: every shape then changes its outputs by the same amount.
                 scale = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * scale)
@@ -77,9 +77,9 @@ def build_muon(
 
 
 def descend(loss: Tensor, optimisers: Iterable[torch.optim.Optimizer], *, factor: float) -> None:
-    """One step down ``loss``: gradients averaged over processes and clipped, rates at ``factor`` of their peaks.
+    """One optimiser step on ``loss``: average gradients over processes, clip them, scale peak rates by ``factor``.
 
-    Raises FloatingPointError, before any weight is touched, when a gradient is not finite.
+    Raises FloatingPointError before any weight changes when a gradient is not finite.
     """
     cast(Any, loss).backward()
     chosen = list(optimisers)
@@ -104,9 +104,9 @@ def schedule(progress: float, *, warmup_share: float) -> float:
 
 
 class Budget:
-    """Progress through a run of ``max_steps`` steps or, where that is 0, of some minutes.
+    """Budget of a run: ``max_steps`` steps, or ``minutes`` when ``max_steps`` is 0.
 
-    used: seconds that earlier processes of a resumed run spent; steps: those they took.
+    used, steps: seconds and steps of the run before it was resumed.
     """
 
     def __init__(self, minutes: float, max_steps: int, *, used: float = 0.0, steps: int = 0) -> None:
@@ -117,10 +117,10 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """Used so far."""
+        """Seconds used so far."""
         return monotonic() - self._started
 
     @property
     def progress(self) -> float:
-        """0 at the start, at least 1 when used up. Of steps alone where they are given, so that a run repeats."""
+        """Share of the budget used; at least 1 at its end. Counts steps alone if ``max_steps`` is set: reproducible."""
         return self.steps / self._max_steps if self._max_steps else self.seconds / self._limit

@@ -1,4 +1,4 @@
-"""What a policy writes on training questions: sampled, checked, and kept on disk until the run has succeeded."""
+"""Sampling and checking of a policy's cycles on training questions; samples stay on disk until the run succeeds."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,7 +26,7 @@ from rtap_training.tasks.base import Problem, Split, sample_split
 
 
 class SamplingConfig(Protocol):
-    """Settings of the sampling. ``samples`` trajectories of ``max_cycles`` cycles at most for each question."""
+    """Sampling settings: ``samples`` trajectories of at most ``max_cycles`` cycles per question."""
 
     @property
     def policy(self) -> Path: ...
@@ -55,7 +55,7 @@ Config = TypeVar("Config", bound=SamplingConfig)
 
 @dataclass(frozen=True, slots=True)
 class PolicySetup(Generic[Config]):
-    """A policy, and how its cycles come about."""
+    """A policy, its tokenizer and the sampling settings."""
 
     policy: Qwen3ForCausalLM
     tokenizer: PreTrainedTokenizerFast
@@ -63,7 +63,7 @@ class PolicySetup(Generic[Config]):
 
 
 def training_problems(config: SamplingConfig) -> tuple[list[Problem], list[str]]:
-    """Training problems and a phrasing of each, tasks interleaved."""
+    """Training problems of all tasks, and one phrasing of each."""
     rng, shares = Random(config.seed), parse_mix(config.tasks)
     problems: list[Problem] = []
     questions: list[str] = []
@@ -76,21 +76,21 @@ def training_problems(config: SamplingConfig) -> tuple[list[Problem], list[str]]
 
 
 def build_sampler(setup: PolicySetup[Config]) -> Sampler:
-    """What the config wants, on this machine."""
+    """Sampler that the config selects on this machine."""
     if sampler_kind(setup.config.sampler) is SamplerKind.VLLM:
         return VllmSampler(setup.config.policy, threads=setup.config.threads)
     return TransformersSampler(setup.policy)
 
 
 def sample_training(setup: PolicySetup[Config], sampler: Sampler, questions: Sequence[str]) -> list[Trajectory]:
-    """Trajectories of the training questions, kept in a file until the run has succeeded, or longer if it is named."""
+    """Trajectories of the training questions, kept in a file until the run succeeds; ``samples_file`` is kept after."""
     config = setup.config
     file = config.samples_file or run_dir(config.output) / "samples.jsonl"
     return sample(setup, sampler, file, questions, config.samples, config.seed)
 
 
 def sampled_turns(setup: PolicySetup[Config]) -> tuple[list[Problem], list[Trajectory]]:
-    """Training problems, and trajectories of them: ``problems[t.question]`` is what trajectory ``t`` answers."""
+    """Training problems and their trajectories; trajectory ``t`` answers ``problems[t.question]``."""
     problems, questions = training_problems(setup.config)
     with closing(build_sampler(setup)) as sampler:
         return problems, sample_training(setup, sampler, questions)
@@ -99,7 +99,7 @@ def sampled_turns(setup: PolicySetup[Config]) -> tuple[list[Problem], list[Traje
 def sample(
     setup: PolicySetup[Config], sampler: Sampler, file: Path, questions: Sequence[str], samples: int, seed: int
 ) -> list[Trajectory]:
-    """What ``file`` has, and the rest."""
+    """Trajectories from ``file``; missing ones are sampled and appended."""
     kind = sampler_kind(setup.config.sampler)
     first = header(
         setup.config.policy, questions, sampler=kind, samples=samples, max_cycles=setup.config.max_cycles, seed=seed
@@ -114,7 +114,7 @@ def sample(
 def sample_chunk(
     setup: PolicySetup[Config], write: Continue, questions: Sequence[str], indices: Sequence[int], samples: int
 ) -> list[Trajectory]:
-    """Trajectories of ``questions[i]`` for i in ``indices``, each with i as its question."""
+    """Trajectories of ``questions[i]`` for i in ``indices``; ``Trajectory.question`` is i."""
 
     def check(index: int, answer: str) -> bool:
         return any(task.check(questions[indices[index]], answer) for task in TASKS.values())
@@ -129,7 +129,7 @@ def sample_chunk(
 
 
 def clean_up(states: States) -> None:
-    """After success: states and samples go, logs and plot stay."""
+    """Remove states and samples after success; logs and plot stay."""
     states.remove()
     for file in (*states.folder.glob("samples.jsonl"), *states.folder.glob("held_out-*.jsonl")):
         file.unlink()

@@ -1,4 +1,4 @@
-"""What a training loop shows and logs: a bar on the terminal, JSON lines and TensorBoard events in the run folder."""
+"""Progress bar, JSON-lines log and TensorBoard events of a training loop."""
 
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +16,9 @@ _SMOOTHING = 0.97
 
 
 class Progress:
-    """Bar and logs of one run: ``train.jsonl`` and ``tensorboard``, an entry every 20 steps and one at the end.
+    """Bar and logs of one run: ``train.jsonl`` and ``tensorboard``, every 20 steps and at the end.
 
-    A run resumed at ``budget.steps`` drops what it will log again. Where ``is_shown`` is false nothing is written.
+    A run resumed at ``budget.steps`` drops later entries and logs them again. Nothing is written unless ``is_shown``.
     """
 
     def __init__(self, name: str, folder: Path, budget: Budget, *, is_shown: bool = True) -> None:
@@ -45,7 +45,7 @@ class Progress:
             self._events.close()
 
     def record(self, loss: float, *, rows: int, tokens: int) -> None:
-        """After a step. Raises TrainingError when the log cannot be written."""
+        """Record one step. Raises TrainingError when the log cannot be written."""
         self._num_rows += rows
         self._num_tokens += tokens
         self._loss = loss if self._budget.steps == 1 else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
@@ -66,7 +66,7 @@ class Progress:
             raise TrainingError(f"cannot log step {self._budget.steps}: {error}") from error
 
     def summary(self) -> dict[str, Any]:
-        """Figures so far."""
+        """Totals so far."""
         return {
             "steps": self._budget.steps,
             "loss": round(self._loss, 4),
@@ -76,9 +76,9 @@ class Progress:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What the figures go on from."""
+        """Totals to resume from."""
         return {"loss": self._loss, "rows": self._num_rows, "tokens": self._num_tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the figures of a state."""
+        """Restore the totals of a state."""
         self._loss, self._num_rows, self._num_tokens = state["loss"], state["rows"], state["tokens"]

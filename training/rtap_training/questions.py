@@ -1,4 +1,4 @@
-"""Questions to train and judge on: sampled from bundled tasks, from a user's file, or from a Hugging Face dataset.
+"""Training and held-out questions from bundled tasks, JSONL files or Hugging Face datasets.
 
 Also writes the fixed held-out files, JSONL rows {"question", "answer", "task"} (``rtap train questions``).
 """
@@ -36,7 +36,7 @@ def held_out_questions(task: Task, count: int) -> list[Question]:
 
 
 def write_held_out(folder: Path, count: int) -> list[Path]:
-    """Write ``TASK.jsonl`` for every task; the same bytes every time."""
+    """Write ``TASK.jsonl`` for every task, deterministically."""
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     for task in TASKS.values():
@@ -48,7 +48,7 @@ def write_held_out(folder: Path, count: int) -> list[Path]:
 
 
 def load_questions(spec: str, split: Split, *, seed: int, count: int) -> list[Question]:
-    """``count`` different questions of ``split`` in random order, or all where a file or dataset has fewer.
+    """``count`` different questions of ``split`` in random order, or all if there are fewer.
 
     ``spec``: a bundled task, a mix (``countdown=0.5,knights=0.5``), a JSONL file (``questions.jsonl``; any path with a
     folder), or a Hugging Face dataset (``hf:openai/gsm8k``). Raises ConfigError.
@@ -57,11 +57,11 @@ def load_questions(spec: str, split: Split, *, seed: int, count: int) -> list[Qu
     if spec.startswith(HUB):
         questions = load_dataset_questions(spec.removeprefix(HUB), split)
     elif spec.endswith((".jsonl", ".json")) or "/" in spec:
-        questions = [q for q in read_questions(Path(spec)).questions if question_split(q.identity) is split]
+        questions = [q for q in read_questions(Path(spec)) if question_split(q.identity) is split]
     else:
         questions = _sample_mix(spec, split, count, rng)
     if not questions:
-        raise ConfigError(f"{spec} has no {split.value} question: a tenth is held out by hash, so give more questions")
+        raise ConfigError(f"{spec} has no {split.value} question; a tenth is held out by hash, so add more questions")
     rng.shuffle(questions)
     return questions[:count]
 
@@ -70,6 +70,6 @@ def _sample_mix(spec: str, split: Split, count: int, rng: Random) -> list[Questi
     try:
         weights = parse_mix(spec)
     except ConfigError as error:
-        raise ConfigError(f"{error}; or give a .jsonl file, or {HUB}DATASET") from error
+        raise ConfigError(f"{error}; or give a .jsonl file or {HUB}DATASET") from error
     names = rng.choices(list(weights), list(weights.values()), k=count)
     return [q for name in weights for q in distinct_questions(TASKS[name], names.count(name), split, rng)]

@@ -1,4 +1,4 @@
-"""Reliability plot of a confidence generator: share right against confidence, in bins, above how full the bins are."""
+"""Reliability plot of a confidence generator: share right against confidence, over a histogram."""
 
 # matplotlib leaves every **kwargs untyped:
 # pyright: reportUnknownMemberType=false
@@ -16,14 +16,14 @@ from rtap_core.artifact import NUM_BINS
 from rtap_training.calibration import Bools, Floats
 from rtap_training.evaluation.statistics import wilson_interval
 
-# Okabe–Ito colours: told apart by colour-blind readers too.
+# Okabe–Ito colours, distinguishable by colour-blind readers.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 _POOLED = "#000000"
 
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Cycles of similar confidence. low, high: Wilson's 95 % interval of the share right."""
+    """One confidence bin. low, high: Wilson 95 % interval of the share right."""
 
     confidence: float
     right: float
@@ -33,7 +33,7 @@ class Bin:
 
 
 def reliability_bins(scores: Floats, labels: Bools, *, bins: int = NUM_BINS) -> list[Bin]:
-    """The equal-width bins that hold something, lowest first; those of the expected calibration error."""
+    """Non-empty equal-width bins, lowest first; the same bins as in the expected calibration error."""
     places = np.minimum((scores * bins).astype(int), bins - 1)
     filled: list[Bin] = []
     for place in range(bins):
@@ -45,7 +45,7 @@ def reliability_bins(scores: Floats, labels: Bools, *, bins: int = NUM_BINS) -> 
 
 
 def plot_png(parts: Mapping[str, tuple[Floats, Bools]], title: str) -> bytes:
-    """A line for each part (scores, labels); the one named ``all`` in black with intervals."""
+    """One line per part (scores, labels); the part ``all`` is black with intervals."""
     figure = Figure(figsize=(5.6, 6.4), dpi=160, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     _curves(upper, parts)

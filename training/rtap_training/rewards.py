@@ -1,7 +1,6 @@
-"""The five R-TAP rewards (arXiv 2603.02099 eq. 7-9 and Open-R1's), each over one finished trajectory. Pure.
+"""The five R-TAP rewards of a finished trajectory (arXiv 2603.02099 eq. 7-9, and Open-R1's). Pure functions.
 
-The paper sums them with weight one. A trajectory is cut at its first right answer, so its last cycle is the one that
-counts; what the cut does to each reward is said below.
+The paper sums them with weight one. A trajectory is cut at its first right answer, so its last cycle decides.
 """
 
 import itertools
@@ -11,7 +10,7 @@ from rtap_core.format import TrajectoryFormat
 
 
 def confidence_increase(confidences: Sequence[float]) -> float:
-    """Share of cycles more confident than the one before, in [0, 1] (eq. 7). A single cycle gets 1, as in the paper.
+    """Share of cycles with a higher confidence than the previous one, in [0, 1] (eq. 7). A single cycle gets 1.
 
     confidences: in cycle order. Raises ValueError when there are none.
     """
@@ -31,8 +30,10 @@ def confidence_final(confidences: Sequence[float], threshold: float) -> float:
 
 
 def well_formed(cycles: Sequence[str], fmt: TrajectoryFormat) -> float:
-    """1 when every cycle is exactly one thought and one answer, each tag once and in order, else 0 (Open-R1's format
-    reward, asked of every cycle; the paper does not say how it treats several)."""
+    """1 if every cycle is one thought and one answer, each tag once and in order, else 0.
+
+    Open-R1's format reward for every cycle; the paper does not say how it treats several.
+    """
     return float(bool(cycles) and all(_is_pair(text, fmt) for text in cycles))
 
 
@@ -47,14 +48,14 @@ def _is_pair(text: str, fmt: TrajectoryFormat) -> bool:
 
 
 def answer_reward(is_right: bool) -> float:
-    """1 for a trajectory whose last kept cycle is right. With the cut that means: right within the allowed cycles."""
+    """1 if the last kept cycle is right: with the cut, right within the allowed cycles."""
     return float(is_right)
 
 
 def length_penalty(num_tokens: int, *, max_tokens: int, cache_tokens: int) -> float:
     """0 up to ``max_tokens - cache_tokens``, then linear down to -1 at ``max_tokens`` (DAPO eq. 13, used by Open-R1).
 
-    Both figures are unstated in the R-TAP paper. Raises ValueError unless 0 < cache_tokens <= max_tokens.
+    The R-TAP paper states neither number. Raises ValueError unless 0 < cache_tokens <= max_tokens.
     """
     if not 0 < cache_tokens <= max_tokens:
         raise ValueError(f"cache_tokens={cache_tokens} must be in 1..max_tokens={max_tokens}")

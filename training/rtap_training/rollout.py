@@ -1,8 +1,8 @@
-"""Sample Think–Answer cycles from a policy in large batches, on plain transformers or on vLLM.
+"""Batched sampling of Think–Answer cycles, on transformers or vLLM.
 
-Cycles continue on token ids, as in the server. Whether a trajectory goes on is the caller's decision; the next cycle
-is then forced open, because a policy that believes its own wrong answer ends the turn. On a CPU the batched loop of
-transformers is faster for the bundled models, and starts at once; vLLM is for GPUs and for larger policies.
+Cycles continue on token ids, as in the server. After a wrong cycle the next one is forced open, because a policy that
+believes its wrong answer ends the turn. For the bundled models on a CPU the transformers loop is faster and starts at
+once; vLLM is for GPUs and larger policies.
 """
 
 import gc
@@ -33,7 +33,7 @@ _CPU_CACHE_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class SampledCycle:
-    """One cycle as sampled. ``answer`` is None when it was cut; ``is_right`` is the checker's verdict."""
+    """One sampled cycle. answer: None if truncated. is_right: verdict of the answer checker."""
 
     ids: tuple[int, ...]
     answer: str | None
@@ -50,7 +50,7 @@ class Trajectory:
     is_open: bool = True
 
     def context(self, cycle_open: int) -> list[int]:
-        """Token ids the next cycle continues."""
+        """Prompt token ids of the next cycle."""
         ids = list(self.prompt)
         for cycle in self.cycles:
             ids += cycle.ids
@@ -58,14 +58,14 @@ class Trajectory:
 
 
 Check = Callable[[int, str], bool]
-"""(question index, answer) -> right or not."""
+"""(question index, answer) -> True if right."""
 
 Continue = Callable[[Sequence[list[int]], tuple[int, ...]], list[list[int]]]
-"""(prompts, stop ids) -> what follows each prompt, up to a stop id (kept) or MAX_CYCLE_TOKENS."""
+"""(prompts, stop ids) -> completions, each up to and including a stop id, or MAX_CYCLE_TOKENS long."""
 
 
 def encode_question(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
-    """Prompt ids of a question alone."""
+    """Prompt ids of a single question."""
     return encode_text(tokenizer, render_prompt([Message("user", question)]))
 
 
@@ -79,8 +79,11 @@ def sample_trajectories(
     max_cycles: int,
     max_positions: int,
 ) -> list[Trajectory]:
-    """``samples`` trajectories a question at temperature 1, cut at the first right answer, after ``max_cycles``, or
-    where another cycle might not fit the model's positions."""
+    """Sample ``samples`` trajectories per question at temperature 1.
+
+    A trajectory ends at the first right answer, after ``max_cycles``, or where another cycle may exceed the model's
+    positions.
+    """
     cycle_open = token_id(tokenizer, RTAP.cycle_open)
     stops = (token_id(tokenizer, RTAP.answer_close or ""), token_id(tokenizer, TURN_END))
     trajectories = [
@@ -102,35 +105,35 @@ def sample_trajectories(
 
 
 class Sampler(Protocol):
-    """What writes."""
+    """A sampling backend."""
 
     def seeded(self, seed: int) -> Continue:
-        """The same continuations of the same prompts every time."""
+        """Function that generates completions, reproducible for ``seed``."""
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Free its resources."""
         ...
 
 
 def sampler_kind(wanted: SamplerKind) -> SamplerKind:
-    """What ``auto`` is on this machine. Does not import vLLM. Raises ConfigError where it is wanted and absent."""
+    """Resolve ``auto`` without importing vLLM. Raises ConfigError if vLLM is requested but not installed."""
     has_vllm = importlib.util.find_spec("vllm") is not None
     if wanted is SamplerKind.VLLM and not has_vllm:
-        raise ConfigError("sampler=vllm needs vLLM: install rtap[cpu] or rtap[cuda], or take sampler=transformers")
+        raise ConfigError("sampler=vllm needs vLLM: install rtap[cpu] or rtap[cuda], or use sampler=transformers")
     if wanted is not SamplerKind.AUTO:
         return wanted
     return SamplerKind.VLLM if has_vllm and torch.cuda.is_available() else SamplerKind.TRANSFORMERS
 
 
 class TransformersSampler:
-    """The batched loop below, in this process."""
+    """Batched sampling with transformers, in this process."""
 
     def __init__(self, model: Qwen3ForCausalLM) -> None:
         self._model = model
 
     def seeded(self, seed: int) -> Continue:
-        """One random state over all batches."""
+        """Completions that share one random state over all batches."""
         generator = torch.Generator().manual_seed(seed)
 
         def write(prompts: Sequence[list[int]], stops: tuple[int, ...]) -> list[list[int]]:
@@ -145,11 +148,11 @@ class TransformersSampler:
         return write
 
     def close(self) -> None:
-        """Holds nothing."""
+        """No resources to free."""
 
 
 class VllmSampler:
-    """An offline vLLM engine in this process, so that a kill leaves no engine behind. It starts when first used."""
+    """Offline vLLM engine in this process, started at first use. Killing the process ends the engine too."""
 
     def __init__(self, path: Path, *, threads: int) -> None:
         self._path = path
@@ -157,7 +160,7 @@ class VllmSampler:
         self._llm: Any = None
 
     def seeded(self, seed: int) -> Continue:
-        """Every sample has its own seed; equal prompts are one request."""
+        """Completions with one seed per sample; equal prompts share a request."""
         random = Random(seed)
 
         def write(prompts: Sequence[list[int]], stops: tuple[int, ...]) -> list[list[int]]:
@@ -170,7 +173,7 @@ class VllmSampler:
     def _generate(
         self, counts: Counter[tuple[int, ...]], stops: tuple[int, ...], *, first_seed: int
     ) -> dict[tuple[int, ...], list[list[int]]]:
-        """As many continuations of each prompt as it counts."""
+        """``counts[prompt]`` completions of each prompt."""
         if self._llm is None:
             self._llm = self._start()
         from vllm import SamplingParams
@@ -188,7 +191,7 @@ class VllmSampler:
         }
 
     def _start(self) -> Any:
-        """With what the server tells its engines on a CPU (``engine/loading.py``)."""
+        """Start vLLM with the server's CPU settings (``rtap_server/engine/loading.py``)."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         defaults = {
             "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -208,7 +211,7 @@ class VllmSampler:
         return cast(Any, LLM)(str(self._path), **options)
 
     def close(self) -> None:
-        """Free the engine's memory and the process group that it made."""
+        """Free the engine's memory and its process group."""
         if self._llm is None:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -227,8 +230,8 @@ def sample_until(
     *,
     generator: torch.Generator | None,
 ) -> list[list[int]]:
-    """Continue each prompt until a stop id (kept) or the limit. Without a generator: greedy."""
-    # Samples of one question share their prompt: read it once, then repeat its cache.
+    """Generate each prompt up to and including a stop id, or to the limit. Greedy without ``generator``."""
+    # Samples of one question share a prompt: prefill it once, then repeat its KV cache.
     places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     width = max(map(len, places))
     ids = torch.tensor([[stops[-1]] * (width - len(p)) + list(p) for p in places])  # (B, T), left-padded
@@ -260,14 +263,14 @@ def sample_until(
 
 
 def _select(keep: list[int], cache: DynamicCache, *tensors: Tensor) -> list[Tensor]:
-    """The rows ``keep`` (in that order, repeats allowed) of the cache, in place, and of the tensors."""
+    """Select the rows ``keep`` (in order, repeats allowed) of the tensors and, in place, of the cache."""
     index = torch.tensor(keep)
     cache.batch_select_indices(index)
     return [t[index] for t in tensors]
 
 
 def _choose(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """logits (B, V) -> (B,)."""
+    """Next tokens: logits (B, V) -> (B,)."""
     if generator is None:
         return logits.argmax(-1)
     return torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]

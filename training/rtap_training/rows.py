@@ -1,4 +1,4 @@
-"""Train a policy on rows of token ids, a fresh draw an epoch, and write it: the end of ``correct`` and ``imitate``."""
+"""Supervised training on rows of token ids, redrawn every epoch; shared by ``correct`` and ``imitate``."""
 
 import json
 import sys
@@ -25,24 +25,26 @@ Config = TypeVar("Config", bound=SampledTurnsConfig)
 
 @dataclass(frozen=True, slots=True)
 class TrainingRows:
-    """ids: of all rows, as JSON has them. counts: of rows, for the manifest. draw: the rows of one epoch."""
+    """Rows to train on. ids: of all rows, as JSON. counts: for the manifest. draw: return the rows of one epoch."""
 
     ids: list[Any]
     counts: int | dict[str, int]
     draw: Callable[[Random], list[Encoded]]
 
 
-def learn(name: str, setup: PolicySetup[Config], lesson: TrainingRows, *, evaluate_before: bool = False) -> None:
-    """Train, evaluate on held-out questions (``evaluate_before``: as it comes, too), save, and print the figures; from the
-    last state where there is one."""
+def learn(name: str, setup: PolicySetup[Config], rows: TrainingRows, *, evaluate_before: bool = False) -> None:
+    """Train from the last state, if any; then evaluate on held-out questions, save, and print the metrics.
+
+    evaluate_before: also evaluate before training.
+    """
     policy, tokenizer, config = setup.policy, setup.tokenizer, setup.config
-    data = json.dumps(lesson.ids)
+    data = json.dumps(rows.ids)
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(data))
     before = {"before": held_out_figures(_write_held_out(setup))} if evaluate_before else {}
-    training = _train(name, setup, states, lesson.draw)
+    training = _train(name, setup, states, rows.draw)
     turns = _write_held_out(setup)
     show_held_out(config.output, training["steps"], turns, tokenizer)
-    figures = training | {"rows": lesson.counts} | before | {"held_out": held_out_figures(turns)}
+    figures = training | {"rows": rows.counts} | before | {"held_out": held_out_figures(turns)}
     record = manifest(f"rtap train {name}", config, data=data, seconds=training["seconds"], figures=figures)
     save(config.output, policy, tokenizer, record)
     clean_up(states)
@@ -72,7 +74,7 @@ def _train(
         return [pad(group, padding) for group in groups]
 
     stream = Stream(epoch, seed=config.seed)
-    configure_torch(config.threads, config.seed)  # however much was sampled before
+    configure_torch(config.threads, config.seed)  # the same random state whether or not samples were read from a file
     policy.train()
     with Loop(name, config, states, model=policy, optimisers=optimisers, stream=stream) as loop:
         while loop.should_continue():

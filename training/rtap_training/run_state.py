@@ -1,7 +1,6 @@
-"""What a run keeps in ``OUTPUT.run`` beside its checkpoint: a log, and states that it resumes from.
+"""Log and resumable states of a training run, in the folder ``OUTPUT.run``.
 
-Both survive a kill at any instant: a log line that was cut is dropped, and a state counts only once its last file is
-there. Not here: what a state holds (``loop.py``; TRL's checkpoints in ``training/rtap_training/rl``).
+Both survive a kill at any time: a truncated log line is dropped, and a state counts only once its last file exists.
 """
 
 import json
@@ -25,40 +24,40 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     class Resumable(DataclassInstance, Protocol):
-        """A config. MAY_CHANGE: its fields that may differ when a run is resumed."""
+        """A config of a resumable command. MAY_CHANGE: fields that may differ when the run is resumed."""
 
         MAY_CHANGE: ClassVar[frozenset[str]]
 
 
 COMPLETE_FILE = "complete.json"
-"""Written last into a state; one without it is not used."""
+"""The last file of a state; a state without it is ignored."""
 STATE = "state"
 
 
 def plain(config: "DataclassInstance") -> dict[str, Any]:
-    """The fields of a config as JSON has them."""
+    """Fields of a config as JSON values."""
     return {name: str(v) if isinstance(v, Path | StrEnum) else v for name, v in asdict(config).items()}
 
 
 def describe(settings: Mapping[str, Any], **more: Any) -> str:
-    """What made a state, as JSON: settings, versions, commit."""
+    """JSON of the settings, versions and commit that made a state."""
     record = {"config": dict(settings), "versions": versions(), "git_commit": git_commit()} | more
     return json.dumps(record, indent=2) + "\n"
 
 
 def check_same_settings(state: Path, now: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises ConfigError when ``state`` was made under other settings of those names."""
+    """Raise ConfigError if ``state`` was made with other values of the settings ``names``."""
     earlier: dict[str, Any] = json.loads((state / COMPLETE_FILE).read_text("utf-8"))["config"]
-    differing = [f"{n}: {earlier.get(n)!r} then, {now[n]!r} now" for n in names if earlier.get(n) != now[n]]
+    differing = [f"{n}: was {earlier.get(n)!r}, is {now[n]!r}" for n in names if earlier.get(n) != now[n]]
     if differing:
         raise ConfigError(
-            f"{state} is of a run with other settings ({'; '.join(differing)}); "
-            f"give them again, name another output, or remove {state.parent}"
+            f"{state} belongs to a run with other settings ({'; '.join(differing)}); "
+            f"use those settings, choose another output, or remove {state.parent}"
         )
 
 
 def check_resumable(output: Path, config: "Resumable") -> None:
-    """Raises ConfigError when the run that writes ``output`` was begun under settings that make it another."""
+    """Raise ConfigError if the run that writes ``output`` was started with incompatible settings."""
     last = last_complete(run_dir(output), STATE)
     if last is not None:
         now = plain(config)
@@ -66,25 +65,25 @@ def check_resumable(output: Path, config: "Resumable") -> None:
 
 
 def mark_complete(state: Path, record: str) -> None:
-    """Write the file that makes a state count; ``record`` is what ``describe`` gave."""
+    """Mark ``state`` as complete; ``record`` is the text of ``describe``."""
     partial = state / f".{COMPLETE_FILE}"
     partial.write_text(record, "utf-8")
     partial.replace(state / COMPLETE_FILE)
 
 
 def last_complete(folder: Path, prefix: str) -> Path | None:
-    """The newest state ``PREFIX-STEP`` in ``folder`` that was written to its end."""
+    """The newest complete state ``PREFIX-STEP`` in ``folder``."""
     whole = [p.parent for p in folder.glob(f"{prefix}-*/{COMPLETE_FILE}")]
     return max(whole, key=step_of, default=None)
 
 
 def step_of(state: Path) -> int:
-    """The step that a state's name ends with."""
+    """Step number in a state's name."""
     return int(state.name.rsplit("-", 1)[1])
 
 
 class LineLog:
-    """JSON lines with a ``step`` each. A resumed run drops the lines of steps after ``resumed_at``: it repeats them."""
+    """JSON-lines log with one ``step`` per line. A resumed run drops lines after ``resumed_at``."""
 
     def __init__(self, path: Path, *, resumed_at: int) -> None:
         self._path = path
@@ -101,7 +100,7 @@ class LineLog:
 
 
 def _is_kept(line: str, resumed_at: int) -> bool:
-    """Whole lines of steps up to the state; a kill may have cut the last one."""
+    """Keep complete lines up to the resumed step; a kill may have truncated the last line."""
     try:
         return line.endswith("\n") and int(json.loads(line)["step"]) <= resumed_at
     except (ValueError, KeyError):
@@ -109,9 +108,9 @@ def _is_kept(line: str, resumed_at: int) -> bool:
 
 
 class States:
-    """The states of a run: folders ``state-STEP`` with a file a process and one they share. The newest is kept.
+    """Resumable states of a run: folders ``state-STEP`` with one file per process and a shared one. Keeps the newest.
 
-    settings: what made them. data_sha256: of what is trained on, which the settings may name but not fix.
+    data_sha256: digest of the training data, which the settings name but do not pin.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, data_sha256: str) -> None:
@@ -121,26 +120,26 @@ class States:
 
     @property
     def last(self) -> Path | None:
-        """The newest whole one."""
+        """The newest complete state."""
         return last_complete(self.folder, STATE)
 
     @property
     def resume_hint(self) -> str:
-        """The end of an error message: what is left to go on from."""
-        return f"the last good state is {self.last}" if self.last else "there is no state yet"
+        """Clause for an error message that names the last good state."""
+        return f"the last good state is {self.last}" if self.last else "no state was saved yet"
 
     def load(self, state: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What all processes share, and this process's own part. Raises ConfigError for other data."""
+        """(shared part, this process's part). Raises ConfigError if the training data changed."""
         made: dict[str, Any] = json.loads((state / COMPLETE_FILE).read_text("utf-8"))
         if made["data_sha256"] != self._data_sha256:
             raise ConfigError(
-                f"{state} was made from other data (the code, a checkpoint or a samples file has changed); remove "
+                f"{state} was made from other data (the code, a checkpoint or a samples file changed); remove "
                 f"{self.folder} to start over"
             )
         return _read(state / "shared.pt"), _read(state / _own_file())
 
     def save(self, step: int, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Write a state, called in every process; older ones go once it is whole. Raises TrainingError."""
+        """Write a state, then remove older ones. Call in every process. Raises TrainingError."""
         folder = self.folder / f"{STATE}-{step}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -159,12 +158,12 @@ class States:
         mark_complete(folder, describe(self._settings, data_sha256=self._data_sha256))
         for other in self.folder.glob(f"{STATE}-*"):
             if other != folder:
-                # The mark goes first: a folder half removed must not count as whole.
+                # Remove the mark first: a half-removed folder must not count as complete.
                 (other / COMPLETE_FILE).unlink(missing_ok=True)
                 shutil.rmtree(other, ignore_errors=True)
 
     def remove(self) -> None:
-        """Drop all states, after success."""
+        """Remove all states."""
         for state in self.folder.glob(f"{STATE}-*"):
             (state / COMPLETE_FILE).unlink(missing_ok=True)
             shutil.rmtree(state, ignore_errors=True)
@@ -175,7 +174,7 @@ def _own_file() -> str:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """To the disk itself, so that a power cut cannot leave the mark without the rest."""
+    """Write and fsync: a power cut must not leave the mark without the data."""
     with path.open("wb") as file:
         cast(Any, torch.save)(dict(content), file)
         file.flush()

@@ -1,7 +1,7 @@
-"""Sampled trajectories on disk: sampling goes on where it was stopped, and a generator is trained again without it.
+"""Resumable file of sampled trajectories.
 
-JSON lines: a header that identifies policy and sampling, then one line a question, written in chunks of questions that
-have their own seed. A file made by anything else is refused.
+JSON lines: a header that identifies policy and sampling settings, then one line per question. Lines are written in
+chunks, each with its own seed. A file with another header is refused.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ CHUNK_ROWS = 2048
 _FORMAT = 2
 
 Sample = Callable[[Sequence[int], int], list[Trajectory]]
-"""(question indices, seed) -> their trajectories, those of one question side by side."""
+"""(question indices, seed) -> their trajectories, grouped by question."""
 
 Make = Callable[[Sequence[int], int], list[str]]
 """(question indices, seed) -> a line of JSON for each question."""
@@ -31,7 +31,7 @@ Make = Callable[[Sequence[int], int], list[str]]
 def header(
     policy: Path, questions: Sequence[str], *, sampler: str, samples: int, max_cycles: int, seed: int
 ) -> dict[str, Any]:
-    """What the samples depend on."""
+    """Everything the samples depend on."""
     return {
         "format": _FORMAT,
         "policy_sha256": _weights_sha256(policy),
@@ -45,7 +45,7 @@ def header(
 
 
 def _weights_sha256(policy: Path) -> str:
-    """Of all files of weights; those of a large model are many, and none is read whole."""
+    """Digest of all weight files, read in parts."""
     digest = hashlib.sha256()
     for file in sorted(policy.glob("*.safetensors")) or sorted(policy.glob("*.bin")):
         with file.open("rb") as weights:
@@ -55,7 +55,7 @@ def _weights_sha256(policy: Path) -> str:
 
 
 def read_or_sample(file: Path, first: dict[str, Any], sample: Sample) -> list[Trajectory]:
-    """All trajectories that ``first``, the header, tells of; see ``read_or_make``."""
+    """All trajectories of the run that the header ``first`` describes; see ``read_or_make``."""
 
     def make(indices: Sequence[int], seed: int) -> list[str]:
         fresh = sample(indices, seed)
@@ -65,10 +65,9 @@ def read_or_sample(file: Path, first: dict[str, Any], sample: Sample) -> list[Tr
 
 
 def read_or_make(file: Path, first: dict[str, Any], make: Make, *, chunk_rows: int) -> list[str]:
-    """The line of every question that ``first``, the header, tells of: those in ``file``, then the others, made in
-    chunks of ``chunk_rows`` samples and appended.
+    """One line per question of the header ``first``: read from ``file``, then made and appended chunk by chunk.
 
-    Raises TrainingError when the file cannot be written; what was sampled before stays there.
+    A chunk has ``chunk_rows`` samples. Raises TrainingError when the file cannot be written; earlier lines are kept.
     """
     count, chunk = first["questions"], max(1, chunk_rows // first["samples"])
     done = _read(file, first)
@@ -88,13 +87,13 @@ def read_or_make(file: Path, first: dict[str, Any], make: Make, *, chunk_rows: i
                 appended.write("".join(f"{line}\n" for line in fresh))
             kept += fresh
     except OSError as error:
-        raise TrainingError(f"cannot write samples to {file}: {error}; those before are kept") from error
+        raise TrainingError(f"cannot write samples to {file}: {error}; earlier samples are kept") from error
     return kept
 
 
 def _read(file: Path, expected: dict[str, Any]) -> list[str]:
-    """The whole lines after the header; none where there is no file yet."""
-    lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []  # what follows the last newline was cut
+    """The complete lines after the header; an empty list without a file."""
+    lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []  # text after the last newline was cut
     if not lines:
         return []
     found: dict[str, Any] = json.loads(lines[0])

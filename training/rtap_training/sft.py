@@ -1,4 +1,4 @@
-"""Cold start: train a policy from nothing on Think–Answer traces with honest arithmetic (``rtap train sft``)."""
+"""Cold start: train a policy from random weights on synthetic Think–Answer traces (``rtap train sft``)."""
 
 import json
 import sys
@@ -32,13 +32,13 @@ from rtap_training.runtime import configure_torch
 from rtap_training.tasks import TASKS, parse_mix
 from rtap_training.tasks.trajectory import TURN_END, sample_conversation
 
-CORPUS_SIZE = 20_000  # conversations a tokenizer is built on
-DIGEST_SIZE = 1_000  # those that stand for the endless data in manifests and states
+CORPUS_SIZE = 20_000  # conversations that train the tokenizer
+DIGEST_SIZE = 1_000  # conversations that identify the endless data in manifests and states
 EVAL_CYCLES = 3
 
 
 def policy_loss(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the trained tokens; logits are computed for those only."""
+    """Mean cross-entropy over the trained tokens. Only their logits are computed."""
     hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state  # (B, T, D)
     trained = batch.mask[:, 1:]
     logits: Tensor = model.lm_head(hidden[:, :-1][trained])
@@ -46,9 +46,9 @@ def policy_loss(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
 
 
 def run(config: SftConfig) -> None:
-    """Train in all processes; the first evaluates on held-out questions, saves and prints the figures.
+    """Train in all processes; rank 0 evaluates on held-out questions, saves, and prints the metrics.
 
-    Goes on from the run's last state where there is one.
+    Resumes from the run's last state.
     """
     check_resumable(config.output, config)
     run_processes(_work, config.processes, config)
@@ -74,7 +74,7 @@ def _work(config: SftConfig) -> None:
 
 
 def _start(config: SftConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """The model that training starts from. Raises ConfigError when a checkpoint cannot give what is asked of it."""
+    """Initial model and tokenizer. Raises ConfigError for an unsuitable checkpoint."""
     if config.initial is not None:
         return load_policy(config.initial)
     if config.tokenizer is not None:
@@ -86,27 +86,29 @@ def _start(config: SftConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast
 
 
 def sample_texts(config: SftConfig, count: int) -> list[str]:
-    """Conversations of the mix as text: what a tokenizer is built on, and the data of the run by example."""
+    """Text of ``count`` sampled conversations."""
     weights, rng = parse_mix(config.tasks), Random(config.seed)
     return [conversation_text(sample_conversation(TASKS, weights, rng))[0] for _ in range(count)]
 
 
 def load_complete_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint. Raises ConfigError unless turns and cycles are written in tokens that it has."""
+    """Tokenizer of a checkpoint. Raises ConfigError unless it has all tokens of turns and cycles."""
     if not (path / "tokenizer.json").is_file():
         raise ConfigError(f"{path} has no tokenizer (no tokenizer.json); name a checkpoint of `rtap train sft`")
     tokenizer = load_tokenizer(path)
     known = tokenizer.get_vocab()
     missing = [token for token in (PAD, TURN_START, TURN_END, *TAGS) if token not in known]
     if missing:
-        raise ConfigError(f"the tokenizer of {path} has no tokens {' '.join(missing)}, which every trace is written in")
+        raise ConfigError(
+            f"the tokenizer of {path} lacks the tokens {' '.join(missing)}; name a checkpoint of `rtap train sft`"
+        )
     return tokenizer
 
 
 def train(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig, states: States
 ) -> dict[str, Any]:
-    """The loop, from the start or from the last state. Every process has its own stream of traces."""
+    """Train from the last state, if any. Every process has its own stream of traces."""
     optimisers = build_muon(
         model.named_parameters(),
         matrix_rate=config.matrix_rate,
@@ -126,8 +128,7 @@ def train(
 def write_held_out(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, tasks: str, count: int, seed: int
 ) -> dict[str, HeldOutTrajectories]:
-    """One turn on each of ``count`` held-out questions of each task in the mix; a cycle is forced open after a wrong
-    one."""
+    """One trajectory on each of ``count`` held-out questions per task. A wrong cycle is followed by another."""
     model.eval()
     turns: dict[str, HeldOutTrajectories] = {}
     for name in parse_mix(tasks):
@@ -142,7 +143,7 @@ def write_held_out(
 
 
 def held_out_figures(turns: Mapping[str, HeldOutTrajectories]) -> dict[str, Any]:
-    """Accuracy of each task: the first cycle, by level too, and each later cycle of those that it was opened for."""
+    """Accuracy per task: first cycle (also by level), and each later cycle among the questions that reached it."""
     figures: dict[str, Any] = {}
     for name, part in turns.items():
         rights: defaultdict[int, list[bool]] = defaultdict(list)
@@ -165,7 +166,7 @@ def _share(rights: list[bool]) -> float:
 
 
 def save(output: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:
-    """Write a bf16 checkpoint; the live model stays fp32."""
+    """Save a bf16 copy; the model itself stays fp32."""
     copy = deepcopy(model)
     cast_to(copy, torch.bfloat16)
     save_checkpoint(output, copy, tokenizer, record)

@@ -1,4 +1,4 @@
-"""Endless data that a stopped run finds its place in again, at the price of drawing one pool."""
+"""Endless, resumable stream of training data. Resuming draws one pool again."""
 
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 
 
 class Stream(Iterator[Item], Generic[Item]):
-    """Items of one pool after the other. ``draw`` makes a pool, never an empty one, from the random state alone."""
+    """Yield items pool by pool. ``draw`` returns a non-empty pool that depends only on the random state."""
 
     def __init__(self, draw: Callable[[Random], Sequence[Item]], *, seed: int) -> None:
         self._draw = draw
@@ -29,11 +29,11 @@ class Stream(Iterator[Item], Generic[Item]):
         self._num_used = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The place: the random state before the pool, and how much of the pool is used."""
+        """The random state before the current pool, and the number of items used from it."""
         return {"before_pool": self._before_pool, "num_used": self._num_used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a place that a stream of the same ``draw`` was at."""
+        """Restore the position of a stream with the same ``draw``."""
         self._random.setstate(state["before_pool"])
         self._next_pool()
         self._num_used = state["num_used"]

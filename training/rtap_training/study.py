@@ -1,7 +1,6 @@
-"""Compare training runs over seeds (``rtap train study``): train each, measure it held-out, write one table.
+"""Comparison of training runs over seeds (``rtap train study``): train, evaluate on held-out questions, tabulate.
 
-A suite is a YAML file: common settings, named runs, seeds. Runs that are done are kept, so a stopped study goes on.
-Which figure decides, and what it means, is for whoever reads the table (training/RESULTS.md).
+A suite is a YAML file with common settings, named runs and seeds. Finished runs are kept, so a stopped study resumes.
 """
 
 import json
@@ -28,10 +27,13 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """runs: settings by name, of the training command that ``method`` names; one without is not trained (the starting
-    policy). common: settings of all of them. baseline: the run that the others are compared with, seed by seed.
-    measure: fields of ``rtap_training.rl.measure.MeasureConfig``, and ``tasks``, ``questions`` (a task) and ``confidence`` (a
-    generator for runs that have none of their own)."""
+    """A study as its YAML file describes it.
+
+    runs: settings by name; ``method`` names the training command, and a run without it is the untrained policy.
+    common: settings of all runs. baseline: the run that the others are compared with, paired by seed. measure: fields
+    of ``rtap_training.rl.measure.MeasureConfig``, plus ``tasks``, ``questions`` (per task) and ``confidence``
+    (generator of runs that do not train one).
+    """
 
     title: str
     seeds: tuple[int, ...]
@@ -41,13 +43,13 @@ class Suite:
     measure: Mapping[str, Any]
 
     def run(self, name: str) -> tuple[str | None, dict[str, Any]]:
-        """The training command of a run, if it has one, and its settings."""
+        """(training command or None, settings) of a run."""
         settings = {**self.common, **self.runs[name]}
         return settings.pop("method", None), settings
 
 
 def load_suite(file: Path) -> Suite:
-    """Raises ConfigError for an unreadable file, unknown or missing keys."""
+    """Read a suite. Raises ConfigError for an unreadable file, and for unknown or missing keys."""
     try:
         loaded: Any = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -59,12 +61,12 @@ def load_suite(file: Path) -> Suite:
     values |= {"seeds": tuple(values["seeds"]), "runs": {name: own or {} for name, own in values["runs"].items()}}
     suite = Suite(**values)
     if suite.baseline not in suite.runs:
-        raise ConfigError(f"{file}: baseline {suite.baseline!r} is none of the runs {sorted(suite.runs)}")
+        raise ConfigError(f"{file}: baseline {suite.baseline!r} is not one of the runs {sorted(suite.runs)}")
     return suite
 
 
 def run(file: Path, output: Path, run_command: Run) -> None:
-    """Do what is left of the suite, then write ``results.json`` and ``results.md`` into ``output``."""
+    """Run the unfinished part of the suite, then write ``results.json`` and ``results.md`` into ``output``."""
     suite = load_suite(file)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "results.json"
@@ -90,7 +92,7 @@ def _train_and_measure(suite: Suite, name: str, seed: int, folder: Path, run_com
     if method is None:
         return _measure(suite, Path(settings["policy"]), None, seed)
     run_command(method, settings | {"seed": seed, "output": str(folder)})
-    own_generator = folder.with_name(f"{folder.name}-confidence")  # where RL leaves the one that learnt along
+    own_generator = folder.with_name(f"{folder.name}-confidence")  # where RL saves the generator it updates
     return _measure(suite, folder, own_generator if own_generator.is_dir() else None, seed)
 
 
@@ -130,7 +132,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def render(suite: Suite, results: Mapping[str, Mapping[str, Figures]], *, command: str) -> str:
-    """The table: mean and interval over seeds, and the difference from the baseline paired by seed."""
+    """Markdown tables: mean and interval over seeds, and the difference from the baseline paired by seed."""
     runs = [name for name in suite.runs if results.get(name)]
     keys = list(dict.fromkeys(k for name in runs for figures in results[name].values() for k in figures))
     lines = [f"# {suite.title}", "", f"{datetime.now(UTC):%Y-%m-%d}, seeds {list(suite.seeds)}, `{command}`", "",

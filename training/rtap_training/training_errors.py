@@ -1,11 +1,11 @@
-"""Errors of training beyond wrong settings; the tree's root is ``rtap_core.errors.RtapError``."""
+"""Training errors. Wrong settings raise ``rtap_core.errors.ConfigError`` instead."""
 
 from rtap_core.errors import RtapError
 
 
 class TrainingError(RtapError):
-    """A run that cannot go on. The message says where it stopped and which checkpoint is the last good one."""
+    """A run that cannot continue. The message names the step and the last good checkpoint."""
 
 
 class TeacherError(RtapError):
-    """A teacher that cannot score this student's rollouts, or gave no usable scores."""
+    """A teacher that cannot score the student's rollouts, or returned unusable scores."""

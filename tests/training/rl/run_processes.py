@@ -42,8 +42,8 @@ def scripted(config: RlConfig) -> Any:
             rng = Random(f"{question} {row} {len(request.prompt_ids)} {self.state.global_step}")
             answer = answers[question] if rng.random() < 0.4 else str(rng.randrange(90))
             text = f"<think>{rng.randrange(10**6)}</think><answer>{answer}</answer>"
-            is_open = self.parts.dialect.decode(request.prompt_ids).endswith("<think>")
-            ids = self.parts.dialect.encode(text.removeprefix("<think>") if is_open else text)
+            is_open = self.components.dialect.decode(request.prompt_ids).endswith("<think>")
+            ids = self.components.dialect.encode(text.removeprefix("<think>") if is_open else text)
             results.append(Completion(ids[: request.max_tokens], None))
         return results
 
@@ -69,7 +69,7 @@ def run_recorded(config: RlConfig, folder: Path) -> None:
     command.run(config)
     RecursiveTrainer._generate_and_score_completions, RecursiveTrainer._generate_batch = originals
     weights: dict[str, torch.Tensor] = {}
-    generator = trainers[0].parts.generator
+    generator = trainers[0].components.generator
     for name, model in (("policy", trainers[0].model), ("generator", generator.model if generator else None)):
         for key, value in model.state_dict().items() if model is not None else ():
             weights[f"{name}.{key}"] = value.full_tensor() if hasattr(value, "full_tensor") else value

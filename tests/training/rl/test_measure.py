@@ -57,6 +57,7 @@ def test_a_question_without_contrast_has_no_within_question_auroc() -> None:
     assert forced_figures([[trajectory(cycle(RIGHT, 0.5))]], [QUESTION], 0.5, is_scored=True)["within_auroc"] is None
 
 
+@pytest.mark.slow
 def test_the_bundled_models_measured_twice_give_the_same() -> None:
     model, tokenizer = load_policy(BUNDLED / "policy")
     dialect = load_for_training(BUNDLED / "policy").dialect

@@ -22,7 +22,10 @@ from rtap_training.rl.checkpoints import last_checkpoint
 from rtap_training.rl.config import GrpoConfig
 from tests.training.rl.tiny import BUNDLED, save_generator, save_policy
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
+PYTHONPATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 UPDATES = 20
 # Six rows a process, so that the second of three questions lies on both.
 SCRIPTED = {
@@ -69,7 +72,7 @@ def launch(folder: Path, models: dict[str, str], processes: int, *flags: str) ->
     script = [str(Path(__file__).with_name("run_processes.py")), str(folder / "jobs.json"), *flags]
     result = subprocess.run(
         [sys.executable, *(torchrun if processes > 1 else []), *script],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True,
         timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]

@@ -1,6 +1,6 @@
 """The whole RL command on a tiny policy: what it writes, what it resumes, what it refuses. One process, no vLLM.
 
-The runs are short: they prove mechanics, not learning. training/RESULTS.md has what is learnt.
+The runs are short: they prove mechanics, not learning. docs/results/training.md has results.
 """
 
 import json
@@ -101,12 +101,13 @@ def test_policy_and_generator_have_moved(finished: RtapConfig) -> None:
         assert not all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_curve(finished: RtapConfig, tmp_path: Path) -> None:
     """kill -9 some time after the first checkpoint; the second run goes on from it, log included."""
     config = replace(finished, output=tmp_path / "out")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in RECURSIVE.items()]
     flags += [f"--policy={config.policy}", f"--confidence={config.confidence}", f"--output={config.output}"]
-    child = subprocess.Popen([sys.executable, "-m", "training", "rtap", *flags], env=os.environ)
+    child = subprocess.Popen([sys.executable, "-m", "rtap_training", "rtap", *flags], env=os.environ)
     deadline = time.monotonic() + 240
     while last_checkpoint(config.run_dir) is None and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -129,7 +130,7 @@ def test_a_checkpoint_without_its_last_file_is_not_used(finished: RtapConfig, tm
 
 
 def test_resuming_with_other_settings_is_refused(finished: RtapConfig) -> None:
-    with pytest.raises(ConfigError, match=r"learning_rate: 0\.0001 then, 0\.002 now"):
+    with pytest.raises(ConfigError, match=r"learning_rate: was 0\.0001, is 0\.002"):
         command.run(replace(finished, learning_rate=2e-3))
 
 
@@ -161,7 +162,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_checkpoint(
         trainer.model.get_input_embeddings().weight.fill_(float("nan"))
     # What it wrote before it broke: weights that are NaN cannot be sampled from.
     monkeypatch.setattr(trainer, "_generate_batch", lambda requests, _: [Completion([5, 6], None) for _ in requests])
-    with pytest.raises(TrainingError, match="the loss is nan at update 1; there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match="the loss is nan at update 1; no checkpoint was saved yet"):
         trainer.train()
 
 

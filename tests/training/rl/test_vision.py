@@ -72,7 +72,9 @@ def finished(config: RtapConfig) -> RtapConfig:
 
     def generate(self: RecursiveTrainer, requests: Sequence[Request], prompts: list[Any]) -> list[Completion]:
         texts = [
-            self.parts.dialect.encode(f"<think>{r.row}</think><answer>{_shade(prompts[r.row]) + r.row % 2}</answer>")
+            self.components.dialect.encode(
+                f"<think>{r.row}</think><answer>{_shade(prompts[r.row]) + r.row % 2}</answer>"
+            )
             for r in requests
         ]
         return [Completion(ids, None) for ids in texts]
@@ -89,11 +91,13 @@ def _shade(messages: list[dict[str, Any]]) -> int:
     return messages[-1]["content"][0]["image"].getpixel((0, 0))[0]
 
 
+@pytest.mark.slow
 def test_each_row_is_checked_against_the_answer_of_its_own_picture(finished: RtapConfig) -> None:
     assert curve(finished)[0]["rewards/answer/mean"] == 0.5
     assert curve(finished)[0]["rewards/format/mean"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_scripted_reward_lowers_the_loss(finished: RtapConfig) -> None:
     """Advantages sum to zero, so a generation's loss starts at 0; its second update finds it lowered by the first."""
     lines = curve(finished)
@@ -103,6 +107,7 @@ def test_the_scripted_reward_lowers_the_loss(finished: RtapConfig) -> None:
     assert all(line["loss"] < -1e-3 for line in lines[1::2])
 
 
+@pytest.mark.slow
 def test_the_vision_encoder_stays_and_the_language_model_moves(finished: RtapConfig) -> None:
     before, after = (load_file(path / "model.safetensors") for path in (finished.policy, finished.output))
     assert before.keys() == after.keys()
@@ -112,6 +117,7 @@ def test_the_vision_encoder_stays_and_the_language_model_moves(finished: RtapCon
     assert {name for name in moved if "multi_modal_projector" in name}
 
 
+@pytest.mark.slow
 def test_it_is_saved_with_its_processor_and_format(finished: RtapConfig) -> None:
     saved = json.loads((finished.output / "config.json").read_text())
     assert (saved["architectures"], saved["dtype"]) == (["LlavaForConditionalGeneration"], "bfloat16")
@@ -125,6 +131,7 @@ def test_it_is_saved_with_its_processor_and_format(finished: RtapConfig) -> None
     assert model(**ids).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_sampled_rollouts_recur_with_their_picture(config: RtapConfig, tmp_path: Path) -> None:
     """Later cycles get the pixels of just the rows that go on."""
     sampled = replace(config, output=tmp_path / "out", max_steps=2, save_steps=2, learning_rate=5e-5)
@@ -135,12 +142,12 @@ def test_sampled_rollouts_recur_with_their_picture(config: RtapConfig, tmp_path:
 
 def test_a_language_model_refuses_pictures(config: RtapConfig, tmp_path: Path) -> None:
     policy = save_policy(tmp_path / "policy", seed=1)
-    with pytest.raises(ConfigError, match="without a vision encoder"):
+    with pytest.raises(ConfigError, match="has no vision encoder"):
         command.run(replace(config, policy=policy, output=tmp_path / "out"))
 
 
 def test_a_generator_of_other_tokens_and_a_teacher_are_refused(config: RtapConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reads 448 token ids, the policy has 449"):
+    with pytest.raises(ConfigError, match="has 448 token ids, the policy 449"):
         command.run(replace(config, confidence=BUNDLED / "confidence", output=tmp_path / "out"))
     rlad = RladConfig(policy=config.policy, questions=config.questions, teacher="t", output=tmp_path / "out")
     with pytest.raises(ConfigError, match="a teacher reads token ids only"):
@@ -150,7 +157,7 @@ def test_a_generator_of_other_tokens_and_a_teacher_are_refused(config: RtapConfi
 def test_pictures_come_from_files_and_base64() -> None:
     for text in (encoded(7), f"data:image/png;base64,{encoded(7)}"):
         assert open_image(text).getpixel((0, 0)) == (7, 248, 128)
-    with pytest.raises(ConfigError, match=r"'nothing\.png' is neither an image file nor base64"):
+    with pytest.raises(ConfigError, match=r"'nothing\.png' is neither an image file nor a base64"):
         open_image("nothing.png")
 
 

@@ -1,4 +1,4 @@
-"""The bundled policy's architecture: a Qwen3 of about three million parameters, and its Hugging Face config."""
+"""Architecture of the bundled policy: a Qwen3 with about three million parameters."""
 
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ MAX_POSITIONS = 1024
 
 
 def policy_config(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """Qwen3 with tied embeddings, full attention, and the ``rtap`` block the server reads."""
+    """Qwen3 config with tied embeddings, full attention, and the ``rtap`` block that the server reads."""
     settings = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -32,14 +32,14 @@ def policy_config(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen
 
 
 def build_policy(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Fresh weights from torch's global generator."""
+    """Policy with random weights from torch's global generator."""
     model = Qwen3ForCausalLM(policy_config(config, tokenizer))
     model.generation_config = generation_config(tokenizer)
     return model
 
 
 def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """Plain sampling at temperature 1; the turn's end stops it."""
+    """Sampling at temperature 1 until the end of turn."""
     return GenerationConfig(
         do_sample=True,
         temperature=1.0,

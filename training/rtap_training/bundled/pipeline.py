@@ -1,7 +1,7 @@
-"""Run the stages of a recipe in turn (``rtap train pipeline``, ``make train``): the bundled models from nothing.
+"""Run the stages of a recipe in order (``rtap train pipeline``, ``make train``).
 
-A stage that has written its checkpoint is not run again, and each stage resumes by itself, so a stopped pipeline goes
-on where it was. ``@NAME`` in a setting is the output of the stage NAME. Not here: what the stages do.
+Finished stages are skipped and an unfinished stage resumes, so a stopped pipeline continues. ``@NAME`` in a setting is
+the output of stage NAME.
 """
 
 import shutil
@@ -18,13 +18,16 @@ from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import KEPT, MANIFEST, replacing
 
 Run = Callable[[str, dict[str, Any]], None]
-"""Run a training command with these settings, as ``rtap train COMMAND`` would."""
+"""(command, settings) -> None: run ``rtap train COMMAND``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One command. smoke: settings that replace others in a quick run of the whole chain, where only the mechanics
-    count. install: path under deploy/models that the output replaces when the pipeline is told to."""
+    """One command of the recipe.
+
+    smoke: settings that override others in a smoke run. install: path under deploy/models that the output replaces with
+    ``--install``.
+    """
 
     name: str
     command: str
@@ -34,7 +37,7 @@ class Stage:
 
 
 def load_stages(file: Path) -> list[Stage]:
-    """Raises ConfigError where the file is unreadable or refers to a stage that does not come before."""
+    """Read a recipe. Raises ConfigError for an unreadable file or a reference to a later or unknown stage."""
     try:
         loaded: Any = yaml.safe_load(file.read_text("utf-8"))
         stages = [Stage(**entry) for entry in loaded["stages"]]
@@ -44,13 +47,13 @@ def load_stages(file: Path) -> list[Stage]:
     for stage in stages:
         for value in {**stage.settings, **stage.smoke}.values():
             if isinstance(value, str) and value.startswith("@") and _stage_of(value) not in known:
-                raise ConfigError(f"{file}: stage {stage.name} needs {value}, but only {known} come before it")
+                raise ConfigError(f"{file}: stage {stage.name} needs {value}, but only the stages {known} precede it")
         known.append(stage.name)
     return stages
 
 
 def run(file: Path, folder: Path, run_command: Run, *, is_smoke: bool, install_into: Path | None) -> None:
-    """Run what is left of the stages into ``folder``; then copy the installable outputs."""
+    """Run the unfinished stages into ``folder``, then install their outputs if ``install_into`` is given."""
     stages = load_stages(file)
     for stage in stages:
         output = folder / stage.name
@@ -67,7 +70,7 @@ def run(file: Path, folder: Path, run_command: Run, *, is_smoke: bool, install_i
 
 
 def install(stages: Sequence[Stage], folder: Path, models: Path) -> None:
-    """Copy outputs over the bundled models, each in one swap; model cards there are kept."""
+    """Replace the bundled models atomically; their model cards are kept."""
     for stage in stages:
         for source, target in stage.install.items():
             with replacing(models / target) as fresh:
@@ -77,7 +80,7 @@ def install(stages: Sequence[Stage], folder: Path, models: Path) -> None:
 
 
 def _stage_of(value: str) -> str:
-    """The stage behind ``@NAME`` or ``@NAME-confidence``, the generator that an RL stage writes beside its policy."""
+    """Stage name of ``@NAME`` or ``@NAME-confidence`` (the generator that an RL stage saves)."""
     return value.removeprefix("@").removesuffix("-confidence")
 
 

@@ -1,7 +1,7 @@
-"""The bundled tokenizer: byte-level BPE whose digits and punctuation are always single tokens.
+"""Tokenizer of the bundled models: byte-level BPE with single-token digits and punctuation.
 
-Any UTF-8 text round-trips. The four R-TAP tags are added tokens of one id each but not special, so engines keep them
-in decoded text; the ChatML markers are special.
+Any UTF-8 text round-trips. The four R-TAP tags are added tokens but not special, so engines keep them in decoded text;
+the ChatML markers are special.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ PAD = "<|endoftext|>"
 TURN_START = "<|im_start|>"
 TAGS = (RTAP.think_open, RTAP.think_close, RTAP.answer_open or "", RTAP.answer_close or "")
 
-# Earlier assistant turns keep exactly their content: bare answers stay bare, tagged ones stay tagged.
+# Earlier assistant messages keep their content exactly, with or without tags.
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') + '<|im_end|>\\n' }}"
@@ -27,13 +27,13 @@ CHAT_TEMPLATE = (
 
 
 def render_prompt(messages: Sequence[Message]) -> str:
-    """What the chat template renders with a generation prompt (a test holds them equal)."""
+    """Render messages and a generation prompt exactly as the chat template does."""
     turns = (f"{TURN_START}{m.role}\n{m.content}{TURN_END}\n" for m in messages)
     return "".join(turns) + f"{TURN_START}assistant\n"
 
 
 def build_tokenizer(corpus: Iterable[str], *, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Train the merges on ``corpus``; ``vocab_size`` counts bytes, merges and all added tokens."""
+    """Train the merges on ``corpus``. vocab_size: bytes, merges and added tokens."""
     core = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[\s\S]"), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,4 +1,4 @@
-"""Ask a running rtap server and turn its replies into outcomes. Requests are neither retried nor dropped."""
+"""HTTP client of an rtap server for evaluations. Requests are neither retried nor dropped."""
 
 import asyncio
 import time
@@ -12,13 +12,13 @@ from rtap_core.errors import ConfigError
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
 
-Checker = Callable[[str, str, str], bool]  # (question, answer, reference) -> right?
+Checker = Callable[[str, str, str], bool]  # (question, answer, reference) -> True if right
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How a run asks. seed: base of the per-question seeds; max_cycles, max_tokens, probe_every: None leaves them to
-    the server."""
+    """Request settings of a run. seed: base of the per-question seeds. max_cycles, max_tokens, probe_every: None for
+    the server's default."""
 
     concurrency: int
     temperature: float
@@ -29,7 +29,7 @@ class Load:
 
 
 class RtapServer:
-    """A running server; ``model`` and ``config`` are known once ``connect`` has returned."""
+    """A running server. ``connect`` sets ``model`` and ``config``."""
 
     def __init__(self, base_url: str, *, api_key: str | None, timeout_seconds: float, concurrency: int) -> None:
         self._base_url = base_url.rstrip("/").removesuffix("/v1")
@@ -40,15 +40,14 @@ class RtapServer:
         self.config: Mapping[str, Any] = {}
 
     async def connect(self) -> Self:
-        """Learn ``model`` and ``config``. Raises ConfigError where no rtap server answers."""
+        """Fetch ``model`` and ``config``. Raises ConfigError if no rtap server answers."""
         async with self._client() as client:
             self.config = await self._get(client, "/v1/rtap/config")
             self.model = (await self._get(client, "/v1/models"))["data"][0]["id"]
         return self
 
     def _client(self) -> httpx.AsyncClient:
-        """Connections of one run. Not kept for the next: one that idled between two runs may be closed, by vLLM or by
-        httpx's own pool, in the moment in which a request has been given to it."""
+        """Connections of one run. They are not reused: an idle connection may close while a request is sent on it."""
         limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
         return httpx.AsyncClient(
             base_url=self._base_url, headers=self._headers, timeout=self._timeout_seconds, limits=limits
@@ -63,14 +62,14 @@ class RtapServer:
                 f"no server answers at {self._base_url} ({reason}); start one with `rtap serve`"
             ) from error
         if not response.is_success:
-            hint = "put its key into RTAP_API_KEY" if response.status_code == 401 else "is this an rtap server?"
-            raise ConfigError(f"{self._base_url}{path} answers {response.status_code}; {hint}")
+            hint = "set RTAP_API_KEY to its key" if response.status_code == 401 else "is this an rtap server?"
+            raise ConfigError(f"{self._base_url}{path} answered {response.status_code}; {hint}")
         return response.json()
 
     async def _ask(
         self, client: httpx.AsyncClient, index: int, question: Question, spec: RunSpec, load: Load, check: Checker
     ) -> Outcome:
-        """One question under one rule. Every failure becomes an outcome with ``error``."""
+        """Send one question under one rule. A failure becomes an outcome with ``error``."""
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": question.text}],
@@ -93,7 +92,7 @@ class RtapServer:
         try:
             return outcome_of(index, question, response.json(), seconds, check)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            return Outcome(index, error=f"reply not understood ({type(error).__name__}: {error})")
+            return Outcome(index, error=f"invalid reply ({type(error).__name__}: {error})")
 
     async def run(
         self,
@@ -105,7 +104,7 @@ class RtapServer:
         *,
         on_outcome: Callable[[Outcome], None],
     ) -> Run:
-        """All questions under one rule, ``load.concurrency`` at a time; ``on_outcome`` hears of each as it ends."""
+        """Send all questions under one rule, ``load.concurrency`` at a time; call ``on_outcome`` for each result."""
         waiting = iter(enumerate(questions))
         outcomes: list[Outcome] = []
 
@@ -125,7 +124,7 @@ class RtapServer:
 
 
 def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds: float, check: Checker) -> Outcome:
-    """Read one chat completion with its ``rtap`` field. Raises KeyError, TypeError, … where it is not one."""
+    """Parse a chat completion with an ``rtap`` field. Raises KeyError, TypeError, … for anything else."""
     rtap: Mapping[str, Any] = reply["rtap"]
 
     def is_right(answer: str | None) -> bool:
@@ -143,7 +142,7 @@ def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds
             seconds=cycle["seconds"],
             confidence_seconds=cycle["confidence_seconds"] or 0.0,
         )
-        # samples of a vote are listed as they finish, short ones first: a prefix of that order would be no fair sample
+        # Samples of a vote are listed as they finish; a prefix in that order would favour short ones.
         for cycle in sorted(rtap["cycles"], key=lambda cycle: cycle["index"])
     )
     answer = (reply["choices"][0]["message"]["content"] or "").strip() or None

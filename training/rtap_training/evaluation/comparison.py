@@ -1,6 +1,6 @@
-"""Set the confidence rule against its baselines on the same questions: majority vote, and the logprob rule.
+"""Comparison of the confidence rule with its baselines, majority vote and logprob rule, on the same questions.
 
-A threshold is chosen on one half of the questions and judged on the other, so that the choice cannot flatter itself.
+A threshold is selected on one half of the questions and evaluated on the other, which avoids selection bias.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ from rtap_training.evaluation.statistics import (
 
 @dataclass(frozen=True, slots=True)
 class Versus:
-    """The confidence rule against a vote on the same ``n`` questions. difference: in accuracy, paired.
+    """The confidence rule against a vote on the same ``n`` questions. difference: paired difference in accuracy.
 
-    token_ratio: policy tokens of the rule over those of the vote; total_token_ratio: the same with everything that
-    the generator read added to the rule's side (a plain vote needs no generator).
+    token_ratio: policy tokens of the rule over those of the vote. total_token_ratio: the same with the tokens that the
+    generator read added to the rule (a plain vote needs no generator).
     """
 
     n: int
@@ -36,7 +36,7 @@ class Versus:
 
 @dataclass(frozen=True, slots=True)
 class VoteSeconds:
-    """Wall-clock seconds of the largest vote on a server whose generator scores its samples, and on one without."""
+    """Wall-clock seconds of the largest vote, with and without a generator that scores the samples."""
 
     scored: float | None
     plain: float | None
@@ -44,8 +44,11 @@ class VoteSeconds:
 
 @dataclass(frozen=True, slots=True)
 class VoteComparison:
-    """Best threshold against one vote. wall_ratio, wall_ratio_plain: wall-clock seconds of the confidence rule over
-    those of the vote with and without a generator (see VoteSeconds), at the same concurrency."""
+    """The selected threshold against one vote.
+
+    wall_ratio, wall_ratio_plain: wall-clock seconds of the confidence rule over those of the vote with and without a
+    generator, at the same concurrency.
+    """
 
     vote: str
     threshold: float
@@ -58,11 +61,11 @@ class VoteComparison:
 
 @dataclass(frozen=True, slots=True)
 class EqualTokens:
-    """The logprob rule at one of its thresholds, and the confidence curve (straight lines between its thresholds,
-    from ``single`` on) at the same tokens per question; None where that is beyond the curve's ends.
+    """The logprob rule at one threshold, and the confidence curve at the same tokens per question.
 
-    difference: at equal policy tokens. total_difference: the same with all that the generator read counted as the
-    curve's own tokens."""
+    The curve interpolates linearly between thresholds, starting at ``single``; values beyond its ends are None.
+    difference: at equal policy tokens. total_difference: with the generator's tokens added to the curve.
+    """
 
     threshold: float
     is_chosen: bool
@@ -80,10 +83,10 @@ Questions = frozenset[int]  # positions of questions in their task
 def compare_with_vote(
     curve: Sequence[Run], vote: Run, selects: Callable[[int], bool], *, budget: float, seconds: VoteSeconds
 ) -> VoteComparison | None:
-    """Choose the threshold on the questions where ``selects(index)``, report on the others and on all.
+    """Select the threshold on the questions where ``selects(index)``; evaluate it on the others and on all.
 
-    curve: the confidence rule at its thresholds. budget: the chosen one may spend at most this share of the vote's
-    policy tokens. None if a half is empty.
+    curve: the confidence rule at its thresholds. budget: largest share of the vote's policy tokens that the selected
+    threshold may spend. None if a half is empty.
     """
     common = answered_in_all([*curve, vote])
     selecting = frozenset(filter(selects, common))
@@ -107,8 +110,8 @@ def compare_with_logprob(
 ) -> tuple[EqualTokens, ...]:
     """The confidence curve at the tokens of each logprob threshold.
 
-    curve: at least two runs, ``single`` among them if there is one. The logprob threshold chosen the same way as the
-    confidence threshold (against ``vote``) comes first, judged on the reporting half; then all, on all questions.
+    curve: at least two runs, including ``single`` if it was measured. The first row is the logprob threshold selected
+    like the confidence threshold, on the reporting half; then every threshold on all questions.
     """
     if not rules or len(curve) < 2:
         return ()
@@ -122,8 +125,10 @@ def compare_with_logprob(
 
 
 def choose_threshold(curve: Sequence[Run], vote: Run | None, questions: Questions, *, budget: float) -> Run:
-    """The most accurate run on ``questions`` among those within ``budget`` times the vote's tokens (among all if
-    none is, or without a vote); of equals the one with fewest tokens."""
+    """The most accurate run on ``questions`` within ``budget`` times the vote's tokens; ties go to fewer tokens.
+
+    Without a vote, or if no run is within the budget, all runs are candidates.
+    """
 
     def merit(run: Run) -> tuple[float, float]:
         return float(np.mean(_correct(run, questions))), -float(np.mean(_tokens(run, questions)))
@@ -134,7 +139,7 @@ def choose_threshold(curve: Sequence[Run], vote: Run | None, questions: Question
 
 
 def answered_in_all(runs: Sequence[Run]) -> Questions:
-    """Questions that every run answered: only those can be compared."""
+    """Questions that every run answered; only these are compared."""
     common = frozenset(outcome.index for outcome in runs[0].answered)
     for run in runs[1:]:
         common &= {outcome.index for outcome in run.answered}
@@ -178,7 +183,7 @@ def _ratio(seconds: float | None, other: float | None) -> float | None:
 
 
 def _chosen(run: Run, questions: Questions) -> list[Outcome]:
-    """Outcomes of ``questions`` in question order, the same order for every run."""
+    """Outcomes of ``questions`` in question order."""
     return [outcome for outcome in run.outcomes if outcome.index in questions]
 
 

@@ -1,4 +1,4 @@
-"""How far a confidence can be believed: shares right by confidence, and the answers it was most wrong about."""
+"""Reliability of a confidence: share right per bin, and the answers with the largest errors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import Run
 from rtap_training.reliability import Bin, reliability_bins
 
-NUM_BINS = 10  # a curve for readers; the calibration error has its own
-WORST = 8  # answers of each kind that are kept
+NUM_BINS = 10  # of the plotted curve; the calibration error uses other bins
+WORST = 8  # answers kept of each kind
 
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """One answer. ``expected``: the reference, one right answer of possibly many."""
+    """A misjudged answer. expected: the reference, which may be one of several right answers."""
 
     question: str
     answer: str
@@ -25,10 +25,10 @@ class Mistake:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Of every answer with a confidence in one run, rejected ones too. ``rule``: the run's label.
+    """Reliability of the confidence over all scored answers of one run. rule: label of the run.
 
-    surely_wrong: the wrong answers of highest confidence, highest first. hardly_right: the right ones of lowest, lowest
-    first. A question is at most once in each.
+    surely_wrong: wrong answers, highest confidence first. hardly_right: right answers, lowest confidence first. At most
+    one answer per question in each.
     """
 
     source: str
@@ -40,7 +40,7 @@ class Judgement:
 
 
 def judge(run: Run, source: str, questions: Sequence[Question]) -> Judgement | None:
-    """None where no answer of the run has a confidence."""
+    """Compute the judgement; None if no answer of the run has a confidence."""
     scored = [
         (questions[outcome.index], cycle.answer, cycle.confidence, cycle.is_correct)
         for outcome in run.answered
@@ -49,13 +49,13 @@ def judge(run: Run, source: str, questions: Sequence[Question]) -> Judgement | N
     ]
     if not scored:
         return None
-    told = [(Mistake(q.text, answer, q.answer, p), is_right) for q, answer, p, is_right in scored]
-    falling = sorted((m for m, is_right in told if not is_right), key=lambda m: -m.confidence)
-    rising = sorted((m for m, is_right in told if is_right), key=lambda m: m.confidence)
-    confidences = np.array([m.confidence for m, _ in told], dtype=np.float64)
-    labels = np.array([is_right for _, is_right in told], dtype=np.bool_)
+    answers = [(Mistake(q.text, answer, q.answer, p), is_right) for q, answer, p, is_right in scored]
+    falling = sorted((m for m, is_right in answers if not is_right), key=lambda m: -m.confidence)
+    rising = sorted((m for m, is_right in answers if is_right), key=lambda m: m.confidence)
+    confidences = np.array([m.confidence for m, _ in answers], dtype=np.float64)
+    labels = np.array([is_right for _, is_right in answers], dtype=np.bool_)
     bins = tuple(reliability_bins(confidences, labels, bins=NUM_BINS))
-    return Judgement(source, run.spec.label, len(told), bins, _first_of_each(falling), _first_of_each(rising))
+    return Judgement(source, run.spec.label, len(answers), bins, _first_of_each(falling), _first_of_each(rising))
 
 
 def _first_of_each(mistakes: Sequence[Mistake]) -> tuple[Mistake, ...]:

@@ -1,4 +1,4 @@
-"""From the outcomes of a run to its figures: accuracy, cost, recursion, and the quality of the confidence."""
+"""Metrics of a run: accuracy, cost, recursion and quality of the confidence."""
 
 import statistics as plain
 from collections import Counter
@@ -21,13 +21,12 @@ from rtap_training.evaluation.statistics import (
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Figures of one run, over the ``n`` answered requests; the ``errors`` failed ones are in no other figure.
+    """Metrics of one run over its ``n`` answered requests; only ``errors`` counts failed ones.
 
-    Tokens, cycles and Oops tokens are means per question. wall_seconds, questions_per_second: at the stated
-    concurrency, None for a vote recomputed from another run's samples. later_recomputed_*: prompt tokens that the
-    engine computed again for a cycle that follows another; None where there is none or the server does not tell.
-    unanswered: questions that ended without any answer (they count as wrong). stop_reasons, error_messages: how many
-    of each.
+    Tokens, cycles and Oops tokens are means per question. wall_seconds, questions_per_second: at the run's
+    concurrency, None for a vote recomputed from another run's samples. later_recomputed_*: uncached prompt tokens of
+    cycles after the first; None without such cycles or if the server does not report them. unanswered: questions
+    without an answer, which count as wrong. stop_reasons, error_messages: counts.
     """
 
     task: str
@@ -56,10 +55,10 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class ConfidenceQuality:
-    """How good the confidence is, over all scored answers of a vote run (``samples`` answers a question).
+    """Quality of the confidence over all scored answers of a vote run (``samples`` answers per question).
 
-    best_of: accuracy of taking the most confident of all samples; ceiling: share of questions with a right answer
-    among them. auroc, ece, brier: over all answers together.
+    best_of: accuracy of the most confident sample. ceiling: share of questions with a right sample. auroc, ece, brier:
+    over all answers.
     """
 
     task: str
@@ -76,7 +75,7 @@ class ConfidenceQuality:
 
 
 def measure(run: Run) -> Measurement:
-    """Figures of one run."""
+    """Compute the metrics of one run."""
     answered = run.answered
     n = len(answered)
     cycles = [cycle for outcome in answered for cycle in outcome.cycles]
@@ -113,7 +112,7 @@ def measure(run: Run) -> Measurement:
 
 
 def confidence_quality(run: Run, source: str) -> ConfidenceQuality | None:
-    """Quality of the confidence in a vote run; ``source`` names who gave it. None if no answer carries one."""
+    """Quality of the confidence from ``source`` in a vote run; None if no answer has one."""
     scored = [
         (outcome.index, cycle.confidence, cycle.is_correct)
         for outcome in run.answered

@@ -1,6 +1,6 @@
-"""The evaluation as one page for readers: self-contained HTML, no script, nothing fetched, all text escaped.
+"""Evaluation report as a self-contained HTML page without scripts.
 
-What it says is chosen here; how it looks is in ``page.html.j2``. The tables with every figure are ``report.py``'s.
+This module selects the content; ``page.html.j2`` renders it.
 """
 
 import base64
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The rows that a reader is told of first; None where the evaluation has no such rule."""
+    """Rows shown at the top of a task; None for rules that were not measured."""
 
     single: Measurement | None
     confidence: Measurement | None
@@ -29,7 +29,7 @@ class Chosen:
 
 
 def to_html(results: Results) -> str:
-    """The page."""
+    """Render the page."""
     environment = Environment(
         loader=PackageLoader("rtap_training.evaluation", "."),
         autoescape=True,
@@ -48,7 +48,7 @@ def to_html(results: Results) -> str:
 
 
 def task_view(task: TaskResults) -> Row:
-    """Everything that the template shows of a task."""
+    """Template variables of a task."""
     chosen = choose(task)
     shown = [m for m in task.measurements if m.n]
     low = min((m.accuracy.low for m in shown), default=0.0)
@@ -73,7 +73,7 @@ def task_view(task: TaskResults) -> Row:
 
 
 def choose(task: TaskResults) -> Chosen:
-    """The threshold that the comparison with the vote chose, else the most accurate; the largest vote."""
+    """Select the rows to highlight: single cycle, selected (or most accurate) threshold, largest vote."""
     shown = [m for m in task.measurements if m.n]
     curve = [m for m in shown if m.spec.rule == CONFIDENCE]
     named = task.versus_vote[0].threshold if task.versus_vote else None
@@ -89,7 +89,7 @@ def choose(task: TaskResults) -> Chosen:
 
 
 def headline(chosen: Chosen) -> str:
-    """What was found, in one sentence; empty where no confidence rule was measured."""
+    """One-sentence summary; empty if no confidence rule was measured."""
     m, vote, single = chosen.confidence, chosen.vote, chosen.single
     if m is None:
         return ""
@@ -102,20 +102,20 @@ def headline(chosen: Chosen) -> str:
 
 
 def cards(chosen: Chosen) -> list[Row]:
-    """The chosen rows, one figure each."""
+    """Cards of the highlighted rows."""
     names = (("One pass", chosen.single), ("Stopped by confidence", chosen.confidence), ("Majority vote", chosen.vote))
     return [{"name": name, "m": m, "is_best": name.startswith("Stopped")} for name, m in names if m is not None]
 
 
 def bar(value: Interval, low: float, high: float) -> Mapping[str, float]:
-    """Where an interval lies between ``low`` and ``high``, in percent of the width."""
+    """Position of an interval between ``low`` and ``high``, in percent."""
     width = max(high - low, 1e-9)
     start, middle, end = (100 * (x - low) / width for x in (value.low, value.value, value.high))
     return {"left": round(start, 2), "width": round(end - start, 2), "dot": round(middle, 2)}
 
 
 def facts(setting: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How it was measured, for people; the whole setting is below it."""
+    """Labelled facts about the setup."""
     load: Mapping[str, Any] = setting.get("load") or {}
     counts: Mapping[str, int] = setting.get("questions") or {}
     versions: Mapping[str, str] = setting.get("versions") or {}
@@ -135,22 +135,22 @@ def facts(setting: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def data_uri(svg: bytes) -> str:
-    """An image that needs no file."""
+    """SVG as a data URI."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as people write it; a dash for what is not known."""
+    """A share in percent; a dash for unknown values."""
     return "–" if value is None or value != value else f"{100 * value:.{digits}f} %"
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """Fixed decimals; a dash for what is not known."""
+    """Fixed decimals; a dash for unknown values."""
     return "–" if value is None or value != value else f"{value:,.{digits}f}"
 
 
 def interval(value: Interval | None, *, sign: bool = False) -> str:
-    """Ends of a share's interval in percent, e.g. ``43.3–52.0``; with ``sign``, of a difference in points."""
+    """Interval of a share in percent, e.g. ``43.3–52.0``; with ``sign``, of a difference in points."""
     if value is None or value.low != value.low:
         return "–"
     spec = "+.1f" if sign else ".1f"

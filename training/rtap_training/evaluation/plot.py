@@ -1,4 +1,4 @@
-"""Draw accuracy against tokens per question, and share right against confidence; points with their 95 % intervals."""
+"""Plots: accuracy against tokens per question, and share right against confidence, with 95 % intervals."""
 
 # matplotlib's own annotations leave every **kwargs untyped:
 # pyright: reportUnknownMemberType=false
@@ -27,11 +27,11 @@ from rtap_training.evaluation.rules import (
     YESNO,
 )
 
-# Okabe–Ito colours: told apart by colour-blind readers too; markers repeat the distinction in print.
+# Okabe–Ito colours, distinguishable by colour-blind readers; markers repeat the distinction in print.
 STYLES: dict[str, tuple[str, str, str]] = {
     CONFIDENCE: ("#0072B2", "o", "confidence (each threshold)"),
     LOGPROB: ("#E69F00", "s", "logprob rule (each threshold)"),
-    YESNO: ("#56B4E9", "P", "the model asked about its answer (each threshold)"),
+    YESNO: ("#56B4E9", "P", "yes/no question to the model (each threshold)"),
     MAJORITY: ("#CC3311", "^", "majority vote"),
     VOTE: ("#882255", "v", "vote as the server weighs it"),
     MODEL: ("#009E73", "D", "the model stops itself"),
@@ -48,15 +48,15 @@ def plot_png(results: Results) -> bytes:
 
 
 def trade_off_svg(task: TaskResults) -> bytes:
-    """One task's panel as an SVG file, the same bytes every time."""
+    """One task's panel as a deterministic SVG file."""
     return _svg(_trade_off([task]))
 
 
 def calibration_svg(task: TaskResults) -> bytes:
-    """Share right against confidence of one task, every kind of confidence that was measured, as an SVG file."""
+    """Reliability plot of one task as an SVG file, one curve per kind of confidence."""
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1, label="as sure as it is right")
+    axis.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1, label="perfectly calibrated")
     for judgement in task.judgements:
         colour, marker, _ = STYLES[CONFIDENCE if judgement.source == GENERATOR else judgement.source]
         bins = judgement.bins
@@ -88,7 +88,7 @@ def calibration_svg(task: TaskResults) -> bytes:
     _style_axis(axis)
     for handle in axis.legend(frameon=False, loc="upper left").legend_handles:
         if isinstance(handle, PathCollection):
-            handle.set_sizes([40])  # not that of its first bin
+            handle.set_sizes([40])  # not the size of the first bin
     return _svg(figure)
 
 
@@ -128,7 +128,7 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     shown = [m for m in task.measurements if m.n and not (m.spec.rule == VOTE and m.spec.scored_by != GENERATOR)]
     for rule in STYLES:
         points = sorted((m for m in shown if m.spec.rule == rule), key=lambda m: m.policy_tokens.value)
-        # a vote of one sample is the single cycle over again
+        # a vote of one sample equals the single cycle
         points = [m for m in points if not (m.spec.rule == MAJORITY and m.spec.samples == 1)]
         if points:
             _points(axis, rule, points)
@@ -148,7 +148,7 @@ def _panel(axis: Axes, task: TaskResults) -> None:
 
 
 def _from_single(axis: Axes, shown: Sequence[Measurement]) -> None:
-    """The curve of thresholds starts at a single cycle: that is what a threshold of 0 comes to."""
+    """Extend the curve of thresholds to the single cycle, which equals threshold 0."""
     single = [m for m in shown if m.spec.rule == SINGLE]
     curve = sorted((m for m in shown if m.spec.rule == CONFIDENCE), key=lambda m: m.policy_tokens.value)
     ends = [*single[:1], *curve[:1]]
@@ -177,10 +177,10 @@ def _points(axis: Axes, rule: str, points: Sequence[Measurement]) -> None:
     )
     for i, m in enumerate(
         points if rule not in OWN_SERVER else ()
-    ):  # its thresholds are quantiles, no figures to quote
+    ):  # their thresholds are quantiles, not worth a label
         spec = m.spec
         text = f"{spec.threshold:.2g}" if spec.threshold is not None else f"×{spec.samples}" if spec.samples else ""
-        below = rule == VOTE or (rule == CONFIDENCE and i % 2 == 1)  # neighbours' labels on different sides
+        below = rule == VOTE or (rule == CONFIDENCE and i % 2 == 1)  # alternate sides so that labels do not overlap
         axis.annotate(
             text,
             (m.policy_tokens.value, m.accuracy.value),
@@ -193,7 +193,7 @@ def _points(axis: Axes, rule: str, points: Sequence[Measurement]) -> None:
 
 
 def _budget_line(axis: Axes, task: TaskResults) -> None:
-    """Where the accuracy of the largest majority is, and the share of its tokens that the threshold may spend."""
+    """Draw the accuracy of the largest majority and the token budget of the threshold."""
     votes = [m for m in task.measurements if m.spec.rule == MAJORITY and m.n]
     if not votes or not task.versus_vote:
         return

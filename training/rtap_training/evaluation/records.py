@@ -1,7 +1,6 @@
-"""What one evaluation run records for each question, and how it is kept on disk.
+"""Records of evaluation runs and their storage.
 
-A run is one stopping rule on the questions of one task. Runs are stored whole, so that figures can be computed
-again without asking the server again.
+A run is one stopping rule on the questions of one task. Runs are stored in full, so metrics can be recomputed.
 """
 
 import json
@@ -18,8 +17,11 @@ from rtap_training.evaluation.statistics import majority
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """One stopping rule. ``rule``: one of RULES, or MAJORITY; those of OWN_SERVER are policy ``confidence`` on a server
-    whose confidence is the model's own. ``scored_by``: the server it runs on, GENERATOR or one of OWN_SERVER."""
+    """One stopping rule.
+
+    rule: one of RULES, or MAJORITY. Rules of OWN_SERVER are policy ``confidence`` on a server with that kind of
+    confidence. scored_by: server of the run, GENERATOR or one of OWN_SERVER.
+    """
 
     rule: str
     threshold: float | None = None
@@ -35,7 +37,7 @@ class RunSpec:
         return {GENERATOR: name, LOGPROB: f"{name} plain"}.get(self.scored_by, f"{name} {self.scored_by}")
 
     def request(self, *, max_cycles: int | None) -> dict[str, Any]:
-        """The ``rtap`` field that asks for this rule."""
+        """The ``rtap`` request field of this rule."""
         field: dict[str, Any] = {"policy": CONFIDENCE if self.rule in OWN_SERVER else self.rule}
         if self.threshold is not None:
             field["threshold"] = self.threshold
@@ -48,8 +50,11 @@ class RunSpec:
 
 @dataclass(frozen=True, slots=True)
 class CycleRecord:
-    """One cycle (or vote sample). answer, confidence: None when the cycle has none. Counts are tokens;
-    cached_tokens: None when the server does not tell. seconds: with its score, which took confidence_seconds."""
+    """One cycle or vote sample.
+
+    answer, confidence: None if the cycle has none. cached_tokens: None if the server does not report it. seconds:
+    including confidence_seconds of scoring.
+    """
 
     answer: str | None
     is_correct: bool
@@ -64,9 +69,11 @@ class CycleRecord:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one question. index: position in the task's questions. error: why there is no answer; then all
-    other figures are empty. policy_tokens: sampled and injected, those ahead of a verdict or in probes
-    that were not returned included. generator_tokens: what the confidence generator read."""
+    """Result of one question.
+
+    index: position in the task's questions. error: reason of a failure; then the other fields are empty. policy_tokens:
+    sampled and injected tokens, including discarded probes. generator_tokens: tokens read by the confidence generator.
+    """
 
     index: int
     error: str | None = None
@@ -81,7 +88,7 @@ class Outcome:
     cycles: tuple[CycleRecord, ...] = ()
 
     def majority_of(self, samples: int) -> "Outcome":
-        """This vote had it drawn only its first ``samples`` samples: plain majority, exact tokens, no time known."""
+        """Plain majority over the first ``samples`` samples of this vote: exact tokens, unknown time."""
         cycles = self.cycles[:samples]
         keys = [None if cycle.answer is None else normalise_answer(cycle.answer) for cycle in cycles]
         winner = majority(keys)
@@ -100,8 +107,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One rule on one task. wall_seconds: first request sent to last answer got, at the stated concurrency; None for
-    a run derived from another one's samples."""
+    """One rule on one task. wall_seconds: from the first request to the last answer; None for a run derived from
+    another run's samples."""
 
     task: str
     spec: RunSpec
@@ -119,7 +126,7 @@ class Run:
         return Run(self.task, replace(self.spec, rule=MAJORITY, samples=samples), outcomes, wall_seconds=None)
 
     def save(self, path: Path) -> None:
-        """Write as JSON, whole or not at all."""
+        """Write as JSON, atomically."""
         write_atomically(path, json.dumps(asdict(self)))
 
     @staticmethod
@@ -134,7 +141,7 @@ class Run:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside the target, then rename over it: a reader sees the old file or the new one, never half of it."""
+    """Write a temporary file and rename it over ``path``, so that readers never see a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,7 +1,4 @@
-"""Write results as JSON, CSV and Markdown, and show them as a table. Every figure is in all of them.
-
-Not here: the page for readers (``page.py``).
-"""
+"""Result files (JSON, CSV, Markdown) and terminal tables of an evaluation."""
 
 import csv
 import io
@@ -26,7 +23,7 @@ from rtap_training.evaluation.statistics import Interval
 
 Row = TypeVar("Row")
 
-# Heading and cell of each column; two tables a task, so that each fits a terminal.
+# (heading, cell) of each column; two tables per task, so that each fits a terminal.
 COST_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
     ("rule", lambda m: m.spec.label),
     ("n", lambda m: str(m.n)),
@@ -81,7 +78,7 @@ EQUAL_COLUMNS: tuple[tuple[str, Callable[[EqualTokens], str]], ...] = (
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """Fixed decimals; a dash for what is not known."""
+    """Fixed decimals; a dash for unknown values."""
     return "–" if value is None or value != value else f"{value:,.{digits}f}"
 
 
@@ -92,7 +89,7 @@ def interval(value: Interval, *, sign: bool = False) -> str:
 
 
 def write_results(results: Results, directory: Path) -> list[Path]:
-    """results.{json,csv,md}, report.html and accuracy_vs_tokens.png in ``directory``; each whole or not at all."""
+    """Write results.{json,csv,md}, report.html and accuracy_vs_tokens.png into ``directory``, each atomically."""
     contents: dict[str, str | bytes] = {
         "results.json": json.dumps(results.as_json(), indent=1, allow_nan=False) + "\n",
         "results.csv": to_csv(results),
@@ -106,7 +103,7 @@ def write_results(results: Results, directory: Path) -> list[Path]:
 
 
 def show(results: Results, console: Console) -> None:
-    """Both tables of each task, then the comparisons in words."""
+    """Print the tables of each task, then the comparisons."""
     for task in results.tasks:
         for title, columns in ((f"{task.task}: accuracy and cost", COST_COLUMNS), ("recursion", RECURSION_COLUMNS)):
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -123,7 +120,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def to_csv(results: Results) -> str:
-    """One row a run, raw figures."""
+    """One row per run with raw numbers."""
     rows = [_flat(m) for task in results.tasks for m in task.measurements]
     output = io.StringIO()
     writer = csv.DictWriter(output, list(rows[0]) if rows else [], lineterminator="\n")
@@ -133,7 +130,7 @@ def to_csv(results: Results) -> str:
 
 
 def _flat(m: Measurement) -> dict[str, object]:
-    """Figures of one run by column name; the ends of an interval become columns of their own."""
+    """Values of one run by column name; interval bounds become separate columns."""
     row: dict[str, object] = {"task": m.task, "label": m.spec.label}
     fields: dict[str, object] = {
         **asdict(m.spec),
@@ -150,13 +147,13 @@ def _flat(m: Measurement) -> dict[str, object]:
 
 
 def to_markdown(results: Results) -> str:
-    """The whole report: setting, then for each task the table, the confidence, and both comparisons."""
+    """Full report: setup, then per task the tables, the confidence and both comparisons."""
     setting = "\n".join(f"- {name}: `{value}`" for name, value in results.setting.items())
     parts = [
-        "# What the stopping rules are worth",
+        "# Accuracy and cost of the stopping rules",
         "![accuracy against tokens](accuracy_vs_tokens.png)",
         "Intervals are 95 %: Wilson for accuracies, paired bootstrap over questions for differences. Tokens, cycles, "
-        "Oops tokens and prompt tokens are means per question; *judged tokens* are what the confidence generator read. "
+        "Oops tokens and prompt tokens are means per question; *judged tokens* are those that the generator read. "
         "`majority xN` is recomputed from the first N samples of `vote`, whose own answer may be weighted by "
         "confidence; `vote xN plain` ran on the server without a generator. *per s*: questions per second at the "
         "stated concurrency.",
@@ -176,7 +173,7 @@ def _task_markdown(task: TaskResults) -> str:
     parts += ["\n".join(errors)] if errors else []
     parts += ["### Recursion", _grid(RECURSION_COLUMNS, task.measurements)]
     if task.quality:
-        parts += ["### Does the confidence tell right from wrong?", _grid(QUALITY_COLUMNS, task.quality)]
+        parts += ["### Quality of the confidence", _grid(QUALITY_COLUMNS, task.quality)]
     for comparison in task.versus_vote:
         rows = [("reporting half", comparison.reported), ("all", comparison.all_questions)]
         parts += [f"### Against `{comparison.vote}`", _vote_sentence(comparison), _grid(VERSUS_COLUMNS, rows)]

@@ -1,4 +1,4 @@
-"""Put the figures of all runs together, task by task, in one object that is written as JSON."""
+"""Results of an evaluation, task by task."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from rtap_training.evaluation.rules import CONFIDENCE, GENERATOR, LOGPROB, OWN_S
 
 @dataclass(frozen=True, slots=True)
 class TaskResults:
-    """All figures of one task."""
+    """All metrics of one task."""
 
     task: str
     measurements: tuple[Measurement, ...]
@@ -33,25 +33,25 @@ class TaskResults:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All figures, and what produced them (``setting``: command, seed, concurrency, versions, dates, …)."""
+    """All metrics. setting: their provenance (command, seed, concurrency, versions, date, …)."""
 
     setting: Mapping[str, Any]
     tasks: tuple[TaskResults, ...]
 
     @property
     def errors(self) -> int:
-        """Requests that failed, over all runs."""
+        """Number of failed requests over all runs."""
         return sum(m.errors for task in self.tasks for m in task.measurements if m.wall_seconds is not None)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is not a number becomes null."""
+        """JSON values; NaN and infinity become null."""
         return cast(dict[str, Any], _jsonable(asdict(self)))
 
 
 def task_results(
     task: str, runs: Sequence[Run], questions: Sequence[Question], samples: Sequence[int], *, budget: float
 ) -> TaskResults:
-    """Figures of one task. runs: those of this task; budget: see ``compare_with_vote``."""
+    """Compute the metrics of one task from its runs. budget: see ``compare_with_vote``."""
     votes = {run.spec.scored_by: run for run in runs if run.spec.rule == VOTE}
     vote, plain_vote = votes.get(GENERATOR), votes.get(LOGPROB)
     sampled = next((votes[kind] for kind in (GENERATOR, *OWN_SERVER) if kind in votes), None)
@@ -83,8 +83,7 @@ def task_results(
 
 
 def _judgements(runs: Sequence[Run], votes: Mapping[str, Run], questions: Sequence[Question]) -> tuple[Judgement, ...]:
-    """Of every vote; where the generator has none, of the confidence rule with the most cycles: its highest
-    threshold."""
+    """Judgements of every vote; without a generator vote, of the confidence rule at its highest threshold."""
     sources = dict(votes)
     curve = _thresholds(runs, CONFIDENCE)
     if GENERATOR not in sources and curve:

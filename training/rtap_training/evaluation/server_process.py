@@ -1,4 +1,4 @@
-"""Start an rtap server as a child process, wait until it is ready, and stop it."""
+"""Run an rtap server as a child process."""
 
 import os
 import re
@@ -22,7 +22,7 @@ STOP_SECONDS = 30.0
 
 
 def serve_command(model: str | None, confidence_model: str | None, flags: Sequence[str]) -> list[str]:
-    """Command line of ``rtap serve``, without host and port. No model: the bundled one."""
+    """Command line of ``rtap serve`` without host and port. model None: the bundled models."""
     command = [sys.executable, "-m", "rtap_server"]
     if model is not None:
         command.append(model)
@@ -35,14 +35,13 @@ def serve_command(model: str | None, confidence_model: str | None, flags: Sequen
 def running_server(
     command: Sequence[str], *, log: Path, ready_seconds: float, ready_path: str = "/ready"
 ) -> Generator[str]:
-    """Base URL of ``command`` served on a free local port; it and its children end with the context.
+    """Start ``command`` on a free local port, yield its base URL when ``ready_path`` answers 200, then stop it.
 
-    It is ready when ``ready_path`` answers 200. Its output goes to ``log``. Raises ConfigError with the cause
-    from the log when it ends or takes too long.
+    Output goes to ``log``. Raises ConfigError with the cause from the log if the server exits or is not ready in time.
     """
     port = _free_port()
     base_url = f"http://127.0.0.1:{port}"
-    # the child must import the same checkout, wherever this command was started
+    # the child must import this checkout from any working directory
     checkout = str(Path(rtap_core.__path__[0]).parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))}
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +51,7 @@ def running_server(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # so that the engines it starts can be stopped with it
+            start_new_session=True,  # so that its engine processes can be stopped too
         )
     try:
         with _signals_unwind():
@@ -64,8 +63,7 @@ def running_server(
 
 @contextmanager
 def _signals_unwind() -> Generator[None]:
-    """Let signals that would end this process at once raise SystemExit instead, so that the server does not outlive
-    it. Signals that somebody already handles or ignores (nohup) are left alone."""
+    """Turn SIGTERM and SIGHUP into SystemExit, so that the server is stopped too. Existing handlers are kept."""
 
     def leave(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -93,29 +91,29 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path,
     with httpx.Client(timeout=5.0) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise ConfigError(f"the server ended before it was ready: {_cause(log)} (whole log: {log})")
+                raise ConfigError(f"the server exited before it was ready: {_cause(log)} (full log: {log})")
             with suppress(httpx.TransportError):  # not listening yet
                 if client.get(address).is_success:
                     return
             time.sleep(0.25)
-    raise ConfigError(f"the server was not ready after {ready_seconds:.0f} s: {_cause(log)} (whole log: {log})")
+    raise ConfigError(f"the server was not ready after {ready_seconds:.0f} s: {_cause(log)} (full log: {log})")
 
 
 def _cause(log: Path) -> str:
-    """The sentence of the log that says why: the server's own, else the first error raised, else the last line."""
+    """Cause from the log: the server's own message, else the first exception, else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     own = [line for line in lines if re.match(r"rtap serve: (?!loading |ready at )", line)]
     # at the start of a line, or behind vLLM's log prefix
     raised = [found[1] for line in lines if (found := re.search(r"(?:^|\] )([A-Z]\w*(?:Error|Exception): .*)", line))]
-    return next(iter([*own, *raised, *reversed(lines)]), "it wrote nothing")
+    return next(iter([*own, *raised, *reversed(lines)]), "the log is empty")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server's whole session: politely, then for certain."""
+    """Send SIGTERM, wait, then SIGKILL the whole process group."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # what the server left behind
+        os.killpg(process.pid, signal.SIGKILL)  # remaining child processes
     process.wait()

@@ -1,4 +1,4 @@
-"""Run the planned rules against one server, show how it goes, and keep every finished run on disk."""
+"""Run rules against one server, with progress display and stored runs."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from rtap_training.evaluation.rules import SINGLE
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Everything a run needs beside its server. resume: take a stored run of the same questions and settings."""
+    """Settings shared by all runs. resume: reuse a stored run with the same questions and settings."""
 
     questions: Mapping[str, Sequence[Question]]
     load: Load
@@ -30,16 +30,16 @@ class Session:
     console: Console
 
     async def run_all(self, server: RtapServer, task: str, specs: Sequence[RunSpec]) -> list[Run]:
-        """Every rule on one task, one run at a time so that wall-clock figures mean something."""
+        """Run every rule on one task, one after the other so that wall-clock times are comparable."""
         return [await self._run(server, task, spec) for spec in specs]
 
     async def warm_up(self, server: RtapServer) -> None:
-        """A few requests that no figure sees. A server that answers none of them ends the evaluation here."""
+        """Send a few unmeasured requests. Raises ConfigError if the server answers none of them."""
         task, questions = next(iter(self.questions.items()))
         few = questions[: 2 * self.load.concurrency]
         run = await server.run(task, few, RunSpec(SINGLE), self.load, self.check, on_outcome=lambda _: None)
         if not run.answered:
-            raise ConfigError(f"the server answers none of the first {len(few)} questions: {run.outcomes[0].error}")
+            raise ConfigError(f"the server answered none of the first {len(few)} questions: {run.outcomes[0].error}")
 
     async def _run(self, server: RtapServer, task: str, spec: RunSpec) -> Run:
         path = self._path(server, task, spec)
@@ -58,7 +58,7 @@ class Session:
 
             run = await server.run(task, questions, spec, self.load, self.check, on_outcome=advance)
         self._report(run)
-        if len(run.answered) == len(run.outcomes):  # a run with failed requests is measured again by --resume
+        if len(run.answered) == len(run.outcomes):  # --resume repeats a run with failed requests
             run.save(path)
         return run
 
@@ -74,7 +74,7 @@ class Session:
         return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
 
     def _report(self, run: Run) -> None:
-        """One line for a finished run, and one with the first error if there is any."""
+        """Print one line for a finished run, and one with its first error."""
         figures = measure(run)
         accuracy = figures.accuracy
         self.console.print(
@@ -90,7 +90,7 @@ class Session:
             self.console.print(sentence, style="bold red", markup=False, soft_wrap=True)
 
     def _path(self, server: RtapServer, task: str, spec: RunSpec) -> Path:
-        """Where this run is stored: the name changes with everything that changes its outcome."""
+        """File of this run; its name depends on everything that changes the outcome."""
         what = {
             "questions": [question.text for question in self.questions[task]],
             "load": asdict(self.load),

@@ -1,7 +1,6 @@
-"""Figures and their uncertainty. Pure: values in, values out; no files, no server, no clock.
+"""Statistics with 95 % intervals. Pure functions.
 
-All intervals are 95 %. A *question* is the unit of resampling everywhere: answers to the same question are not
-independent of each other.
+Bootstraps resample questions, because answers to the same question are not independent.
 """
 
 import math
@@ -21,7 +20,7 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure and its 95 % interval."""
+    """A value and its 95 % interval."""
 
     value: float
     low: float
@@ -30,12 +29,12 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class WithinQuestion:
-    """How well a score tells right from wrong answers of the **same** question.
+    """How well a score separates right from wrong answers of the **same** question.
 
-    auroc: mean over mixed questions of the AUROC inside the question, interval by bootstrap over questions.
-    pair_auroc: share of all (right, wrong) pairs of one question ranked rightly, ties half; questions with more
-        such pairs weigh more.
-    mixed_questions: questions with both right and wrong answers; only those say anything.
+    auroc: mean AUROC per mixed question, with a bootstrap interval over questions.
+    pair_auroc: share of (right, wrong) pairs of one question in the right order; ties count half. Questions with more
+        pairs weigh more.
+    mixed_questions: number of questions with both right and wrong answers.
     """
 
     auroc: Interval
@@ -44,21 +43,21 @@ class WithinQuestion:
 
 
 def wilson_interval(successes: int, n: int) -> Interval:
-    """Share of successes with Wilson's score interval; n = 0 knows nothing: value nan, interval [0, 1]."""
+    """Share of successes with Wilson's score interval; for n = 0 the value is nan and the interval [0, 1]."""
     if n == 0:
         return Interval(math.nan, 0.0, 1.0)
     share = successes / n
     scale = 1 + Z95**2 / n
     centre = (share + Z95**2 / (2 * n)) / scale
     half = Z95 / scale * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    # exact ends: rounding must not put 0 of n (n of n) outside its own interval
+    # exact ends: rounding must not move 0 of n or n of n outside the interval
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return Interval(share, low, high)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean with a normal interval from the sample standard deviation; fewer than two values have no width."""
+    """Mean with a normal interval from the sample standard deviation; zero width for fewer than two values."""
     if not values:
         return Interval(math.nan, math.nan, math.nan)
     array = np.asarray(values, dtype=np.float64)
@@ -68,7 +67,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def global_auroc(scores: Sequence[float], labels: Sequence[bool]) -> float | None:
-    """AUROC over all answers together (rewards knowing which questions are hard); None if all labels agree."""
+    """AUROC over all answers (rewards knowing which questions are hard); None if all labels agree."""
     if len(set(labels)) < 2:
         return None
     return float(cast(float, roc_auc_score(list(labels), list(scores))))
@@ -77,7 +76,7 @@ def global_auroc(scores: Sequence[float], labels: Sequence[bool]) -> float | Non
 def within_question_auroc(
     questions: Sequence[int], scores: Sequence[float], labels: Sequence[bool], *, seed: int = 0
 ) -> WithinQuestion | None:
-    """One entry per scored answer: its question, score and whether it is right. None if no question is mixed."""
+    """Within-question AUROC of scored answers (one entry each); None if no question is mixed."""
     groups: dict[int, list[tuple[float, bool]]] = {}
     for question, score, label in zip(questions, scores, labels, strict=True):
         groups.setdefault(question, []).append((score, label))
@@ -121,16 +120,16 @@ def expected_calibration_error(scores: Sequence[float], labels: Sequence[bool], 
 
 
 def majority(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer, the earliest of those tied; None never votes and wins only when nobody does."""
+    """The most frequent answer; the earliest wins a tie. None entries do not vote; None if all are None."""
     counts: dict[str, int] = {}
     for answer in answers:
         if answer is not None:
             counts[answer] = counts.get(answer, 0) + 1
-    return max(counts, key=lambda answer: counts[answer]) if counts else None  # max keeps the first of equals
+    return max(counts, key=lambda answer: counts[answer]) if counts else None  # max returns the first of equals
 
 
 def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float | None:
-    """Height at ``x`` of the straight-line curve through the points (any order); None outside the curve."""
+    """Linear interpolation at ``x`` through unsorted points; None outside their range."""
     if not xs or not min(xs) <= x <= max(xs):
         return None
     order = np.argsort(np.asarray(xs), kind="stable")
@@ -138,7 +137,7 @@ def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float | N
 
 
 def bootstrap_weights(n: int, *, seed: int, resamples: int = RESAMPLES) -> Floats:
-    """How often each of n questions is drawn in each resample. Result: (resamples, n), rows sum to n."""
+    """Counts of each of n questions in each resample: (resamples, n), rows sum to n."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
@@ -156,11 +155,10 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: 
 def equal_cost_difference(
     curve_cost: Floats, curve_gain: Floats, cost: Sequence[float], gain: Sequence[float], *, seed: int = 0
 ) -> Interval | None:
-    """Gain of a curve of rules over one rule at that rule's own mean cost; None if that cost is off the curve.
+    """Gain of a curve of rules over one rule at that rule's mean cost; None if that cost is beyond the curve.
 
     curve_cost, curve_gain: (points, questions), one row for each point of the curve; cost, gain: (questions,).
-    The whole curve is drawn again with every resample of questions; there, a cost beyond the curve's end takes the
-    end's height.
+    Every resample of questions recomputes the whole curve; a cost beyond its ends takes the gain at the end.
     """
     n = curve_cost.shape[1]
     own_cost, own_gain = np.asarray(cost, dtype=np.float64), np.asarray(gain, dtype=np.float64)

@@ -1,7 +1,7 @@
-"""Forward passes without padding: rows of similar length together, columns that no row uses cut off.
+"""Forward passes with little padding: batch rows by length and trim unused columns.
 
-A trajectory cut after its first right cycle is a few dozen tokens, one of four wrong cycles several hundred; padded to
-the longest of a generation, three quarters of a batch were padding (bundled policy, Countdown, T = 4).
+Lengths of recursive trajectories differ by a factor of ten. Padded to the longest row, three quarters of a batch were
+padding (bundled policy, Countdown, T = 4).
 """
 
 from collections.abc import Callable
@@ -16,10 +16,9 @@ Forward = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
 def forward_by_length(
     forward: Forward, ids: Tensor, mask: Tensor, width: int, *, rows: int
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``forward`` gives for the whole batch, in passes of at most ``rows`` rows sorted by length.
+    """Apply ``forward`` to the whole batch, in passes of at most ``rows`` rows sorted by length.
 
-    ids, mask (B, P + width): prompts padded on the left, completions on the right. Where the mask is 0, the results are
-    0 instead of some token's log-probability.
+    ids, mask (B, P + width): prompts padded on the left, completions on the right. Results are 0 in trimmed columns.
     """
     order = torch.argsort(mask.sum(dim=1), stable=True)
     parts = [order[i : i + rows] for i in range(0, order.numel(), rows)]
@@ -32,7 +31,7 @@ def forward_by_length(
 
 def _trimmed(forward: Forward, ids: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
     used = mask.bool().any(dim=0)
-    used[-width] = True  # a batch of empty completions still has a column
+    used[-width] = True  # keep a column for a batch of empty completions
     columns = torch.nonzero(used).squeeze(1)
     start, stop = int(columns[0]), int(columns[-1]) + 1
     unused = ids.size(1) - stop

@@ -1,4 +1,4 @@
-"""The files of an RL run beside its checkpoints: its log, and what it must agree on with the checkpoint it resumes."""
+"""Checkpoint lookup, resume checks and log callbacks of RL runs."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ from rtap_training.run_state import describe as describe_settings
 
 
 def describe(config: RlConfig) -> str:
-    """What made a checkpoint, as JSON: config, versions, commit."""
+    """JSON of the config, versions and commit that made a checkpoint."""
     return describe_settings(_settings(config))
 
 
 def check_same_run(checkpoint: Path, config: RlConfig) -> None:
-    """Raises ConfigError when ``checkpoint`` was made under settings that would make it another run."""
+    """Raise ConfigError if ``checkpoint`` was made with settings that must not change on resume."""
     check_same_settings(checkpoint, _settings(config), SAME_RUN)
 
 
@@ -27,12 +27,12 @@ def _settings(config: RlConfig) -> dict[str, Any]:
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
+    """The newest complete checkpoint."""
     return last_complete(run_dir, "checkpoint")
 
 
 class SamplesTable(TrainerCallback):
-    """Of the newest generation, in TensorBoard, as often as there are figures. ``newest``: its turns."""
+    """Write a table of the newest rollouts to TensorBoard at every log event. newest: returns them."""
 
     def __init__(self, folder: Path, newest: Callable[[], Sequence[Sample]], *, is_writer: bool) -> None:
         self._folder, self._newest, self._is_writer = folder, newest, is_writer
@@ -40,14 +40,14 @@ class SamplesTable(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """One table."""
+        """Write the table."""
         del args, control, kwargs
         if self._is_writer and "loss" in (logs or {}):
             add_events(self._folder, state.global_step, {}, {TAG: self._newest()})
 
 
 class JsonLog(TrainerCallback):
-    """One JSON line for each log event. A resumed run drops the lines of updates that it will repeat."""
+    """JSON-lines log. A resumed run drops the lines of updates that it repeats."""
 
     def __init__(self, path: Path, *, resumed_at: int, is_writer: bool) -> None:
         self.last: dict[str, Any] = {}
@@ -56,7 +56,7 @@ class JsonLog(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Append; ``last`` keeps the newest figures for the manifest."""
+        """Append a line; ``last`` keeps the newest metrics for the manifest."""
         del args, control, kwargs
         figures = {"step": state.global_step} | cast(dict[str, Any], logs or {})
         if "loss" in figures:

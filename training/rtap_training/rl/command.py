@@ -1,4 +1,4 @@
-"""Run one reinforcement-learning command: load, check, resume or start, train, save what ``rtap serve`` loads."""
+"""Reinforcement-learning commands: load, start or resume, train, save checkpoints for ``rtap serve``."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from rtap_training.tasks.base import Split
 
 
 def run(config: RlConfig) -> None:
-    """Train to ``config.output``; goes on from the run's last whole checkpoint where there is one."""
+    """Train and write ``config.output``. Resumes from the run's last complete checkpoint."""
     configure_torch(config.threads, config.seed)
     checkpoint = last_checkpoint(config.run_dir)
     if checkpoint is not None:
@@ -53,7 +53,7 @@ def run(config: RlConfig) -> None:
     trainer.add_callback(SamplesTable(config.run_dir / FOLDER, lambda: trainer.samples, is_writer=is_first))
     started = monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # needs every process
+    weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # collective call
     if trainer.is_world_process_zero():
         data = "\n".join(q.question for q in questions)
         record = manifest(f"rtap train {config.method}", config, data=data, seconds=monotonic() - started,
@@ -61,11 +61,11 @@ def run(config: RlConfig) -> None:
         _save(config, trainer, weights, loaded, record)
         sys.stdout.write(json.dumps(log.last, indent=2) + "\n")
     if trainer.accelerator.num_processes > 1:
-        trainer.accelerator.end_training()  # waits for the writer
+        trainer.accelerator.end_training()  # wait for the process that saves
 
 
 def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question]) -> RecursiveTrainer:
-    """The trainer with all its components; nothing has been generated or written yet."""
+    """Build the trainer with generator and teacher."""
 
     def is_right(row: int, answer: str) -> bool:
         return check(questions[row].question, answer, questions[row].answer)
@@ -85,17 +85,17 @@ def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question
 
 
 def trl_arguments(config: RlConfig) -> GRPOConfig:
-    """Our config in TRL's words. Losses and advantages are ours, so TRL's switches for them stay unused."""
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is used knowingly, and pinned
+    """TRL arguments of a config. TRL's loss and advantage options are unused: ours replace them."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is experimental; TRL is pinned
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.run_dir / FOLDER)
-    # Else transformers fills weights in one process of a machine and FSDP those of the policy in the others; nobody
-    # fills those of generator, teacher and TRL's reference model, which then differ from process to process.
+    # Otherwise one process per machine loads weights and FSDP broadcasts only the policy's, so that generator, teacher
+    # and reference model would differ between processes.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     rows = _rows_of_a_process(config, int(os.environ.get("WORLD_SIZE", "1")))
     micro_batch = min(config.micro_batch, rows)
     vllm: dict[str, Any] = {}
     if config.vllm != "none":
-        # Long rows multiply small differences to nothing under sequence masking (trl#4772), so: per token, cut at 2.
+        # Per token, truncated at 2: sequence masking would discard long rows (trl#4772).
         vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_mode": "token_truncate",
                 "vllm_importance_sampling_clip_max": 2.0}  # fmt: skip
         if config.vllm != "colocate":
@@ -138,7 +138,7 @@ def _rows_of_a_process(config: RlConfig, num_processes: int) -> int:
     if rest or rows % min(config.micro_batch, max(rows, 1)):
         raise ConfigError(
             f"group_size*questions_per_step={config.generation_rows} sequences over {num_processes} processes cannot "
-            f"be read in micro batches of {config.micro_batch}; change questions_per_step or micro_batch"
+            f"be split into micro batches of {config.micro_batch}; change questions_per_step or micro_batch"
         )
     return rows
 
@@ -150,7 +150,7 @@ def _generator(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> O
     readable = cast(int, cast(Any, model).get_input_embeddings().num_embeddings)
     if readable < len(loaded.tokenizer):
         raise ConfigError(
-            f"{config.confidence} reads {readable} token ids, the policy has {len(loaded.tokenizer)}; "
+            f"the generator {config.confidence} has {readable} token ids, the policy {len(loaded.tokenizer)}; "
             "train the generator from this policy"
         )
     cast(Any, model).to(trainer.accelerator.device)
@@ -173,10 +173,13 @@ def _teacher(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> Tea
     if config.teacher is None:
         return None
     if loaded.sees_images:
-        raise ConfigError("a teacher reads token ids only, so it cannot score what a vision-language policy saw")
+        raise ConfigError("a teacher reads token ids only and cannot score a vision-language policy; remove teacher")
     if config.teacher.startswith(("http://", "https://")):
         if config.temperature != 1:
-            raise ConfigError("a remote teacher scores at temperature 1; set temperature to 1 or use a local teacher")
+            raise ConfigError(
+                f"a remote teacher scores at temperature 1, not {config.temperature}; "
+                "set temperature=1 or use a local teacher"
+            )
         remote = RemoteTeacher(config.teacher)
         if remote.context_length is not None and config.max_tokens >= remote.context_length:
             raise ConfigError(
@@ -195,12 +198,12 @@ def _teacher(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> Tea
 def _save(
     config: RlConfig, trainer: RecursiveTrainer, weights: dict[str, Tensor], loaded: Loaded, record: dict[str, Any]
 ) -> None:
-    """Policy and generator, each in one swap."""
+    """Save policy and generator, each atomically."""
     write_model(config.output, loaded.model, weights, loaded.processor, record)
     if trainer.components.generator is not None:
         output = config.confidence_output or config.output.with_name(f"{config.output.name}-confidence")
         generator = trainer.components.generator.model
-        # Fitted to a policy that is no more; a fresh fit is `rtap train confidence`.
+        # These were fitted to the old policy; `rtap train confidence` fits them again.
         block = cast(dict[str, Any], getattr(generator.config, "rtap", None) or {})
         for name in ("fusion", "threshold", "calibration"):
             block.pop(name, None)
@@ -210,15 +213,15 @@ def _save(
 def write_model(
     output: Path, model: PreTrainedModel, weights: dict[str, Tensor], processor: Any, record: dict[str, Any]
 ) -> None:
-    """``weights`` in bf16 as a checkpoint of ``model``'s kind, with its tokenizer or processor and manifest.
+    """Save ``weights`` in bf16 as a checkpoint of ``model``'s class, with tokenizer or processor and manifest.
 
-    The live model stays as it is, and may hold only its share of the weights.
+    The model itself is not changed; it may hold only a shard of the weights.
     """
     with torch.device("meta"):
         copy = cast(Any, type(model))(deepcopy(model.config))
     copy.load_state_dict(weights, assign=True)
     copy.tie_weights()
     cast_to(copy, torch.bfloat16)
-    if hasattr(model, "generation_config"):  # a classifier has none
+    if hasattr(model, "generation_config"):  # a classifier has no generation config
         copy.generation_config = model.generation_config
     save_checkpoint(output, copy, processor, record)

@@ -1,4 +1,4 @@
-"""What a reinforcement-learning run has beside TRL."""
+"""Components of a reinforcement-learning run that TRL does not provide."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +10,9 @@ from rtap_training.rl.teacher import Teacher
 
 @dataclass(slots=True)
 class RunComponents:
-    """What a run has beside TRL. generator, teacher: None where the objective needs none.
+    """Components of a run. generator, teacher: None if the objective does not use one.
 
-    check: whether an answer to the question in that row of the dataset is right. record: text of ``complete.json``,
-    which marks a checkpoint as whole.
+    check: (dataset row, answer) -> True if right. record: text of ``complete.json``, which marks complete checkpoints.
     """
 
     dialect: Dialect

@@ -1,7 +1,7 @@
-"""Configs of ``rtap train {rtap, grpo, rlad, kdrl}``: one set of fields, four sets of defaults, each with its source.
+"""Configs of ``rtap train {rtap, grpo, rlad, kdrl}``: shared fields, defaults per method, each with its source.
 
-The papers' values are the defaults. They were chosen for models of billions of parameters; recipes for the small
-bundled models (training/rtap_training/recipes) change what such models need and say so.
+Defaults are the papers' values, for models of billions of parameters. The recipe of the small bundled models
+(training/rtap_training/bundled/recipe.yaml) overrides them.
 """
 
 from dataclasses import dataclass, fields
@@ -13,6 +13,7 @@ from rtap_core.errors import ConfigError
 from rtap_training.config import BUNDLED, run_dir, setting
 
 REWARDS = ("increase", "final", "format", "answer", "length")
+OUTPUT_HELP = "checkpoint to write; logs and checkpoints of the run are in OUTPUT.run"
 
 
 class Method(StrEnum):
@@ -25,7 +26,7 @@ class Method(StrEnum):
 
 
 class ClampGradient(StrEnum):
-    """What passes back through the clamp of the teacher's log-ratio (``rtap_training.losses``)."""
+    """Gradient through the clamp of the teacher's log-ratio (see ``rtap_training.losses``)."""
 
     STOP = "stop"
     STRAIGHT_THROUGH = "straight_through"
@@ -33,15 +34,15 @@ class ClampGradient(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RlConfig:
-    """Fields of every method. ``Ours``: neither paper says."""
+    """Fields of every method. ``Ours``: neither paper states a value."""
 
     method: ClassVar[Method] = Method.GRPO
     policy: Path = setting(BUNDLED / "policy", "checkpoint to train")
-    output: Path = setting(Path("runs/rl"), "checkpoint to write; the run's own files are beside it in NAME.run")
+    output: Path = setting(Path("runs/rl"), OUTPUT_HELP)
     questions: str = setting("countdown", "task, mix (countdown=0.5,knights=0.5), JSONL file, or hf:NAME")
-    num_questions: int = setting(4096, "distinct training questions drawn from it. Ours")
-    confidence: Path | None = setting(None, "generator that gives the confidence rewards; needed by increase and final")
-    confidence_output: Path | None = setting(None, "where the updated generator goes; default: OUTPUT-confidence")
+    num_questions: int = setting(4096, "distinct training questions to draw. Ours")
+    confidence: Path | None = setting(None, "confidence generator; required by the rewards increase and final")
+    confidence_output: Path | None = setting(None, "where to save the updated generator; default: OUTPUT-confidence")
     teacher: str | None = setting(None, "checkpoint, or http:// address of a vLLM server, that scores the rollouts")
     rewards: str = setting("format,answer", "rewards summed with weight one. GRPO: answer and format (Open-R1)")
     threshold: float = setting(0.55, "confidence that the last cycle must reach. R-TAP sec. 3.3")
@@ -61,14 +62,14 @@ class RlConfig:
     alpha: float = setting(0.5, "share of the old policy in the TRRD anchor. RLAD sec. 4; 1 is GRPO")
     teacher_clamp: float = setting(1.0, "bound of the teacher's log-ratio in nats. RLAD app. B")
     clamp_gradient: ClampGradient = setting(
-        ClampGradient.STOP, "gradient outside that bound: stop, straight_through. Ours"
+        ClampGradient.STOP, "gradient outside that bound: stop or straight_through. Ours"
     )
     kdrl_start: float = setting(5e-3, "first weight of the teacher's KL. KDRL (2506.02208)")
     kdrl_end: float = setting(1e-3, "last weight of the teacher's KL. KDRL")
     kdrl_decay: float = setting(5e-5, "decrease of that weight an update. KDRL")
     max_tokens: int = setting(2048, "tokens a rollout. RLAD: responses of 2,048")
-    length_cache: int = setting(256, "stretch below max_tokens in which the length penalty grows. Ours")
-    max_cycle_tokens: int = setting(0, "tokens a cycle; 0: only max_tokens binds. Ours")
+    length_cache: int = setting(256, "token range below max_tokens in which the length penalty grows. Ours")
+    max_cycle_tokens: int = setting(0, "maximum tokens per cycle; 0: only max_tokens applies. Ours")
     temperature: float = setting(1.0, "sampling temperature. R-TAP app. A")
     top_p: float = setting(1.0, "nucleus. 1: the ratio is over the whole vocabulary")
     top_k: int = setting(0, "largest tokens to sample from; 0: all")
@@ -79,7 +80,7 @@ class RlConfig:
         0.0, "weight of questions without contrast, where eq. 6 is undefined. Ours"
     )
     seed: int = setting(1, "seed of questions, order and sampling")
-    threads: int = setting(1, "torch threads; more only on cores that nothing else uses")
+    threads: int = setting(1, "torch threads; use more only on idle cores")
     save_steps: int = setting(100, "updates between checkpoints; a whole number of generations")
     logging_steps: int = setting(1, "updates between log lines")
     vllm: str = setting("none", "rollouts on vLLM: none, colocate, or the http:// address of TRL's server. Ours")
@@ -92,13 +93,13 @@ class RlConfig:
         if unknown or not self.reward_names:
             raise ConfigError(f"rewards={self.rewards!r} must list some of {', '.join(REWARDS)}")
         if self.confidence is None and {"increase", "final"} & set(self.reward_names):
-            raise ConfigError("the rewards increase and final need --confidence, a generator to score cycles with")
+            raise ConfigError("the rewards increase and final need --confidence, a generator that scores cycles")
         if self.method in (Method.RLAD, Method.KDRL) and self.teacher is None:
             raise ConfigError(f"{self.method} needs --teacher, a model that scores the student's rollouts")
         if self.save_steps % self.num_iterations:
             raise ConfigError(
                 f"save_steps={self.save_steps} must be a multiple of num_iterations={self.num_iterations}: a "
-                "checkpoint between the updates of one generation would resume with other rollouts"
+                "checkpoint between the updates of one generation would resume with different rollouts"
             )
         if self.generation_rows % self.micro_batch and self.generation_rows > self.micro_batch:
             raise ConfigError(
@@ -107,8 +108,8 @@ class RlConfig:
         is_truncated = self.top_p < 1 or self.top_k > 0 or self.repetition_penalty != 1
         if self.vllm != "none" and is_truncated:
             raise ConfigError(
-                "top_p, top_k and repetition_penalty change what vLLM samples but not the trainer's probabilities, "
-                "so the correction between the two would be wrong; leave them at 1, 0 and 1"
+                f"vllm={self.vllm} needs top_p=1, top_k=0 and repetition_penalty=1: other values change the sampler's "
+                "probabilities but not the trainer's, which makes the importance correction wrong"
             )
 
     @property
@@ -118,12 +119,12 @@ class RlConfig:
 
     @property
     def generation_rows(self) -> int:
-        """Sequences a generation."""
+        """Sequences per generation."""
         return self.group_size * self.questions_per_step
 
     @property
     def run_dir(self) -> Path:
-        """Folder of checkpoints and logs."""
+        """Folder of checkpoints and logs of the run."""
         return run_dir(self.output)
 
 
@@ -137,7 +138,7 @@ def _check_ranges(config: RlConfig) -> None:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be in [0, 1]")
     if config.group_size < 2:
-        raise ConfigError(f"group_size={config.group_size} must be at least 2: one rollout has no advantage")
+        raise ConfigError(f"group_size={config.group_size} must be at least 2: a single rollout has no advantage")
     if not 0 < config.length_cache <= config.max_tokens:
         raise ConfigError(f"length_cache={config.length_cache} must be in 1..max_tokens={config.max_tokens}")
 
@@ -147,8 +148,8 @@ class RtapConfig(RlConfig):
     """R-TAP's reinforcement learning (arXiv 2603.02099, sec. 3.3 and app. A)."""
 
     method: ClassVar[Method] = Method.RTAP
-    output: Path = setting(Path("runs/rtap"), "checkpoint to write; the run's own files are beside it in NAME.run")
-    confidence: Path | None = setting(BUNDLED / "confidence", "generator that gives the confidence rewards")
+    output: Path = setting(Path("runs/rtap"), OUTPUT_HELP)
+    confidence: Path | None = setting(BUNDLED / "confidence", "confidence generator of the confidence rewards")
     rewards: str = setting("increase,final,format,answer,length", "rewards summed with weight one. R-TAP sec. 3.3")
     max_cycles: int = setting(4, "cycles a rollout may have (T). R-TAP: 4")
     boundary_advantage: float = setting(
@@ -171,7 +172,7 @@ class GrpoConfig(RlConfig):
     """GRPO with answer and format rewards: the baseline of both papers (RLAD eq. 1)."""
 
     method: ClassVar[Method] = Method.GRPO
-    output: Path = setting(Path("runs/grpo"), "checkpoint to write; the run's own files are beside it in NAME.run")
+    output: Path = setting(Path("runs/grpo"), OUTPUT_HELP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,7 @@ class RladConfig(RlConfig):
     """RLAD: GRPO with the ratio anchored on teacher and old policy (arXiv 2602.22495)."""
 
     method: ClassVar[Method] = Method.RLAD
-    output: Path = setting(Path("runs/rlad"), "checkpoint to write; the run's own files are beside it in NAME.run")
+    output: Path = setting(Path("runs/rlad"), OUTPUT_HELP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ class KdrlConfig(RlConfig):
     """KDRL: GRPO minus an annealed KL to the teacher (arXiv 2506.02208), RLAD's main baseline."""
 
     method: ClassVar[Method] = Method.KDRL
-    output: Path = setting(Path("runs/kdrl"), "checkpoint to write; the run's own files are beside it in NAME.run")
+    output: Path = setting(Path("runs/kdrl"), OUTPUT_HELP)
 
 
 CONFIGS: dict[str, type[RlConfig]] = {

@@ -1,4 +1,4 @@
-"""Questions as TRL reads them, images included."""
+"""Dataset of questions and images for TRL."""
 
 import base64
 import binascii
@@ -16,17 +16,18 @@ from rtap_training.tasks.jsonl import MAX_PATH
 
 
 def build_dataset(questions: Sequence[Question], *, sees_images: bool) -> Dataset:
-    """Columns ``prompt``, ``row`` (the question's index) and, where there are any, ``image``.
+    """Dataset with the columns ``prompt``, ``row`` (question index) and, for questions with images, ``image``.
 
-    Raises ConfigError where a policy without eyes is asked about images, where only some questions have one, and where
-    one cannot be opened.
+    Raises ConfigError if the policy is text-only, if only some questions have an image, or if one cannot be opened.
     """
     pictured = [q for q in questions if isinstance(q, PicturedQuestion)]
     if pictured and not sees_images:
-        raise ConfigError("these questions have images, but the policy is a language model without a vision encoder")
+        raise ConfigError(
+            f"{len(pictured)} questions have images, but the policy has no vision encoder; use a vision-language policy"
+        )
     if pictured and len(pictured) < len(questions):
         raise ConfigError(
-            f"{len(pictured)} of {len(questions)} questions have an image; processors take all or none in a batch"
+            f"{len(pictured)} of {len(questions)} questions have an image; give an image to all questions or to none"
         )
     rows: list[dict[str, Any]] = [
         {"prompt": [{"role": "user", "content": q.question}], "row": row}
@@ -37,11 +38,11 @@ def build_dataset(questions: Sequence[Question], *, sees_images: bool) -> Datase
 
 
 def open_image(image: str) -> Any:
-    """The PIL image of a file, or of base64 with or without the head of a data URL. Raises ConfigError."""
+    """Open an image file, base64 text or a data URL as a PIL image. Raises ConfigError."""
     try:
         from PIL import Image
     except ImportError as error:
-        raise ConfigError("questions with images need the package pillow") from error
+        raise ConfigError("questions with images need the package pillow; install it") from error
     try:
         if len(image) < MAX_PATH and Path(image).is_file():
             source: Any = image
@@ -49,5 +50,5 @@ def open_image(image: str) -> Any:
             source = io.BytesIO(base64.b64decode(image.rpartition("base64,")[2], validate=True))
         with Image.open(source) as opened:
             return opened.convert("RGB")
-    except (OSError, binascii.Error) as error:  # PIL's own errors are OSErrors
-        raise ConfigError(f"{image[:80]!r} is neither an image file nor base64 of one: {error}") from error
+    except (OSError, binascii.Error) as error:  # PIL errors are OSErrors
+        raise ConfigError(f"{image[:80]!r} is neither an image file nor a base64 image: {error}") from error

@@ -1,4 +1,4 @@
-"""Figures of a generation that no reward shows: sums that add up over processes, and the means that follow."""
+"""Metrics of a generation besides the rewards: sums over rollouts, reduced over processes, and their means."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from rtap_training.rl.rollouts import Rollout
 
 
 def sums_of(rollouts: Sequence[Rollout], confidences: Sequence[Sequence[float]]) -> dict[str, float]:
-    """``confidences``: of every cycle of every rollout, or empty rows where nothing scored them."""
+    """Sums over rollouts. confidences: of every cycle of every rollout; empty rows without a generator."""
     cycles = [c for r in rollouts for c in r.cycles]
     rows = zip(rollouts, confidences, strict=True)
     scored = [(p, c.is_right) for r, row in rows for p, c in zip(row, r.cycles, strict=False)]
@@ -29,7 +29,7 @@ def _gaps(scored: Sequence[tuple[float, bool]]) -> dict[str, float]:
 
 
 def means_of(totals: Mapping[str, float], *, has_generator: bool) -> dict[str, float]:
-    """Logged names and values."""
+    """Logged metrics, from sums over all processes."""
     rollouts = totals["rollouts"]
     means = {
         "cycles/mean": totals["cycles"] / rollouts,
@@ -49,7 +49,7 @@ def means_of(totals: Mapping[str, float], *, has_generator: bool) -> dict[str, f
 def samples_of(
     questions: Sequence[str], rollouts: Sequence[Rollout], confidences: Sequence[Sequence[float]]
 ) -> list[Sample]:
-    """Rows of the table of samples."""
+    """Rows of the samples table."""
     return [
         Sample(
             question, "".join(c.text for c in r.cycles), len(r.cycles), len(r.completion_ids), r.is_right,

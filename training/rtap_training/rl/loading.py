@@ -1,4 +1,4 @@
-"""Load what a reinforcement-learning run works on, and read from it how the policy's tokens spell trajectories."""
+"""Load a policy for reinforcement learning, and derive its trajectory format in tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _VISION = ("visual", "vision_tower", "vision_model", "vision_encoder")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A policy in fp32. processor: the tokenizer itself for a text model, tokenizer and image processor for a VLM."""
+    """A policy in fp32. processor: the tokenizer for a text model, tokenizer and image processor for a VLM."""
 
     model: PreTrainedModel
     processor: Any
@@ -36,15 +36,17 @@ class Loaded:
 
     @property
     def sees_images(self) -> bool:
-        """Whether it is a vision-language model."""
+        """True for a vision-language model."""
         return self.processor is not self.tokenizer
 
 
 def load_for_training(path: Path) -> Loaded:
-    """A causal language model, or a vision-language model whose vision encoder is frozen (R-TAP app. A: training it
-    hurt). Raises ConfigError when ``path`` is no checkpoint or its tokenizer cannot spell its format."""
+    """Load a causal language model, or a vision-language model with a frozen vision encoder (R-TAP app. A).
+
+    Raises ConfigError if ``path`` is not a checkpoint or its tokenizer does not support its trajectory format.
+    """
     if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is no checkpoint (no config.json); train one with `rtap train sft`")
+        raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train sft`")
     config = cast(Any, AutoConfig).from_pretrained(path)
     is_vlm = hasattr(config, "vision_config")
     factory = cast(Any, AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM)
@@ -60,8 +62,10 @@ def load_for_training(path: Path) -> Loaded:
 
 
 def dialect_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fmt: TrajectoryFormat) -> Dialect:
-    """Tags and ends of ``fmt`` in this tokenizer. Raises ConfigError where the end of an answer is no single token,
-    because generation could not stop there."""
+    """Tags and end tokens of ``fmt`` in this tokenizer.
+
+    Raises ConfigError if the end of an answer is not a single token, because generation could not stop there.
+    """
 
     def encode(text: str) -> list[int]:
         return cast(list[int], cast(Any, tokenizer).encode(text, add_special_tokens=False))

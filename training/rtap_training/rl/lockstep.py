@@ -1,8 +1,7 @@
-"""Run the server's own Think–Answer loop for many trajectories over an engine that only generates whole batches.
+"""Run the server's Think–Answer loop for many trajectories on a batch-only engine.
 
-Every trajectory is one run of ``rtap_core.recursion``. Each asks for its next cycle and waits; when all that are
-still running wait, one batch is generated for all. So training and serving share the loop, and a batch is as full as
-it can be. Not here: what is rewarded, and how a batch is generated.
+Every trajectory is one run of ``rtap_core.recursion``. Each requests its next cycle and waits; once all running
+trajectories wait, one batch is generated for all. Training and serving thus share the loop, with full batches.
 """
 
 import asyncio
@@ -15,7 +14,7 @@ from rtap_core.types import Step
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One cycle to write. ``row``: the trajectory's place in the batch of all."""
+    """Request for one cycle. row: index of the trajectory."""
 
     row: int
     prompt_ids: list[int]
@@ -24,21 +23,21 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What was generated for a request, its end token included. ``logps``: of the sampler, where it gives them."""
+    """Generated tokens of a request, including the end token. logps: from the sampler, or None."""
 
     ids: list[int]
     logps: list[float] | None
 
 
 Generate = Callable[[Sequence[Request]], list[Completion]]
-"""Continue every request until an end token or its limit; results in the order of the requests."""
+"""Generate every request until an end token or its limit; results in the order of the requests."""
 
 
 T = TypeVar("T")
 
 
 class Lockstep:
-    """Collects the requests of ``num_rows`` trajectories and generates when nobody can go on without it."""
+    """Collect the requests of ``num_rows`` trajectories; generate once all running trajectories wait."""
 
     def __init__(self, generate: Generate, num_rows: int) -> None:
         self._generate = generate
@@ -46,25 +45,27 @@ class Lockstep:
         self._waiting: list[tuple[Request, asyncio.Future[Completion]]] = []
 
     async def write(self, request: Request) -> Completion:
-        """The continuation of one request, after everybody else has asked too."""
+        """Completion of one request; waits until every running trajectory has requested."""
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         self._flush()
         return await future
 
     def leave(self) -> None:
-        """A trajectory has ended (or failed): the others need not wait for it."""
+        """Remove a trajectory that has ended or failed."""
         self._num_running -= 1
         self._flush()
 
     def _flush(self) -> None:
-        self._waiting = [item for item in self._waiting if not item[1].done()]  # cancelled with a row that failed
+        self._waiting = [
+            item for item in self._waiting if not item[1].done()
+        ]  # drop futures cancelled with a failed row
         if not self._waiting or len(self._waiting) < self._num_running:
             return
-        batch, self._waiting = sorted(self._waiting, key=lambda item: item[0].row), []  # the same draw every time
+        batch, self._waiting = sorted(self._waiting, key=lambda item: item[0].row), []  # deterministic order
         try:
             results = self._generate([request for request, _ in batch])
-        except Exception as error:  # it belongs to every trajectory of the batch, not to the last to ask
+        except Exception as error:  # fail every trajectory of the batch, not only the last caller
             for _, future in batch:
                 future.set_exception(error)
             return
@@ -73,7 +74,7 @@ class Lockstep:
 
 
 def in_lockstep(generate: Generate, num_rows: int, follow: Callable[[Lockstep, int], Awaitable[T]]) -> list[T]:
-    """``follow`` (lockstep, row) for every row, side by side; what they return, in the order of the rows."""
+    """Run ``follow(lockstep, row)`` concurrently for every row; return the results in row order."""
 
     async def run_all() -> list[T]:
         lockstep = Lockstep(generate, num_rows)
@@ -93,8 +94,8 @@ def in_lockstep(generate: Generate, num_rows: int, follow: Callable[[Lockstep, i
 class RowEngine:
     """``rtap_core.types.Engine`` for one trajectory.
 
-    end_ids: tokens at which generation stops; those not in ``end_of_turn_ids`` end a cycle only.
-    max_cycle_tokens: bound of one cycle, None for none but the trajectory's own.
+    end_ids: stop tokens; those not in ``end_of_turn_ids`` end a cycle only. max_cycle_tokens: limit per cycle; None for
+    the trajectory's limit alone.
     """
 
     lockstep: Lockstep
@@ -112,8 +113,8 @@ class RowEngine:
     async def cycle(
         self, prompt_token_ids: Sequence[int], *, index: int, max_tokens: int | None
     ) -> AsyncGenerator[Step, None]:
-        """The whole cycle in one step. ``native`` carries the sampler's log-probabilities."""
-        del index  # the sampler's random state is the trainer's, not a seed for each cycle
+        """Yield the whole cycle in one step. ``native`` holds the sampler's log-probabilities."""
+        del index  # the trainer's random state applies, not a seed per cycle
         limit = min(limit for limit in (max_tokens, self.max_cycle_tokens) if limit is not None)
         written = await self.lockstep.write(Request(self.row, list(prompt_token_ids), limit))
         last = written.ids[-1] if written.ids else None

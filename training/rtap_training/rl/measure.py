@@ -1,7 +1,7 @@
-"""Measure a policy on held-out questions without a server: the same loop and stop rules, on plain transformers.
+"""Held-out evaluation of a policy without a server: the same loop and stop rules, on transformers.
 
-For tables of many small runs, where starting vLLM for each would cost more than measuring. What users are promised is
-measured through the real server by ``rtap eval``.
+For studies of many small runs, where starting vLLM takes longer than the measurement. ``rtap eval`` measures through
+the real server.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,11 @@ NEVER = 2.0  # a threshold that no confidence reaches
 
 @dataclass(frozen=True, slots=True)
 class MeasureConfig:
-    """samples: trajectories a question under policy ``model``. forced: trajectories that are made to write all
-    ``max_cycles`` cycles, for what stopping by confidence would have returned at ``threshold``."""
+    """Settings of a measurement.
+
+    samples: trajectories per question under policy ``model``. forced: trajectories per question that run all
+    ``max_cycles`` cycles, to evaluate stopping at the confidence ``threshold``.
+    """
 
     max_cycles: int = 4
     samples: int = 8
@@ -40,7 +43,7 @@ class MeasureConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Scorer:
-    """The generator as ``rtap_core.types.Confidence``; one row at a time is enough for measuring."""
+    """The generator as ``rtap_core.types.Confidence``, one row at a time."""
 
     generator: OnlineGenerator
 
@@ -57,7 +60,7 @@ def measure(
     questions: Sequence[Question],
     config: MeasureConfig,
 ) -> dict[str, float | None]:
-    """Figures by name. Shares are of questions (or of trajectories), tokens and cycles are means a trajectory."""
+    """Metrics by name. Shares are over questions or trajectories; tokens and cycles are means per trajectory."""
     model.eval()
     own = _run(model, tokenizer, dialect, None, questions, config.samples,
                Limits(Policy.MODEL, max_cycles=config.max_cycles, select=Select.LAST), config)  # fmt: skip
@@ -80,7 +83,7 @@ def _run(
     limits: Limits,
     config: MeasureConfig,
 ) -> list[list[Trajectory]]:
-    """``samples`` trajectories of every question."""
+    """Run ``samples`` trajectories per question."""
     prompts = [encode_question(tokenizer, q.question) for q in questions for _ in range(samples)]
     write = TransformersSampler(model).seeded(config.seed)
     stops = tuple(sorted(dialect.end_of_turn_ids | dialect.cycle_end_ids))
@@ -108,7 +111,7 @@ def _is_right(question: Question, cycle: Cycle | None) -> bool:
 
 
 def own_figures(runs: Sequence[Sequence[Trajectory]], questions: Sequence[Question]) -> dict[str, float | None]:
-    """Policy ``model``: what the policy returns when it decides itself, and a vote over its samples."""
+    """Metrics of policy ``model``, and of a vote over its samples."""
     pairs = [(q, t) for q, row in zip(questions, runs, strict=True) for t in row]
     cycles = [c for _, t in pairs for c in t.cycles]
     tokens = sum(c.tokens for c in cycles)
@@ -139,7 +142,7 @@ def own_figures(runs: Sequence[Sequence[Trajectory]], questions: Sequence[Questi
 def forced_figures(
     runs: Sequence[Sequence[Trajectory]], questions: Sequence[Question], threshold: float, *, is_scored: bool
 ) -> dict[str, float | None]:
-    """All cycles written: the last one's answer, and what policy ``confidence`` would have returned and spent."""
+    """Metrics of forced trajectories: the last answer, and policy ``confidence`` at ``threshold``."""
     pairs = [(q, t.cycles) for q, row in zip(questions, runs, strict=True) for t in row]
     figures: dict[str, float | None] = {
         "last": fmean(_is_right(q, cycles[-1]) for q, cycles in pairs),

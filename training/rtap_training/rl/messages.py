@@ -1,4 +1,4 @@
-"""Conversations and the fields that a processor makes of them, as TRL passes them around."""
+"""Helpers for TRL's conversations and processor fields."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -7,7 +7,7 @@ Messages = list[dict[str, Any]]
 
 
 def last_text(messages: Messages) -> str:
-    """What was asked last, without pictures."""
+    """Text of the last message, without images."""
     content: Any = messages[-1]["content"]
     if isinstance(content, str):
         return content
@@ -16,7 +16,7 @@ def last_text(messages: Messages) -> str:
 
 
 def extend(value: Any, ids: Sequence[Sequence[int]]) -> Any:
-    """Per-token fields of a processor, lengthened with 0 (text) over what has been written since."""
+    """Pad per-token processor fields with 0 (text) to the lengths of ``ids``."""
     rows: list[Any] = cast(list[Any], value) if isinstance(value, list) else []
     if not rows or not isinstance(rows[0], list):
         return cast(Any, value)

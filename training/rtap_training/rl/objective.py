@@ -1,4 +1,4 @@
-"""The objective of a method for each token, from what TRL's batch holds. The maths is in ``losses.py``."""
+"""Per-token objective of a method on a TRL batch; formulas are in ``losses.py``."""
 
 from collections.abc import Mapping
 
@@ -11,8 +11,8 @@ from rtap_training.rl.config import Method, RlConfig
 def objective(
     config: RlConfig, logp: Tensor, inputs: Mapping[str, Tensor], *, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate on the method's ratio plus its KL terms; and figures to log. All (B, T)."""
-    old = inputs.get("old_per_token_logps")  # TRL leaves it out where a generation serves one update
+    """(clipped surrogate plus KL terms, metrics to log), all (B, T)."""
+    old = inputs.get("old_per_token_logps")  # TRL omits it when a generation is used for one update
     log_ratio = _log_ratio(config, logp, logp.detach() if old is None else old, inputs)
     advantages, clip = inputs["advantages"], {"clip_low": config.clip_low, "clip_high": config.clip_high}
     per_token = clipped_surrogate(log_ratio, advantages, **clip)

@@ -1,7 +1,7 @@
-"""The confidence generator during reinforcement learning: scores cycles, and learns from them before the policy does.
+"""Online confidence generator: scores cycles and is updated on them before each policy update.
 
-Own optimiser, own state in the checkpoint. Any ``…ForSequenceClassification`` checkpoint with one label works. Not
-here: what the scores are worth (``rewards.py``) and the training before RL (``confidence.py``).
+Works with any ``…ForSequenceClassification`` checkpoint with one label. It has a separate optimiser, and its state is
+part of the checkpoint.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ MAX_GRADIENT_NORM = 1.0
 
 
 class LabelledCycle(NamedTuple):
-    """One finished cycle. ``ids``: of prompt and cycle."""
+    """One cycle with an answer. ids: prompt and cycle."""
 
     question: str
     ids: tuple[int, ...]
@@ -30,7 +30,7 @@ class LabelledCycle(NamedTuple):
 
 
 def labelled_cycles(rollouts: Iterable[Rollout]) -> list[LabelledCycle]:
-    """What a generator can learn from these rollouts; cycles without an answer teach nothing."""
+    """Cycles with an answer of these rollouts."""
     return [
         LabelledCycle(r.question, (*r.prompt_ids, *c.ids), c.is_right)
         for r in rollouts
@@ -40,9 +40,9 @@ def labelled_cycles(rollouts: Iterable[Rollout]) -> list[LabelledCycle]:
 
 
 class OnlineGenerator:
-    """A generator that follows the policy.
+    """A generator that is trained along with the policy.
 
-    average: replaces each tensor by its mean over the processes; called once an update, in every process.
+    average: replaces tensors by their means over the processes; called once per update in every process.
     """
 
     def __init__(
@@ -68,16 +68,15 @@ class OnlineGenerator:
         return read_once(rows, BATCH_TOKENS, lambda batch: cast(Any, self._logits(batch).sigmoid()).tolist())
 
     def update(self, cycles: Sequence[LabelledCycle], *, rank: int = 0, num_processes: int = 1) -> float | None:
-        """Balanced cross-entropy (R-TAP eq. 6) on these cycles, ``iterations`` times.
+        """Minimise the balanced cross-entropy (R-TAP eq. 6) on these cycles for ``iterations`` steps.
 
-        ``cycles``: those of all processes, the same list in each, because the balance is over whole questions and a
-        question's rollouts may lie on several. Each process reads its share of them. Returns the first iteration's
-        loss, that of cycles not yet learnt; None where no question has contrast.
+        cycles: of all processes, the same list in each, because weights are balanced over whole questions; each process
+        reads its share. Returns the loss before the first step; None if no question has contrast.
         """
         names = {name: index for index, name in enumerate(dict.fromkeys(c.question for c in cycles))}
         rows = ((names[c.question], c.ids, c.is_right) for c in cycles)
         examples = [e for e in balance(collect(rows), global_weight=self._global_weight) if e.weight]
-        # The mean over processes must come out as the sum over all examples.
+        # The mean over processes must equal the sum over all examples.
         scale = num_processes / sum(e.weight for e in examples) if examples else 0.0
         share = sorted(examples, key=lambda e: len(e.ids))[rank::num_processes]
         first: float | None = None
@@ -106,7 +105,7 @@ class OnlineGenerator:
         return loss.item()
 
     def _logits(self, batch: Sequence[Example]) -> Tensor:
-        """(B,) in fp32. Right-padded: the model pools each row's last token that is not padding."""
+        """Logits (B,) in fp32. The model pools each row's last token that is not padding."""
         pad_id = cast(int, self.model.config.pad_token_id)
         width = max(len(e.ids) for e in batch)
         device = self._parameters[0].device
@@ -120,15 +119,15 @@ class OnlineGenerator:
         return {"model": self.model.state_dict(), "optimiser": self._optimiser.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave."""
+        """Restore the result of ``state_dict``."""
         self.model.load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
 
 
 def load_online_generator(path: Path) -> PreTrainedModel:
-    """The checkpoint in fp32. Raises ConfigError when it is none, or has not exactly one label."""
+    """Load a generator in fp32. Raises ConfigError unless ``path`` is a classifier with one label and a pad token."""
     if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is no checkpoint (no config.json); train one with `rtap train confidence`")
+        raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train confidence`")
     model = cast(Any, AutoModelForSequenceClassification).from_pretrained(path, dtype=torch.float32)
     if model.config.num_labels != 1 or model.config.pad_token_id is None:
         raise ConfigError(f"{path} must be a sequence classifier with one label and a pad token")

@@ -1,4 +1,4 @@
-"""The configured rewards as the functions that TRL calls. What each is worth is decided in ``rewards.py``."""
+"""Reward functions in TRL's form; formulas are in ``rewards.py``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ RewardFunction = Callable[..., list[float]]
 
 
 def reward_functions(config: RlConfig, dialect: Dialect) -> list[RewardFunction]:
-    """The configured rewards in TRL's form: keyword columns in, one figure a row out."""
+    """The configured rewards: TRL passes dataset columns as keywords and expects one value per row."""
 
     def increase(*, confidences: list[list[float]], **_: Any) -> list[float]:
         return [rewards.confidence_increase(row) for row in confidences]

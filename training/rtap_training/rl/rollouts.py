@@ -1,7 +1,7 @@
-"""Recursive rollouts: each trajectory is cut after its first right cycle (R-TAP alg. 1) and becomes one training row.
+"""Recursive rollouts: trajectories cut after the first right cycle (R-TAP alg. 1), one training row each.
 
-The cut is the server's own stop rule with the answer checker in the generator's place: confidence 1 for a right
-answer, 0 for a wrong one, threshold 1. Rows are token ids throughout; nothing is decoded and encoded again.
+The cut is the server's stop rule with an answer checker as generator: confidence 1 for a right answer, 0 for a wrong
+one, threshold 1. Rows are token ids throughout and never re-tokenised.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from rtap_training.rl.lockstep import Generate, Lockstep, RowEngine, in_lockstep
 
 @dataclass(frozen=True, slots=True)
 class RolloutQuestion:
-    """A question as the policy sees it. question: what tells it from others. check: whether an answer is right."""
+    """A question for a rollout. question: identifier. check: answer -> True if right."""
 
     question: str
     prompt_ids: list[int]
@@ -24,9 +24,9 @@ class RolloutQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a policy's tokens spell trajectories.
+    """Trajectory format in a policy's tokens.
 
-    end_of_turn_id: the one appended after a right answer. cycle_end_ids: tokens that end a cycle but not the turn.
+    end_of_turn_id: appended after a right answer. cycle_end_ids: tokens that end a cycle but not the turn.
     """
 
     format: TrajectoryFormat
@@ -40,8 +40,11 @@ class Dialect:
 
 @dataclass(frozen=True, slots=True)
 class RolledCycle:
-    """One kept cycle. ``ids`` is what a generator scores: opening, thought, answer, its end tag also where the policy
-    ended its turn without writing it. ``answer`` is None when cut."""
+    """One kept cycle.
+
+    ids: input of a generator; the end tag of the answer is added if the policy ended its turn without it. answer: None
+    if truncated.
+    """
 
     ids: tuple[int, ...]
     text: str
@@ -54,9 +57,9 @@ class RolledCycle:
 class Rollout:
     """One training row.
 
-    completion_ids (T,): all cycles, and the end of the turn after a right one. is_boundary (T,): tokens that the cut
-    set, not the policy: the end tag of an answer that ended with the turn, the opening of a further cycle, and the end
-    of the turn. logps (T,): the sampler's, NaN at boundaries; None where the sampler gives none.
+    completion_ids (T,): all cycles, and the end of turn after a right one. is_boundary (T,): tokens set by the loop
+    rather than sampled: the end tag of an answer that ended with the turn, the opening of a further cycle, and the end
+    of turn. logps (T,): from the sampler, NaN at boundaries; None if the sampler returns none.
     """
 
     question: str
@@ -68,7 +71,7 @@ class Rollout:
 
     @property
     def is_right(self) -> bool:
-        """Whether the last kept cycle is right."""
+        """True if the last kept cycle is right."""
         return self.cycles[-1].is_right
 
 
@@ -95,7 +98,7 @@ def roll_out(
     max_tokens: int,
     max_cycle_tokens: int | None,
 ) -> list[Rollout]:
-    """One rollout for every row of ``asked``, in that order; rows of one question come repeated by the caller."""
+    """One rollout per entry of ``asked``, in order; the caller repeats questions."""
     limits = Limits(policy=Policy.CONFIDENCE, threshold=1.0, max_cycles=max_cycles, max_tokens=max_tokens)
 
     async def follow(lockstep: Lockstep, row: int) -> Rollout:
@@ -112,11 +115,11 @@ def roll_out(
 
 
 async def _collect(asked: RolloutQuestion, recursion: Recursion, limits: Limits, dialect: Dialect) -> Rollout:
-    """Follow one trajectory's events and keep what was written, with its origin."""
+    """Collect the tokens of one trajectory, and which of them are boundaries."""
     row = _Row(dialect)
     cycles: list[RolledCycle] = []
     closing = tuple(dialect.encode(dialect.format.answer_close or ""))
-    # A chat template may write the first opening itself; the cycle is read with it.
+    # A chat template may write the first opening; the cycle text includes it.
     opened = dialect.decode(asked.prompt_ids).rstrip().endswith(dialect.format.think_open)
     async for event in recursion.run(asked.prompt_ids, limits):
         match event:
@@ -137,7 +140,7 @@ async def _collect(asked: RolloutQuestion, recursion: Recursion, limits: Limits,
 
 
 class _Row:
-    """A row while its trajectory is written."""
+    """Builder of a row while its trajectory is generated."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
@@ -147,12 +150,11 @@ class _Row:
         self._cycle_start = 0
 
     def write(self, ids: Sequence[int], logps: Sequence[float] | None) -> None:
-        """Tokens that the policy sampled."""
+        """Append sampled tokens."""
         self._append(ids, logps, is_boundary=False)
 
     def open(self, ids: Sequence[int]) -> None:
-        """What the loop writes between two cycles: the end of turn that the model may have written before it is not
-        part of the row."""
+        """Append the opening of a cycle; an end of turn before it is removed from the row."""
         while self.ids and self.ids[-1] in self._dialect.end_of_turn_ids:
             self.ids.pop()
             self.is_boundary.pop()
@@ -162,14 +164,14 @@ class _Row:
         self._append(ids, None, is_boundary=True)
 
     def end_cycle(self) -> tuple[int, ...]:
-        """Ids of the cycle just written, without the end of the turn."""
+        """Ids of the cycle just generated, without the end of turn."""
         ids = self.ids[self._cycle_start :]
         while ids and ids[-1] in self._dialect.end_of_turn_ids:
             ids.pop()
         return tuple(ids)
 
     def finish(self, *, is_right: bool) -> None:
-        """The end of the turn belongs after a right answer, whether or not the policy would have written it."""
+        """Append the end of turn after a right answer if the policy did not write it."""
         if is_right and self.ids[-1] not in self._dialect.end_of_turn_ids:
             self._append([self._dialect.end_of_turn_id], None, is_boundary=True)
 

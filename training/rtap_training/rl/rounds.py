@@ -1,8 +1,7 @@
-"""Generation in which every process takes part until all have finished.
+"""Collective generation: every process takes part until all have finished.
 
-With sharded weights every forward pass is a collective call, and TRL's vLLM modes gather the prompts of all processes
-as if each had as many. Recursive rollouts end after different numbers of cycles, so a process that has nothing left
-to write goes on with a spare row. Not here: the batch itself.
+With sharded weights every forward pass is a collective call, and TRL's vLLM modes expect equally many prompts from
+every process. Recursive rollouts need different numbers of cycles, so a finished process generates a spare row.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,14 +10,14 @@ from dataclasses import dataclass, replace
 from rtap_training.rl.lockstep import Completion, Generate, Request
 
 Largest = Callable[[Sequence[int]], list[int]]
-"""The largest of each number over all processes; a collective call."""
+"""Maximum of each value over all processes; a collective call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
-    """``generate`` in step with the other processes.
+    """Run ``generate`` in step with the other processes.
 
-    spare: what to write where there is nothing else. same_size: whether all processes must bring as many rows.
+    spare: request of a process without any. same_size: all processes must pass equally many rows.
     """
 
     generate: Generate
@@ -27,11 +26,11 @@ class Rounds:
     same_size: bool
 
     def __call__(self, requests: Sequence[Request]) -> list[Completion]:
-        """One round; the result has the requests' rows only."""
+        """Generate one round; returns the completions of ``requests`` only."""
         return self._round(requests) or []
 
     def finish(self) -> None:
-        """Stay until nobody has anything left to write."""
+        """Take part until all processes have finished."""
         while self._round([]) is not None:
             pass
 
@@ -42,7 +41,7 @@ class Rounds:
             return None
         spares = [self.spare] * ((size if self.same_size else 1) - len(requests))
         rows = [*requests, *spares]
-        if self.same_size:  # one process asks for all, with its own limit
+        if self.same_size:  # one process requests for all, with its limit
             rows = [replace(r, max_tokens=limit) for r in rows]
         return [
             Completion(w.ids[:own], None if w.logps is None else w.logps[:own])

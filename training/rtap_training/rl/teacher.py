@@ -1,7 +1,7 @@
-"""The teacher of RLAD and KDRL: log-probabilities of the student's tokens, nothing generated.
+"""Teacher of RLAD and KDRL: log-probabilities of the student's tokens, from a checkpoint or a vLLM server.
 
-Only the sampled token's log-probability is used (RLAD eq. 3), so the ids must mean the same to both: checked before
-the run, token by token. Local (a checkpoint) or remote (a vLLM server's prompt log-probabilities).
+Only the sampled token's log-probability is used (RLAD eq. 3), so student and teacher must share token ids. This is
+checked before the run.
 """
 
 from bisect import bisect_left
@@ -20,7 +20,9 @@ from rtap_training.training_errors import TeacherError
 REMOTE_TIMEOUT_SECONDS = 120.0
 ROWS_IN_FLIGHT = 16
 PROBE = [{"role": "user", "content": "make 82 from 3, 7, 25"}]
-OTHER_CONTEXTS = "the teacher's chat template renders prompts differently, so it would score other contexts"
+OTHER_CONTEXTS = (
+    "the teacher's chat template renders prompts differently from the student's; use a teacher with the same template"
+)
 
 
 class Teacher(Protocol):
@@ -32,11 +34,11 @@ class Teacher(Protocol):
 
 
 LogProbs = Callable[[PreTrainedModel, Tensor, Tensor, int], Tensor]
-"""The trainer's own log-probabilities (model, ids, mask, T) -> (B, T), so that both sides are computed alike."""
+"""(model, ids, mask, T) -> log-probabilities (B, T), computed as in the trainer."""
 
 
 class LocalTeacher:
-    """A checkpoint on this machine, in evaluation mode, in one batched forward pass a generation."""
+    """A local checkpoint; one batched forward pass per generation."""
 
     def __init__(self, model: PreTrainedModel, log_probs: LogProbs) -> None:
         self.model = model
@@ -44,21 +46,20 @@ class LocalTeacher:
 
     @torch.no_grad()
     def logps(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
-        """As the protocol says."""
+        """See ``Teacher.logps``."""
         return self._log_probs(self.model, input_ids, attention_mask, logits_to_keep)
 
 
 def retrying_client() -> httpx.Client:
-    """Tries a connection again before it gives up."""
+    """HTTP client that retries failed connections."""
     return httpx.Client(transport=httpx.HTTPTransport(retries=3))
 
 
 class RemoteTeacher:
-    """A vLLM server: ``/v1/completions`` with ``prompt_logprobs`` of each whole row, several rows in flight.
+    """A vLLM server: ``/v1/completions`` with ``prompt_logprobs`` of each row, several rows in flight.
 
-    Prompt log-probabilities are of the unscaled distribution (temperature 1) whatever the server's --logprobs-mode, and
-    vLLM computes them without its prefix cache, chunk by chunk where it prefills so. Nothing is generated but the one
-    token that the API insists on, so a row must be shorter than the server's context.
+    vLLM computes prompt log-probabilities at temperature 1 for any --logprobs-mode, without its prefix cache. The API
+    generates at least one token, so a row must be shorter than the server's context.
     """
 
     def __init__(self, address: str, open_client: Callable[[], httpx.Client] = retrying_client) -> None:
@@ -70,7 +71,7 @@ class RemoteTeacher:
         self.context_length: int | None = card.get("max_model_len")
 
     def logps(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
-        """As the protocol says; padded positions are 0."""
+        """See ``Teacher.logps``; padded positions are 0."""
         rows: list[list[int]] = [
             cast(Any, ids[mask.bool()]).tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)
         ]
@@ -83,7 +84,7 @@ class RemoteTeacher:
         return result
 
     def check_same_tokens(self, student: PreTrainedTokenizerBase) -> None:
-        """As the function of that name, by what the server makes of ids and of a conversation."""
+        """Like the function ``check_same_tokens``, through the server's /detokenize and /tokenize."""
         with self._open_client() as client:
             self._check_ids(client, student)
             prompt = self._call(client, "/tokenize", lambda reply: reply["tokens"], {"messages": PROBE})
@@ -100,13 +101,13 @@ class RemoteTeacher:
         if not is_same(len(ids)):
             first = bisect_left(range(1, len(ids)), True, key=lambda count: not is_same(count))
             raise TeacherError(
-                f"teacher and student must share token ids, but the teacher at {self._address} reads id {ids[first]} "
-                f"({student.convert_ids_to_tokens(ids[first])!r} to the student) otherwise; take a teacher with the "
-                "student's tokenizer"
+                f"teacher and student must share token ids, but id {ids[first]} is "
+                f"{student.convert_ids_to_tokens(ids[first])!r} to the student and another token to the teacher at "
+                f"{self._address}; use a teacher with the student's tokenizer"
             )
 
     def _score(self, client: httpx.Client, ids: list[int]) -> list[float]:
-        """Of all tokens but the first."""
+        """Log-probabilities of all tokens but the first."""
         body = {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
 
         def read(reply: Any) -> list[float]:
@@ -118,7 +119,7 @@ class RemoteTeacher:
     def _call(
         self, client: httpx.Client, path: str, read: Callable[[Any], Any], body: dict[str, Any] | None = None
     ) -> Any:
-        """GET, or POST of ``body``; ``read`` takes what is wanted from the JSON. Raises TeacherError."""
+        """GET, or POST ``body``; ``read`` extracts the result from the JSON. Raises TeacherError."""
         url = self._address + path
         method = "GET" if body is None else "POST"
         try:
@@ -131,13 +132,13 @@ class RemoteTeacher:
             return read(reply.json())
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise TeacherError(
-                f"the teacher at {url} answered something else than was asked: {error!r}; it must be a vLLM "
-                "server, which gives prompt log-probabilities"
+                f"the teacher at {url} sent an unexpected reply: {error!r}; it must be a vLLM server, which returns "
+                "prompt log-probabilities"
             ) from error
 
 
 def load_teacher(path: str) -> PreTrainedModel:
-    """The checkpoint in fp32, frozen. Raises TeacherError when it cannot be loaded."""
+    """Load a frozen checkpoint in fp32. Raises TeacherError if it cannot be loaded."""
     try:
         model = cast(Any, AutoModelForCausalLM).from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -146,17 +147,16 @@ def load_teacher(path: str) -> PreTrainedModel:
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Every id of the student must be the same token to the teacher, special ids and prompt rendering included.
+    """Raise TeacherError with the first difference in token ids, end of turn or prompt rendering.
 
-    A teacher with more tokens is fine (padded vocabularies differ in size). Raises TeacherError with the first
-    difference: log-probabilities of other tokens would train silently into nonsense.
+    A teacher may have more tokens, because padded vocabularies differ in size.
     """
     theirs = {index: token for token, index in teacher.get_vocab().items()}
     for token, index in sorted(student.get_vocab().items(), key=lambda item: item[1]):
         if theirs.get(index) != token:
             raise TeacherError(
                 f"teacher and student must share token ids, but id {index} is {token!r} to the student and "
-                f"{theirs.get(index)!r} to the teacher; take a teacher with the student's tokenizer"
+                f"{theirs.get(index)!r} to the teacher; use a teacher with the student's tokenizer"
             )
     if student.eos_token_id != teacher.eos_token_id:
         raise TeacherError(

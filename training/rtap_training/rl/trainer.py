@@ -1,8 +1,7 @@
-"""TRL's GRPOTrainer with what the two papers add: recursive rollouts, their rewards, and the TRRD ratio.
+"""Subclass of TRL's GRPOTrainer with recursive rollouts, their rewards and the TRRD ratio.
 
-Everything else (sampling, buffering, accumulation, distribution, checkpoints, logging) is TRL's and accelerate's. The
-internals relied on are named in ``rl/trl.py``, which a contract test holds against the installed TRL. The
-maths is in ``losses.py`` and ``rewards.py``.
+Sampling, buffering, accumulation, distribution, checkpoints and logging are TRL's and accelerate's. ``rl/trl.py`` lists
+the TRL internals in use, and a contract test checks them. Formulas are in ``losses.py`` and ``rewards.py``.
 """
 
 import math
@@ -35,7 +34,7 @@ from rtap_training.run_state import mark_complete
 from rtap_training.training_errors import TeacherError, TrainingError
 
 GENERATOR_FILE = "generator.pt"
-LENGTHS = 4  # passes by length that a micro batch is read in
+LENGTHS = 4  # forward passes per micro batch, sorted by length
 _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "num_tiles", "pixel_attention_mask", "spatial_shapes",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
@@ -50,21 +49,21 @@ class RecursiveTrainer(GRPOTrainer):
         self.components = components
         self._rewards = torch.zeros(0)
         self._inputs: list[dict[str, Any]] = []
-        self.samples: list[Sample] = []  # of the newest generation, this process's
+        self.samples: list[Sample] = []  # of this process's newest generation
         super().__init__(
             args=args,
             reward_funcs=reward_functions(config, components.dialect),
             rollout_func=self._roll_out,
             **kwargs,
         )
-        # Generation stops at the end of a cycle as well as at the end of the turn.
+        # Generation stops at the end of a cycle or of the turn.
         self.eos_token_ids = sorted(components.dialect.end_of_turn_ids | components.dialect.cycle_end_ids)
         if self.use_vllm:
             self.vllm_generation.generation_kwargs["stop_token_ids"] = self.eos_token_ids
         else:
             self.generation_config.eos_token_id = self.eos_token_ids
 
-    # Rollouts: called by TRL with one entry a row, rows of a question side by side.
+    # Rollouts. TRL passes one entry per row, grouped by question.
 
     def _roll_out(self, prompts: list[Messages], trainer: GRPOTrainer) -> dict[str, Any]:
         del trainer
@@ -108,12 +107,11 @@ class RecursiveTrainer(GRPOTrainer):
         return fields
 
     def _ask(self, row: int, prompt_ids: list[int]) -> RolloutQuestion:
-        """By row, not by text: the same words may be asked of many images."""
+        """Identify questions by row, because several images may share a text."""
         return RolloutQuestion(str(row), prompt_ids, lambda answer: self.components.check(row, answer))
 
     def _is_sharded(self) -> bool:
-        """Whether a forward pass needs the other processes. transformers keeps generation in step only where it sees
-        that the weights are sharded, which it does not for accelerate's FSDP2."""
+        """True if a forward pass is a collective call. Marks FSDP2 models, which transformers does not detect."""
         if self.accelerator.is_fsdp2:
             cast(Any, self.model)._is_fsdp_managed_module = True
         return self.accelerator.distributed_type in ("FSDP", "DEEPSPEED")
@@ -123,7 +121,7 @@ class RecursiveTrainer(GRPOTrainer):
         return self.accelerator.gather(local).amax(dim=0).tolist()
 
     def _generate_batch(self, requests: Sequence[Request], prompts: list[Messages]) -> list[Completion]:
-        """TRL's own single-turn generation, whatever it runs on; each row cut at its own limit."""
+        """Generate with TRL's single-turn generation; each row is truncated at its limit."""
         limit = max(r.max_tokens for r in requests)
         if self.use_vllm:
             self.vllm_generation.max_completion_length = limit
@@ -131,7 +129,7 @@ class RecursiveTrainer(GRPOTrainer):
             self.generation_config.max_new_tokens = limit
         ids = [r.prompt_ids for r in requests]
         images, fields = None, cast(dict[str, Any], {})
-        if self._is_vlm:  # pixels of just these rows, and per-token fields as long as what the rows hold by now
+        if self._is_vlm:  # pixels of these rows, and per-token fields padded to the current lengths
             _, images, fields = self._tokenize_prompts([prompts[r.row] for r in requests])
             fields = {name: extend(value, ids) for name, value in fields.items()}
         completions, logps = self._generate_single_turn(ids, images, fields, 1)
@@ -141,7 +139,7 @@ class RecursiveTrainer(GRPOTrainer):
         ]
 
     def _confidences(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """Of every cycle of every row; a cycle cut before its answer has none and counts as 0."""
+        """Confidence of every cycle of every row; 0 for a truncated cycle."""
         if self.components.generator is None:
             return [[] for _ in rollouts]
         rows = [(*r.prompt_ids, *c.ids) for r in rollouts for c in r.cycles if c.answer is not None]
@@ -151,7 +149,7 @@ class RecursiveTrainer(GRPOTrainer):
     # Rewards and advantages.
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """(rows of all processes, rewards), as TRL computes them; kept for the papers' advantages."""
+        """TRL's rewards (rows of all processes, rewards); their sums are kept for the advantages."""
         result = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._rewards = result.sum(dim=1)
         rollouts, confidences = [x["rollout"] for x in inputs], [x["confidences"] for x in inputs]
@@ -160,7 +158,7 @@ class RecursiveTrainer(GRPOTrainer):
         return result
 
     def _log_rollouts(self, rollouts: Sequence[Rollout], confidences: Sequence[Sequence[float]]) -> None:
-        """Figures of a generation that no reward shows, over the rollouts of all processes."""
+        """Log metrics of the rollouts of all processes."""
         sums = figures.sums_of(rollouts, confidences)
         totals = dict(zip(sums, self._sum_over_processes(list(sums.values())), strict=True))
         for name, value in figures.means_of(totals, has_generator=self.components.generator is not None).items():
@@ -171,8 +169,8 @@ class RecursiveTrainer(GRPOTrainer):
         return cast(list[float], self.accelerator.reduce(local, reduction="sum").tolist())
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch with the papers' advantages, (B, T) where boundaries are trained, and the teacher's scores."""
-        self._inputs = inputs  # TRL hands over the prompts alone
+        """TRL's batch with our advantages, (B, T) if boundaries are trained, and the teacher's log-probabilities."""
+        self._inputs = inputs  # TRL passes only the prompts to the rollout function
         output = super()._generate_and_score_completions(inputs)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         everyone = group_advantages(self._rewards, group_size)
@@ -191,14 +189,14 @@ class RecursiveTrainer(GRPOTrainer):
         return output
 
     def _teacher_logps(self, output: dict[str, Any]) -> Tensor:
-        """Once a generation, however often it is used."""
+        """Teacher log-probabilities, computed once per generation."""
         assert self.components.teacher is not None
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         logps = self.components.teacher.logps(ids, mask, output["completion_ids"].size(1))
         used = output["completion_mask"].bool()
         if not torch.isfinite(logps[used]).all():
-            raise TeacherError("the teacher gave log-probabilities that are not finite")
+            raise TeacherError("the teacher returned log-probabilities that are not finite")
         return torch.where(used, logps, 0.0)
 
     def log_probs(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
@@ -215,13 +213,13 @@ class RecursiveTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """TRL's, by length: old policy, reference, teacher and update all read rows through this method."""
+        """TRL's method, batched by length. Old policy, reference, teacher and update all use it."""
         rows = batch_size or input_ids.size(0)
-        if any(value is not None for value in kwargs.values()):  # images, whose tensors are not by row
+        if any(value is not None for value in kwargs.values()):  # image tensors are not split by row
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
-        if self.accelerator.num_processes == 1:  # else every process must pass equally often, and gather weights anew
+        if self.accelerator.num_processes == 1:  # more passes would gather sharded weights more often
             rows = max(1, rows // LENGTHS)
 
         def forward(ids: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
@@ -235,7 +233,7 @@ class RecursiveTrainer(GRPOTrainer):
     # The objective.
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The method's objective, sequence mean of token means."""
+        """The method's objective: mean over sequences of token means."""
         completion_mask = inputs["completion_mask"]
         mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
         logp, entropies, _ = self._get_per_token_logps_and_entropies(
@@ -251,15 +249,15 @@ class RecursiveTrainer(GRPOTrainer):
             metrics["entropy"] = entropies
         loss = sequence_mean(per_token, mask)
         everywhere = self._record(metrics, mask, loss)
-        if not math.isfinite(everywhere):  # the same sentence from every process, not a hang in all but one
+        if not math.isfinite(everywhere):  # raise in every process, so that none hangs
             raise TrainingError(
-                f"the loss is {everywhere} at update {self.state.global_step + 1}; {self._last_good()}. A lower "
-                "learning_rate usually helps"
+                f"the loss is {everywhere} at update {self.state.global_step + 1}; {self._last_good()}. Try a lower "
+                "learning_rate"
             )
         return loss / self.current_gradient_accumulation_steps if self.model.training else loss
 
     def _record(self, metrics: dict[str, Tensor], mask: Tensor, loss: Tensor) -> float:
-        """Log token means over all processes; returns the sum of their losses."""
+        """Log token means over all processes; return the sum of their losses."""
         names = sorted(metrics)
         sums = [(metrics[n].detach().float() * mask).sum() for n in names]
         *totals, tokens, losses = self._sum_over_processes([*sums, mask.sum(), loss.detach()])
@@ -270,14 +268,14 @@ class RecursiveTrainer(GRPOTrainer):
 
     def _last_good(self) -> str:
         last = last_checkpoint(Path(cast(str, self.args.output_dir)))
-        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        return f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
 
-    # Checkpoints: TRL's own, plus the generator, plus a file that says the rest is whole.
+    # Checkpoints: TRL's, the generator, and a file that marks the checkpoint as complete.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # each process writes its own random state
+            self.accelerator.wait_for_everyone()  # each process writes its random state
             if not self.is_world_process_zero():
                 return
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

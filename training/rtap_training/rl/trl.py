@@ -1,7 +1,7 @@
-"""Everything of TRL's GRPOTrainer that we rely on, typed; at run time it is TRL's own class.
+"""Typed subset of TRL's GRPOTrainer that we use; at run time it is TRL's class.
 
-TRL's types are partly unknown and most of these names are private, so this file is the contract:
-tests/training/test_trl_contract.py holds each signature here against the installed TRL (pinned to 1.16).
+Most of these names are private. tests/training/test_trl_contract.py checks each signature against the installed TRL
+(pinned to 1.16).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
     class GRPOTrainer:
-        """TRL 1.16's trainer, as far as it is used."""
+        """The members of TRL 1.16's trainer that we use."""
 
-        # Attributes set by __init__. accelerator: accelerate's, whose types are unknown.
+        # Attributes set by __init__. The types of accelerator are unknown.
         model: PreTrainedModel
         model_wrapped: Any
         args: GRPOConfig

@@ -1,4 +1,4 @@
-"""The bundled tasks by name, mixes of them, and one checker over all of them."""
+"""Registry of the bundled tasks, task mixes, and an answer checker for any question."""
 
 from math import isfinite
 
@@ -9,21 +9,21 @@ from rtap_training.tasks.countdown import Countdown
 from rtap_training.tasks.equivalence import same_answer
 from rtap_training.tasks.knights import Knights
 
-# Countdown before Arithmetic: its questions name a target, which arithmetic questions never do.
+# Countdown precedes Arithmetic: only its questions name a target.
 TASKS: dict[str, Task] = {task.name: task for task in (Countdown(), Arithmetic(), Knights())}
 
 
 def task_of(question: str) -> Task | None:
-    """The task a question belongs to, from its text alone."""
+    """Task of a question, derived from its text."""
     return next((task for task in TASKS.values() if task.claims(question)), None)
 
 
 def check(question: str, answer: str, reference: str) -> bool:
-    """Whether ``answer`` is right: by the checker of the task the question belongs to, else by comparison with
-    ``reference`` as text and as mathematics.
+    """Return True if ``answer`` is right.
 
-    A question of another origin may read like one of a bundled task ("a 3-page letter" holds an expression); then
-    that task's checker does not accept the reference, and has no say.
+    The checker of the question's bundled task decides; otherwise ``answer`` is compared with ``reference`` as text and
+    as mathematics. A foreign question may look like a bundled task ("a 3-page letter" contains an expression); a task's
+    checker is used only if it accepts the reference.
     """
     task = task_of(question)
     if task is not None and (not reference or task.check(question, reference)):
@@ -32,7 +32,7 @@ def check(question: str, answer: str, reference: str) -> bool:
 
 
 def parse_mix(text: str) -> dict[str, float]:
-    """Read ``countdown=0.5,knights=0.5``, or a name alone, as the share of each task; tasks of share 0 are left out.
+    """Parse ``countdown=0.5,knights=0.5`` or a single name into task shares; tasks with share 0 are omitted.
 
     Shares are scaled to sum to 1. Raises ConfigError on anything else.
     """
@@ -40,13 +40,13 @@ def parse_mix(text: str) -> dict[str, float]:
     for item in text.split(","):
         name, equals, number = (part.strip() for part in item.partition("="))
         if name not in TASKS:
-            raise ConfigError(f"{text!r}: {name!r} is no task; choose from {', '.join(TASKS)}")
+            raise ConfigError(f"{text!r}: {name!r} is not a task; choose from {', '.join(TASKS)}")
         if name in weights:
             raise ConfigError(f"{text!r} names {name} twice; name it once")
         weights[name] = _weight(number, text) if equals else 1.0
     total = sum(weights.values())
     if total == 0:
-        raise ConfigError(f"{text!r} gives no task any weight; make one of them positive")
+        raise ConfigError(f"{text!r}: all weights are 0; make one of them positive")
     return {name: weight / total for name, weight in weights.items() if weight}
 
 

@@ -1,8 +1,7 @@
-"""Plain arithmetic on one- and two-digit numbers with written-out partial results.
+"""Arithmetic task: one- and two-digit numbers with written-out partial results.
 
-Checking a sum is as hard as doing it, so this is the task where a confidence generator has the least to hold on to;
-it is bundled to show that side too. A wrong attempt is a right working with one slipped result, carried on truly:
-the slipped result and the wrong answer are never trained, everything true around them is.
+Checking a result is as hard as computing it, so this task is hard for a confidence generator. A wrong attempt contains
+one wrong result and continues correctly from it. The wrong result and the wrong answer are masked, the rest is trained.
 """
 
 import re
@@ -52,7 +51,7 @@ _DOUBTS = (
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Refers to the result of an earlier step."""
+    """Reference to the result of an earlier step."""
 
     step: int
 
@@ -85,7 +84,7 @@ def _add(a: int, b: int) -> list[Step]:
 
 
 def _subtract(a: int, b: int) -> list[Step]:
-    if a < b:  # the positive difference first, then the sign
+    if a < b:  # positive difference first, then the sign
         return [Step(b, "-", a), Step(a, "-", b)]
     if b > 9 and b % 10:
         return [Step(a, "-", b // 10 * 10), Step(Result(0), "-", b % 10)]
@@ -106,7 +105,7 @@ def _divide(a: int, b: int) -> list[Step]:
 
 @dataclass(frozen=True, slots=True)
 class ArithmeticProblem:
-    """An expression, spelt without spaces, and the steps that compute it. ``canonical`` sorts commuting operands."""
+    """An expression without spaces, and the steps that compute it. canonical: commuting operands sorted."""
 
     expression: str
     canonical: str
@@ -118,7 +117,7 @@ class ArithmeticProblem:
         return str(self._run(None, 0)[-1])
 
     def _run(self, slipped: int | None, slip: int) -> list[int]:
-        """Result of each step; step ``slipped`` is off by ``slip`` and later steps truly use it."""
+        """Result of each step; step ``slipped`` is off by ``slip`` and later steps use its result."""
         results: list[int] = []
         for index, step in enumerate(self.steps):
             left = results[step.left.step] if isinstance(step.left, Result) else step.left
@@ -138,7 +137,7 @@ class ArithmeticProblem:
         return Attempt(tuple(think), Segment(str(results[-1]), is_trained=is_right), results[-1], is_right)
 
     def phrase(self, rng: Random) -> str:
-        """The expression tight, spaced, or with a multiplication spelt another way, in one of the phrasings."""
+        """The expression with varied spacing and operator spelling, in one of the phrasings."""
         text = self.expression
         style = rng.random()
         if style < 0.4:
@@ -150,17 +149,17 @@ class ArithmeticProblem:
         return rng.choice(_PHRASINGS).format(e=text)
 
     def right_attempt(self, _rng: Random, /) -> Attempt:
-        """The written-out working; there is one."""
+        """The single written-out working."""
         return self._attempt(None, 0)
 
     def wrong_attempt(self, rng: Random, earlier: Sequence[Attempt]) -> Attempt | None:
-        """One step slips by a digit; never the same wrong answer twice."""
+        """A working with one step off by a digit; never the same wrong answer twice."""
         tried = {a.answer.text for a in earlier}
         for _ in range(20):
             slip = rng.choice((-1, 1)) * rng.choice((1, 1, 2, 10, 10, 20, 100))
             slipped = rng.randrange(len(self.steps))
             results = self._run(slipped, slip)
-            # A slip in a helper step (sign, division) need not change the answer: then it is no wrong attempt.
+            # A slip in a helper step (sign, division) may leave the answer right; such a draw is discarded.
             is_new = str(results[-1]) not in tried and str(results[-1]) != self.reference
             if is_new and results[-1] >= -999 and all(r >= 0 for r in results[:-1]):
                 return self._attempt(slipped, slip)
@@ -171,11 +170,11 @@ class ArithmeticProblem:
         return int(answer) if _ANSWER.fullmatch(answer.strip()) else None
 
     def doubt(self, rng: Random, _value: int, /) -> str:
-        """An Oops before the sum is done again."""
+        """A phrase of doubt."""
         return rng.choice(_DOUBTS)
 
     def false_attempt(self, _rng: Random, /) -> Attempt | None:
-        """None: a slip is a lie already."""
+        """None: every wrong attempt already contains a false statement."""
         return None
 
 
@@ -187,13 +186,13 @@ def _ordered(op: str, a: int, b: int) -> str:
 
 
 def _then(steps: list[Step], op: str, c: int, *, reverse: bool = False) -> list[Step]:
-    """One more step that uses the last result on its left (or right, when ``reverse``)."""
+    """Append a step with the last result as left operand (right if ``reverse``)."""
     last = Result(len(steps) - 1)
     return [*steps, Step(c, op, last) if reverse else Step(last, op, c)]
 
 
 def _number(rng: Random) -> int:
-    """One digit two times in five, else two."""
+    """A one-digit number with probability 0.4, else two digits."""
     return rng.randint(1, 9) if rng.random() < 0.4 else rng.randint(10, 99)
 
 
@@ -230,7 +229,7 @@ def _quotient(rng: Random) -> ArithmeticProblem:
 
 
 def parse_expression(question: str) -> str | None:
-    """The one expression in a question, in plain spelling; None when there is none or more than one."""
+    """The only expression in a question, in plain spelling; None if there is not exactly one."""
     text = question[:400].lower()
     for word, op in _WORDS:
         text = text.replace(word, op)
@@ -240,7 +239,7 @@ def parse_expression(question: str) -> str | None:
 
 
 class Arithmetic:
-    """The task: sampling and checking. Levels: number of operations."""
+    """Arithmetic task. Levels: number of operations."""
 
     name = "arithmetic"
     levels = (1, 2)
@@ -248,12 +247,12 @@ class Arithmetic:
     wrong_count_weights = (0.75, 0.2, 0.05)
 
     def sample(self, rng: Random) -> ArithmeticProblem:
-        """Two-number problems half the time, three-number chains most of the rest, some exact divisions."""
+        """Two-number problems (50 %), three-number chains (43 %), exact divisions (7 %)."""
         draw = rng.random()
         return _binary(rng) if draw < 0.5 else _chain(rng) if draw < 0.93 else _quotient(rng)
 
     def claims(self, question: str) -> bool:
-        """Whether the text holds exactly one expression."""
+        """True if the text contains exactly one expression."""
         return parse_expression(question) is not None
 
     def check(self, question: str, answer: str) -> bool:

@@ -1,6 +1,6 @@
-"""What a task is: problems, phrasings, attempts with their truth marked, and the train/held-out split.
+"""Interfaces of a task: problems, phrasings, attempts, and the train/held-out split.
 
-Everything is a pure function of the ``random.Random`` passed in; nothing here knows tokens or models.
+Tasks depend on the ``random.Random`` passed in and nothing else; they know neither tokens nor models.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ HELD_OUT_PERCENT = 10
 
 
 class Split(StrEnum):
-    """Which questions may be trained on."""
+    """Train or held-out."""
 
     TRAIN = "train"
     HELD_OUT = "held_out"
@@ -22,7 +22,7 @@ class Split(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question as it is asked. ``answer`` is one right answer; ``task`` names what it is reported under."""
+    """One question. answer: a right answer. task: name in reports."""
 
     question: str
     answer: str
@@ -30,25 +30,25 @@ class Question:
 
     @property
     def identity(self) -> str:
-        """What tells it from other questions."""
+        """Text that identifies the question."""
         return self.question
 
 
 @dataclass(frozen=True, slots=True)
 class PicturedQuestion(Question):
-    """A question about an image. ``image``: path of a file, or base64 of one."""
+    """A question about an image. image: file path or base64."""
 
     image: str
 
     @property
     def identity(self) -> str:
-        """The same words may be asked of many images."""
+        """Text and image: several images may share a text."""
         return f"{self.question}\n{self.image}"
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Some text of a trajectory. ``is_trained``: the policy should learn to write it (never set on false text)."""
+    """Part of a trajectory. is_trained: counts in the loss; False for all false text."""
 
     text: str
     is_trained: bool = True
@@ -56,9 +56,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One cycle: a working and the answer it leads to.
+    """One cycle: a working and its answer.
 
-    value: what the working arrives at (Countdown compares it with the target; the doubt of the next cycle names it).
+    value: result of the working. Countdown compares it with the target; the next cycle's doubt names it.
     """
 
     think: tuple[Segment, ...]
@@ -68,11 +68,11 @@ class Attempt:
 
 
 class Problem(Protocol):
-    """One question of a task, independent of how it is phrased."""
+    """One problem of a task, independent of its phrasing."""
 
     @property
     def canonical(self) -> str:
-        """The problem as one string, the same for every phrasing and operand order; the split hashes it."""
+        """Canonical text, equal for every phrasing and operand order; the split hashes it."""
         ...
 
     @property
@@ -81,7 +81,7 @@ class Problem(Protocol):
         ...
 
     def phrase(self, rng: Random) -> str:
-        """The question as a person may type it."""
+        """The question in a random phrasing."""
         ...
 
     def right_attempt(self, rng: Random, /) -> Attempt:
@@ -89,20 +89,22 @@ class Problem(Protocol):
         ...
 
     def wrong_attempt(self, rng: Random, earlier: Sequence[Attempt]) -> Attempt | None:
-        """A wrong working that differs from ``earlier``; None when there is none left."""
+        """A wrong working that differs from ``earlier``; None if there is none."""
         ...
 
     def value_of(self, answer: str, /) -> int | None:
-        """What an answer arrives at, as the ``value`` of an attempt; None where it is none that can be doubted."""
+        """``Attempt.value`` of an answer; None if it cannot be interpreted as a wrong result."""
         ...
 
     def doubt(self, rng: Random, value: int, /) -> str:
-        """How the cycle after a wrong attempt that arrived at ``value`` begins."""
+        """Opening phrase of the cycle after a wrong attempt with this ``value``."""
         ...
 
     def false_attempt(self, rng: Random, /) -> Attempt | None:
-        """A wrong answer behind a working that looks right, in ways a policy rarely samples: a hard negative for a
-        confidence generator, nothing of it trained. None where there is no such thing or this draw finds none."""
+        """A wrong answer after a working that looks right: a hard negative for a confidence generator, all masked.
+
+        None if the task has none or this draw found none.
+        """
         ...
 
 
@@ -111,7 +113,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in file names, JSONL rows and reports."""
+        """Name in files and reports."""
         ...
 
     @property
@@ -126,7 +128,7 @@ class Task(Protocol):
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Difficulties that are sampled, easiest first."""
+        """Sampled difficulties, easiest first."""
         ...
 
     def sample(self, rng: Random) -> Problem:
@@ -134,11 +136,11 @@ class Task(Protocol):
         ...
 
     def claims(self, question: str) -> bool:
-        """Whether ``question`` is of this task."""
+        """True if ``question`` belongs to this task."""
         ...
 
     def check(self, question: str, answer: str) -> bool:
-        """Whether ``answer`` is right. Any text is allowed in both; hostile input is False, fast."""
+        """True if ``answer`` is right. Both may be any text; hostile input returns False quickly."""
         ...
 
     def level(self, question: str) -> int:
@@ -147,7 +149,7 @@ class Task(Protocol):
 
 
 def split_of(canonical: str) -> Split:
-    """The split a problem belongs to, by the SHA-256 of its canonical form: stable for ever, blind to phrasing."""
+    """Split of a problem by the SHA-256 of its canonical text: stable, independent of phrasing."""
     bucket = int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big") % 100
     return Split.HELD_OUT if bucket < HELD_OUT_PERCENT else Split.TRAIN
 

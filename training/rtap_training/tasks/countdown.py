@@ -1,11 +1,9 @@
-"""Countdown with three numbers: reach the target with ``+ - *``, every number used exactly once.
+"""Countdown task: reach a target with three numbers and ``+ - *``, each number used exactly once.
 
-Finding an expression is a search; checking one is two small sums. That is the asymmetry a confidence generator
-needs, so the workings are **honest**: a wrong attempt is an expression whose value, computed truly, is not the
-target. Of a wrong attempt the results and the answer are trained (they are true statements); a choice of operands
-that turned away from a solution is not (nobody should imitate it). After a first step that no solution begins with,
-the second is trained: finishing a dead end honestly is right. No working says whether it succeeded: the reader must
-compare.
+Finding an expression takes a search, checking one takes two operations; a confidence generator needs this asymmetry.
+Workings are correct calculations, so a wrong attempt is an expression with another value than the target. Its results
+and answer are trained, because they are true. The choice of operands that left the path to a solution is masked; after
+a first step that no solution starts with, the second is trained. No working states whether it reached the target.
 """
 
 import re
@@ -66,7 +64,7 @@ _DOUBTS = (
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One canonical expression over all three numbers: two true steps, and its value."""
+    """One canonical expression over all three numbers: two steps and its value."""
 
     expression: str
     steps: tuple[tuple[str, int], ...]
@@ -74,7 +72,7 @@ class Candidate:
 
 
 def _sums(a: int, b: int, c: int) -> Iterator[tuple[str, list[tuple[int, str, int]]]]:
-    """Sums and differences, positive terms first, each group descending: one spelling per value pattern."""
+    """Sums and differences in one canonical spelling: positive terms first, each group descending."""
     numbers = (a, b, c)
     for size in (3, 2, 1):
         for chosen in combinations(range(3), size):
@@ -103,7 +101,7 @@ _APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 @lru_cache(maxsize=8192)
 def candidates(numbers: tuple[int, int, int]) -> tuple[Candidate, ...]:
-    """All canonical expressions whose intermediate values stay in 0..999, each spelling once."""
+    """All distinct canonical expressions with intermediate values in 0..999."""
     found: dict[str, Candidate] = {}
     for text, operations in (*_sums(*numbers), *_products(*numbers)):
         results = [_APPLY[op](left, right) for left, op, right in operations]
@@ -114,7 +112,7 @@ def candidates(numbers: tuple[int, int, int]) -> tuple[Candidate, ...]:
 
 
 def attempt_text(candidate: Candidate, *, last: int | None = None) -> str:
-    """The working as text; ``last`` replaces the final result (a lie, for hard negatives)."""
+    """The working as text. last: false final result, for hard negatives."""
     (first, first_result), (second, second_result) = candidate.steps
     return f"{first}{first_result} {second}{second_result if last is None else last}"
 
@@ -138,19 +136,19 @@ def _false(think: str, answer: str, value: int) -> Attempt:
 
 @dataclass(frozen=True, slots=True)
 class CountdownProblem:
-    """Three numbers, in the order they are asked, and a target that can be reached."""
+    """Three numbers, in question order, and a reachable target."""
 
     numbers: tuple[int, int, int]
     target: int
 
     @property
     def canonical(self) -> str:
-        """Numbers sorted, so that their order does not matter for the split."""
+        """Target and sorted numbers, so that their order does not affect the split."""
         return f"countdown:{self.target}:{','.join(map(str, sorted(self.numbers)))}"
 
     @property
     def reference(self) -> str:
-        """The first solution; others may exist, so answers are checked, not compared."""
+        """The first solution. Others may exist, so answers are checked by evaluation."""
         return self._solutions()[0].expression
 
     def _solutions(self) -> list[Candidate]:
@@ -164,12 +162,12 @@ class CountdownProblem:
         return rng.choice(_PHRASINGS).format(t=self.target, n=listed)
 
     def right_attempt(self, rng: Random, /) -> Attempt:
-        """Any of the solutions, with equal chance."""
+        """A uniformly drawn solution."""
         solutions = self._solutions()
         return _attempt(rng.choice(solutions), solutions)
 
     def wrong_attempt(self, rng: Random, earlier: Sequence[Attempt]) -> Attempt | None:
-        """An honest miss not tried before, near misses preferred."""
+        """A correctly computed miss not in ``earlier``; near misses are preferred."""
         tried = {a.answer.text for a in earlier}
         misses = [c for c in candidates(self.numbers) if c.value != self.target and c.expression not in tried]
         if not misses:
@@ -178,17 +176,17 @@ class CountdownProblem:
         return _attempt(rng.choices(misses, weights)[0], self._solutions())
 
     def value_of(self, answer: str, /) -> int | None:
-        """What the expression makes; None where that is not whole, or is the target: then the numbers are wrong."""
+        """Value of the expression; None if it is not an integer or equals the target (then the numbers are wrong)."""
         result = evaluate(answer)
         is_miss = result is not None and result.value.denominator == 1 and result.value != self.target
         return int(result.value) if result is not None and is_miss else None
 
     def doubt(self, rng: Random, value: int, /) -> str:
-        """An Oops that usually names the value reached, which is a true statement."""
+        """A phrase of doubt that usually names the value reached."""
         return rng.choice(_DOUBTS).format(v=value, t=self.target)
 
     def false_attempt(self, rng: Random, /) -> Attempt | None:
-        """A false last result, foreign or repeated numbers, or an answer that is not what the working computed."""
+        """A false last result, wrong numbers, or an answer that differs from the working."""
         match rng.randrange(3):
             case 0:
                 misses = [c for c in candidates(self.numbers) if c.value != self.target]
@@ -204,7 +202,7 @@ class CountdownProblem:
                 return None if wrong is None else _false(attempt_text(right), wrong.answer.text, right.value)
 
     def _hit_with_foreign_numbers(self, rng: Random) -> Candidate | None:
-        """Reach the target truly, but with one number replaced by a neighbour or by another of the three."""
+        """Reach the target with one number replaced by a neighbour or by another of the three."""
         for _ in range(12):
             numbers = list(self.numbers)
             index = rng.randrange(3)
@@ -224,7 +222,7 @@ def _number(rng: Random) -> int:
 
 
 def parse_question(question: str) -> CountdownProblem | None:
-    """Read target and numbers from any phrasing; None when it is not a Countdown question with three numbers."""
+    """Parse target and numbers from any phrasing; None unless it is a Countdown question with three numbers."""
     lowered = question[:400].lower()
     matches = list(_TARGET.finditer(lowered))
     if len(matches) != 1:
@@ -238,16 +236,16 @@ def parse_question(question: str) -> CountdownProblem | None:
 
 
 class Countdown:
-    """The task: sampling and checking. Levels: 1 sums and differences do, 2 it takes a product, 3 one of a sum."""
+    """Countdown task. Levels: 1 sums and differences, 2 a product, 3 a product of a sum."""
 
     name = "countdown"
     levels = (1, 2, 3)
     wrong_first_share = 0.4
-    # Falls by about half each time, so that after any number of misses the next attempt is right half the time.
+    # Halves each time: after any number of misses the next attempt is right about half the time.
     wrong_count_weights = (0.54, 0.24, 0.11, 0.05, 0.03, 0.02, 0.01)
 
     def sample(self, rng: Random) -> CountdownProblem:
-        """Mostly small numbers, as people type them; then a uniform reachable expression, so that products come up."""
+        """Mostly small numbers, and a uniformly drawn reachable expression, so that products occur."""
         while True:
             a, b, c = (_number(rng) for _ in range(3))
             target = rng.choice(candidates((a, b, c))).value
@@ -255,11 +253,11 @@ class Countdown:
                 return CountdownProblem((a, b, c), target)
 
     def claims(self, question: str) -> bool:
-        """Whether the text names a target and three numbers."""
+        """True if the text names a target and three numbers."""
         return parse_question(question) is not None
 
     def check(self, question: str, answer: str) -> bool:
-        """Exact: the expression's value is the target and it uses each number of the question exactly once."""
+        """True if the expression equals the target and uses each number exactly once."""
         problem = parse_question(question)
         result = evaluate(answer)
         if problem is None or result is None:
@@ -267,7 +265,7 @@ class Countdown:
         return result.value == problem.target and Counter(result.numbers) == Counter(problem.numbers)
 
     def level(self, question: str) -> int:
-        """Of the easiest solution that stays within canonical expressions; 3 where there is none."""
+        """Level of the easiest canonical solution; 3 if there is none."""
         problem = parse_question(question)
         if problem is None:
             return 0

@@ -1,8 +1,8 @@
-"""Whether two answers mean the same: as text first, then as mathematics, which a worker process decides.
+"""Answer equivalence: as text, then as mathematics with math-verify in a worker process.
 
-math-verify's own limits are signals, which only work in a main thread, so it runs in a process that is killed and
-started anew when a comparison takes too long. What went wrong is counted, and a worker that cannot run at all is an
-error: a checker that quietly says no to everything would look like a policy that is always wrong.
+math-verify limits time with signals, which only work in a main thread, so it runs in a process that is restarted when a
+comparison times out. Failures are counted. A worker that cannot start is an error, because a checker that rejects
+everything looks like a policy that is always wrong.
 """
 
 import atexit
@@ -25,12 +25,12 @@ from rtap_core.errors import ConfigError
 
 LIMIT_SECONDS = 5.0
 MAX_LENGTH = 500
-_START_SECONDS = 120.0  # importing sympy takes half a second, and much longer on a machine that is busy
+_START_SECONDS = 120.0  # importing sympy takes half a second, much longer on a busy machine
 _CACHE_SIZE = 65_536
 _WORKER = Path(__file__).with_name("equivalence_worker.py")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}")
 _NAME = re.compile(r"\\?[a-z]+")
-# Spelt with a backslash by one and without by the other; no words of an answer.
+# Mathematical names that may be written with or without a backslash; not words of an answer.
 _MATHEMATICAL = frozenset(
     (
         "sqrt",
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Different comparisons that text did not settle, and what came of them."""
+    """Numbers of distinct mathematical comparisons, by outcome."""
 
     compared: int = 0
     equal: int = 0
@@ -69,7 +69,7 @@ class Counts:
 
 
 def plain(answer: str) -> str:
-    """The answer without what only typesets it."""
+    """The answer without typesetting."""
     return normalise_answer(_TEXT.sub(r"\1", answer.replace("\\$", "").replace("$", "")))
 
 
@@ -80,16 +80,16 @@ def names_in(answer: str) -> frozenset[str]:
 
 
 def may_be_equal(answer: str, reference: str) -> bool:
-    """False where reading as mathematics would mislead: it takes "Paris" and "pairs" for one product of letters.
+    """False if a mathematical comparison would mislead: it reads "Paris" and "pairs" as the same product of letters.
 
-    An answer may leave out what the reference names (a unit, ``x=``), but not name something else.
+    An answer may omit names of the reference (a unit, ``x=``) but may not contain others.
     """
     named = names_in(reference)
     return not named or names_in(answer) in (named, frozenset())
 
 
 class Comparer:
-    """Compares answers, with one worker process. Safe to call from threads; they take turns."""
+    """Compare answers with one worker process. Thread-safe."""
 
     def __init__(self, limit_seconds: float = LIMIT_SECONDS, command: tuple[str, ...] | None = None) -> None:
         self._limit = limit_seconds
@@ -102,12 +102,12 @@ class Comparer:
 
     @property
     def counts(self) -> Counts:
-        """What happened so far."""
+        """Counts so far."""
         return self._counts
 
     def same(self, answer: str, reference: str) -> bool:
-        """Whether ``answer`` means what ``reference`` means. Raises ConfigError where no worker can be started."""
-        if len(answer) > MAX_LENGTH:  # before anything reads it
+        """True if ``answer`` is equivalent to ``reference``. Raises ConfigError if no worker can be started."""
+        if len(answer) > MAX_LENGTH:  # before any parsing
             return answer.strip() == reference.strip()
         if plain(answer) == plain(reference):
             return True
@@ -122,7 +122,7 @@ class Comparer:
             return self._cache[key]
 
     def close(self) -> None:
-        """End the worker; the next comparison starts another."""
+        """Stop the worker; the next comparison starts a new one."""
         worker, self._worker = self._worker, None
         if worker is not None and self._owner == os.getpid():
             worker.kill()
@@ -138,13 +138,13 @@ class Comparer:
             self.close()
             return False
         except OSError:
-            self._count("failures", f"{answer!r} against {reference!r} ended the worker")
+            self._count("failures", f"{answer!r} against {reference!r} crashed the worker")
             self.close()
             return False
         if reply["error"]:
             self._count("failures", f"{answer!r} against {reference!r}: {reply['error']}")
         elif not reply["reference"]:
-            self._count("unreadable_references", f"{reference!r} is no mathematics to math-verify")
+            self._count("unreadable_references", f"math-verify cannot parse the reference {reference!r}")
         elif not reply["answer"]:
             self._count("unreadable_answers")
         elif reply["equal"]:
@@ -152,11 +152,11 @@ class Comparer:
         return bool(reply["equal"])
 
     def _count(self, name: str, warning: str | None = None) -> None:
-        """Count, and say so the first time."""
+        """Count an outcome; log its first occurrence."""
         so_far = cast(int, getattr(self._counts, name))
         self._counts = replace(self._counts, **{name: so_far + 1})
         if warning is not None and so_far == 0:
-            logger.warning("comparing answers: %s; counted as wrong, more of these only in the counts", warning)
+            logger.warning("comparing answers: %s; counted as wrong, further cases are only counted", warning)
 
     def _ask(self, request: str) -> dict[str, Any]:
         worker = self._running()
@@ -166,7 +166,7 @@ class Comparer:
         return json.loads(_read_line(worker, self._limit))
 
     def _running(self) -> subprocess.Popen[bytes]:
-        """The worker, started when there is none of this process's own (a fork must not share pipes)."""
+        """The worker of this process, started if needed (a forked process must not share pipes)."""
         if self._worker is None or self._owner != os.getpid():
             pipe = subprocess.PIPE
             self._worker = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
@@ -176,14 +176,14 @@ class Comparer:
             except OSError as error:
                 self.close()
                 raise ConfigError(
-                    "answers are compared by math-verify, which does not start; "
-                    "try `python -c 'import math_verify'`, and install rtap[train] if it is missing"
+                    "math-verify, which compares answers, does not start; "
+                    "run `python -c 'import math_verify'`, and install rtap[train] if it is missing"
                 ) from error
         return self._worker
 
 
 def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """One line of the worker. Raises TimeoutError after ``seconds``, BrokenPipeError when it has ended."""
+    """Read one line. Raises TimeoutError after ``seconds``, BrokenPipeError if the worker has exited."""
     assert worker.stdout is not None
     deadline, line = monotonic() + seconds, b""
     while not line.endswith(b"\n"):
@@ -201,10 +201,10 @@ atexit.register(_comparer.close)
 
 
 def same_answer(answer: str, reference: str) -> bool:
-    """Whether two answers mean the same, by the process's one comparer."""
+    """True if two answers are equivalent, by the comparer of this process."""
     return _comparer.same(answer, reference)
 
 
 def counts() -> Counts:
-    """What that comparer met so far."""
+    """Counts of the comparer of this process."""
     return _comparer.counts

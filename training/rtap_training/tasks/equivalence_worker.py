@@ -1,7 +1,7 @@
-"""The process in which math-verify runs: one JSON request a line, one JSON reply a line. Started as a script.
+"""Worker process for math-verify: one JSON request and one JSON reply per line. Run as a script.
 
-Imports nothing of this project, so that it starts fast. It ends with its parent, which closes stdin; a comparison that
-outlives both is ended by the alarm.
+It imports nothing of this project, so that it starts fast. It exits when stdin closes; an alarm ends a comparison that
+runs too long.
 """
 
 import json
@@ -18,26 +18,26 @@ MEMORY_BYTES = 4 * 2**30
 
 
 def read(text: str) -> list[Any]:
-    """Read a whole answer as LaTeX: on plain text math-verify would take the last number it sees."""
+    """Parse the whole answer as LaTeX; from plain text math-verify would take the last number."""
     text = text.replace("\\$", "").replace("$", "")
     return cast(Any, math_verify).parse(f"${text}$", parsing_timeout=None, raise_on_error=True)
 
 
 def compare(request: dict[str, Any]) -> dict[str, Any]:
-    """Whether the answer equals the reference, and which of the two could be read."""
-    signal.alarm(math.ceil(request["seconds"]) + 1)  # its default action ends the process
+    """Compare answer and reference; report which of them could be parsed."""
+    signal.alarm(math.ceil(request["seconds"]) + 1)  # the default action ends the process
     try:
         answer, reference = read(request["answer"]), read(request["reference"])
         equal = cast(Any, math_verify).verify(reference, answer, timeout_seconds=None, raise_on_error=True)
         return {"equal": bool(equal), "answer": bool(answer), "reference": bool(reference), "error": ""}
-    except Exception as error:  # whatever a parser of hostile text may raise
+    except Exception as error:  # parsers of hostile text may raise anything
         return {"equal": False, "answer": False, "reference": False, "error": f"{type(error).__name__}: {error}"[:200]}
     finally:
         signal.alarm(0)
 
 
 def main() -> None:
-    """Serve until stdin ends. Only replies go to the real stdout; libraries may print to the other."""
+    """Serve until stdin closes. Replies go to the real stdout; prints of libraries go to stderr."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,6 +1,6 @@
-"""Exact evaluation of small integer expressions from untrusted text. Never ``eval``: a whitelist over the syntax tree.
+"""Exact evaluation of small integer expressions from untrusted text, by a whitelist over the syntax tree.
 
-Bounded by construction: at most 64 characters of digits, ``+ - * /`` and brackets, so no input can be slow.
+At most 64 characters of digits, ``+ - * /`` and brackets are accepted, so the run time is bounded.
 """
 
 import ast
@@ -13,19 +13,19 @@ _MAX_DEPTH = 32
 
 
 class _RefusedError(Exception):
-    """The text is not an expression that is allowed here."""
+    """The text is not an allowed expression."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The exact value of an expression and the integers written in it, in order."""
+    """Exact value of an expression, and its integers in order."""
 
     value: Fraction
     numbers: tuple[int, ...]
 
 
 def evaluate(text: str) -> Evaluated | None:
-    """Evaluate ``text``; None when it is anything but ``+ - * /`` over non-negative integers and brackets."""
+    """Evaluate ``text``; None unless it consists of ``+ - * /``, non-negative integers and brackets."""
     if not _ALLOWED.fullmatch(text.strip()):
         return None
     numbers: list[int] = []

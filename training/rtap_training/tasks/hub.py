@@ -1,6 +1,6 @@
-"""Questions of a Hugging Face dataset by name: recipes for GSM8K and MATH, and any with ``question`` and ``answer``.
+"""Questions from Hugging Face datasets: GSM8K, MATH, and any dataset with ``question`` and ``answer`` columns.
 
-Datasets with a test split of their own keep it as the held-out one; the others are split by hash like a user's file.
+The test split of known datasets is the held-out split; other datasets are split by hash, like a user's file.
 """
 
 import re
@@ -16,13 +16,13 @@ _OWN_SPLITS: Mapping[Split, str] = {Split.TRAIN: "train", Split.HELD_OUT: "test"
 
 
 def after_hashes(solution: str) -> str | None:
-    """GSM8K's answer: what follows the last ``####``, thousands without commas."""
+    """Answer of GSM8K: text after the last ``####``, without thousands separators."""
     _, found, answer = solution.rpartition("####")
     return answer.strip().replace(",", "") or None if found else None
 
 
 def last_boxed(solution: str) -> str | None:
-    r"""MATH's answer: what the last ``\boxed{…}`` holds, brackets counted, or the one token after a bare ``\boxed``."""
+    r"""Answer of MATH: content of the last ``\boxed{…}``, or the token after a bare ``\boxed``."""
     start = solution.rfind(r"\boxed")
     rest = solution[start + len(r"\boxed") :] if start >= 0 else ""
     if not rest.startswith("{"):
@@ -37,13 +37,13 @@ def last_boxed(solution: str) -> str | None:
 
 
 def stripped(answer: str) -> str | None:
-    """The column is the answer."""
+    """Answer without surrounding spaces."""
     return answer.strip() or None
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Where a dataset keeps what. ``splits``: its names of ours; None where all is in ``train``, split by hash."""
+    """Columns, configs and splits of a dataset. splits: its names for our splits; None: split ``train`` by hash."""
 
     question: str = "question"
     answer: str = "answer"
@@ -70,14 +70,15 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def load_dataset_questions(name: str, split: Split) -> list[Question]:
-    """The questions of ``split``. Raises ConfigError where the dataset, its split or its columns are missing, or where
-    a row has no answer."""
+    """Questions of ``split``. Raises ConfigError for a missing dataset, split, column or answer."""
     recipe = RECIPES.get(name, Recipe())
     own = "train" if recipe.splits is None else recipe.splits.get(split)
     if own is None:
-        raise ConfigError(f"the dataset {name} has no {split.value} split; it is for {'/'.join(recipe.splits or ())}")
+        raise ConfigError(
+            f"the dataset {name} has no {split.value} split, only {'/'.join(recipe.splits or ())}; use another dataset"
+        )
     rows = (row for config in recipe.configs for row in _rows(name, config, own))
-    questions = distinct(_questions(name, recipe, rows), source=name).questions
+    questions = distinct(_questions(name, recipe, rows), source=name)
     if recipe.splits is None:
         questions = [q for q in questions if question_split(q.question) is split]
     return questions
@@ -87,11 +88,11 @@ def _questions(name: str, recipe: Recipe, rows: Iterable[Mapping[str, Any]]) -> 
     for number, row in enumerate(rows):
         if recipe.question not in row or recipe.answer not in row:
             raise ConfigError(
-                f"the dataset {name} has the columns {sorted(row)}; {recipe.question!r} and {recipe.answer!r} are read"
+                f"the dataset {name} has the columns {sorted(row)}, but needs {recipe.question!r} and {recipe.answer!r}"
             )
         question, answer = str(row[recipe.question]), recipe.extract(str(row[recipe.answer]))
         if answer is None or not question.strip():
-            raise ConfigError(f"row {number} of the dataset {name} has no question or no answer that can be read")
+            raise ConfigError(f"row {number} of the dataset {name} has no question or no readable answer")
         yield Question(question, answer, name.rpartition("/")[2].lower())
 
 
@@ -100,9 +101,9 @@ def _rows(name: str, config: str | None, split: str) -> Iterable[Mapping[str, An
         import datasets  # pyright: ignore  # the package has no types
 
         return cast(Any, datasets).load_dataset(name, config, split=split)
-    except Exception as error:  # the library raises dozens of kinds, those of HTTP and file systems among them
+    except Exception as error:  # the library raises dozens of kinds, including HTTP and file errors
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"cannot load the dataset {name} ({reason}); it takes the datasets package, and network access or a copy "
+            f"cannot load the dataset {name} ({reason}); this needs the datasets package, and network access or a copy "
             "in the Hugging Face cache"
         ) from error

@@ -1,13 +1,11 @@
-"""A user's own questions: JSON lines with ``question``, ``answer`` and, where wanted, ``task`` or ``image``.
+"""Question files: JSON lines with ``question``, ``answer`` and optionally ``task`` and ``image``.
 
-Anything that is no such row is an error that names its line: a run on half of a file would look like one on all of it.
-Answers are checked by ``rtap_training.tasks.check``, not here.
+An invalid row is an error that names its line, because skipping rows would silently train on part of the file.
 """
 
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,46 +14,38 @@ from rtap_core.errors import ConfigError
 from rtap_training.tasks.base import PicturedQuestion, Question, Split, split_of
 
 logger = logging.getLogger(__name__)
-MAX_PATH = 1024  # longer text is an image itself
-
-
-@dataclass(frozen=True, slots=True)
-class Distinct:
-    """Questions without repetition, and how many repetitions were left out."""
-
-    questions: list[Question]
-    duplicates: int
+MAX_PATH = 1024  # longer text is base64, not a path
 
 
 def question_split(question: str) -> Split:
-    """The split of a question that no bundled task made: by its text, blind to spaces and letter case."""
+    """Split of a question outside the bundled tasks, by its text without spaces and case."""
     return split_of(f"question:{normalise_answer(question)}")
 
 
-def distinct(questions: Iterable[Question], *, source: str) -> Distinct:
-    """Keep the first of each question, so that a repeated one cannot weigh double or stand in both splits."""
+def distinct(questions: Iterable[Question], *, source: str) -> list[Question]:
+    """Remove duplicates, which would weigh double; logs their number."""
     found: dict[str, Question] = {}
     total = 0
     for question in questions:
         total += 1
         found.setdefault(normalise_answer(question.identity), question)
     if total > len(found):
-        logger.warning("%s: %d repeated questions; only the first of each counts", source, total - len(found))
-    return Distinct(list(found.values()), total - len(found))
+        logger.warning("%s: %d duplicate questions; only the first of each is used", source, total - len(found))
+    return list(found.values())
 
 
-def read_questions(path: Path) -> Distinct:
-    """The distinct questions of a file; a row without ``task`` is of the task named like the file."""
+def read_questions(path: Path) -> list[Question]:
+    """The distinct questions of a file; the task of a row without ``task`` is the file's name."""
     rows = distinct((row for _, row in read_rows(path, task=path.stem)), source=str(path))
-    if not rows.questions:
+    if not rows:
         raise ConfigError(f'{path} holds no questions; give rows like {{"question": "...", "answer": "..."}}')
     return rows
 
 
 def read_rows(path: Path, *, task: str) -> Iterator[tuple[str, Question]]:
-    """Every row with where it is (``FILE:LINE``); empty lines are passed over. Raises ConfigError."""
+    """Every row with its ``FILE:LINE``; empty lines are skipped. Raises ConfigError."""
     try:
-        # Not splitlines: a line separator of Unicode may stand inside a JSON string.
+        # Not splitlines: a JSON string may contain Unicode line separators.
         lines = path.read_text("utf-8").split("\n")
     except OSError as error:
         raise ConfigError(f"cannot read the question file {path}: {error.strerror}") from error
@@ -75,12 +65,12 @@ def _parse_row(line: str, *, where: str, task: str, folder: Path) -> Question:
     except RecursionError as error:
         raise ConfigError(f"{where}: JSON too deep; each line must be one flat JSON object") from error
     if not isinstance(row, dict):
-        raise ConfigError(f'{where}: a row must be an object like {{"question": "...", "answer": "..."}}')
+        raise ConfigError(f'{where}: each row must be an object like {{"question": "...", "answer": "..."}}')
     fields = cast(dict[str, Any], row)
     question, answer = (_text(fields.get(name)) for name in ("question", "answer"))
     for name, value in (("question", question), ("answer", answer)):
         if value is None:
-            raise ConfigError(f'{where}: the row has no "{name}"; give it as text')
+            raise ConfigError(f'{where}: "{name}" is missing or empty; give it as text')
     named = fields.get("task")
     if named is not None and not isinstance(named, str):
         raise ConfigError(f'{where}: "task" must be text')
@@ -88,13 +78,13 @@ def _parse_row(line: str, *, where: str, task: str, folder: Path) -> Question:
     if image is None:
         return Question(question or "", answer or "", named or task)
     if not isinstance(image, str) or not image.strip():
-        raise ConfigError(f'{where}: "image" must be the path of an image file, or base64 of one')
+        raise ConfigError(f'{where}: "image" must be the path of an image file, or a base64 image')
     is_file = len(image) < MAX_PATH and (folder / image).is_file()
     return PicturedQuestion(question or "", answer or "", named or task, str(folder / image) if is_file else image)
 
 
 def _text(value: Any) -> str | None:
-    """Text, or a number as text; None for anything else and for nothing but spaces."""
+    """Text, or a number as text; None for anything else and for blank text."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         return None
     return str(value)

@@ -1,11 +1,10 @@
-"""Knights and Knaves in symbols: who tells the truth (T) and who lies (L), from one statement of each of 2-8 people.
+"""Knights and Knaves task in symbols: find who tells the truth (T) and who lies (L), from one statement per person.
 
-Finding the one consistent guess is a search; checking it is a look at each statement. A working is the guess and then
-each speaker, their statement with the kinds of those it names, whether it is true, the speaker's kind, and whether
-the two agree: ``ATBLCL A:BL=L1T.B:AT=L0L.C:AT=T1L no``. Names stay in it because a small model copies and looks up one
-thing at a time. ``.`` goes on to the next; ``no`` stops at the first
-clash, where a person would stop. Workings are **honest**: wrong attempts are truly evaluated wrong guesses. Their
-evaluation and the answer copied from the guess are trained; the wrong guess is not.
+Finding the only consistent guess takes a search; checking it means evaluating each statement. A working is the guess,
+then per speaker the statement with the kinds of the people it names, its truth value, the speaker's kind, and whether
+the two agree: ``ATBLCL A:BL=L1T.B:AT=L0L.C:AT=T1L no``. ``.`` continues, ``no`` stops at the first clash. Names are
+repeated because a small model looks up one thing at a time. Wrong attempts are correctly evaluated wrong guesses: the
+evaluation and the answer are trained, the guess is masked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from rtap_training.tasks.puzzle import (
     solutions,
 )
 
-# Mostly short ones: the statements are most of a prompt's tokens.
+# Mostly short: the statements already make up most of a prompt.
 _PHRASINGS = (
     "knights {c}",
     "knights {c}",
@@ -43,7 +42,7 @@ _PHRASINGS = (
     "{s}. Who lies?",
 )
 _SHUFFLED_SHARE = 0.15
-# They end in a line break, not a space: a tokenizer may join a space and the masked guess that follows.
+# They end in a line break: a tokenizer may join a space with the masked guess that follows.
 _DOUBTS = (
     "Oops, {p}.\n",
     "Oops, {p}.\n",
@@ -68,12 +67,12 @@ def _header(guess: str) -> str:
 
 
 def _verdict(index: int, kind: str, claims: str, *, is_true: bool) -> str:
-    """One evaluated statement; what is passed in decides the verdict, true or not."""
+    """One evaluated statement. The verdict follows from the arguments, which may be false."""
     return f"{PEOPLE[index]}:{claims}{int(is_true)}{kind}{'.' if is_true == (kind == 'T') else ' no'}"
 
 
 def _evaluation(puzzle: Puzzle, guess: str) -> str:
-    """Every statement truly evaluated, up to the first clash."""
+    """Correct evaluation of every statement up to the first clash."""
     clash = first_clash(puzzle, guess)
     lines: list[str] = []
     for index in range(len(puzzle) if clash is None else clash + 1):
@@ -86,19 +85,19 @@ def _attempt(puzzle: Puzzle, guess: str) -> Attempt:
     clash = first_clash(puzzle, guess)
     is_right = clash is None
     think = (Segment(_header(guess), is_trained=is_right), Segment(f" {_evaluation(puzzle, guess)}"))
-    # Giving the guess as the answer is honest copying and is trained; making a wrong guess is not.
+    # Copying the guess into the answer is trained; making a wrong guess is not.
     return Attempt(think, Segment(guess), len(puzzle) if clash is None else clash, is_right)
 
 
 @dataclass(frozen=True, slots=True)
 class KnightsProblem:
-    """What each person says. Sampled ones have exactly one solution."""
+    """Statements of all people. Sampled problems have exactly one solution."""
 
     puzzle: Puzzle
 
     @property
     def canonical(self) -> str:
-        """Statements in order of their speakers, operands of what commutes in order."""
+        """Statements by speaker, commuting operands sorted."""
         return "knights:" + ";".join(s.canonical for s in self.puzzle)
 
     @property
@@ -107,7 +106,7 @@ class KnightsProblem:
         return solutions(self.puzzle)[0]
 
     def phrase(self, rng: Random) -> str:
-        """One of the phrasings; people are mostly listed in order."""
+        """One of the phrasings; people are usually listed in order."""
         said = [(p, str(s)) for p, s in zip(PEOPLE, self.puzzle, strict=False)]
         if rng.random() < _SHUFFLED_SHARE:
             rng.shuffle(said)
@@ -115,11 +114,11 @@ class KnightsProblem:
         return rng.choice(_PHRASINGS).format(c=short, s="; ".join(f"{p} says {s}" for p, s in said))
 
     def right_attempt(self, _rng: Random, /) -> Attempt:
-        """The solution, every statement evaluated."""
+        """The solution with every statement evaluated."""
         return _attempt(self.puzzle, self.reference)
 
     def wrong_attempt(self, rng: Random, earlier: Sequence[Attempt]) -> Attempt | None:
-        """An honest miss not tried before, near the solution or the attempt before."""
+        """A correctly evaluated wrong guess not in ``earlier``, near the solution or the previous attempt."""
         guess = self._wrong_guess(rng, [a.answer.text for a in earlier])
         return None if guess is None else _attempt(self.puzzle, guess)
 
@@ -131,17 +130,17 @@ class KnightsProblem:
         return rng.choices(misses, weights)[0] if misses else None
 
     def value_of(self, answer: str, /) -> int | None:
-        """The first speaker whose statement clashes with the guess."""
+        """Index of the first speaker whose statement clashes with the guess."""
         guess = parse_guess(answer, len(self.puzzle))
         return None if guess is None else first_clash(self.puzzle, guess)
 
     def doubt(self, rng: Random, value: int, /) -> str:
-        """An Oops that usually names the speaker whose statement clashed."""
+        """A phrase of doubt that usually names the speaker whose statement clashed."""
         return rng.choice(_DOUBTS).format(p=PEOPLE[value])
 
     def false_attempt(self, rng: Random) -> Attempt | None:
-        """A wrong answer whose working looks right: a lie at each clash, the clash left out, the solution evaluated
-        under the name of another guess, or a right working with another answer."""
+        """A wrong answer with a plausible working: a false verdict at each clash, clashes omitted, the solution's
+        evaluation under another guess, or a right working with another answer."""
         guess = self._wrong_guess(rng)
         clash = None if guess is None else first_clash(self.puzzle, guess)
         if guess is None or clash is None:
@@ -162,7 +161,7 @@ def _guesses(num_people: int) -> list[str]:
 
 
 def _false_verdict(statement: Statement, index: int, guess: str, rng: Random) -> str:
-    """The statement as if it agreed: true where it does, otherwise with the smallest of lies."""
+    """The statement with an agreeing verdict, made false in one place if needed."""
     claims, is_true = statement.evaluate(guess)
     kind = guess[index]
     if is_true == (kind == "T"):
@@ -179,7 +178,7 @@ def _false_verdict(statement: Statement, index: int, guess: str, rng: Random) ->
 
 
 def _statement(rng: Random, people: str, speaker: str) -> Statement:
-    """Mostly about one other person; sometimes two people compared, or two claims joined."""
+    """Random statement: about one person, a comparison of two, or two joined claims."""
     draw = rng.random()
     first, second = rng.sample(people, 2)
     if draw < 0.5:
@@ -192,7 +191,7 @@ def _statement(rng: Random, people: str, speaker: str) -> Statement:
 
 
 class Knights:
-    """The task: sampling and checking. ``weights``: relative frequency by number of people (default 1 each)."""
+    """Knights and Knaves task. weights: relative frequency by number of people (default 1 each)."""
 
     name = "knights"
     wrong_first_share = 0.4
@@ -208,7 +207,7 @@ class Knights:
         self._weights = [(weights or {}).get(n, 1.0) for n in self.levels]
 
     def sample(self, rng: Random) -> KnightsProblem:
-        """A random puzzle with exactly one solution, which about every third has."""
+        """A random puzzle with exactly one solution (about one in three draws)."""
         people = PEOPLE[: rng.choices(self.levels, self._weights)[0]]
         while True:
             puzzle = tuple(_statement(rng, people, speaker) for speaker in people)
@@ -216,11 +215,11 @@ class Knights:
                 return KnightsProblem(puzzle)
 
     def claims(self, question: str) -> bool:
-        """Whether the text holds one statement of each of A, B, …."""
+        """True if the text contains one statement each of A, B, …."""
         return parse_puzzle(question) is not None
 
     def check(self, question: str, answer: str) -> bool:
-        """Exact: exactly the knights of the answer say something true."""
+        """True if exactly the knights of the answer say something true."""
         puzzle = parse_puzzle(question)
         guess = parse_guess(answer, len(puzzle)) if puzzle is not None else None
         return puzzle is not None and guess is not None and first_clash(puzzle, guess) is None

@@ -1,7 +1,7 @@
-"""Symbolic statements of Knights and Knaves: read from text, evaluated under a guess, solved by brute force.
+"""Knights and Knaves puzzles: parsing, evaluation under a guess, brute-force solution.
 
-People are A to H; a guess gives each a kind, T (knight) or L (knave), as one letter per person in order. A guess is
-consistent when exactly its knights say something true. Nothing here knows workings, phrasings or sampling.
+People are A to H. A guess assigns each a kind, T (knight) or L (knave), one letter per person. It is consistent if
+exactly its knights make true statements.
 """
 
 import re
@@ -21,7 +21,7 @@ _MAX_QUESTION = 400
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """``left`` is (``=``) or is not (``!=``) of the kind ``right``: a kind itself, or the person who has it."""
+    """``left`` has (``=``) or has not (``!=``) the kind ``right``, which is a kind or a person."""
 
     left: str
     op: str
@@ -32,17 +32,17 @@ class Claim:
 
     @property
     def canonical(self) -> str:
-        """Two people in alphabetical order, since being of one kind is symmetric."""
+        """The claim with two people in alphabetical order, because equality of kinds is symmetric."""
         return (
             str(Claim(self.right, self.op, self.left)) if self.right in PEOPLE and self.right < self.left else str(self)
         )
 
     def under(self, guess: str) -> str:
-        """With the kind of each person after their name: ``BL=L``, ``AT!=CL``."""
+        """The claim with kinds after names: ``BL=L``, ``AT!=CL``."""
         return f"{_spelled(self.left, guess)}{self.op}{_spelled(self.right, guess)}"
 
     def holds(self, guess: str) -> bool:
-        """Whether it is true under ``guess``."""
+        """True if it is true under ``guess``."""
         return (kind_of(self.left, guess) == kind_of(self.right, guess)) == (self.op == "=")
 
 
@@ -58,12 +58,11 @@ class Statement:
 
     @property
     def canonical(self) -> str:
-        """The same for every order of what commutes."""
+        """The statement with commuting operands sorted."""
         return self.joint.join(sorted(c.canonical for c in self.claims))
 
     def evaluate(self, guess: str) -> tuple[str, bool]:
-        """Its claims with the kinds of people, and whether it is true. A second claim is looked at only where
-        the first leaves it open, so the last claim written always decides."""
+        """(claims with kinds, truth value). A second claim is included only if the first does not decide."""
         first, *rest = self.claims
         text, is_true = first.under(guess), first.holds(guess)
         if rest and is_true == (self.joint == "&"):
@@ -71,17 +70,17 @@ class Statement:
         return text, is_true
 
     def holds(self, guess: str) -> bool:
-        """Whether it is true under ``guess``."""
+        """True if it is true under ``guess``."""
         values = (c.holds(guess) for c in self.claims)
         return any(values) if self.joint == "|" else all(values)
 
 
 Puzzle = tuple[Statement, ...]
-"""What each person says, in order of the people."""
+"""Statements by person, in order."""
 
 
 def kind_of(name: str, guess: str) -> str:
-    """The kind of a person under ``guess``; a kind is its own."""
+    """Kind of a person under ``guess``; a kind is returned unchanged."""
     return name if name in KINDS else guess[PEOPLE.index(name)]
 
 
@@ -90,7 +89,7 @@ def _spelled(name: str, guess: str) -> str:
 
 
 def first_clash(puzzle: Puzzle, guess: str) -> int | None:
-    """The first person whose statement does not agree with their kind; None when ``guess`` is consistent."""
+    """Index of the first person whose statement contradicts their kind; None if ``guess`` is consistent."""
     for index, (statement, kind) in enumerate(zip(puzzle, guess, strict=True)):
         if statement.holds(guess) != (kind == "T"):
             return index
@@ -105,16 +104,15 @@ def solutions(puzzle: Puzzle) -> tuple[str, ...]:
 
 
 def parse_statement(text: str) -> Statement:
-    """Read a statement; ``text`` must be one."""
+    """Parse a valid statement."""
     claims = tuple(Claim(left, op, right) for left, op, right in _CLAIM.findall(text))
     return Statement(claims, next((j for j in "&|" if j in text), ""))
 
 
 def parse_puzzle(question: str) -> Puzzle | None:
-    """What everybody says, from a text with one ``A:B=L`` or ``A says B=L`` each, in any order.
+    """Parse a text with one statement per person (``A:B=L`` or ``A says B=L``), in any order.
 
-    None when anything is left over that looks like a statement, when somebody speaks twice, or when somebody who
-    speaks or is spoken of is missing from A, B, C, ….
+    None if some statement cannot be parsed, a person speaks twice, or the people are not exactly A, B, C, ….
     """
     if len(question) > _MAX_QUESTION or "=" not in question:
         return None
@@ -133,7 +131,7 @@ def _mentioned(puzzle: Sequence[Statement]) -> set[str]:
 
 
 def parse_guess(answer: str, num_people: int) -> str | None:
-    """Read ``TLT``, ``t, l, t`` or ``A=T B=L C=T`` as one letter per person in order; None for anything else."""
+    """Parse ``TLT``, ``t, l, t`` or ``A=T B=L C=T`` into one letter per person; None for anything else."""
     text = answer.strip()
     if len(text) > 8 * len(PEOPLE) or not text.isascii():
         return None

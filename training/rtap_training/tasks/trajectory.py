@@ -1,9 +1,8 @@
-"""Cold-start trajectories: what the policy learns from, as text with the trained parts marked.
+"""Cold-start trajectories as text with the trained parts marked.
 
-The loss is kept on every true statement, honest results of wrong Countdown attempts included, and masked on anything
-false (slipped results, wrong sums) and on choices nobody should imitate. Going on after a wrong answer and ending the
-turn after a right one are trained. A few traces show a cycle opened after a right answer, as the server's loop does
-when the generator is unsure: what follows is trained (the same answer again), opening it is not.
+True statements are trained, including correct results of wrong Countdown attempts; false statements and bad choices are
+masked. Continuing after a wrong answer and ending the turn after a right one are trained. A few traces have a further
+cycle after a right answer, as the server opens when the generator is unsure: its content is trained, its opening not.
 """
 
 from collections.abc import Mapping
@@ -38,7 +37,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The messages of the prompt, and the assistant's turn that follows."""
+    """Messages of the prompt and the assistant's turn."""
 
     task: str
     messages: tuple[Message, ...]
@@ -46,7 +45,7 @@ class Conversation:
 
 
 def cycle_segments(attempt: Attempt, doubt: str, *, is_opening_trained: bool = True) -> list[Segment]:
-    """One cycle with its tags."""
+    """Segments of one cycle with its tags."""
     return [
         Segment(RTAP.think_open, is_opening_trained),
         *([Segment(doubt)] if doubt else []),
@@ -58,7 +57,7 @@ def cycle_segments(attempt: Attempt, doubt: str, *, is_opening_trained: bool = T
 
 
 def build_turn(problem: Problem, rng: Random, num_wrong: int, *, is_confirmed: bool = False) -> tuple[Segment, ...]:
-    """``num_wrong`` wrong cycles, then a right one, then the end of the turn."""
+    """``num_wrong`` wrong cycles, a right one, and the end of turn."""
     segments: list[Segment] = []
     attempts: list[Attempt] = []
     for _ in range(num_wrong):
@@ -87,7 +86,7 @@ def _prompt(task: Task, question: str, rng: Random) -> tuple[Message, ...]:
 def sample_conversation(
     tasks: Mapping[str, Task], weights: Mapping[str, float], rng: Random, split: Split = Split.TRAIN
 ) -> Conversation:
-    """A random training conversation; ``weights`` gives the share of each task by name."""
+    """A random training conversation. weights: share of each task by name."""
     name = rng.choices(list(weights), list(weights.values()))[0]
     task = tasks[name]
     problem = sample_split(task, rng, split)

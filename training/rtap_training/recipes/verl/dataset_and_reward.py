@@ -1,4 +1,4 @@
-"""Questions as verl reads them, and the reward that it calls: answer and format, as `rtap train rlad` rewards.
+"""Dataset and reward function for verl: answer and format rewards, as in `rtap train rlad`.
 
 `python -m rtap_training.recipes.verl.dataset_and_reward --questions countdown --output FOLDER` writes train.parquet and
 val.parquet.
@@ -19,7 +19,7 @@ from rtap_training.tasks.base import Question, Split
 
 
 def rows(questions: Sequence[Question], format_name: str) -> list[dict[str, Any]]:
-    """verl's columns. ``format_name``: how the policy writes its answers, rtap or think."""
+    """Rows in verl's columns. format_name: trajectory format of the policy."""
     return [
         {
             "data_source": q.task,
@@ -32,10 +32,10 @@ def rows(questions: Sequence[Question], format_name: str) -> list[dict[str, Any]
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any]) -> float:
-    """Reward of one response, 0 to 2: right answer and right form count one each."""
+    """Reward of one response: 1 for a right answer plus 1 for the right format."""
     del data_source
     fmt = PRESETS[extra_info["format"]]
-    # A chat template may have written the opening itself.
+    # The chat template may have written the opening.
     text = solution_str if fmt.think_open in solution_str else fmt.think_open + solution_str
     answer = parse_cycle(text, fmt, ended_by_model=True)[1]
     is_right = answer is not None and check(extra_info["question"], answer, ground_truth)
@@ -43,12 +43,12 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Write the dataset; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", default="countdown", help="task, mix, JSONL file, or hf:NAME")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--count", type=int, default=4096, help="training questions; a tenth of it held out")
-    parser.add_argument("--format", choices=sorted(PRESETS), default="think", help="how the policy answers")
+    parser.add_argument("--count", type=int, default=4096, help="training questions; a tenth as many held-out ones")
+    parser.add_argument("--format", choices=sorted(PRESETS), default="think", help="trajectory format of the policy")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     for name, split, count in (("train", Split.TRAIN, args.count), ("val", Split.HELD_OUT, args.count // 10)):

@@ -1,9 +1,8 @@
-"""TRRD as a policy loss of verl 0.9, for runs beyond what TRL is made for. Importing this file registers it.
+"""TRRD as a policy loss for verl 0.9. Importing this module registers it.
 
-verl gives a policy loss old and new log-probabilities, advantages and mask, and nothing else of the batch. A teacher's
-log-probabilities reach its distillation losses only, which it calls first on each micro batch; so two functions are
-registered as ``trrd``: a distillation loss that is zero and keeps the teacher's scores, and the policy loss that uses
-them. The maths is in ``losses.py``. Not here: launching (rlad.sh), questions and rewards (questions.py).
+verl passes a teacher's log-probabilities to distillation losses only, which it calls first on each micro batch. So two
+functions are registered as ``trrd``: a distillation loss that is zero and keeps the teacher's log-probabilities, and
+the policy loss that uses them. ``rlad.sh`` launches a run; ``dataset_and_reward.py`` has questions and rewards.
 """
 
 from contextvars import ContextVar
@@ -23,7 +22,7 @@ NAME = "trrd"
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """Scores of one micro batch (B, T), and the settings that verl keeps with them."""
+    """Teacher log-probabilities of one micro batch (B, T), and the TRRD settings."""
 
     logp: Tensor
     alpha: float
@@ -34,10 +33,10 @@ _kept: ContextVar[Teacher | None] = ContextVar("trrd_teacher", default=None)
 
 
 def keep_teacher(config: Any, distillation_config: Any, model_output: Any, data: Any) -> tuple[Tensor, dict[str, Any]]:
-    """verl's distillation loss: zeros (B, T), so that its weight does not matter, and is free to carry a setting.
+    """verl's distillation loss: keeps the teacher's log-probabilities and returns zeros (B, T).
 
-    ``distillation_loss_coef`` is the teacher's share of the anchor, 1 - alpha; ``loss_max_clamp`` the bound of the
-    teacher's log-ratio.
+    The loss is zero, so its weight ``distillation_loss_coef`` carries the teacher's share of the anchor, 1 - alpha.
+    ``loss_max_clamp`` is the bound of the teacher's log-ratio.
     """
     del config, model_output
     logp: Tensor = _verl("workers.utils.padding").no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
@@ -57,7 +56,7 @@ def trrd_policy_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """verl's policy loss: RLAD eq. 4 under ``loss_agg_mode`` seq-mean-token-mean; all tensors (B, T).
 
-    Raises TeacherError where the teacher has not scored this micro batch.
+    Raises TeacherError if the teacher has not scored this micro batch.
     """
     teacher = _kept.get()
     _kept.set(None)
@@ -93,7 +92,7 @@ def _first(value: float | None, default: float) -> float:
 
 
 def register() -> None:
-    """Put both functions into verl's registries."""
+    """Register both functions with verl."""
     distillation = _verl("trainer.distillation.losses")
     settings = distillation.DistillationLossSettings(names=[NAME], use_estimator=True)
     distillation.register_distillation_loss(settings)(keep_teacher)
@@ -101,7 +100,7 @@ def register() -> None:
 
 
 def _verl(module: str) -> Any:
-    """A module of verl, which is not installed where this project is checked: its pins exclude our versions."""
+    """Import a module of verl, whose pinned dependencies exclude this project's; CI does not install it."""
     return import_module(f"verl.{module}")
 
 
