@@ -1,4 +1,4 @@
-"""Policy `single` against plain `vllm serve` with the same model and flags. Each field: test_fields_against_plain.py."""
+"""Policy `single` against plain `vllm serve` with the same model and flags."""
 
 import json
 

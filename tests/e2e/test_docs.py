@@ -73,8 +73,8 @@ def test_python(server, page, code):
 
 
 def test_open_webui_can_show_a_stream(server):
-    """It shows a delta's reasoning_content, reasoning or thinking as thinking and its content as the answer, and treats a
-    chunk with a top-level "event", or without choices and with an "error", as something else."""
+    """It shows a delta's reasoning as thinking and its content as the answer. A chunk with a top-level "event", or with
+    an "error" and no choices, would not be shown."""
     thinking = shown = ""
     changes = 0  # from thinking to content
     request = {

@@ -60,8 +60,8 @@ async def test_counters_equal_what_clients_saw(server, count, concurrency):
     cycles = [c for rtap in seen for c in rtap["cycles"]]
     assert len(seen) == count
     assert risen("rtap_requests_total") == count
-    for (policy, reason), count in Counter((r["policy"], r["stop_reason"]) for r in seen).items():
-        assert risen(f"rtap_requests_total{{policy={policy},stop_reason={reason}}}") == count
+    for (policy, reason), ended in Counter((r["policy"], r["stop_reason"]) for r in seen).items():
+        assert risen(f"rtap_requests_total{{policy={policy},stop_reason={reason}}}") == ended
     assert risen("rtap_cycles_count") == count
     assert risen("rtap_cycles_sum") == len(cycles)
     assert risen("rtap_oops_tokens_total") == sum(c["oops_tokens"] for c in cycles)
