@@ -176,7 +176,7 @@ def operated(receiver: tuple[Receiver, str], tmp_path_factory: pytest.TempPathFa
         "--enforce-eager", "--kv-cache-memory-bytes", str(2**29),
         "--api-keys-file", str(folder / "keys.toml"), "--log-format", "json", "--otlp-traces-endpoint", receiver[1],
         "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{ADAPTER}={save_adapter(folder / 'lora', seed=1)}",
-        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--uvicorn-log-level", "debug",
     )  # fmt: skip
     tracing = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
     with running(command, port, "/ready", folder, **tracing) as started:

@@ -1,4 +1,4 @@
-"""Policy `single` against plain `vllm serve` on the same model and flags: vLLM's behaviour is the reference."""
+"""Policy `single` against plain `vllm serve` with the same model and flags."""
 
 import json
 
@@ -9,7 +9,7 @@ from rtap_core.format import RTAP
 from tests.e2e.conftest import side_by_side
 from tests.e2e.questions import questions
 
-QUESTIONS = questions(50)
+QUESTIONS = questions(12)
 
 
 def _stop_ids(plain) -> list[int]:

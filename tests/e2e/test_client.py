@@ -1,4 +1,4 @@
-"""The Python client and its commands against the real server: replies, events, own routes; leaving stops it."""
+"""The Python client and its commands against the real server: replies, events, our routes, cancellation."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 class Abandoned:
-    """Whether more was given up than at first, and nothing is in flight."""
+    """Callable: a request was abandoned since the start, and none is in flight."""
 
     def __init__(self, server: Running) -> None:
         self._server, self._before = server, server.metrics().get(ABANDONED, 0)
@@ -58,7 +58,7 @@ def test_a_reply_and_its_trajectory(client):
     assert reply.choices[0].message.content == reply.rtap.accepted.answer
     assert reply.rtap.accepted.think in reply.choices[0].message.reasoning
     assert reply.usage.completion_tokens == sum(cycle.tokens for cycle in reply.rtap.cycles)
-    # What the server says is what the types know: nothing is left over, nothing is missing.
+    # The types cover every field of the server.
     assert not reply.rtap.model_extra
     assert not any(cycle.model_extra for cycle in reply.rtap.cycles)
     type(reply.rtap).model_validate(reply.rtap.to_dict())
@@ -154,12 +154,12 @@ def test_ask_prints_the_answer_and_names_the_models(server):
 
 
 def _take_terminal() -> None:
-    """In the child: its terminal is the one whose Ctrl-C it gets, also where whoever runs the tests ignores that signal
-    (a shell's background jobs do)."""
+    """In the child: take the controlling terminal and accept Ctrl-C, which a shell's background jobs ignore."""
     os.close(os.open(os.ttyname(0), os.O_RDWR))
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_chat_shows_cycles_and_ctrl_c_stops_the_server(server):
     abandoned = Abandoned(server)
     terminal, its_side = pty.openpty()
@@ -180,7 +180,7 @@ def test_chat_shows_cycles_and_ctrl_c_stops_the_server(server):
 
     try:
         read_until("/help for commands[^>]*> ")
-        for _ in range(5):  # on a busy machine the server may have written all cycles before the screen shows one
+        for _ in range(5):  # on a busy machine all cycles may be done before the screen shows one
             screen = ""
             os.write(terminal, f"{QUESTION}\n".encode())
             read_until("1 ✗ .*│")
@@ -215,6 +215,7 @@ def test_doctor_finds_the_server(server):
 DOCS = (ROOT / "docs" / "clients.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL))
 def test_the_examples_of_the_docs_run(server, example):
     code = example.replace("http://127.0.0.1:8000", server.url)
@@ -225,6 +226,7 @@ def test_the_examples_of_the_docs_run(server, example):
     assert len(done.stdout.splitlines()) >= 4
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_docs_run(server, tmp_path):
     (tmp_path / "question.txt").write_text(QUESTION)
     (tmp_path / "rtap").write_text(f'#!/bin/sh\nexec {sys.executable} -m rtap_client.cli "$@"\n')

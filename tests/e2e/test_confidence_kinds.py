@@ -1,4 +1,4 @@
-"""Confidence from a remote vLLM and from log-probabilities; a generator that dies degrades requests."""
+"""Confidence from a remote vLLM and from log-probabilities; a remote generator that dies degrades requests."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def test_the_logprob_rule_needs_no_generator(tmp_path):
         scores = [c["confidence"] for c in reply["rtap"]["cycles"]]
         assert all(0.0 < s < 1.0 for s in scores)
         assert reply["rtap"]["confidence_tokens"] == 0
-        assert reply["choices"][0]["logprobs"] is None  # asked of the engine, not by the client
+        assert reply["choices"][0]["logprobs"] is None  # the engine returned them, the client did not ask
         refused = httpx.post(f"{started.url}/v1/rtap/score", json={"question": "1+1", "answer": "2"})
         assert refused.status_code == 400
         assert "cannot score given pairs" in refused.json()["error"]["message"]

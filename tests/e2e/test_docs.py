@@ -1,7 +1,4 @@
-"""The commands and programs of README and docs, as they stand there, against a live server.
-
-Only addresses, and the id of a reply that has to be this server's own, are put in.
-"""
+"""Run the commands and programs of README and docs against a live server, with its address and reply ids put in."""
 
 import json
 import os
@@ -39,11 +36,12 @@ def test_curl(server, command: Command):
         assert [e for e in events if e.get("rtap", {}).get("event") == "cycle"]
         assert done.stdout.rstrip().endswith("data: [DONE]")
     else:
-        told = json.loads(done.stdout)
-        assert "error" not in told, told
-        assert not ("/chat/" in text and told["rtap"]["stop_reason"] not in ("threshold", "max_cycles"))
+        reply = json.loads(done.stdout)
+        assert "error" not in reply, reply
+        assert not ("/chat/" in text and reply["rtap"]["stop_reason"] not in ("threshold", "max_cycles"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", TERMINAL, ids=lambda c: f"{c.page} {' '.join(c.words[1:4])}")
 def test_the_terminal(server, command: Command, tmp_path):
     (tmp_path / "question.txt").write_text(ASKED)
@@ -61,6 +59,7 @@ def test_the_terminal(server, command: Command, tmp_path):
     assert "no answer" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), PROGRAMS, ids=lambda value: value if value.endswith(".md") else "")
 def test_python(server, page, code):
     # Without the first, importing litellm downloads its price list.
@@ -73,11 +72,11 @@ def test_python(server, page, code):
     assert re.search(r"threshold|max_cycles|\d", done.stdout)
 
 
-def test_a_stream_has_what_open_webui_folds_out(server):
-    """It takes as thinking what a delta has as reasoning_content, reasoning or thinking, and shows content as it is,
-    looking for tags in it; a chunk with a top-level "event", or without choices and with an "error", is taken apart."""
+def test_open_webui_can_show_a_stream(server):
+    """It shows a delta's reasoning as thinking and its content as the answer. A chunk with a top-level "event", or with
+    an "error" and no choices, would not be shown."""
     thinking = shown = ""
-    turns = 0  # from thinking to content
+    changes = 0  # from thinking to content
     request = {
         "model": "rtap",
         "messages": [{"role": "user", "content": ASKED}],
@@ -93,10 +92,10 @@ def test_a_stream_has_what_open_webui_folds_out(server):
         thought = delta.get("reasoning_content") or delta.get("reasoning") or delta.get("thinking")
         assert not (thought and delta.get("content"))
         assert delta.get("reasoning_content") == delta.get("reasoning")
-        turns += bool(delta.get("content") and not shown)
-        assert not (thought and shown)  # one fold-out, then the answer
+        changes += bool(delta.get("content") and not shown)
+        assert not (thought and shown)  # all thinking comes before the answer
         thinking += thought or ""
         shown += delta.get("content") or ""
-    assert turns == 1
+    assert changes == 1
     assert "=" in thinking
     assert re.fullmatch(r"[\d+*()-]+", shown)

@@ -1,4 +1,4 @@
-"""Engines that die or are stopped under requests, and the drain: real processes, real signals."""
+"""Engines that die or hang under requests, and the drain on SIGTERM: real processes, real signals."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def stream(url: str, body: dict, begun: threading.Event | None = None) -> tuple[
 
 
 def running_engines(server: Running) -> list[psutil.Process]:
-    """Its engine processes, one that is being started too."""
+    """Its engine processes, including one that is starting."""
     found = list[psutil.Process]()
     for child in psutil.Process(server.process.pid).children(recursive=True):
         with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
@@ -50,7 +50,7 @@ def running_engines(server: Running) -> list[psutil.Process]:
 
 
 def engines(server: Running) -> dict[str, psutil.Process]:
-    """The two engine processes by name: the policy's has the larger memory of the KV cache it was given."""
+    """The two engine processes by name: the policy's KV cache is the larger one."""
     found = running_engines(server)
     assert len(found) == 2, [c.cmdline() for c in found]
     policy, generator = sorted(found, key=lambda c: -c.memory_info().vms)
@@ -62,7 +62,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 def until(condition: Callable[[], bool], seconds: float, server: Running) -> None:
-    """Wait for it; the server's log tells what it was doing."""
+    """Wait for ``condition``; fail with the server's log."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, server.log.read_text()[-3000:]
@@ -71,78 +71,92 @@ def until(condition: Callable[[], bool], seconds: float, server: Running) -> Non
 
 @contextmanager
 def served(folder: Path, *flags: str) -> Iterator[Running]:
-    """A server of its own for a test that ends it."""
+    """A server for tests that end it."""
     port = free_port()
     with running(rtap_command(port, *flags), port, "/ready", folder) as started:
         yield started
 
 
-def test_the_server_survives_its_generator_and_not_its_policy_and_then_waits_for_no_generator(tmp_path):
-    """A generator that hangs is started again; one that is being started ends with the server."""
+@pytest.fixture(scope="module")
+def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The server whose generator is killed, and which is stopped afterwards, by the first two tests."""
+    flags = ("--confidence-timeout-seconds", "2", "--drain-seconds", "0.3")
+    with served(tmp_path_factory.mktemp("mortal"), *flags) as started:
+        yield started
+
+
+def restarts_generator(server: Running) -> None:
+    """Requests continue while the generator is away, and are scored again afterwards."""
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=30).json()
+    assert reply["rtap"]["degraded"] in ("error", "timeout", "restarting")
+    assert reply["choices"][0]["message"]["content"] is not None
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+    until(lambda: server.metrics().get("rtap_engine_restarts_total{engine=confidence}", 0) > 0, 150, server)
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=30).json()
+    assert "degraded" not in reply["rtap"]
+    assert server.metrics()["rtap_engine_up{engine=confidence}"] == 1
+
+
+def test_a_dead_generator_is_restarted(mortal):
+    engines(mortal)["confidence"].kill()
+    restarts_generator(mortal)
+
+
+def test_a_drain_returns_the_best_answers_at_its_deadline(mortal):
+    children = psutil.Process(mortal.process.pid).children(recursive=True)
+    assert children
+    begun = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        streamed = pool.submit(stream, mortal.url, LONG | {"n": 16}, begun)
+        assert begun.wait(30)
+        whole = pool.submit(httpx.post, f"{mortal.url}/v1/chat/completions", json=LONG | {"n": 16}, timeout=60)
+        until(lambda: mortal.metrics()["rtap_trajectories"] == 32, 10, mortal)
+        mortal.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        (events, done), reply = streamed.result(30), whole.result(30)
+        assert time.monotonic() - began < 3
+    assert done
+    assert reply.status_code == 200
+    for choices in (events[-1]["rtap_choices"], [choice["rtap"] for choice in reply.json()["choices"]]):
+        assert [rtap["stop_reason"] for rtap in choices] == ["drained"] * 16
+    assert any(choice["message"]["content"] for choice in reply.json()["choices"])
+    assert mortal.process.wait(15) == 0
+    until(lambda: gone(children), 10, mortal)
+
+
+@pytest.mark.slow
+def test_a_silent_generator_is_restarted_and_a_dead_policy_ends_the_server(tmp_path):
+    """The server's end does not wait for a generator that is still starting."""
     with served(tmp_path, "--confidence-timeout-seconds", "2") as server:
         engines(server)["confidence"].send_signal(signal.SIGSTOP)
-        reply = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=30).json()
-        assert reply["rtap"]["degraded"] in ("error", "timeout", "restarting")
-        assert reply["choices"][0]["message"]["content"] is not None
-        assert httpx.get(f"{server.url}/ready").status_code == 200
-        until(
-            lambda: server.metrics().get("rtap_engine_restarts_total{engine=confidence}", 0) > 0,
-            150,
-            server,
-        )
-        reply = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=30).json()
-        assert "degraded" not in reply["rtap"]
-        assert server.metrics()["rtap_engine_up{engine=confidence}"] == 1
-
+        restarts_generator(server)
         processes = engines(server)
         processes["confidence"].kill()
         until(lambda: gone([processes["confidence"]]) and len(running_engines(server)) == 2, 30, server)
-        ends_with(server, processes["policy"], signal.SIGKILL, "dead")
+        ends_with(server, processes["policy"], signal.SIGKILL, "has died")
 
 
-def test_a_policy_that_hangs_is_the_end_of_the_server(tmp_path):
+@pytest.mark.slow
+def test_a_silent_policy_ends_the_server(tmp_path):
     with served(tmp_path) as server:
-        ends_with(server, engines(server)["policy"], signal.SIGSTOP, "silent")
+        ends_with(server, engines(server)["policy"], signal.SIGSTOP, "sent no output")
 
 
-def ends_with(server: Running, policy: psutil.Process, sent: signal.Signals, what: str) -> None:
-    """What happens to the policy is told to its streams, and all that runs ends."""
+def ends_with(server: Running, policy: psutil.Process, sent: signal.Signals, problem: str) -> None:
+    """Streams end with an error, all processes end, and the log names the problem."""
     begun, others = threading.Event(), running_engines(server)
     with ThreadPoolExecutor(1) as pool:
         streaming = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
         assert begun.wait(30)
-        told = time.monotonic()
         policy.send_signal(sent)
-        events, _ = streaming.result(30)
-        assert time.monotonic() - told < 5
+        events, _ = streaming.result(60)
     assert "error" in events[-1], events[-1]
     assert server.process.wait(15) == 1
     assert gone(others)
-    assert f"the policy engine is {what}; the server ends" in server.log.read_text()
+    assert problem in server.log.read_text()
 
 
-def test_a_drain_answers_what_it_cannot_finish_with_what_there_is(tmp_path):
-    with served(tmp_path, "--drain-seconds", "0.3") as server:
-        children = psutil.Process(server.process.pid).children(recursive=True)
-        begun = threading.Event()
-        with ThreadPoolExecutor(2) as pool:
-            streamed = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
-            assert begun.wait(30)
-            whole = pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=LONG | {"n": 16}, timeout=60)
-            until(lambda: server.metrics()["rtap_trajectories"] == 32, 10, server)
-            server.process.send_signal(signal.SIGTERM)
-            began = time.monotonic()
-            (events, done), reply = streamed.result(30), whole.result(30)
-            assert time.monotonic() - began < 3
-        assert done
-        assert reply.status_code == 200
-        for told in (events[-1]["rtap_choices"], [choice["rtap"] for choice in reply.json()["choices"]]):
-            assert [rtap["stop_reason"] for rtap in told] == ["drained"] * 16
-        assert any(choice["message"]["content"] for choice in reply.json()["choices"])
-        assert server.process.wait(15) == 0
-        until(lambda: gone(children), 10, server)
-
-
+@pytest.mark.slow
 def test_a_drain_finishes_what_it_can_and_a_second_signal_ends_everything(tmp_path):
     with served(tmp_path, "--drain-seconds", "600") as server:
         children = psutil.Process(server.process.pid).children(recursive=True)
@@ -180,21 +194,21 @@ def test_a_drain_finishes_what_it_can_and_a_second_signal_ends_everything(tmp_pa
         ("/v1/responses", {"input": "3+4"}),
     ],
 )
-def test_a_stream_that_is_cut_before_its_first_token_has_an_end(server, path, asked):
-    """vLLM streams nothing for an output without text and tokens, its end included."""
+def test_a_stream_that_is_cut_before_its_first_token_has_a_final_chunk(server, path, asked):
+    """vLLM would stream nothing for an output without text and tokens, not even its end."""
     body = {"model": "rtap", "stream": True, "rtap": {"deadline_seconds": 0.0001}, **asked}
     reply = httpx.post(server.url + path, json=body, timeout=30)
     events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
-    told = [event.get("response", event).get("rtap") for event in events]
-    ends = [rtap["stop_reason"] for rtap in told if rtap and "stop_reason" in rtap]
+    objects = [event.get("response", event).get("rtap") for event in events]
+    ends = [rtap["stop_reason"] for rtap in objects if rtap and "stop_reason" in rtap]
     assert ends == ["deadline"]
     reasons = [choice["finish_reason"] for event in events for choice in event.get("choices", ())]
     assert reasons.count("length") == asked.get("n", 0)
     assert "\\u001e" not in reply.text
 
 
-def test_a_deadline_is_kept_to_a_step(server):
-    """Alone and among 16 others, streamed and whole; the answer so far comes back, and the engine is free."""
+def test_a_deadline_is_exceeded_by_less_than_an_engine_step(server):
+    """Alone and among 16 others, streamed and whole; the best answer so far is returned, and the engine is free."""
     body = LONG | {"rtap": {"threshold": 1.0, "max_cycles": 16, "deadline_seconds": 0.5}}
 
     def late(is_streamed: bool) -> dict:
@@ -208,7 +222,7 @@ def test_a_deadline_is_kept_to_a_step(server):
     after = server.metrics()
     assert {rtap["stop_reason"] for rtap in results} <= {"deadline", "max_cycles", "max_tokens"}
     assert sum(rtap["stop_reason"] == "deadline" for rtap in results) > 8
-    # From the beginning of a trajectory, so that a busy machine's connections and prompts do not count.
+    # Trajectory time: connections and prompts on a busy machine do not count.
     took = [
         after[f"rtap_request_seconds_{name}"] - before.get(f"rtap_request_seconds_{name}", 0)
         for name in ("sum", "count")

@@ -1,4 +1,4 @@
-"""Verdicts reach the gauges from every endpoint, streamed or not; reasoning effort moves the limits of each."""
+"""Feedback on replies of every endpoint, streamed or not, and reasoning effort on each."""
 
 import json
 
@@ -23,14 +23,14 @@ def _post(server: Running, path: str, body) -> httpx.Response:
 
 
 def _ids(text: str) -> set[str]:
-    """Every id that a stream names as its reply's."""
+    """Reply ids in the events of a stream."""
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     return {e.get("id") or e.get("response", e.get("message", {})).get("id") for e in events} - {None}
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ENDPOINTS)
-def test_a_verdict_on_any_reply_is_taken_by_its_id(server, path, stream):
+def test_feedback_on_any_reply_is_accepted_by_its_id(server, path, stream):
     reply = _post(server, path, MODEL | ENDPOINTS[path] | {"stream": stream})
     assert reply.status_code == 200, reply.text
     (request_id,) = _ids(reply.text) if stream else {reply.json()["id"]}
@@ -55,7 +55,7 @@ def test_a_verdict_on_any_reply_is_taken_by_its_id(server, path, stream):
         ({"request_id": "x", "correct": True, "comment": "nice"}, 400),
     ],
 )
-def test_verdicts_that_cannot_be_taken(server, body, status):
+def test_invalid_feedback_is_refused(server, body, status):
     reply = _post(server, "/v1/rtap/feedback", body)
     assert reply.status_code == status
     assert reply.json()["error"]["message"]
@@ -70,13 +70,13 @@ def test_verdicts_that_cannot_be_taken(server, body, status):
     ],
 )
 def test_no_effort_is_one_cycle(server, path, field):
-    never = {"rtap": {"threshold": 1.0}}  # which no confidence reaches: without the field, all go on
+    never = {"rtap": {"threshold": 1.0}}  # no confidence reaches 1.0
     reply = _post(server, path, MODEL | ENDPOINTS[path] | field | never)
     assert reply.status_code == 200, reply.text
     assert len(reply.json()["rtap"]["cycles"]) == 1
 
 
-def test_little_effort_is_a_quarter_of_the_cycles_and_rtap_fields_win(server):
+def test_low_effort_is_a_quarter_of_the_cycles_and_rtap_fields_take_precedence(server):
     never = {"rtap": {"threshold": 1.0}}
     low = _post(server, "/v1/chat/completions", MODEL | CHAT | never | {"reasoning_effort": "low"}).json()
     assert (len(low["rtap"]["cycles"]), low["rtap"]["stop_reason"]) == (2, "max_cycles")
@@ -85,12 +85,13 @@ def test_little_effort_is_a_quarter_of_the_cycles_and_rtap_fields_win(server):
     assert len(won["rtap"]["cycles"]) == 3
 
 
-def test_an_effort_that_is_none_is_refused_by_vllm(server):
+def test_an_unknown_effort_is_refused(server):
     assert _post(server, "/v1/chat/completions", MODEL | CHAT | {"reasoning_effort": "enormous"}).status_code == 400
 
 
-def test_the_policy_as_its_own_judge(tmp_path):
-    """It never learnt to say yes or no, so what is held here is the mechanism: probabilities, and a warm cache."""
+@pytest.mark.slow
+def test_yesno_confidence_comes_from_the_policy(tmp_path):
+    """The bundled policy never learnt to say yes or no: only the mechanism is tested."""
     port = free_port()
     with running(rtap_command(port, "--confidence", "yesno"), port, "/ready", tmp_path) as started:
         assert httpx.get(f"{started.url}/v1/rtap/config").json()["confidence"]["kind"] == "yesno"
@@ -99,7 +100,7 @@ def test_the_policy_as_its_own_judge(tmp_path):
         assert all(0.0 < c["confidence"] < 1.0 for c in rtap["cycles"])
         assert "degraded" not in rtap
         written = reply.json()["usage"]["completion_tokens"]
-        assert rtap["confidence_tokens"] > written  # each verdict reads all that was written before it
+        assert rtap["confidence_tokens"] > written  # each score reads all cycles before it
         given = {"question": QUESTION, "think": "25*3=75 75+7=82", "answer": "25*3+7"}
         score = _post(started, "/v1/rtap/score", given).json()
         assert 0.0 < score["confidence"] < 1.0

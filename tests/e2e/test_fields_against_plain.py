@@ -1,7 +1,7 @@
-"""Every request field means what plain `vllm serve` makes of it: policy `single` beside the same model served plainly.
+"""Every request field has plain `vllm serve`'s meaning: policy `single` against the same model.
 
-Plain vLLM gets our cycle's end, `</answer>`, as a stop token and shows the tags in its text; ours splits that text into
-reasoning and content. So tags are left out on both sides, and a stop at `</answer>` counts as the loop's own.
+Plain vLLM gets the end of a cycle, `</answer>`, as a stop token and returns the tags as text; `rtap serve` splits that
+text into reasoning and content. Tags are therefore removed on both sides, and a stop at `</answer>` is ignored.
 """
 
 import json
@@ -40,7 +40,7 @@ def _completion(**fields: Any) -> dict[str, Any]:
 def _both(server, plain, path: str, body: dict[str, Any]) -> tuple[httpx.Response, httpx.Response]:
     """(our reply, plain vLLM's), asked at the same time."""
     stops, plainly = body.get("stop_token_ids", []), body
-    if path == MESSAGES:  # which knows no token ids
+    if path == MESSAGES:  # has no field for token ids
         plainly = body | {"stop_sequences": [*body.get("stop_sequences", []), "</answer>"]}
     elif isinstance(stops, list):
         plainly = body | {"stop_token_ids": [*stops, CLOSE]}
@@ -62,7 +62,7 @@ def _text(choice: dict[str, Any]) -> str:
 
 
 def _seen(reply: httpx.Response) -> dict[str, Any]:
-    """What a client sees of a whole or a streamed reply, in one shape."""
+    """A whole or a streamed reply in one shape."""
     assert reply.status_code == 200, reply.text
     streamed = reply.headers["content-type"].startswith("text/event-stream")
     lines = reply.text.splitlines()
@@ -92,7 +92,7 @@ def _seen(reply: httpx.Response) -> dict[str, Any]:
 
 
 def _seen_response(reply: httpx.Response) -> dict[str, Any]:
-    """What a client sees of a whole or a streamed response of /v1/responses."""
+    """A whole or a streamed response of /v1/responses in one shape."""
     assert reply.status_code == 200, reply.text
     if reply.headers["content-type"].startswith("text/event-stream"):
         events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
@@ -106,7 +106,7 @@ def _seen_response(reply: httpx.Response) -> dict[str, Any]:
 
 
 def _seen_message(reply: httpx.Response) -> dict[str, Any]:
-    """What a client sees of a whole or a streamed message of /v1/messages."""
+    """A whole or a streamed message of /v1/messages in one shape."""
     assert reply.status_code == 200, reply.text
     if reply.headers["content-type"].startswith("text/event-stream"):
         events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
@@ -213,12 +213,15 @@ COMPLETION_FIELDS = FIELDS | {
 WHOLE_ONLY = {"prompt_logprobs": {"prompt_logprobs": 2}}
 
 
-def _cases(fields: dict[str, dict[str, Any]], whole_only: dict[str, dict[str, Any]] = WHOLE_ONLY) -> list[Any]:
-    """(fields, stream) with a readable id."""
-    both = [(name, extra, stream) for name, extra in fields.items() for stream in (False, True)]
-    both += [(name, extra, False) for name, extra in whole_only.items()]
+def _cases(
+    fields: dict[str, dict[str, Any]], whole_only: dict[str, dict[str, Any]] = WHOLE_ONLY, *, slow: str = ""
+) -> list[Any]:
+    """(fields, stream) with a readable id. slow: "whole" or "streamed", the mode that runs under `make test-all`."""
+    cases = [(name, extra, mode) for name, extra in fields.items() for mode in ("whole", "streamed")]
+    cases += [(name, extra, "whole") for name, extra in whole_only.items()]
     return [
-        pytest.param(extra, stream, id=f"{name}, {'streamed' if stream else 'whole'}") for name, extra, stream in both
+        pytest.param(extra, mode == "streamed", id=f"{name}, {mode}", marks=pytest.mark.slow if mode == slow else ())
+        for name, extra, mode in cases
     ]
 
 
@@ -232,13 +235,13 @@ def test_chat(server, plain, fields, stream):
     _assert_close(_seen(ours), _seen(reference))
 
 
-@pytest.mark.parametrize(("fields", "stream"), _cases(COMPLETION_FIELDS))
+@pytest.mark.parametrize(("fields", "stream"), _cases(COMPLETION_FIELDS, slow="streamed"))
 def test_completions(server, plain, fields, stream):
     ours, reference = _both(server, plain, COMPLETIONS, _completion(**fields, **_streamed(stream)))
     _assert_close(_seen(ours), _seen(reference))
 
 
-# Fields of /v1/responses too; its own name for max_tokens is below.
+# Fields that /v1/responses has too.
 COMMON = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "logit_bias and ignore_eos", "skip_special_tokens",
           "presence_penalty", "frequency_penalty", "repetition_penalty", "cache_salt", "user", "priority",
           "stop string while thinking", "stop strings", "stop at a tag", "stop_token_ids at a tag",
@@ -263,14 +266,14 @@ MESSAGE_FIELDS = {
 }
 
 
-@pytest.mark.parametrize(("fields", "stream"), _cases(RESPONSE_FIELDS, whole_only={}))
+@pytest.mark.parametrize(("fields", "stream"), _cases(RESPONSE_FIELDS, whole_only={}, slow="whole"))
 def test_responses(server, plain, fields, stream):
     body = {"model": "rtap", "input": QUESTION, "temperature": 0, "max_output_tokens": 120, "stream": stream}
     ours, reference = _both(server, plain, RESPONSES, body | fields)
     _assert_close(_seen_response(ours), _seen_response(reference))
 
 
-@pytest.mark.parametrize(("fields", "stream"), _cases(MESSAGE_FIELDS, whole_only={}))
+@pytest.mark.parametrize(("fields", "stream"), _cases(MESSAGE_FIELDS, whole_only={}, slow="whole"))
 def test_messages(server, plain, fields, stream):
     asked = [{"role": "user", "content": QUESTION}]
     body = {"model": "rtap", "messages": asked, "temperature": 0, "max_tokens": 120, "stream": stream}
@@ -315,14 +318,14 @@ def test_responses_and_messages_refuse_equally(server, plain, path, wrong):
         ("logit_bias and ignore_eos", "length", None),
     ],
 )
-def test_the_fields_above_bind_at_all(server, plain, name, finish_reason, stop_reason):
+def test_stops_and_limits_take_effect(server, plain, name, finish_reason, stop_reason):
     for reply in _both(server, plain, CHAT, _chat(**CHAT_FIELDS[name])):
         choice = _seen(reply)["choices"][0]
         assert (choice["finish_reason"], choice["stop_reason"]) == (finish_reason, stop_reason)
 
 
-def test_a_turn_that_the_client_began_goes_on_where_it_stands(server):
-    """In its thought, or in its answer: then the content is the rest of that answer, and nothing is reasoning."""
+def test_a_prefilled_turn_continues_in_its_thought_or_answer(server):
+    """In an answer, the content is the rest of it and there is no reasoning."""
     going_on = {"continue_final_message": True, "add_generation_prompt": False, "rtap": {"policy": "single"}}
 
     def message(messages):
@@ -336,8 +339,8 @@ def test_a_turn_that_the_client_began_goes_on_where_it_stands(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_include_reasoning_false_leaves_the_answer_alone(server, plain, stream):
-    """Plain vLLM has no reasoning parser here, so its raw text is what ours is a part of."""
+def test_include_reasoning_false_returns_the_same_answer(server, plain, stream):
+    """Plain vLLM has no reasoning parser here: its raw text ends with our content."""
     body = _chat(include_reasoning=False, **_streamed(stream))
     ours, reference = (_seen(reply) for reply in _both(server, plain, CHAT, body))
     answer = ours["choices"][0]["text"]

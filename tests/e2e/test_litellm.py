@@ -12,6 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+
 @pytest.fixture(scope="module")
 def told(server):
     """What every call of litellm_calls.py came to."""

@@ -1,4 +1,4 @@
-"""What an operator sees of a live server: spans at an OTLP receiver, the log, and series in a real Prometheus."""
+"""Telemetry of a live server: spans at an OTLP receiver, the log, and series in a real Prometheus."""
 
 import json
 import math
@@ -13,12 +13,10 @@ import httpx
 import pytest
 
 from tests.deploy.promql import RULES, legends, names, panel_queries, rules, variable_queries
-from tests.e2e.conftest import Running, free_port, rtap_command, running
-from tests.e2e.otlp import Receiver, receiving
+from tests.e2e.conftest import Running, free_port, running
 
-SECRET = "sk-observed-4242"
-CANARY = "zebra"
-KEYS = f'[[keys]]\nname = "team"\nkey = "{SECRET}"\n'
+SECRET = "key-team"
+CANARY = "zebra-9f3e7c1b"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 CHAT = {
     "model": "rtap",
@@ -27,37 +25,15 @@ CHAT = {
 }
 
 
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[tuple[Receiver, str]]:
-    with receiving() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def observed(receiver, tmp_path_factory) -> Iterator[Running]:
-    """A server with keys, JSON logs and traces; confidence from log-probabilities, so that one engine is enough."""
-    folder, port = tmp_path_factory.mktemp("observed"), free_port()
-    (folder / "keys.toml").write_text(KEYS)
-    command = rtap_command(
-        port, "--confidence", "logprob", "--api-keys-file", str(folder / "keys.toml"), "--log-format", "json",
-        "--otlp-traces-endpoint", receiver[1],
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
-        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
-        with running(command, port, "/ready", folder) as started:
-            yield started
-
-
 def _chat(server: Running, body: dict[str, Any] | None = None, **headers: str) -> httpx.Response:
     sent = {"authorization": f"Bearer {SECRET}"} | {name.replace("_", "-"): value for name, value in headers.items()}
     return httpx.post(f"{server.url}/v1/chat/completions", json=body or CHAT, headers=sent, timeout=60)
 
 
 def _lines(server: Running) -> list[dict[str, Any]]:
-    """Lines of requests in the log."""
-    told = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
-    return [line for line in told if line["name"] == "rtap.requests"]
+    """Log lines of requests."""
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if line["name"] == "rtap.requests"]
 
 
 def _line(server: Running, request_id: str) -> dict[str, Any]:
@@ -70,8 +46,9 @@ def _line(server: Running, request_id: str) -> dict[str, Any]:
         time.sleep(0.05)
 
 
-def test_a_request_is_one_span_its_cycles_children_and_the_engines_work_grandchildren(observed, receiver):
-    reply = _chat(observed, traceparent=PARENT)
+def test_cycles_are_child_spans_of_the_request_and_parents_of_the_engines(operated, receiver):
+    question = [{"role": "user", "content": "make 82 from 3, 7, 25"}]
+    reply = _chat(operated, CHAT | {"messages": question, "seed": 7}, traceparent=PARENT)
     rtap, trace = reply.json()["rtap"], PARENT.split("-")[1]
     assert len(rtap["cycles"]) == 2
     spans = receiver[0].of_trace(trace)
@@ -105,30 +82,30 @@ def test_a_request_is_one_span_its_cycles_children_and_the_engines_work_grandchi
     assert sorted(work) == sorted(s["id"] for s in cycles)
 
 
-def test_every_choice_has_its_own_cycles_and_a_client_that_leaves_leaves_no_span_open(observed, receiver):
-    trace = _chat(observed, CHAT | {"n": 2}).headers["traceparent"].split("-")[1]
+def test_every_choice_has_cycle_spans_and_spans_end_when_the_client_leaves(operated, receiver):
+    trace = _chat(operated, CHAT | {"n": 2}).headers["traceparent"].split("-")[1]
     cycles = [s for s in receiver[0].of_trace(trace) if s["name"] == "chat rtap"]
     assert sorted((s["values"]["rtap.choice"], s["values"]["rtap.cycle.index"]) for s in cycles) == [
         (0, 0), (0, 1), (1, 0), (1, 1),
     ]  # fmt: skip
     body = CHAT | {"stream": True, "ignore_eos": True, "rtap": {"threshold": 1.0, "max_cycles": 16}}
     headers = {"authorization": f"Bearer {SECRET}", "x-request-id": "leaver"}
-    with httpx.stream("POST", f"{observed.url}/v1/chat/completions", json=body, headers=headers) as reply:
+    with httpx.stream("POST", f"{operated.url}/v1/chat/completions", json=body, headers=headers) as reply:
         trace = reply.headers["traceparent"].split("-")[1]
         next(reply.iter_lines())
     spans = receiver[0].of_trace(trace)
     (whole,) = (s for s in spans if s["name"] == "invoke_workflow rtap")
     assert whole["values"]["rtap.stop_reason"] == "abandoned"
     assert any(s["values"].get("rtap.cycle.discarded") for s in spans)
-    line = _line(observed, "leaver")
+    line = _line(operated, "leaver")
     assert (line["stop_reason"], line["status"], line["trace_id"]) == ("abandoned", 200, trace)
 
 
-def test_a_request_is_one_line_of_the_log_with_the_id_that_its_reply_has(observed):
-    reply = _chat(observed, x_request_id="abc-1")
-    body, line = reply.json(), _line(observed, "abc-1")
+def test_a_request_is_one_log_line_with_its_request_id(operated):
+    reply = _chat(operated, x_request_id="abc-1")
+    body, line = reply.json(), _line(operated, "abc-1")
     assert reply.headers.get_list("x-request-id") == ["abc-1"]
-    assert body["id"] == "chatcmpl-abc-1"
+    assert "abc-1" not in body["id"]  # ids of replies are unique, whatever clients send
     assert {name: line[name] for name in ("method", "route", "status", "key", "model", "levelname", "message")} == {
         "method": "POST", "route": "/v1/chat/completions", "status": 200, "key": "team", "model": "rtap",
         "levelname": "INFO", "message": "POST /v1/chat/completions 200",
@@ -139,37 +116,69 @@ def test_a_request_is_one_line_of_the_log_with_the_id_that_its_reply_has(observe
     assert line["seconds"] >= line["first_answer_seconds"] > 0
 
 
-def test_refused_requests_are_told_without_what_a_client_wrote(observed):
-    httpx.get(f"{observed.url}/v1/{CANARY}?api_key={SECRET}", headers={"authorization": f"Bearer {SECRET}"})
-    unknown = _chat(observed, CHAT | {"model": "no-such"}, x_request_id="x y\tz")
+def test_refused_requests_are_logged_without_the_clients_text(operated):
+    httpx.get(f"{operated.url}/v1/{CANARY}?api_key={SECRET}", headers={"authorization": f"Bearer {SECRET}"})
+    unknown = _chat(operated, CHAT | {"model": "no-such"}, x_request_id="x y\tz")
     assert unknown.status_code == 404
     (request_id,) = unknown.headers.get_list("x-request-id")
-    assert len(request_id) == 32  # the client's is no plain word
-    line = _line(observed, request_id)
+    assert len(request_id) == 32  # the client's is not a plain word
+    line = _line(operated, request_id)
     assert (line["status"], line["route"], "model" in line) == (404, "/v1/chat/completions", False)
-    refused = httpx.post(f"{observed.url}/v1/chat/completions", json=CHAT, headers={"x-request-id": "nobody"})
+    refused = httpx.post(f"{operated.url}/v1/chat/completions", json=CHAT, headers={"x-request-id": "nobody"})
     assert refused.status_code == 401
-    line = _line(observed, "nobody")
+    line = _line(operated, "nobody")
     assert (line["status"], line["route"], "key" in line) == (401, "/v1/chat/completions", False)
 
 
-def test_every_line_of_the_log_is_json_and_neither_log_nor_spans_have_prompts_answers_or_keys(observed, receiver):
-    """While it starts, libraries print past all loggers; so does the interpreter when it stops."""
-    answer = _chat(observed).json()["choices"][0]["message"]["content"]
-    reply = httpx.get(f"{observed.url}/live")
-    assert reply.status_code == 200
-    text = observed.log.read_text()
-    lines = text.splitlines()
-    ready = next(number for number, line in enumerate(lines) if "ready at" in line)
-    told = [json.loads(line) for line in (*(line for line in lines[:ready] if line.startswith("{")), *lines[ready:])]
-    assert all({"asctime", "levelname", "name", "process", "message"} <= line.keys() for line in told)
-    assert {"rtap", "rtap.requests", "uvicorn.error"} <= {line["name"] for line in told}
-    assert any(line["name"].startswith("vllm") for line in told)
-    assert not [line for line in _lines(observed) if line["route"] in ("/live", "/ready")]
-    sent = b"".join(receiver[0].bodies)
-    for word in (CANARY, SECRET, answer):
-        assert word not in text
+def test_logs_metrics_and_spans_have_no_text_of_requests_and_no_keys(operated, receiver):
+    """By every path, good and bad."""
+    chat = CHAT | {"max_tokens": 60}
+    asked = [
+        ("/v1/chat/completions", chat), ("/v1/chat/completions", chat | {"stream": True}),
+        ("/v1/messages", chat), ("/v1/messages", chat | {"stream": True}),
+        ("/v1/completions", {"model": "rtap", "prompt": CANARY, "max_tokens": 40}),
+        ("/v1/responses", {"model": "rtap", "input": CANARY, "max_output_tokens": 40}),
+        ("/v1/messages/count_tokens", chat), ("/tokenize", {"model": "rtap", "prompt": CANARY}),
+        ("/v1/rtap/score", {"question": CANARY, "think": CANARY, "answer": CANARY}),
+        ("/v1/chat/completions", chat | {"structured_outputs": {"regex": f"({CANARY}"}}),
+        ("/v1/chat/completions", chat | {"structured_outputs": {"grammar": f"root ::= {CANARY}"}}),
+        ("/v1/chat/completions", chat | {"temperature": CANARY}),
+        ("/v1/chat/completions", chat | {"stop": {"a": CANARY}}),
+        ("/v1/chat/completions", chat | {"messages": [{"role": "user", "content": [{"type": CANARY}]}]}),
+        ("/v1/completions", {"model": "rtap", "prompt": f"{CANARY} " * 3000}),
+        ("/v1/responses", {"model": "rtap", "input": [{"role": "user", "content": [{"type": CANARY}]}]}),
+        ("/v1/messages", chat | {"max_tokens": CANARY}), ("/detokenize", {"model": "rtap", "tokens": [CANARY]}),
+        ("/v1/rtap/feedback", {"request_id": CANARY, "correct": True}), ("/v1/rtap/score", {"question": CANARY}),
+    ]  # fmt: skip
+    statuses = Counter[bool]()
+    for path, body in asked:
+        url, headers = f"{operated.url}{path}?key={SECRET}&said={CANARY}", {"x-api-key": SECRET}
+        reply = httpx.post(url, json=body, headers=headers, timeout=60)
+        statuses[reply.status_code == 200] += 1
+        if reply.status_code != 200:
+            assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+            assert reply.headers["x-request-id"]
+    assert statuses == {True: 8, False: 12}  # log-probabilities cannot score a given answer
+    answer = _chat(operated).json()["choices"][0]["message"]["content"]
+    metrics = httpx.get(f"{operated.url}/metrics", headers={"x-api-key": "key-scrape"}).text
+    log, sent = operated.log.read_text(), b"".join(receiver[0].bodies)
+    for word in (CANARY, SECRET, "key-scrape", answer):
+        assert word not in log
         assert word.encode() not in sent
+    for word in (CANARY, SECRET, "key-scrape"):
+        assert word not in metrics
+
+
+def test_every_log_line_is_json(operated):
+    """From readiness on: while starting, libraries print past all loggers."""
+    assert httpx.get(f"{operated.url}/live").status_code == 200
+    lines = operated.log.read_text().splitlines()
+    ready = next(number for number, line in enumerate(lines) if "ready at" in line)
+    records = [json.loads(line) for line in (*(line for line in lines[:ready] if line.startswith("{")), *lines[ready:])]
+    assert all({"asctime", "levelname", "name", "process", "message"} <= record.keys() for record in records)
+    assert {"rtap", "rtap.requests", "uvicorn.error"} <= {record["name"] for record in records}
+    assert any(record["name"].startswith("vllm") for record in records)
+    assert not [line for line in _lines(operated) if line["route"] in ("/live", "/ready")]
 
 
 CONFIG = """
@@ -183,7 +192,7 @@ scrape_configs:
 
 @dataclass
 class Prometheus:
-    """A real one that scrapes a server every second."""
+    """A Prometheus that scrapes a server every second."""
 
     url: str
 
@@ -198,7 +207,7 @@ class Prometheus:
         return [value for series in found if not math.isnan(value := float(series["value"][1]))]
 
     def unlabelled(self, query: str, labels: set[str]) -> list[set[str]]:
-        """Which of ``labels`` each series that a query finds lacks; none where it lacks nothing."""
+        """The labels missing from each series of a query's result, complete series left out."""
         found = self.ask("query", query=query)["result"]
         return [lacking for series in found if (lacking := labels - series["metric"].keys())]
 
@@ -228,11 +237,11 @@ def _until(is_so: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.2)
 
 
-def _traffic(server: Running) -> None:
-    """A little of everything that the series tell of: cycles, verdicts, a vote's many first cycles, refusals."""
+def _traffic(server: Running, votes: int) -> None:
+    """Requests that give every series a value: cycles, verdicts, a vote's many first cycles, a refusal."""
     question = [{"role": "user", "content": "make 82 from 3, 7, 25"}]
     asked = [{"threshold": 1.0, "max_cycles": 4}, {"threshold": 0.0}, {"policy": "model"}]
-    asked += [{"policy": "vote", "samples": 32}] * 4
+    asked += [{"policy": "vote", "samples": 32}] * votes
     with httpx.Client(base_url=server.url, timeout=120) as client:
         for rtap in asked:
             reply = client.post("/v1/chat/completions", json={"model": "rtap", "messages": question, "rtap": rtap})
@@ -243,16 +252,25 @@ def _traffic(server: Running) -> None:
         assert client.post("/v1/chat/completions", json=wrong).status_code == 400
 
 
+def test_dashboard_and_rules_read_series_that_a_server_has(server):
+    _traffic(server, votes=1)
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    read = {name for _, query in panel_queries() for name in names(query)}
+    read |= {name for rule in rules() for name in names(rule["expr"])}
+    assert read - recorded - set(server.metrics()) <= {"up"}  # Prometheus' own
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus: apt-get install it (.ci/run has it)")
-def test_every_query_of_dashboard_and_rules_is_of_series_that_a_server_has(server, prometheus):
+def test_every_query_of_dashboard_and_rules_has_a_value(server, prometheus):
     for _ in range(2):  # a series has a rate only once it has been seen before
-        _traffic(server)
+        _traffic(server, votes=4)
         finished = server.metrics()["rtap_requests_total"]
         _until(lambda known=finished: sum(prometheus.values("rtap_requests_total")) == known)
     _until(lambda: bool(prometheus.values("job:rtap_time_to_first_answer_seconds:p99_rate10m")))
     exposed = set(prometheus.ask("label/__name__/values"))
-    told = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()]
-    missing = {name for _, query in (*panel_queries(), *told) for name in names(query)} - exposed
+    expected = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()]
+    missing = {name for _, query in (*panel_queries(), *expected) for name in names(query)} - exposed
     assert not missing
     empty = [title for title, query in panel_queries() if not prometheus.values(query)]
     assert not empty
@@ -264,13 +282,13 @@ def test_every_query_of_dashboard_and_rules_is_of_series_that_a_server_has(serve
     unrecorded = [rule["record"] for rule in rules() if "record" in rule and not prometheus.values(rule["record"])]
     assert not unrecorded
     loaded = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
-    assert sorted(rule["name"] for rule in loaded) == sorted(name for name, _ in told)
+    assert sorted(rule["name"] for rule in loaded) == sorted(name for name, _ in expected)
     assert {rule["name"]: rule["lastError"] for rule in loaded if rule["health"] != "ok"} == {}
     assert not [rule["name"] for rule in loaded if rule.get("state") == "firing"]
 
 
-def test_what_clients_make_up_makes_no_series(server):
-    """Names of models, paths, methods and ids."""
+def test_names_that_clients_invent_create_no_series(server):
+    """Of models, paths, methods and ids."""
 
     def ask(number: int) -> None:
         body = {"model": f"model-{number}", "messages": [{"role": "user", "content": "x"}], "rtap": {"max_cycles": 1}}
@@ -283,6 +301,6 @@ def test_what_clients_make_up_makes_no_series(server):
 
     ask(0)
     before = set(server.metrics())
-    for number in range(1, 25):
+    for number in range(1, 10):
         ask(number)
     assert set(server.metrics()) == before

@@ -1,4 +1,4 @@
-"""Completions, responses, Anthropic messages, our own routes: they answer and carry the recursion."""
+"""Completions, responses, Anthropic messages and our own routes."""
 
 import json
 
@@ -10,7 +10,7 @@ PROMPT = "<|im_start|>user\nmake 82 from 3, 7, 25<|im_end|>\n<|im_start|>assista
 EAGER = {"threshold": 1.0, "max_cycles": 2}
 
 
-def test_completions_show_the_trajectory_as_it_was_written(server):
+def test_completions_return_the_raw_trajectory(server):
     reply = server.client.completions.create(
         model="rtap", prompt=PROMPT, max_tokens=300, seed=1, extra_body={"rtap": EAGER | {"return_cycles": True}}
     )
@@ -28,7 +28,7 @@ def test_completions_stream_the_same(server):
     assert chunks[-1].rtap["stop_reason"] == whole.rtap["stop_reason"]
 
 
-def test_completions_of_several_prompts_keep_their_own_trajectories(server):
+def test_several_prompts_of_completions_have_separate_trajectories(server):
     reply = server.client.completions.create(
         model="rtap", prompt=[PROMPT, PROMPT.replace("82", "46")], max_tokens=300, extra_body={"rtap": EAGER}
     )
@@ -102,12 +102,12 @@ def test_score_agrees_with_the_loop(server):
 
 
 @pytest.mark.parametrize("body", [{}, {"question": "1+1"}, {"question": "1+1", "answer": "2", "x": 1}, [1], "no"])
-def test_score_refuses_what_it_cannot_read(server, body):
+def test_score_refuses_invalid_bodies(server, body):
     reply = httpx.post(f"{server.url}/v1/rtap/score", json=body)
     assert reply.status_code in (400, 422)
     assert reply.json()["error"]["message"]
 
 
-def test_plain_sdk_errors_are_the_sdks_own(server):
+def test_the_official_sdk_raises_its_own_errors(server):
     with pytest.raises(openai.NotFoundError):
         server.client.chat.completions.create(model="nope", messages=[{"role": "user", "content": "1"}])

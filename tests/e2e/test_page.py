@@ -10,6 +10,7 @@ from tests.page.browser import chromium, open_page
 
 pytestmark = pytest.mark.slow
 
+
 @pytest.fixture(scope="module")
 def browser():
     with chromium() as started:

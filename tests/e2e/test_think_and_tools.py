@@ -1,4 +1,4 @@
-"""The `think` format on a server with keys, an adapter and tool calls. All of test_chat.py on it: test_think_format.py."""
+"""The `think` format with an adapter and tool calls. The tests of test_chat.py on that format: test_think_format.py."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Served confidence is the bundled generator's joined with the policy's log-probabilities, as transformers has both."""
+"""Served confidence, the generator's probability fused with the policy's log-probabilities, equals transformers'."""
 
 import httpx
 import pytest
@@ -21,27 +21,27 @@ def models():
 
 
 def _expected(models, question: list[int], before: list[int], cycle: list[int], *, is_opened: bool) -> float:
-    """What the two witnesses of transformers make of ``cycle``, written after ``question`` and ``before``."""
+    """Confidence of ``cycle`` after ``question`` and the cycles ``before``, computed with transformers."""
     policy, generator, _ = models
     with torch.inference_mode():
         probability = generator(input_ids=torch.tensor([[*question, *cycle]])).logits[0, -1].sigmoid().item()
         ids = [*question, *before, *cycle]
         logps = policy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-    first = len(ids) - len(cycle) + is_opened  # the loop's own opening was not sampled
+    first = len(ids) - len(cycle) + is_opened  # the server's opening token was not sampled
     fusion = read_artifact(generator.config.to_dict()).fusion
     assert fusion is not None
     return fusion.confidence(probability, [logps[i - 1, ids[i]].item() for i in range(first, len(ids))])
 
 
 @pytest.mark.parametrize("text", QUESTIONS)
-def test_every_cycle_has_the_confidence_that_transformers_gives_it(server, models, text):
+def test_every_cycle_has_the_confidence_of_transformers(server, models, text):
     options = {"threshold": 1.0, "max_cycles": 3, "return_cycles": True}
     body = {"model": "rtap", "messages": [{"role": "user", "content": text}], "seed": 5, "rtap": options}
     reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
     question, before = encode_question(models[2], text), list[int]()
     for cycle in reply["rtap"]["cycles"]:
         ids = encode_text(models[2], RTAP.render_cycle(cycle["think"], cycle["answer"]))
-        if len(ids) != cycle["tokens"]:  # white space around a thought is not told
+        if len(ids) != cycle["tokens"]:  # the reply strips white space around a thought
             break
         expected = _expected(models, question, before, ids, is_opened=cycle["index"] > 0)
         assert cycle["confidence"] == pytest.approx(expected, abs=0.03)  # bfloat16 there, float32 here
@@ -49,7 +49,7 @@ def test_every_cycle_has_the_confidence_that_transformers_gives_it(server, model
     assert before
 
 
-def test_a_pair_from_elsewhere_is_read_by_both(server, models):
+def test_a_given_pair_has_the_confidence_of_transformers(server, models):
     for think, answer in (("37*48=1776 1776+65=1841", "1841"), ("37*48=1676 1676+65=1741", "1741")):
         body = {"question": "37*48+65", "think": think, "answer": answer}
         got = httpx.post(f"{server.url}/v1/rtap/score", json=body, timeout=60).json()["confidence"]
