@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from deploy.ray.child import Child, check_flags
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -26,7 +27,6 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from deploy.ray.child import Child, check_flags
 from deploy.ray.gateway import Gateway, ReplicaLost
 from deploy.ray.traffic import Asked, Head
 from rtap_server.http.api_keys import load_keys
