@@ -4,9 +4,9 @@ import asyncio
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from soak import ServerState, _kill
+from soak import SoakConfig, _kill
 from soak_traffic import Traffic
-from soak_watch import GENERATOR
+from soak_processes import GENERATOR
 
 
 class Server(ThreadingHTTPServer):
@@ -43,10 +43,10 @@ class Metrics(BaseHTTPRequestHandler):
 async def test_clients_know_that_the_generator_is_away_until_it_was_started_anew():
     with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        plan = ServerState(seconds=0.8, warm_seconds=0, clients=1, seed=0, kill_seconds=0.2)
+        config = SoakConfig(seconds=0.8, warm_seconds=0, clients=1, seed=0, kill_seconds=0.2)
         told = list[str]()
         async with asyncio.timeout(30):
-            kills = await _kill(server.traffic, server, plan, told.append)  # type: ignore[arg-type]
+            kills = await _kill(server.traffic, server, config, told.append)  # type: ignore[arg-type]
         server.shutdown()
     assert (kills, server.killed, len(told)) == (1, 1, 1)
     assert server.seen == [False, True, True, True]
