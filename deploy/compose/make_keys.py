@@ -1,6 +1,6 @@
-"""Make the two secrets of compose.keys.yaml: a keys file for one client and Prometheus, and the key of the latter.
+"""Create the secrets of compose.keys.yaml: a keys file for one client and Prometheus, and Prometheus's own key.
 
-The client's key is printed once and kept nowhere: the file has digests only. Refuses to write over what is there.
+The client's key is printed once and not stored: the keys file contains digests. Existing secrets are not overwritten.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).with_name("secrets")
 
 
 def keys_toml(client: str, metrics: str) -> str:
-    """The keys file, with both keys as digests."""
+    """Return the text of the keys file, with the digest of each key."""
 
     def table(name: str, key: str, *lines: str) -> str:
         return "\n".join(
@@ -23,17 +23,17 @@ def keys_toml(client: str, metrics: str) -> str:
 
 
 def main(folder: Path = FOLDER) -> int:
-    """Exit code: 1 where there are keys already."""
+    """Create the files. Exit code 1 if the folder exists."""
     if folder.exists():
-        print(f"{folder} is there already: remove it to make new keys", file=sys.stderr)
+        print(f"{folder} already exists; remove it to create new keys", file=sys.stderr)
         return 1
     client, metrics = (f"rtap-{secrets.token_urlsafe(32)}" for _ in range(2))
-    # Containers read these as users of their own, and compose mounts files as they are: the folder keeps others out
+    # Each container reads the mounted files under its own user id, so they are world-readable in a private folder.
     folder.mkdir(mode=0o700)
     for name, text in (("keys.toml", keys_toml(client, metrics)), ("metrics.key", metrics)):
         (folder / name).write_text(text, encoding="utf-8")
         (folder / name).chmod(0o644)
-    print(f"key for clients, shown this once: {client}")
+    print(f"API key for clients (shown only once): {client}")
     return 0
 
 

@@ -24,7 +24,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ .Values.serviceAccount.name | default (include "rtap.name" .) }}
 {{- end }}
 
-{{/* Kubernetes counts preStop within the grace period: what is left after it must be enough to drain. */}}
+{{/* The grace period includes preStop. */}}
 {{- define "rtap.gracePeriodSeconds" -}}
 {{ add .Values.preStopSeconds .Values.drainSeconds .Values.marginSeconds }}
 {{- end }}
