@@ -48,7 +48,7 @@ def test_a_run_with_its_cycles_its_reason_and_its_figures(visit, server):
     assert (fills, lines) == (["0.4%", "92.8%"], ["76%", "76%"])
     told = figures(page)
     written = sum(c.tokens for c in MENDED)
-    assert told["Tokens written"] == f"{written}{written - 8} thinking"
+    assert told["Tokens generated"] == f"{written}{written - 8} thinking"
     assert told["Time to first answer"] == "330 ms"
     assert told["Time to first token"].endswith(" ms")
     assert told["Confidence"] == "0.00 → 0.92"
@@ -81,11 +81,11 @@ def test_while_it_runs_the_answer_is_held_and_stop_closes_the_connection(visit, 
     page.get_by_role("button", name="Ask", exact=True).click()
     row = page.locator(".cycle").nth(1)
     expect(row.locator("pre")).to_have_text("That was wro")
-    expect(row.locator(".verdict")).to_have_text("being written")
-    expect(page.locator(".answer .caption")).to_have_text("Best answer so far, held back")
+    expect(row.locator(".verdict")).to_have_text("generating")
+    expect(page.locator(".answer .caption")).to_have_text("Best answer so far, not returned yet")
     expect(page.locator(".sentence")).to_have_text("Cycle 2 of at most 8: thinking…")
     page.get_by_role("button", name="Stop").click()
-    expect(page.locator(".sentence")).to_have_text("You stopped it after 1 cycle. The best answer until then is shown.")
+    expect(page.locator(".sentence")).to_have_text("Stopped after 1 cycle. The best answer so far is shown.")
     expect(row.locator(".verdict")).to_have_text("cut off")
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_focused()
     until = time.monotonic() + 5
@@ -176,7 +176,7 @@ def test_a_server_without_a_generator_offers_no_confidence(visit, server):
     expect(page.get_by_label("The model")).to_be_checked()
     server.answers = lambda _: stream_of(ONE_PASS, Policy.MODEL, StopReason.MODEL)
     ask(page)
-    expect(page.locator(".sentence")).to_have_text("The model ended its turn itself after 1 cycle.")
+    expect(page.locator(".sentence")).to_have_text("The model ended its turn after 1 cycle.")
     assert page.get_by_role("meter").count() == 0
     page.get_by_text("More", exact=True).click()
     page.locator("#model").select_option("lora")
@@ -191,10 +191,11 @@ def test_a_vote_is_told_in_sample_order_with_its_tally(visit, server):
     page = visit()
     page.get_by_role("radio", name="A vote").check()
     ask(page)
-    expect(page.locator(".sentence")).to_have_text("The majority of 8 samples, weighed by confidence.")
+    expect(page.locator(".sentence")).to_have_text("The majority of 8 samples, weighted by confidence.")
     expect(page.locator(".tally li")).to_have_text(["25*3+75 votes, weight 4.97", "(25+7)*33 votes, weight 0.01"])
     rows = page.locator(".cycle-title")
-    assert rows.all_inner_texts()[:3] == ["Sample 1\ndiffers", "Sample 2\nstands for the majority", "Sample 3\nagrees"]
+    labels = ["Sample 1\ndiffers", "Sample 2\nreturned for the majority", "Sample 3\nagrees"]
+    assert rows.all_inner_texts()[:3] == labels
 
 
 def test_side_by_side(visit, server):
@@ -233,13 +234,13 @@ def test_a_degraded_run_says_so(visit, server):
 
 
 SENTENCES = [
-    (StopReason.MODEL, MENDED, "The model ended its turn itself after 2 cycles."),
+    (StopReason.MODEL, MENDED, "The model ended its turn after 2 cycles."),
     (StopReason.MAX_CYCLES, MENDED, "All 2 cycles were used and none reached the threshold 0.76"),
-    (StopReason.MAX_TOKENS, MENDED, "The budget of tokens was used up after 2 cycles; the best answer until then"),
-    (StopReason.MAX_TOKENS, [cycle(0, "25", None, None)], "The budget of tokens was used up after 1 cycle; no answer"),
-    (StopReason.DEADLINE, MENDED, "The deadline passed after 2 cycles; the best answer until then"),
-    (StopReason.DRAINED, MENDED, "The server is being stopped, so it ended after 2 cycles; the best answer until then"),
-    (StopReason.NO_GAIN, MENDED, "Further cycles brought no higher confidence, so it stopped after 2 cycles"),
+    (StopReason.MAX_TOKENS, MENDED, "The token limit was reached after 2 cycles; the best answer so far"),
+    (StopReason.MAX_TOKENS, [cycle(0, "25", None, None)], "The token limit was reached after 1 cycle; no answer"),
+    (StopReason.DEADLINE, MENDED, "The deadline was reached after 2 cycles; the best answer so far"),
+    (StopReason.DRAINED, MENDED, "The server is shutting down, so the run ended after 2 cycles; the best answer"),
+    (StopReason.NO_GAIN, MENDED, "Confidence stopped rising, so the run ended after 2 cycles"),
 ]
 
 

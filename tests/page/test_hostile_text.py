@@ -89,7 +89,7 @@ def test_events_of_the_wrong_shape_are_passed_over(visit, server):
     server.answers = lambda _: [*EVENTS, b"data: [DONE]\n\n"]
     page = visit(width=320)
     ask(page)
-    expect(page.locator(".sentence")).to_contain_text("It ended with “<img src=x")
+    expect(page.locator(".sentence")).to_contain_text("The run ended with “<img src=x")
     assert page.locator(".cycle").count() == 2
     assert page.get_by_role("meter").count() == 0
     is_untouched(page)

@@ -53,7 +53,7 @@ def test_the_servers_own_request_id_wins(visit, server):
     ("rest", "message"),
     [
         ([b'data: {"error": {"message": "EngineCore died"}}\n\n'], "EngineCore died"),
-        ([b'data: {"choices": [{"delta": \n\n'], "The server sent something that is no event of an answer."),
+        ([b'data: {"choices": [{"delta": \n\n'], "The server sent an invalid event."),
         ([], "The server closed the connection before the answer was complete."),
         ([b"data: null\n\n", b"data: 7\n\n"], "The server closed the connection before the answer was complete."),
     ],
@@ -63,9 +63,9 @@ def test_a_stream_that_breaks_off_keeps_what_was_written(visit, server, rest, me
     server.answers = lambda _: [*stream_of(MENDED)[:8], *rest]
     page = visit()
     ask(page, "failed")
-    assert problem(page) == ("The answer broke off", message)
+    assert problem(page) == ("The answer was interrupted", message)
     expect(page.locator(".held:visible")).to_have_text(["(25+7)*3"])
-    expect(page.locator(".answer .caption")).to_have_text("Best answer until then")
+    expect(page.locator(".answer .caption")).to_have_text("Best answer so far")
 
 
 def test_in_a_comparison_one_may_fail_alone(visit, server):
@@ -91,7 +91,7 @@ def test_a_key_is_asked_for_kept_for_the_tab_alone_and_sent(visit, server):
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_disabled()
     dialog.get_by_label("Key").fill("wrong")
     page.keyboard.press("Enter")
-    expect(page.locator("#state")).to_have_text("This API key is not known here")
+    expect(page.locator("#state")).to_have_text("This API key is not valid here")
     dialog.get_by_label("Key").fill("sesame-key")
     page.keyboard.press("Enter")
     expect(page.locator("#state")).to_have_text("Ready · rtap")
@@ -108,7 +108,7 @@ def test_a_key_is_asked_for_kept_for_the_tab_alone_and_sent(visit, server):
     expect(page.locator("#state")).to_have_text("Ready · rtap")
     page.get_by_role("button", name="API key").click()
     page.get_by_role("button", name="Forget it").click()
-    expect(page.locator("#state")).to_have_text("An API key is needed")
+    expect(page.locator("#state")).to_have_text("An API key is required")
     assert page.evaluate("sessionStorage.length") == 0
     assert "sesame" not in page.content()
 
@@ -116,7 +116,7 @@ def test_a_key_is_asked_for_kept_for_the_tab_alone_and_sent(visit, server):
 def test_a_server_that_is_not_ready_is_waited_for(visit, server):
     server.readiness = (503, "not ready")
     page = visit()
-    expect(page.locator("#state")).to_have_text("Not ready: loading, or being stopped. Trying again…")
+    expect(page.locator("#state")).to_have_text("Not ready: loading or shutting down. Retrying…")
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_disabled()
     server.readiness = (200, "ready")
     expect(page.locator("#state")).to_have_text("Ready · rtap")
@@ -127,11 +127,11 @@ def test_a_server_that_begins_to_drain_says_so_at_the_first_refusal(visit, serve
     page = visit()
     expect(page.locator("#state")).to_have_text("Ready · rtap")
     server.readiness = (503, "draining")
-    message = "the server is about to end and takes nothing new; try again, another one may answer"
+    message = "the server is shutting down and accepts no new requests; retry on another server"
     server.answers = lambda _: refusal(503, message, "overloaded_error", **{"Retry-After": "5"})
     ask(page, "failed")
-    assert problem(page)[0] == "The server is being stopped"
-    expect(page.locator("#state")).to_have_text("Being stopped: finishing what it has begun")
+    assert problem(page)[0] == "The server is shutting down"
+    expect(page.locator("#state")).to_have_text("Shutting down: finishing running requests")
 
 
 def test_a_server_that_is_gone_is_told_and_found_again(visit, server):

@@ -1,9 +1,9 @@
-/** What the page asks the server for: configuration, readiness, streams, feedback. Knows HTTP and nothing of the view. */
+/** HTTP requests of the page: configuration, readiness, streams, feedback. */
 
 const KEY = "rtap.key";
 let keyWithoutStorage = "";
 
-/** The API key of this tab; "" for none. Where the browser forbids storage it lives as long as the page. */
+/** Return the API key of this tab, or "". If the browser forbids storage, the key is lost on reload. */
 export function getKey() {
   try {
     return sessionStorage.getItem(KEY) ?? "";
@@ -18,14 +18,14 @@ export function setKey(key) {
     if (key) sessionStorage.setItem(KEY, key);
     else sessionStorage.removeItem(KEY);
   } catch {
-    // kept above
+    // keyWithoutStorage has it
   }
 }
 
-/** Relative to the page, so that it works behind a path prefix too. */
+/** Resolve a path relative to the page, so that a path prefix of a proxy works. */
 export const urlOf = (path) => new URL(path, document.baseURI).href;
 
-/** A failure in words: a title, what the server said, and what to quote when reporting it. */
+/** An error to show: title, message, status and request id. */
 export class Problem extends Error {
   constructor({ status = 0, title, message, requestId = "", retryAfter = null }) {
     super(message);
@@ -35,9 +35,9 @@ export class Problem extends Error {
 
 const TITLES = {
   400: "The server refused this request",
-  401: "This server wants an API key",
-  403: "This is not allowed",
-  404: "The server does not have this",
+  401: "An API key is required",
+  403: "Not allowed",
+  404: "Not found on this server",
   413: "The question is too long",
   429: "This key’s limit is reached",
   500: "The server failed",
@@ -45,21 +45,21 @@ const TITLES = {
 };
 
 function titleOf(status, type, message) {
-  if (status === 503 && /drain|about to end/i.test(`${type} ${message}`)) return "The server is being stopped";
+  if (status === 503 && /drain|shutting down/i.test(`${type} ${message}`)) return "The server is shutting down";
   if (status === 503 && type === "overloaded_error") return "The server is full";
   if (status === 503) return "The server is not ready";
   return TITLES[status] ?? `The server answered ${status}`;
 }
 
-/** A refusal as a Problem; bodies that are not OpenAI's error object (a proxy's page, say) give way to a sentence. */
+/** Turn an error response into a Problem. The body may be something else than OpenAI's error object. */
 async function problemOf(response, requestId) {
   let error = {};
   try {
     error = (await response.json()).error ?? {};
   } catch {
-    // no JSON
+    // not JSON, such as the error page of a proxy
   }
-  const message = typeof error.message === "string" ? error.message : "It gave no reason that this page can read.";
+  const message = typeof error.message === "string" ? error.message : "The server gave no reason.";
   const wait = Number(response.headers.get("retry-after"));
   return new Problem({
     status: response.status,
@@ -74,7 +74,7 @@ function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** One request. Its id is ours and sent along, so that there is one to quote even when nothing comes back. */
+/** Send one request. The page chooses the request id, so that an error without a reply has one too. */
 async function send(path, { body, signal } = {}) {
   const requestId = newId();
   const headers = { "X-Request-Id": requestId };
@@ -89,7 +89,7 @@ async function send(path, { body, signal } = {}) {
     if (error.name === "AbortError") throw error;
     throw new Problem({
       title: "The server cannot be reached", requestId,
-      message: "It may be starting, stopped, or the network is down.",
+      message: "It may be starting or stopped, or the network is down.",
     });
   }
   if (!response.ok) throw await problemOf(response, requestId);
@@ -104,7 +104,7 @@ export async function sendFeedback(id, correct) {
   return (await send("v1/rtap/feedback", { body: { request_id: id, correct } })).response.json();
 }
 
-/** "ready"; "unreachable"; else what /ready says of itself: "not ready", "draining", … */
+/** Return "ready", "unreachable", or the status in the body of /ready: "not ready", "draining", … */
 export async function fetchReadiness() {
   try {
     const response = await fetch(urlOf("ready"), { cache: "no-store" });
@@ -116,45 +116,45 @@ export async function fetchReadiness() {
   }
 }
 
-/** Ask, and give each chunk of the stream to `onChunk(chunk, line)`. Resolves after [DONE]; throws a Problem or, when
- * `signal` aborts, an AbortError: the connection is closed, which is what makes the server stop writing. */
+/** Send a question and call `onChunk(chunk, line)` for each chunk. Resolves after [DONE].
+ * Throws a Problem or, when `signal` aborts, an AbortError. The closed connection makes the server abort. */
 export async function ask(body, { signal, onChunk }) {
-  const sent = { ...body, stream: true, stream_options: { include_usage: true } };
-  const { response, requestId } = await send("v1/chat/completions", { body: sent, signal });
-  const broken = (message) => new Problem({ title: "The answer broke off", message, requestId });
+  const request = { ...body, stream: true, stream_options: { include_usage: true } };
+  const { response, requestId } = await send("v1/chat/completions", { body: request, signal });
+  const interrupted = (message) => new Problem({ title: "The answer was interrupted", message, requestId });
   try {
     for await (const line of dataLines(response.body)) {
       if (line === "[DONE]") return;
       const chunk = JSON.parse(line);
       if (chunk?.error) {
         const message = typeof chunk.error.message === "string" ? chunk.error.message : "The server gave no reason.";
-        throw broken(message);
+        throw interrupted(message);
       }
       if (chunk && typeof chunk === "object") onChunk(chunk, line);
     }
   } catch (error) {
     if (error.name === "AbortError" || error instanceof Problem) throw error;
-    if (error instanceof SyntaxError) throw broken("The server sent something that is no event of an answer.");
-    throw broken("The connection was lost before the answer was complete.");
+    if (error instanceof SyntaxError) throw interrupted("The server sent an invalid event.");
+    throw interrupted("The connection was lost before the answer was complete.");
   }
-  throw broken("The server closed the connection before the answer was complete.");
+  throw interrupted("The server closed the connection before the answer was complete.");
 }
 
-/** The `data:` payloads of a stream of server-sent events. Comments and other fields are passed over. */
+/** Yield the `data:` payloads of server-sent events. Comments and other fields are skipped. */
 export async function* dataLines(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
+  let incomplete = "";
   try {
     while (true) {
       const { value, done } = await reader.read();
       if (done) return;
-      const lines = (held + value).split("\n");
-      held = lines.pop();
+      const lines = (incomplete + value).split("\n");
+      incomplete = lines.pop();
       for (const line of lines) {
         if (line.startsWith("data:")) yield line.slice(5).trim();
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // whoever stops reading wants no more of it
+    reader.cancel().catch(() => {});
   }
 }

@@ -1,24 +1,24 @@
-/** The settings: bounded by what the server's configuration allows, read as a request, started from presets.
- * Only what differs from the server's defaults goes into a request. */
+/** Settings: presets, limits from the server's configuration, and the request body.
+ * A request contains only values that differ from the server's defaults. */
 
 import { byId, confidence, count, h, isNumber, isText, plural, setText } from "./dom.js";
 
 const POLICIES = ["confidence", "model", "single", "vote"];
 
-// The tasks that the bundled models know, in their own phrasing, and the same for models that read prose.
-const TERSE = [
+// Example questions: in the phrasing of the bundled models, and for all other models.
+const BUNDLED_EXAMPLES = [
   ["Countdown", "make 82 from 3, 7, 25"],
   ["Countdown, harder", "Make 264 with 24, 14, 25."],
   ["Arithmetic", "What is 39 * 34 + 77?"],
 ];
-const PROSE = [
+const EXAMPLES = [
   ["Countdown", "Using each of the numbers 3, 7 and 25 at most once, with + - * / and brackets, write an expression that equals 82."],
   ["Arithmetic", "What is 39 * 34 + 77?"],
   ["Knights and knaves", "Knights always tell the truth, knaves always lie. A says: B lies. B says: A and C are of the same kind. C says: A tells the truth. Who is what?"],
 ];
 
 export class Controls {
-  /** `onChange` is called after every change, by hand or by a preset. */
+  /** `onChange` is called after every change by the user or a preset. */
   constructor(onChange) {
     this.config = null;
     this.onChange = onChange;
@@ -29,7 +29,7 @@ export class Controls {
     byId("question").addEventListener("input", () => this.refresh());
   }
 
-  /** Take a configuration: ceilings, defaults, presets. Settings that were made by hand before are kept. */
+  /** Apply the server's configuration. Settings that the user has made are kept. */
   configure(config) {
     const isFirst = this.config === null;
     this.config = readConfig(config);
@@ -44,34 +44,33 @@ export class Controls {
       return h("button", { type: "button", class: "chip", title, onclick: set }, name);
     }));
     const isBundled = models.includes("rtap");
-    byId("examples").replaceChildren(...(isBundled ? TERSE : PROSE).map(([name, question]) => {
+    byId("examples").replaceChildren(...(isBundled ? BUNDLED_EXAMPLES : EXAMPLES).map(([name, question]) => {
       const set = () => this.ask(question);
       return h("button", { type: "button", class: "chip", title: question, onclick: set }, name);
     }));
     setText(byId("hint"), isBundled
-      ? "The bundled models know these puzzles and nothing else; it is the way they answer that is worth watching." : "");
+      ? "The bundled models can only solve puzzles of these kinds." : "");
     setText(byId("ceilings"), `This server allows ${plural(limits.max_cycles, "cycle")}, ${plural(limits.samples, "sample")} and `
-      + `${count(limits.deadline_seconds)} s a request. Confidence: ${this.config.kind}. rtap ${this.config.version}.`);
+      + `${count(limits.deadline_seconds)} s per request. Confidence: ${this.config.kind}. rtap ${this.config.version}.`);
     byId("settings-pane").hidden = false;
     if (isFirst) this.set(this.config.defaults);
-    if (isFirst && !byId("question").value) byId("question").value = (isBundled ? TERSE : PROSE)[0][1];
+    if (isFirst && !byId("question").value) byId("question").value = (isBundled ? BUNDLED_EXAMPLES : EXAMPLES)[0][1];
     this.refresh();
   }
 
-  /** [name, explanation, values] of what settings can start from; made of the server's own defaults and ceilings. */
+  /** List the presets as [name, explanation, values]. */
   starts() {
     const { defaults, limits, scores } = this.config;
     const recursive = scores ? "confidence" : "model";
     const careful = { policy: recursive, threshold: 1 - (1 - defaults.threshold) / 2, max_cycles: Math.min(2 * defaults.max_cycles, limits.max_cycles) };
     return [
-      ["Server’s defaults", "What a request without any settings gets", defaults],
+      ["Server’s defaults", "The settings of a request without options", defaults],
       ["Quick", "Two cycles at most", { policy: recursive, max_cycles: Math.min(2, limits.max_cycles) }],
-      ["Careful", "Twice the cycles, and a threshold half of the way from the server’s to 1", careful],
-      ["As in the paper", "The model stops by itself, and its last answer counts", { policy: "model" }],
+      ["Careful", "Twice the cycles, and a threshold halfway between the server’s and 1", careful],
+      ["As in the paper", "The model decides when to stop, and its last answer is returned", { policy: "model" }],
     ].map(([name, title, values]) => [name, title, { ...defaults, ...values }]);
   }
 
-  /** Put values into the controls. */
   set(values) {
     for (const name of ["threshold", "max_cycles", "samples"]) byId(name).value = values[name];
     for (const name of ["deadline_seconds", "patience"]) byId(name).value = values[name] ?? "";
@@ -80,7 +79,6 @@ export class Controls {
     this.refresh();
   }
 
-  /** Put a question into the field. */
   ask(question) {
     byId("question").value = question;
     byId("question").focus();
@@ -95,7 +93,7 @@ export class Controls {
     return document.querySelector("input[name=policy]:checked")?.value ?? "confidence";
   }
 
-  /** Show values beside their sliders, and only the sliders that count. */
+  /** Update the values next to the sliders, and hide the sliders that the policy does not use. */
   refresh() {
     if (!this.config) return;
     const threshold = confidence(this.threshold);
@@ -104,33 +102,33 @@ export class Controls {
     setText(byId("samples-shown"), byId("samples").value);
     byId("threshold").setAttribute("aria-valuetext", threshold);
     document.body.classList.toggle("compares", this.compares);
-    const counts = this.compares ? ["compare", this.recursivePolicy] : [this.policy];
+    const used = this.compares ? ["compare", this.recursivePolicy] : [this.policy];
     for (const slider of document.querySelectorAll(".slider")) {
-      slider.hidden = !slider.dataset.for.split(" ").some((name) => counts.includes(name));
+      slider.hidden = !slider.dataset.for.split(" ").some((name) => used.includes(name));
     }
     this.onChange();
   }
 
-  /** The policy that stands for recursion in a comparison. */
+  /** Policy of the column "Recursive" in a comparison. */
   get recursivePolicy() {
     if (this.policy === "confidence" || this.policy === "model") return this.policy;
     return this.config.scores ? "confidence" : "model";
   }
 
-  /** The slider has steps that the server's own threshold need not be on. */
+  /** The slider is quantised: near the server's threshold, return that exactly. */
   get threshold() {
     const shown = Number(byId("threshold").value);
     const { threshold } = this.config.defaults;
     return Math.abs(shown - threshold) < 0.005 ? threshold : shown;
   }
 
-  /** The values in force under a policy, as a run wants them. */
-  asked(policy = this.policy) {
+  /** Return the settings of a run. */
+  settings(policy = this.policy) {
     const number = (name) => Number(byId(name).value);
     return { policy, threshold: this.threshold, max_cycles: policy === "single" ? 1 : number("max_cycles"), samples: number("samples") };
   }
 
-  /** The request under a policy, without what is the server's default anyway. */
+  /** Return the request body without values that are the server's default. */
   body(policy = this.policy) {
     const { defaults } = this.config;
     const rtap = {};
@@ -154,10 +152,10 @@ function policyInput(policy) {
   return document.querySelector(`input[name=policy][value=${POLICIES.includes(policy) ? policy : "confidence"}]`);
 }
 
-/** A configuration with every value that the page relies on, whatever the server left out. */
+/** Validate a configuration and fill in missing values. */
 function readConfig(raw) {
   const { defaults = {}, limits = {}, confidence: generator = {} } = raw ?? {};
-  const number = (value, otherwise) => (isNumber(value) && value > 0 ? value : otherwise);
+  const number = (value, fallback) => (isNumber(value) && value > 0 ? value : fallback);
   const kind = isText(generator.kind) ? generator.kind : "none";
   return {
     version: isText(raw?.version) ? raw.version : "",

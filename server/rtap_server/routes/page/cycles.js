@@ -1,9 +1,9 @@
-/** The timeline: a row a cycle, with its held answer, its thinking and its confidence against the threshold. */
+/** Timeline with one row per cycle: answer, thinking, and confidence against the threshold. */
 
 import { confidence, count, h, plural, seconds, setText } from "./dom.js";
 import { changes, cyclesOf, isVote, tally } from "./run.js";
 
-/** One cycle, or one sample of a vote, in the timeline. */
+/** Row of one cycle, or of one sample of a vote. */
 export class Row {
   constructor(run) {
     this.run = run;
@@ -29,26 +29,26 @@ export class Row {
   drawOpen(text, number) {
     this.name(number);
     this.element.dataset.state = "open";
-    this.think.tabIndex = 0; // it scrolls while it grows
-    setText(this.state, "being written");
+    this.think.tabIndex = 0; // scrollable by keyboard while it grows
+    setText(this.state, "generating");
     setText(this.summary, "Thinking…");
     setText(this.think, text);
   }
 
-  /** The run ended before this one did. */
+  /** The run ended before this cycle. */
   drawCut() {
     this.element.dataset.state = "cut";
     this.think.removeAttribute("tabindex");
     setText(this.state, "cut off");
-    setText(this.summary, "Its thinking until then");
+    setText(this.summary, "Thinking so far");
   }
 
   drawCycle(cycle, before, number) {
     this.name(number);
     const wasOpen = !this.element.dataset.state || this.element.dataset.state === "open";
-    const [state, words] = verdictOf(this.run, cycle);
+    const [state, label] = statusOf(this.run, cycle);
     this.element.dataset.state = state;
-    setText(this.state, words);
+    setText(this.state, label);
     this.think.removeAttribute("tabindex");
     setText(this.summary, `Thought for ${seconds(cycle.seconds)} · ${plural(cycle.tokens, "token")}`);
     setText(this.think, cycle.think);
@@ -63,60 +63,60 @@ export class Row {
       this.scored = cycle.confidence;
       this.meter.replaceChildren(...meter(this.run, cycle.confidence));
     }
-    if (cycle.confidence === null && this.meter.childNodes.length === 0 && this.run.asked.policy === "confidence") {
+    if (cycle.confidence === null && this.meter.childNodes.length === 0 && this.run.settings.policy === "confidence") {
       this.meter.append(h("span", { class: "unscored" }, "not scored"));
     }
   }
 }
 
-/** [state, words] of a cycle that was written. */
-function verdictOf(run, cycle) {
-  if (cycle.answer === null) return ["cut", "cut before its answer"];
-  const reaches = cycle.confidence !== null && cycle.confidence >= run.asked.threshold;
+/** Return [state, label] of a finished cycle. */
+function statusOf(run, cycle) {
+  if (cycle.answer === null) return ["cut", "cut before the answer"];
+  const reaches = cycle.confidence !== null && cycle.confidence >= run.settings.threshold;
   const isDone = run.phase === "done";
-  switch (run.asked.policy) {
+  switch (run.settings.policy) {
     case "vote": {
       if (!isDone) return ["rejected", ""];
-      if (cycle.accepted) return ["accepted", "stands for the majority"];
+      if (cycle.accepted) return ["accepted", "returned for the majority"];
       const agrees = tally(cyclesOf(run)).find((entry) => entry.answer === cycle.answer)?.answer === run.content.trim();
       return ["rejected", agrees ? "agrees" : "differs"];
     }
     case "confidence":
-      if (cycle.accepted) return ["accepted", reaches ? "accepted" : "returned: the best of them"];
+      if (cycle.accepted) return ["accepted", reaches ? "accepted" : "returned: the best answer"];
       if (cycle.confidence === null) return ["rejected", "not returned"];
       return reaches ? ["rejected", "reaches the threshold"] : ["rejected", "not accepted"];
     default:
-      return cycle.accepted ? ["accepted", "returned"] : ["rejected", "it went on"];
+      return cycle.accepted ? ["accepted", "returned"] : ["rejected", "continued"];
   }
 }
 
-/** The answer with what is new against the one before it marked. */
+/** Mark the parts of an answer that the previous one does not have. */
 function marked(before, answer) {
   if (typeof before !== "string") return [answer];
-  if (before === answer) return [answer, h("small", { class: "same" }, "as before")];
+  if (before === answer) return [answer, h("small", { class: "same" }, "unchanged")];
   const pieces = changes(before, answer);
   return pieces === null ? [answer] : pieces.map(([text, isNew]) => (isNew ? h("mark", {}, text) : text));
 }
 
-/** A bar from 0 to 1 with the threshold on it. */
+/** Draw a confidence as a bar, with a line at the threshold. */
 function meter(run, value) {
   if (value === null) return [];
-  const hasThreshold = run.asked.policy === "confidence";
+  const hasThreshold = run.settings.policy === "confidence";
   const fill = h("i");
   fill.style.inlineSize = `${Math.min(1, Math.max(0, value)) * 100}%`;
   const line = h("b", { hidden: !hasThreshold });
-  line.style.insetInlineStart = `${run.asked.threshold * 100}%`;
-  const label = `Confidence ${confidence(value)}${hasThreshold ? `, threshold ${confidence(run.asked.threshold)}` : ""}`;
+  line.style.insetInlineStart = `${run.settings.threshold * 100}%`;
+  const label = `Confidence ${confidence(value)}${hasThreshold ? `, threshold ${confidence(run.settings.threshold)}` : ""}`;
   const bar = h("div", {
     class: "meter", role: "meter", "aria-label": label, "aria-valuemin": "0", "aria-valuemax": "1", "aria-valuenow": String(value),
   }, fill, line);
-  bar.dataset.reaches = String(hasThreshold && value >= run.asked.threshold);
+  bar.dataset.reaches = String(hasThreshold && value >= run.settings.threshold);
   return [bar, h("span", { class: "value", "aria-hidden": "true" }, confidence(value))];
 }
 
-/** What the meters below it show. */
+/** Label of the meters below. */
 export function axis(run) {
-  const { policy, threshold } = run.asked;
+  const { policy, threshold } = run.settings;
   const line = h("b", {}, policy === "confidence" ? `threshold ${confidence(threshold)}` : "");
   line.style.insetInlineStart = `${threshold * 100}%`;
   line.dataset.side = threshold > 0.5 ? "left" : "right";

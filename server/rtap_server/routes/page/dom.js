@@ -1,6 +1,6 @@
-/** Elements and numbers. Text goes in as text: there is no way here to write markup. */
+/** Elements and number formats. Text is always set as text, never as markup. */
 
-/** An element. Properties are set as they are called in the DOM; `class` and names with a dash are attributes. */
+/** Create an element. `class`, `role` and names with a dash are attributes, other names are DOM properties. */
 export function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -12,7 +12,7 @@ export function h(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Set text only where it differs, so that a screen reader and a selection are left alone. */
+/** Set text only if it differs, so that screen readers and selections are not disturbed. */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -23,13 +23,13 @@ export const isNumber = (value) => typeof value === "number" && Number.isFinite(
 
 export const isText = (value) => typeof value === "string";
 
-/** 1234 -> "1,234"; anything that is no number -> "–". */
+/** 1234 -> "1,234"; not a number -> "–". */
 export const count = (value) => (isNumber(value) ? value.toLocaleString("en") : "–");
 
 /** "1 cycle", "3 cycles". */
 export const plural = (n, noun) => `${count(n)} ${noun}${n === 1 ? "" : "s"}`;
 
-/** A confidence with two digits, cut and not rounded: 0.7599 must not look as if it had reached 0.76. */
+/** Format a confidence with two digits, rounded down: 0.7599 must not look like 0.76. */
 export function confidence(value) {
   return isNumber(value) ? (Math.floor(value * 100 + 1e-9) / 100).toFixed(2) : "–";
 }

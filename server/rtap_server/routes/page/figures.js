@@ -1,33 +1,33 @@
-/** What a run cost and what it spared, each figure with how it was counted. */
+/** Figures of a run: tokens, times, confidence and savings, each with an explanation. */
 
 import { confidence, count, plural, seconds } from "./dom.js";
 import { cyclesOf, isVote, savings, tokensOf } from "./run.js";
 
-/** {name, value, note, how} of everything that can be counted. */
+/** List the figures as {name, value, note, how, chart}. */
 export function figuresOf(run) {
   if (run.firstTokenAt === null) return [];
   const scores = cyclesOf(run).map((cycle) => cycle.confidence).filter((value) => value !== null);
   const reasoning = run.usage?.completion_tokens_details?.reasoning_tokens;
   const read = run.rtap?.confidence_tokens;
-  const thrown = run.rtap?.discarded_tokens;
+  const discarded = run.rtap?.discarded_tokens;
   const found = [{
-    name: "Tokens written", value: count(tokensOf(run)), note: reasoning >= 0 ? `${count(reasoning)} thinking` : "",
-    how: `All that the model wrote, over all ${isVote(run) ? "samples" : "cycles"}; thinking is everything but the returned answer.`
-      + `${read > 0 ? ` The confidence generator read ${count(read)}.` : ""}${thrown > 0 ? ` ${count(thrown)} more were begun ahead and thrown away.` : ""}`,
+    name: "Tokens generated", value: count(tokensOf(run)), note: reasoning >= 0 ? `${count(reasoning)} thinking` : "",
+    how: `Tokens of all ${isVote(run) ? "samples" : "cycles"}. Thinking is everything except the returned answer.`
+      + `${read > 0 ? ` The confidence generator read ${count(read)}.` : ""}${discarded > 0 ? ` ${count(discarded)} more were discarded.` : ""}`,
   }];
   const at = (time) => (time === null ? null : (time - run.startedAt) / 1000);
-  found.push({ name: "Time to first token", value: seconds(at(run.firstTokenAt)), how: "From sending the request to the first text that reached this page." });
+  found.push({ name: "Time to first token", value: seconds(at(run.firstTokenAt)), how: "From sending the request to the first text received." });
   if (run.rtap) {
     found.push({
       name: "Time to first answer", value: seconds(run.rtap.first_answer_seconds),
-      how: "From the start of the request until the returned answer was known, by the server’s clock.",
+      how: "From the start of the request to the first complete answer, measured by the server.",
     });
   }
-  found.push({ name: "Total time", value: seconds(at(run.endedAt)), how: "From sending the request to the end of the stream, by this page’s clock." });
+  found.push({ name: "Total time", value: seconds(at(run.endedAt)), how: "From sending the request to the end of the stream, measured by this page." });
   if (!isVote(run) && scores.length > 1) {
     found.push({
-      name: "Confidence", value: `${confidence(scores[0])}\u00a0→\u00a0${confidence(run.rtap?.confidence ?? scores.at(-1))}`, chart: sparkline(scores, run.asked),
-      how: "Of the first cycle, and of the answer that was returned; the dashed line is the threshold.",
+      name: "Confidence", value: `${confidence(scores[0])}\u00a0→\u00a0${confidence(run.rtap?.confidence ?? scores.at(-1))}`, chart: sparkline(scores, run.settings),
+      how: "Confidence of the first cycle and of the returned answer. The dashed line is the threshold.",
     });
   }
   for (const { of, saved, share, note, how } of savings(run)) {
@@ -42,7 +42,7 @@ export function figuresOf(run) {
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** Confidence cycle by cycle against the threshold, 72 by 20. */
+/** Draw the confidence of each cycle and the threshold. */
 function sparkline(scores, { policy, threshold }) {
   const draw = (name, attributes) => {
     const shape = document.createElementNS(SVG, name);

@@ -1,66 +1,66 @@
-/** The page: who talks to whom. State is the controls', the runs' and the server's; this only carries it around. */
+/** Entry point of the page: connects controls, runs and the server. */
 
 import { Problem, ask, fetchConfig, fetchReadiness, getKey, sendFeedback, setKey, urlOf } from "./api.js";
 import { Controls } from "./controls.js";
 import { byId, confidence, count, h, plural, setText } from "./dom.js";
-import { breakOff, cyclesOf, finish, isOver, newRun, sentence, take, tokensOf } from "./run.js";
+import { addChunk, cyclesOf, finish, interrupt, newRun, sentence, tokensOf } from "./run.js";
 import { snippet } from "./snippets.js";
 import { RunView } from "./view.js";
 
 const READY_EVERY_MS = 15_000;
-const WAIT_EVERY_MS = 1_000; // while it is not ready
+const WAIT_EVERY_MS = 1_000; // while the server is not ready
 const STATES = {
   ready: ["ready", "Ready"],
-  unreachable: ["down", "Not reachable: starting, or stopped. Trying again…"],
-  "not ready": ["waiting", "Not ready: loading, or being stopped. Trying again…"],
-  draining: ["waiting", "Being stopped: finishing what it has begun"],
+  unreachable: ["down", "Not reachable: starting or stopped. Retrying…"],
+  "not ready": ["waiting", "Not ready: loading or shutting down. Retrying…"],
+  draining: ["waiting", "Shutting down: finishing running requests"],
   dead: ["down", "The engine has failed"],
 };
 
 const controls = new Controls(drawSnippet);
 let views = [];
-let stopping = null; // AbortController of what is running
-let needsKey = false; // it has refused the one there is, or that there is none
-let mustConfigure = true; // its configuration has not been read with this key
+let abortController = null; // of the requests in progress
+let needsKey = false; // the server refused the current key or a request without one
+let mustConfigure = true; // the configuration has not been read with the current key
 
 // ---------------------------------------------------------------------------------------------------- asking
 
 async function askAll() {
-  if (stopping || !controls.config) return;
+  if (abortController || !controls.config) return;
   const columns = controls.compares
     ? [["single", "One pass"], [controls.recursivePolicy, "Recursive"], ["vote", "Vote"]]
     : [[controls.policy, null]];
-  stopping = new AbortController();
+  abortController = new AbortController();
   setRunning(true);
   byId("results").classList.toggle("compared", controls.compares);
   announce(columns.length > 1 ? "Asked three ways." : "Asked.");
   const now = performance.now();
   const started = columns.map(([policy, title]) => {
-    const run = newRun(controls.asked(policy), now);
-    const view = new RunView(run, { title, onVerdict: (isRight) => judge(run, isRight) });
+    const run = newRun(controls.settings(policy), now);
+    const view = new RunView(run, { title, onVerdict: (isCorrect) => sendVerdict(run, isCorrect) });
     return { run, view, body: controls.body(policy) };
   });
   views = started.map(({ view }) => view);
-  const note = h("p", { class: "note" }, "All three are asked at the same time, so each takes longer than it would alone. The bars compare the tokens that they wrote.");
+  const note = h("p", { class: "note" }, "All three run at the same time, so each takes longer than alone. The bars compare the generated tokens.");
   byId("results").replaceChildren(...(controls.compares ? [note] : []), h("div", { class: "columns" }, ...views.map((view) => view.element)));
-  await Promise.all(started.map((each) => runOne(each, stopping.signal)));
-  stopping = null;
+  await Promise.all(started.map((each) => runOne(each, abortController.signal)));
+  abortController = null;
   setRunning(false);
   draw();
 }
 
-/** Ask for one run and draw it as it goes. Never throws: what goes wrong is shown in its place. */
+/** Send one request and draw the run while it streams. Errors are shown, not thrown. */
 async function runOne({ run, view, body }, signal) {
   const title = view.isCompared ? `${view.element.getAttribute("aria-label")}: ` : "";
-  let judged = 0;
+  let announced = 0;
   try {
     await ask(body, {
       signal,
       onChunk(chunk, line) {
-        take(run, chunk, performance.now());
-        view.keep(line);
-        if (run.cycles.size > judged && !view.isCompared) announceCycle(run);
-        judged = run.cycles.size;
+        addChunk(run, chunk, performance.now());
+        view.addRawEvent(line);
+        if (run.cycles.size > announced && !view.isCompared) announceCycle(run);
+        announced = run.cycles.size;
         drawSoon();
       },
     });
@@ -68,14 +68,14 @@ async function runOne({ run, view, body }, signal) {
     announce(`${title}Answer: ${run.content || "none"}. ${sentence(run)}`);
   } catch (error) {
     if (error.name === "AbortError") {
-      breakOff(run, null, performance.now());
+      interrupt(run, null, performance.now());
       announce(`${title}${sentence(run)}`);
     } else {
       const problem = error instanceof Problem ? error : new Problem({ title: "This page failed", message: String(error) });
-      breakOff(run, problem, performance.now());
+      interrupt(run, problem, performance.now());
       view.element.prepend(problemBox(problem));
       if (problem.status === 401) askForKey();
-      watch(); // a refusal may be the first sign of a server that is being stopped
+      watch(); // an error may be the first sign of a server that shuts down
     }
   }
   draw();
@@ -84,12 +84,12 @@ async function runOne({ run, view, body }, signal) {
 function announceCycle(run) {
   const last = [...run.cycles.values()].at(-1);
   const score = last.confidence === null ? "" : `, confidence ${confidence(last.confidence)}`;
-  announce(`${run.asked.policy === "vote" ? "Sample" : "Cycle"} ${last.index + 1}: ${last.answer ?? "no answer"}${score}.`);
+  announce(`${run.settings.policy === "vote" ? "Sample" : "Cycle"} ${last.index + 1}: ${last.answer ?? "no answer"}${score}.`);
 }
 
 let isDrawing = false;
 
-/** At most one drawing a frame, however fast tokens come. */
+/** Draw at most once per frame. */
 function drawSoon() {
   if (isDrawing) return;
   isDrawing = true;
@@ -100,7 +100,7 @@ function draw() {
   isDrawing = false;
   if (views.length > 1) {
     const most = Math.max(...views.map((view) => tokensOf(view.run)));
-    const vote = views.find(({ run }) => run.asked.policy === "vote" && run.phase === "done");
+    const vote = views.find(({ run }) => run.settings.policy === "vote" && run.phase === "done");
     for (const view of views) {
       view.scale(views.some(({ run }) => cyclesOf(run).length) ? most : 0);
       if (vote) view.run.vote = { samples: cyclesOf(vote.run).length, tokens: tokensOf(vote.run) };
@@ -119,12 +119,12 @@ function setRunning(isRunning) {
 }
 
 function stop() {
-  stopping?.abort();
+  abortController?.abort();
 }
 
-async function judge(run, isRight) {
+async function sendVerdict(run, isCorrect) {
   try {
-    const { verdicts } = await sendFeedback(run.id, isRight);
+    const { verdicts } = await sendFeedback(run.id, isCorrect);
     return `Noted: ${plural(verdicts, "verdict")} so far.`;
   } catch (error) {
     return error instanceof Problem ? `Not noted: ${error.message}` : "Not noted.";
@@ -154,28 +154,28 @@ function askForKey() {
 // ---------------------------------------------------------------------------------------------------- the server
 
 let watching = 0;
-let problem = ""; // why a server that is ready cannot be used
+let problem = ""; // why a ready server cannot be used
 
-/** Show whether the server is ready, and get its configuration as soon as it is. */
+/** Poll the readiness of the server, show it, and read the configuration when it is ready. */
 async function watch() {
   clearTimeout(watching);
   const state = await fetchReadiness();
-  let [kind, words] = STATES[state] ?? ["waiting", `Not ready: ${state}`];
+  let [kind, text] = STATES[state] ?? ["waiting", `Not ready: ${state}`];
   if (kind === "ready" && mustConfigure) await configure();
-  if (kind === "ready" && problem) [kind, words] = ["waiting", problem];
+  if (kind === "ready" && problem) [kind, text] = ["waiting", problem];
   byId("state").dataset.state = kind;
-  setText(byId("state"), kind === "ready" ? readyWords() : words);
+  setText(byId("state"), kind === "ready" ? readyText() : text);
   byId("go").disabled = !controls.config || needsKey;
   clearTimeout(watching);
   watching = setTimeout(watch, kind === "ready" || needsKey ? READY_EVERY_MS : WAIT_EVERY_MS);
 }
 
-function readyWords() {
+function readyText() {
   const models = controls.config.models;
   return models.length ? `Ready · ${byId("model").value || models[0]}` : "Ready";
 }
 
-/** Read the configuration. What stands against it is kept as `problem`; a refused key is not tried again by itself. */
+/** Read the configuration. A refused key is not tried again. */
 async function configure() {
   needsKey = false;
   try {
@@ -185,12 +185,12 @@ async function configure() {
   } catch (error) {
     needsKey = error.status === 401;
     mustConfigure = !needsKey;
-    problem = needsKey ? keyWords() : error instanceof Problem ? error.title : "Its configuration cannot be read";
+    problem = needsKey ? keyProblem() : error instanceof Problem ? error.title : "The configuration cannot be read";
     if (needsKey) askForKey();
   }
 }
 
-const keyWords = () => (getKey() ? "This API key is not known here" : "An API key is needed");
+const keyProblem = () => (getKey() ? "This API key is not valid here" : "An API key is required");
 
 function useKey(key) {
   setKey(key);
@@ -211,15 +211,15 @@ function drawSnippet() {
 async function copySnippet() {
   try {
     await navigator.clipboard.writeText(byId("snippet").textContent);
-    tell("Copied");
+    showResult("Copied");
   } catch {
-    getSelection().selectAllChildren(byId("snippet")); // no clipboard without HTTPS
-    tell("Selected: copy it with your keyboard");
+    getSelection().selectAllChildren(byId("snippet")); // browsers offer the clipboard over HTTPS only
+    showResult("Selected: copy it with your keyboard");
   }
 
-  function tell(words) {
-    setText(byId("copy"), words);
-    announce(words);
+  function showResult(text) {
+    setText(byId("copy"), text);
+    announce(text);
     setTimeout(() => setText(byId("copy"), "Copy"), 2000);
   }
 }
@@ -232,7 +232,7 @@ function setTheme(theme) {
   try {
     localStorage.setItem("rtap.theme", theme);
   } catch {
-    // then it is this page's alone
+    // storage is forbidden: the theme is lost on reload
   }
 }
 
@@ -245,8 +245,8 @@ function storedTheme() {
   }
 }
 
-function announce(words) {
-  setText(byId("announcer"), words);
+function announce(text) {
+  setText(byId("announcer"), text);
 }
 
 // ---------------------------------------------------------------------------------------------------- wiring

@@ -1,24 +1,24 @@
-/** One run as data: chunks of a stream folded into cycles, an answer and figures, and the sentences about them.
- * Pure: no DOM, no clock, no network. Whatever a server sends is checked before it is believed. */
+/** State of one run: cycles, answer and usage read from the chunks of a stream, and sentences about them.
+ * Pure functions. Everything from the server is validated. */
 
 import { confidence, count, isNumber, isText, plural } from "./dom.js";
 
-export const VOTE_SAMPLES = 8; // what savings are compared with
+export const VOTE_SAMPLES = 8; // size of the vote that savings are compared with
 
-/** A run that has been asked and not answered. `asked`: the values in force: policy, threshold, max_cycles, samples. */
-export function newRun(asked, now) {
+/** Create a run. `settings`: policy, threshold, max_cycles, samples. */
+export function newRun(settings, now) {
   return {
-    asked, startedAt: now, firstTokenAt: null, endedAt: null, phase: "waiting", id: "",
+    settings, startedAt: now, firstTokenAt: null, endedAt: null, phase: "waiting", id: "",
     cycles: new Map(), // by index
-    open: "", // thinking of a cycle that has not ended
-    told: null, // the answer that a rejected cycle is about to repeat
+    open: "", // thinking of the current cycle
+    rejectedAnswer: null, // the stream repeats it as reasoning; null afterwards
     content: "", rtap: null, usage: null, problem: null,
-    vote: null, // {samples, tokens} of a vote on the same question, where one was measured
+    vote: null, // {samples, tokens} of the vote in the same comparison
   };
 }
 
-/** Take one chunk of a chat completion's stream into the run. */
-export function take(run, chunk, now) {
+/** Add one chunk of a chat completion stream. */
+export function addChunk(run, chunk, now) {
   if (isText(chunk.id)) run.id = chunk.id;
   const choice = Array.isArray(chunk.choices) ? chunk.choices[0] : undefined;
   const delta = choice?.delta ?? {};
@@ -27,36 +27,36 @@ export function take(run, chunk, now) {
   if ((thought || content) && run.firstTokenAt === null) run.firstTokenAt = now;
   if (thought) {
     run.phase = "thinking";
-    run.open = withoutTold(run, run.open + thought);
+    run.open = withoutRejectedAnswer(run, run.open + thought);
   }
   run.content += content;
   if (chunk.usage && typeof chunk.usage === "object") run.usage = chunk.usage;
-  const told = chunk.rtap;
-  if (!told || typeof told !== "object") return;
-  if (told.event === "cycle") {
-    const cycle = takeCycle(run, told.cycle);
+  const rtap = chunk.rtap;
+  if (!rtap || typeof rtap !== "object") return;
+  if (rtap.event === "cycle") {
+    const cycle = addCycle(run, rtap.cycle);
     if (!cycle) return;
     if (!cycle.think) cycle.think = run.open;
-    run.told = cycle.answer;
+    run.rejectedAnswer = cycle.answer;
     run.open = "";
-    run.phase = "judged";
-  } else if (!told.event) {
-    run.rtap = told;
-    for (const cycle of Array.isArray(told.cycles) ? told.cycles : []) takeCycle(run, cycle);
+    run.phase = "scored";
+  } else if (!rtap.event) {
+    run.rtap = rtap;
+    for (const cycle of Array.isArray(rtap.cycles) ? rtap.cycles : []) addCycle(run, cycle);
   }
 }
 
-/** After a rejected cycle its answer is repeated among the reasoning, in the format's tags. It is shown already. */
-function withoutTold(run, text) {
-  if (run.told === null) return text;
-  const answer = run.told;
-  run.told = null;
+/** Remove a rejected answer, which the stream repeats in its tags as reasoning, and which is shown already. */
+function withoutRejectedAnswer(run, text) {
+  if (run.rejectedAnswer === null) return text;
+  const answer = run.rejectedAnswer;
+  run.rejectedAnswer = null;
   const at = text.indexOf(answer);
-  if (at < 0 || at > 40) return text; // not the repetition: tags are short
+  if (at < 0 || at > 40) return text; // not the repeated answer: tags are short
   return text.slice(at + answer.length).replace(/^(<\/[^<>\s]{1,40}>)?\n/, "");
 }
 
-function takeCycle(run, raw) {
+function addCycle(run, raw) {
   if (!raw || typeof raw !== "object" || !Number.isInteger(raw.index) || raw.index < 0) return null;
   const known = run.cycles.get(raw.index);
   const cycle = {
@@ -72,13 +72,13 @@ function takeCycle(run, raw) {
   return cycle;
 }
 
-/** The stream has ended well. */
+/** End a run whose stream is complete. */
 export function finish(run, now) {
   Object.assign(run, { phase: "done", endedAt: now, open: "" });
 }
 
-/** It has not: `problem` is a Problem, or null where the user stopped it. What was written stays. */
-export function breakOff(run, problem, now) {
+/** End a run early. `problem`: a Problem, or null if the user stopped it. */
+export function interrupt(run, problem, now) {
   Object.assign(run, { phase: problem ? "failed" : "stopped", endedAt: now, problem });
 }
 
@@ -86,74 +86,74 @@ export const isOver = (run) => run.endedAt !== null;
 
 export const cyclesOf = (run) => [...run.cycles.values()].sort((a, b) => a.index - b.index);
 
-export const isVote = (run) => run.asked.policy === "vote";
+export const isVote = (run) => run.settings.policy === "vote";
 
 const noun = (run) => (isVote(run) ? "sample" : "cycle");
 
-/** The held answer with the highest confidence so far; the last one where nothing scores. */
+/** Return the cycle with the highest confidence; the last complete one if none is scored. */
 export function bestSoFar(run) {
   const complete = cyclesOf(run).filter((cycle) => cycle.answer !== null);
   return complete.reduce((best, c) => (best === null || (c.confidence ?? 1) >= (best.confidence ?? 1) ? c : best), null);
 }
 
-/** What is going on, or why it ended, in a sentence. */
+/** Describe the state of the run, or why it ended. */
 export function sentence(run) {
   if (run.phase === "failed") return "";
   if (run.phase === "stopped") return stoppedSentence(run);
   if (!isOver(run)) return runningSentence(run);
   const degraded = isText(run.rtap?.degraded)
-    ? ` The confidence generator gave no score (${run.rtap.degraded}), so the model decided itself when to stop.` : "";
+    ? ` The confidence generator gave no score (${run.rtap.degraded}), so the model decided when to stop.` : "";
   return reason(run) + degraded;
 }
 
 function stoppedSentence(run) {
   const best = bestSoFar(run);
-  const kept = best ? "The best answer until then is shown." : "No answer was complete.";
-  return `You stopped it after ${plural(run.cycles.size, noun(run))}. ${kept}`;
+  const kept = best ? "The best answer so far is shown." : "No answer was complete.";
+  return `Stopped after ${plural(run.cycles.size, noun(run))}. ${kept}`;
 }
 
 function runningSentence(run) {
   if (run.phase === "waiting") return "Waiting for the first token…";
-  const { policy, max_cycles: most, samples } = run.asked;
-  if (policy === "vote") return `${count(run.cycles.size)} of ${plural(samples, "sample")} written…`;
+  const { policy, max_cycles: most, samples } = run.settings;
+  if (policy === "vote") return `${count(run.cycles.size)} of ${plural(samples, "sample")} generated…`;
   if (policy === "single") return "Thinking, in one pass…";
   return `Cycle ${count(run.cycles.size + 1)} of at most ${count(most)}: thinking…`;
 }
 
 function reason(run) {
-  const { policy, threshold, max_cycles: most, samples } = run.asked;
+  const { policy, threshold, max_cycles: most, samples } = run.settings;
   const n = run.cycles.size;
-  const best = "the best answer until then is returned";
+  const best = "the best answer so far is returned";
   const kept = run.content ? best : "no answer was complete";
   switch (run.rtap?.stop_reason) {
     case "threshold":
       return `Confidence ${confidence(run.rtap.confidence)} reached the threshold ${confidence(threshold)} `
         + `after ${count(n)} of at most ${plural(most, "cycle")}.`;
     case "model":
-      return `The model ended its turn itself after ${plural(n, "cycle")}.`;
+      return `The model ended its turn after ${plural(n, "cycle")}.`;
     case "max_cycles":
-      if (policy === "single") return "One pass, as asked.";
+      if (policy === "single") return "One pass, as requested.";
       return policy === "model"
-        ? `All ${plural(n, "cycle")} were used; the model would have gone on.`
-        : `All ${plural(n, "cycle")} were used and none reached the threshold ${confidence(threshold)}; the answer that was best is returned.`;
+        ? `All ${plural(n, "cycle")} were used; the model had not ended its turn.`
+        : `All ${plural(n, "cycle")} were used and none reached the threshold ${confidence(threshold)}; the best answer is returned.`;
     case "max_tokens":
-      return `The budget of tokens was used up after ${plural(n, noun(run))}; ${kept}.`;
+      return `The token limit was reached after ${plural(n, noun(run))}; ${kept}.`;
     case "deadline":
-      return `The deadline passed after ${plural(n, noun(run))}; ${kept}.`;
+      return `The deadline was reached after ${plural(n, noun(run))}; ${kept}.`;
     case "drained":
-      return `The server is being stopped, so it ended after ${plural(n, noun(run))}; ${kept}.`;
+      return `The server is shutting down, so the run ended after ${plural(n, noun(run))}; ${kept}.`;
     case "no_gain":
-      return `Further cycles brought no higher confidence, so it stopped after ${plural(n, "cycle")}; ${best}.`;
+      return `Confidence stopped rising, so the run ended after ${plural(n, "cycle")}; ${best}.`;
     case "vote": {
-      const weighed = cyclesOf(run).some((cycle) => cycle.confidence !== null) ? ", weighed by confidence" : "";
-      return `The majority of ${plural(n || samples, "sample")}${weighed}.`;
+      const weighted = cyclesOf(run).some((cycle) => cycle.confidence !== null) ? ", weighted by confidence" : "";
+      return `The majority of ${plural(n || samples, "sample")}${weighted}.`;
     }
     default:
-      return isText(run.rtap?.stop_reason) ? `It ended with “${run.rtap.stop_reason}”.` : "The answer is complete.";
+      return isText(run.rtap?.stop_reason) ? `The run ended with “${run.rtap.stop_reason}”.` : "The answer is complete.";
   }
 }
 
-/** Samples that agree, heaviest first: {answer, votes, weight}. Answers are compared as the server does. */
+/** Count the votes: {answer, votes, weight}, highest weight first. */
 export function tally(cycles) {
   const found = new Map();
   for (const cycle of cycles) {
@@ -170,10 +170,10 @@ export function tally(cycles) {
 export const tokensOf = (run) => (isNumber(run.usage?.completion_tokens)
   ? run.usage.completion_tokens : cyclesOf(run).reduce((sum, cycle) => sum + cycle.tokens, 0));
 
-/** Tokens that were not written, against two ways of spending more: {of, saved, share, note, how}. */
+/** Compare the tokens of a run with all cycles and with a vote: {of, saved, share, note, how}. */
 export function savings(run) {
   const cycles = cyclesOf(run);
-  const { policy, max_cycles: most } = run.asked;
+  const { policy, max_cycles: most } = run.settings;
   if (run.phase !== "done" || cycles.length === 0 || policy === "vote") return [];
   const spent = tokensOf(run);
   const entry = (of, other, note, how) => ({ of, saved: Math.round(other - spent), share: (other - spent) / other, note, how });
@@ -182,21 +182,21 @@ export function savings(run) {
   if (policy !== "single") {
     found.push(entry(
       `against all ${plural(most, "cycle")}`, (most * spent) / cycles.length, "estimate",
-      `Estimate: ${count(most)} cycles of ${count(Math.round(spent / cycles.length))} tokens, this run’s mean, less the ${count(spent)} that were written.`,
+      `Estimate: ${count(most)} cycles at this run’s mean of ${count(Math.round(spent / cycles.length))} tokens, minus the ${count(spent)} generated.`,
     ));
   }
   found.push(run.vote ? entry(
     `against the vote of ${run.vote.samples}`, run.vote.tokens, "measured",
-    `The ${count(run.vote.tokens)} tokens of the vote beside it, less the ${count(spent)} that were written.`,
+    `The ${count(run.vote.tokens)} tokens of the vote in this comparison, minus the ${count(spent)} generated.`,
   ) : entry(
     `against a vote of ${VOTE_SAMPLES}`, VOTE_SAMPLES * first, "estimate",
-    `Estimate: ${VOTE_SAMPLES} samples of ${count(first)} tokens, as many as the first cycle took, less the ${count(spent)} that were written.`,
+    `Estimate: ${VOTE_SAMPLES} samples of ${count(first)} tokens, the length of the first cycle, minus the ${count(spent)} generated.`,
   ));
   return found;
 }
 
-/** `after` in pieces, [text, isNew]: what of it is not in `before`. Longest common subsequence over words and signs;
- * null where the texts are too long for that or have little in common, and marks would say nothing. */
+/** Split `after` into pieces [text, isNew] by the longest common subsequence of words with `before`.
+ * null if the texts are too long or have little in common. */
 export function changes(before, after) {
   if (before.length + after.length > 4000) return null;
   const split = (text) => text.match(/[\p{L}\p{N}_]+|\s+|[^\p{L}\p{N}_\s]/gu) ?? [];

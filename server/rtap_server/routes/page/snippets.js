@@ -1,8 +1,8 @@
-/** The same request as code. The key is never in it: the code reads it from the variable RTAP_API_KEY. */
+/** A request as code. The code reads the API key from the variable RTAP_API_KEY. */
 
 const SHELL_KEY = '  -H "Authorization: Bearer $RTAP_API_KEY" \\\n';
 
-/** `body` as `language` ("curl", "python", "typescript") for the server at `base` (".../v1/"). */
+/** Write `body` as `language` ("curl", "python", "typescript") for the server at `base` (".../v1/"). */
 export function snippet(language, body, base, { withKey = false } = {}) {
   return { curl, python, typescript }[language](body, base.replace(/\/$/, ""), withKey);
 }
@@ -27,7 +27,7 @@ print(reply.rtap["stop_reason"], reply.rtap["confidence"])
 `;
 }
 
-/** A JSON value as a Python literal. JSON's strings and numbers are Python's too. */
+/** Write a JSON value as a Python literal. Strings and numbers are the same in both. */
 function pythonOf(value) {
   if (value === null) return "None";
   if (value === true) return "True";
@@ -44,7 +44,7 @@ function typescript(body, base, withKey) {
 
 const client = new OpenAI({ baseURL: ${JSON.stringify(base)}, apiKey: ${withKey ? "process.env.RTAP_API_KEY" : '"none"'} });
 const reply = await client.chat.completions.create({
-${values}  // @ts-expect-error: the SDK sends this server's own field along and has no type for it
+${values}  // @ts-expect-error: the SDK sends this field but has no type for it
   rtap: ${JSON.stringify(rtap)},
 });
 console.log(reply.choices[0].message.content);

@@ -1,13 +1,13 @@
-/** A run on the page: answer, reason, figures, and the timeline of its cycles. Draws what `run.js` knows. */
+/** View of one run: answer, stop reason, figures and cycles. */
 
 import { Row, axis } from "./cycles.js";
 import { count, h, plural, setText } from "./dom.js";
 import { figuresOf } from "./figures.js";
 import { bestSoFar, cyclesOf, isOver, isVote, sentence, tally, tokensOf } from "./run.js";
 
-const RAW_LINES = 2000; // events of a stream that are kept to look at
+const RAW_LINES = 2000; // maximum number of raw events to keep
 
-/** One run. `title`: of its column in a comparison, else null. `onVerdict(isRight)`: the user judged the answer. */
+/** `title`: heading of the column in a comparison, else null. `onVerdict(isCorrect)`: called with the user's verdict. */
 export class RunView {
   constructor(run, { title = null, onVerdict }) {
     this.run = run;
@@ -20,10 +20,10 @@ export class RunView {
     this.sentence = h("p", { class: "sentence" });
     this.bar = h("div", { class: "token-bar", "aria-hidden": "true", hidden: true }, h("i"));
     this.figures = h("dl", { class: "figures", hidden: true });
-    this.how = h("details", { class: "how", hidden: true }, h("summary", {}, "How these are counted"), h("ul"));
+    this.how = h("details", { class: "how", hidden: true }, h("summary", {}, "How these figures are measured"), h("ul"));
     this.tally = h("ul", { class: "tally", hidden: true });
     this.cycles = h("ol", { class: "cycles", "aria-label": isVote(run) ? "Samples" : "Cycles" });
-    // Samples beside each other matter by their number; the tally tells it.
+    // In a comparison the tally is enough.
     const folded = isVote(run) ? h("details", { class: "samples", open: !this.isCompared }, h("summary", {}, "The samples, each with its confidence"), this.cycles) : this.cycles;
     this.axis = axis(run);
     this.verdict = verdict(onVerdict);
@@ -36,8 +36,7 @@ export class RunView {
     this.draw();
   }
 
-  /** Keep an event of the stream for "Raw events". */
-  keep(line) {
+  addRawEvent(line) {
     if (this.raw.length < RAW_LINES) this.raw.push(line);
   }
 
@@ -45,7 +44,6 @@ export class RunView {
     if (this.rawDetails.open) setText(this.rawLines, this.raw.join("\n"));
   }
 
-  /** Bring everything up to date. */
   draw() {
     const { run } = this;
     this.element.dataset.phase = run.phase;
@@ -68,11 +66,11 @@ export class RunView {
     const isFinal = run.phase === "done" && Boolean(run.content);
     this.answer.dataset.state = isFinal ? "final" : text ? "held" : "none";
     this.answer.dataset.size = text.length <= 48 ? "short" : "long";
-    setText(this.caption, isFinal || !text ? "Answer" : isOver(run) ? "Best answer until then" : "Best answer so far, held back");
+    setText(this.caption, isFinal || !text ? "Answer" : isOver(run) ? "Best answer so far" : "Best answer so far, not returned yet");
     setText(this.answer, text || (isOver(run) ? "No answer" : "…"));
   }
 
-  /** Width of the bar: this run's tokens among all that are compared. */
+  /** Set the width of the bar: tokens of this run relative to the run with the most. */
   scale(most) {
     this.bar.hidden = most === 0;
     this.bar.firstChild.style.inlineSize = `${(100 * tokensOf(this.run)) / most}%`;
@@ -125,15 +123,15 @@ export class RunView {
 }
 
 function verdict(onVerdict) {
-  const told = h("span", { role: "status" });
-  const box = h("p", { class: "was-right", hidden: true }, h("span", {}, "Was this right?"));
-  const say = async (isRight) => {
+  const status = h("span", { role: "status" });
+  const box = h("p", { class: "was-right", hidden: true }, h("span", {}, "Is this correct?"));
+  const send = async (isCorrect) => {
     buttons.forEach((button) => { button.disabled = true; });
-    setText(told, await onVerdict(isRight));
+    setText(status, await onVerdict(isCorrect));
   };
-  const buttons = [["Yes", true], ["No", false]].map(([name, isRight]) => h("button", {
-    type: "button", class: "chip", onclick: () => say(isRight), title: "Tells the server, which keeps count of how well its confidence fits",
+  const buttons = [["Yes", true], ["No", false]].map(([name, isCorrect]) => h("button", {
+    type: "button", class: "chip", onclick: () => send(isCorrect), title: "Send your verdict to the server, for its calibration statistics",
   }, name));
-  box.append(...buttons, told);
+  box.append(...buttons, status);
   return box;
 }
