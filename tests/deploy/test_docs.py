@@ -20,7 +20,11 @@ from rtap_training.__main__ import _parser as train_parser
 from tests.documents import PAGES, ROOT, Command, anchors, blocks, commands, links
 
 README = ROOT / "README.md"
-ALSO_LINKED = [ROOT / "CHANGELOG.md", ROOT / "training" / "RESULTS.md", *sorted((ROOT / "deploy").rglob("README.md"))]
+ALSO_LINKED = [
+    ROOT / "CHANGELOG.md",
+    ROOT / "docs" / "results" / "training.md",
+    *sorted((ROOT / "deploy").rglob("README.md")),
+]
 
 # Who executes a command: the words that it begins with, and the test. The first that fits counts.
 EXECUTED: Sequence[tuple[tuple[str, ...], str]] = (
