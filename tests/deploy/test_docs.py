@@ -197,7 +197,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.read_text("utf-8").split()) <= 720
+    assert len(README.read_text("utf-8").split()) <= 700
 
 
 def test_the_tree_of_the_readme_is_that_of_the_checkout() -> None:
