@@ -1,10 +1,9 @@
-"""Write the tables in docs/ whose source is the code: request fields, efforts, errors, settings,
-modules.
+"""Generate the tables of the documentation from the code: request fields, efforts, errors, settings, modules.
 
-    python scripts/docs_reference.py            # rewrites what stands between the marks
-    python scripts/docs_reference.py --check    # exit code 1 where a file is not what it should be
+    python scripts/docs_reference.py            # write the tables
+    python scripts/docs_reference.py --check    # exit code 1 when a table is out of date
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; everything else in a file is written by people.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
 import argparse
@@ -25,11 +24,11 @@ from rtap_server.http.schema import EFFORTS, RtapOptions
 from rtap_server.settings import ALIASES, ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-PACKAGES = ("server", "training", "clients/python", "scripts")
+PAGES = (ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+PACKAGES = ("server", "training", "clients/python", "benchmarks", "scripts")
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {int: "whole number", float: "number", bool: "yes or no", str: "text", Path: "path", dict: "JSON object"}
-# What the server gives a field that a request leaves out (server/rtap_server/http/schema.py, resolve_limits).
+# Defaults of optional request fields (resolve_limits in server/rtap_server/http/recursion_fields.py).
 OPTION_DEFAULTS: Mapping[str, str] = {
     "policy": "`--policy`, else `confidence` with a generator and `model` without",
     "threshold": "`--threshold`, else the generator's own, else 0.5",
@@ -39,7 +38,7 @@ OPTION_DEFAULTS: Mapping[str, str] = {
     "probe_every": "`--probe-every`, else never",
     "return_cycles": "no",
 }
-FAILED = "Anything else that went wrong here; the log has more under the request's id"
+FAILED = "Any other failure; the log has its cause under the request id"
 
 
 def options_table() -> str:
@@ -50,11 +49,11 @@ def options_table() -> str:
         limit = Settings.model_fields.get(f"{name}_limit")
         ceiling = "" if limit is None else f"{limit.default:g} (`--{_dashed(name)}-limit`)"
         rows.append((f"`{name}`", _kind(field), field.description or "", default, ceiling))
-    return _grid(("field", "value", "meaning", "when left out", "ceiling"), rows)
+    return _grid(("field", "value", "meaning", "default", "ceiling"), rows)
 
 
 def settings_table() -> str:
-    """Every flag of ``rtap serve`` that is not vLLM's."""
+    """Flags of ``rtap serve`` that vLLM does not have."""
     rows: list[Sequence[str]] = []
     for name, field in Settings.model_fields.items():
         flags = [f"`--{_dashed(name)}`", *([f"`{ALIASES[name]}`"] if name in ALIASES else [])]
@@ -64,16 +63,20 @@ def settings_table() -> str:
 
 
 def efforts_table() -> str:
-    """What each word of a reasoning effort moves."""
+    """Effect of each ``reasoning_effort``."""
     rows = [
-        (f"`{word}`", "1" if not e.cycles else f"× {e.cycles:g}", f"{e.doubt:.0%} of the way to 1" if e.doubt else "–")
-        for word, e in EFFORTS.items()
+        (
+            f"`{word}`",
+            f"× {effort.max_cycles_factor:g}" if effort.max_cycles_factor else "1",
+            f"{effort.threshold_raise:.0%} of the way to 1" if effort.threshold_raise else "–",
+        )
+        for word, effort in EFFORTS.items()
     ]
     return _grid(("effort", "the server's `max_cycles`", "the server's `threshold` goes up by"), rows)
 
 
 def errors_table() -> str:
-    """Status, type and meaning of every error of ours."""
+    """Status, type and meaning of rtap's errors."""
     rows = [
         (str(status), f"`{type_}`", FAILED if kind is RtapError else (kind.__doc__ or "").split(". ")[0].rstrip("."))
         for kind, (status, type_) in STATUS.items()
@@ -82,9 +85,9 @@ def errors_table() -> str:
 
 
 def modules_table() -> str:
-    """Every module and the first sentence of what it says of itself."""
-    rows = [(f"[`{path}`](../{path})", _first_sentence(ROOT / path)) for path in _modules()]
-    return _grid(("module", "does"), rows)
+    """Every module with the first sentence of its docstring."""
+    rows = [(f"[`{path}`]({path})", _first_sentence(ROOT / path)) for path in _modules()]
+    return _grid(("module", "content"), rows)
 
 
 def _modules() -> Iterable[str]:
@@ -110,7 +113,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 
 def rendered(text: str) -> str:
-    """``text`` with every table as the code has it now. Raises KeyError for a table of another name."""
+    """``text`` with current tables. Raises KeyError for an unknown table."""
     return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found['name']]()}\n{found[3]}", text)
 
 
@@ -168,11 +171,11 @@ def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0; with ``--check``, 1 where a file differs."""
-    parser = argparse.ArgumentParser(description="Write the tables in docs/ whose source is the code.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file is out of date")
+    """Exit code: 1 with ``--check`` and a table that is out of date, else 0."""
+    parser = argparse.ArgumentParser(description="Generate the tables of the documentation from the code.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when a table is out of date")
     args = parser.parse_args(argv)
-    texts = {path: path.read_text("utf-8") for path in sorted(DOCS.glob("*.md"))}
+    texts = {path: path.read_text("utf-8") for path in PAGES}
     stale = {path: new for path, old in texts.items() if (new := rendered(old)) != old}
     for path, new in stale.items():
         if args.check:

@@ -1,4 +1,4 @@
-"""README and docs as tests read them: their blocks of code, the commands in those, their links."""
+"""Code blocks, commands, links and anchors of the documentation."""
 
 import re
 import shlex
@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
-_GENERATED = re.compile(r"<!-- table: [a-z-]+ -->.*?<!-- end -->", re.DOTALL)  # the code's own words
+_GENERATED = re.compile(r"<!-- table: [a-z-]+ -->.*?<!-- end -->", re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-_INLINE_COMMANDS = ("make ", "rtap serve", "rtap train", "rtap eval", "python scripts/", "python -m ")
+_PYTHON_FOLDERS = ("benchmarks/", "deploy/", "scripts/", "tests/")
+_INLINE_COMMANDS = (
+    "make ", "rtap serve", "rtap train", "rtap eval", "python -m ", *(f"python {folder}" for folder in _PYTHON_FOLDERS)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command as it is written. words: without its comment."""
+    """A shell command. words: without its comment."""
 
     page: str
     text: str
@@ -25,13 +28,13 @@ class Command:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Fenced blocks of one language, without the indent of a list."""
+    """Fenced blocks of one language, without their indentation in a list."""
     found = _BLOCK.finditer(page.read_text("utf-8"))
     return [re.sub(f"(?m)^{m[1]}", "", m[3]) for m in found if m[2] == language]
 
 
 def commands(page: Path) -> list[Command]:
-    """Of the page's shell blocks, and those that its sentences name."""
+    """Commands of the page's shell blocks, then those in its text."""
     name = page.relative_to(ROOT).as_posix()
     found = [Command(name, text, words) for block in blocks(page, "sh") for text, words in _split(block)]
     prose = _GENERATED.sub("", _BLOCK.sub("", page.read_text("utf-8")))
@@ -40,7 +43,7 @@ def commands(page: Path) -> list[Command]:
 
 
 def _split(block: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Whole commands: a line that ends in a backslash or inside quotes goes on; ``&&`` is between two."""
+    """Commands of a block. A backslash or an open quote continues a line; ``&&`` separates commands."""
     text = ""
     for line in block.splitlines():
         text = f"{text}\n{line}" if text else line
@@ -54,7 +57,7 @@ def _split(block: str) -> Iterator[tuple[str, tuple[str, ...]]]:
             if part:
                 yield text.strip(), tuple(shlex.split(part))
         text = ""
-    assert not text, f"a command without end: {text!r}"
+    assert not text, f"unterminated command: {text!r}"
 
 
 def links(page: Path) -> list[str]:
@@ -63,7 +66,7 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub makes them."""
+    """Anchors of the page's headings, as GitHub makes them."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.*)$", _BLOCK.sub("", page.read_text("utf-8")), re.MULTILINE):
         words = re.sub(r"[`*]", "", heading).lower()
