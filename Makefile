@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV) $(if $(LOCKED),--locked)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sbom serve test check bench bench-check overload soak fuzz train prove-image ray-check clean
+.PHONY: help setup lock sbom serve test test-all check bench bench-check stress train image-check ray-check clean
 
 help: ## list the commands
 	@echo "make COMMAND [EXTRA=cuda] [MODEL=...] [ARGS='...']"
@@ -35,11 +35,15 @@ sbom: ## list what is installed, with versions and licences, in build/sbom.json 
 serve: setup ## install if needed, then serve MODEL, or the bundled models, at http://127.0.0.1:8000
 	@exec $(VENV)/bin/rtap serve $(MODEL) $(ARGS)
 
-test: ## install what tests need, then run them all, the real vLLM included
+test: ## install what tests need, then run those that every change needs, on real vLLM servers
 	@$(SETUP) $(EXTRA) dev
-	@$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses 2 -m "not slow" $(ARGS)
 
-check: ## formatting, lint with bandit's rules, strict types, import directions, keys left in files
+test-all: ## all tests, the slow ones included: page, other clients, training runs, faults
+	@$(SETUP) $(EXTRA) dev
+	@$(VENV)/bin/python -m pytest --numprocesses 2 $(ARGS)
+
+check: ## formatting, lint with bandit's rules, strict types, import layers, secrets in files
 	@$(SETUP) $(EXTRA) dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -49,42 +53,35 @@ check: ## formatting, lint with bandit's rules, strict types, import directions,
 		xargs -0 $(VENV)/bin/detect-secrets-hook --exclude-secrets '^none$$'
 	@git ls-files -z -- tests | xargs -0 $(VENV)/bin/detect-secrets-hook --disable-plugin KeywordDetector
 
-bench: ## on the bundled models: parity, overhead, cycles begun ahead, where the time goes, rivals, `rtap eval ARGS`
+bench: ## parity, overhead, latency breakdown and rivals on the bundled models, then one report
 	@$(SETUP) $(EXTRA) train
-	$(VENV)/bin/python scripts/bench_parity.py
-	-$(VENV)/bin/python scripts/bench_overhead.py # ends with 1 where a goal is missed
-	$(VENV)/bin/python scripts/bench_where.py
-	$(VENV)/bin/python scripts/bench_rivals.py
-	$(VENV)/bin/python scripts/bench_report.py
-	$(VENV)/bin/rtap eval $(ARGS)
+	$(VENV)/bin/python benchmarks/parity.py
+	-$(VENV)/bin/python benchmarks/overhead.py # exit code 1: a goal is missed
+	$(VENV)/bin/python benchmarks/latency_breakdown.py
+	$(VENV)/bin/python benchmarks/rivals.py
+	$(VENV)/bin/python benchmarks/report.py
 
 bench-check: ## measure the committed ratios again, shorter, and fail where one has become worse
 	@$(SETUP) $(EXTRA) train
-	$(VENV)/bin/python scripts/bench_check.py $(ARGS)
+	$(VENV)/bin/python benchmarks/check.py $(ARGS)
+
+stress: ## fuzz ten minutes, then overload, then the soak with faults for 40 minutes
+	@$(SETUP) $(EXTRA) dev
+	$(VENV)/bin/python tests/stress/fuzz.py
+	$(VENV)/bin/python tests/stress/overload.py
+	$(VENV)/bin/python tests/stress/soak.py
 
 train: ## train the bundled models from nothing (ARGS="--install", "--smoke"); `rtap train` has each stage
 	@$(SETUP) $(EXTRA) train
 	@exec $(VENV)/bin/rtap train pipeline $(ARGS)
 
-prove-image: ## build the Dockerfile without Docker and run its image locked down (root; buildah, debootstrap)
+image-check: ## build the Dockerfile without Docker and run its image locked down (root; buildah, debootstrap)
 	@$(SETUP) $(EXTRA)
-	$(VENV)/bin/python scripts/prove_image.py $(ARGS)
+	$(VENV)/bin/python deploy/image/verify.py $(ARGS)
 
-ray-check: ## replicas on a Ray of its own: keys, stickiness, kills, drain, throughput (docs/results/ray)
+ray-check: ## start replicas on Ray and check keys, stickiness, kills, drain, throughput (docs/results/ray)
 	@$(SETUP) $(EXTRA) train ray
-	$(VENV)/bin/python scripts/check_ray.py $(ARGS)
-
-overload: ## offer five times what the server can do (docs/results/overload.md)
-	@$(SETUP) $(EXTRA) dev
-	$(VENV)/bin/python scripts/bench_overload.py $(ARGS)
-
-soak: ## mixed traffic with faults for 40 minutes, memory and counters watched (ARGS="--minutes 10")
-	@$(SETUP) $(EXTRA) dev
-	$(VENV)/bin/python scripts/soak.py $(ARGS)
-
-fuzz: ## ten minutes of requests that /openapi.json allows, and that it does not (ARGS="--minutes 60")
-	@$(SETUP) $(EXTRA) dev
-	$(VENV)/bin/python scripts/fuzz.py $(ARGS)
+	$(VENV)/bin/python deploy/ray/check.py $(ARGS)
 
 clean: ## remove .venv and every cache that the commands above write
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build

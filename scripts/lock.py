@@ -23,7 +23,7 @@ from setup_pip import COMPANIONS, listed, torch_source
 HEAD = """\
 # What `make serve` and `make test` install on Linux, x86_64, with Python 3.11 and EXTRA=cpu: wheels and their hashes.
 # `make setup LOCKED=1` installs exactly this; without LOCKED the versions hold and the hashes are not asked for.
-# Made by `make lock`; not edited by hand. torch is PyTorch's CPU build, not on PyPI: see docs/supply-chain.md.
+# Made by `make lock`; not edited by hand. torch is PyTorch's CPU build, not on PyPI: see docs/security.md.
 """
 
 

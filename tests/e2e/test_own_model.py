@@ -13,7 +13,7 @@ from tests.documents import ROOT, Command, commands
 from tests.other_checkpoints import save_think
 
 pytestmark = pytest.mark.slow
-STEPS = [c for c in commands(ROOT / "docs" / "recipes.md") if c.words[0] == "rtap"]
+STEPS = [c for c in commands(ROOT / "docs" / "training.md") if c.words[0] == "rtap"]
 START = "from rtap_client.cli import main; raise SystemExit(main())"
 # What makes the recipe small enough for a test, beside its own flags.
 SMALL = {
