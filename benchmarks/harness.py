@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import httpx
@@ -188,13 +188,12 @@ def bench_serve(
     from vllm.benchmarks import serve
 
     parser = argparse.ArgumentParser()
-    add_arguments: Callable[[Any], None] = serve.add_cli_args
-    add_arguments(parser)
+    cast(Callable[[argparse.ArgumentParser], None], serve.add_cli_args)(parser)
     body = {"seed": seed, **server.extra_body}
     arguments = {
         "--backend": "openai-chat", "--base-url": server.url, "--endpoint": "/v1/chat/completions",
-        "--model": SERVED_NAME, "--tokenizer": server.model, "--dataset-name": "custom", "--dataset-path": prompts, "--num-prompts": count,
-        "--max-concurrency": concurrency, "--custom-output-len": output_len, "--seed": seed,
+        "--model": SERVED_NAME, "--tokenizer": server.model, "--dataset-name": "custom", "--dataset-path": prompts,
+        "--num-prompts": count, "--max-concurrency": concurrency, "--custom-output-len": output_len, "--seed": seed,
         "--temperature": temperature, "--extra-body": json.dumps(body),
     }  # fmt: skip
     flags = ["--skip-chat-template", "--disable-tqdm", "--save-detailed"]

@@ -1,6 +1,7 @@
 """Goals of speed with their measured figures, and three pictures.
 
-Reads docs/results/{overhead,rivals/rivals,where/where}.json, measures nothing, writes docs/results/report.{md,json,png}.
+Reads docs/results/{overhead,rivals/rivals,where/where}.json, measures nothing, writes
+docs/results/report.{md,json,png}.
 """
 
 import argparse

@@ -15,8 +15,9 @@ END_ID = 447  # `</answer>` in the bundled tokenizer
 
 
 def save_think(name: str, folder: Path) -> Path:
-    """Save the bundled model ``name`` in the `think` format, with two tokens renamed: ``<answer>`` becomes an empty line
-    and ``</answer>`` ends the turn."""
+    """Save the bundled model ``name`` in the `think` format, with two tokens renamed.
+
+    ``<answer>`` becomes an empty line and ``</answer>`` ends the turn."""
     shutil.copytree(MODELS / name, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     names = {"<answer>": "\n\n", "</answer>": "<|end|>"}

@@ -216,17 +216,6 @@ DOCS = (ROOT / "docs" / "clients.md").read_text("utf-8")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL))
-def test_the_examples_of_the_docs_run(server, example):
-    code = example.replace("http://127.0.0.1:8000", server.url)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(server), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 4
-
-
-@pytest.mark.slow
 def test_the_commands_of_the_docs_run(server, tmp_path):
     (tmp_path / "question.txt").write_text(QUESTION)
     (tmp_path / "rtap").write_text(f'#!/bin/sh\nexec {sys.executable} -m rtap_client.cli "$@"\n')
