@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from deploy.image.verify import ProofError, base_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from soak import SoakConfig, _kill
-from soak_traffic import Traffic
 from soak_processes import GENERATOR
+from soak_traffic import Traffic
 
 
 class Server(ThreadingHTTPServer):
