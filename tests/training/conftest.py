@@ -1,4 +1,4 @@
-"""Property tests here have no deadline: the machine may be training or serving at the same time."""
+"""Hypothesis settings: no deadline, because the machine may be busy."""
 
 from hypothesis import settings
 

@@ -1,4 +1,4 @@
-"""The one report of the benchmarks: which goals it reads from the committed figures, and when one is met."""
+"""Benchmark report: goals read from the committed results."""
 
 import importlib
 import json

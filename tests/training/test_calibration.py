@@ -1,4 +1,4 @@
-"""Figures against scikit-learn and by hand; calibration recovers what was distorted."""
+"""Metrics against scikit-learn and by hand; calibration undoes a distortion."""
 
 import numpy as np
 import pytest
@@ -103,7 +103,7 @@ def test_intervals_hold_the_figures_and_shrink_with_more_questions() -> None:
 
 
 def test_repeating_every_cycle_of_a_question_adds_no_certainty() -> None:
-    """The question is what is drawn: copies of its cycles change no interval."""
+    """Questions are resampled, so copies of their cycles change no interval."""
     generator = np.random.default_rng(3)
     questions = np.repeat(np.arange(30), 4)
     scores = generator.random(120)

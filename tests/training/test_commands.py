@@ -1,4 +1,4 @@
-"""``sft`` then ``confidence``, tiny but whole: real data, two processes, sampling, calibration, loadable results."""
+"""``sft`` and ``confidence`` end to end on tiny models."""
 
 import json
 from pathlib import Path

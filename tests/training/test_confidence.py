@@ -1,4 +1,4 @@
-"""Labels, contrast and losses of the generator's training, on a tiny policy and on numbers made by hand."""
+"""Labels, contrast and losses of generator training."""
 
 from dataclasses import replace
 from math import log
@@ -49,7 +49,7 @@ def cycle(tokenizer: PreTrainedTokenizerFast, text: str, right: bool | None) -> 
 
 
 def sampled(asked: PolicySetup[ConfidenceConfig], rights: list[list[bool | None]]) -> list[Trajectory]:
-    """A trajectory of one cycle for each entry; None: it was cut."""
+    """One single-cycle trajectory per entry; None: truncated."""
     return [
         Trajectory(question, [1, 2, question], [cycle(asked.tokenizer, f"{place}{right}", right)], is_open=False)
         for question, row in enumerate(rights)
@@ -159,7 +159,7 @@ def test_the_report_compares_the_generator_with_what_is_free(asked: PolicySetup[
 
 
 def test_what_the_policy_sampled_is_read_after_all_that_came_before(asked: PolicySetup[ConfidenceConfig]) -> None:
-    """And not the opening of a later cycle, which the loop writes."""
+    """The opening of a later cycle is not scored: the loop writes it."""
     first, second = (cycle(asked.tokenizer, text, True) for text in ("3*25+7", "82"))
     known = score_cycles(
         build_generator(asked.policy, asked.tokenizer), asked.policy, asked.tokenizer,
@@ -176,7 +176,7 @@ def test_what_the_policy_sampled_is_read_after_all_that_came_before(asked: Polic
 
 
 def test_a_fusion_finds_the_witness_that_knows_and_is_the_servers(asked: PolicySetup[ConfidenceConfig]) -> None:
-    """Made-up cycles: the generator guesses, the smallest log-probability is right three times in four."""
+    """Synthetic cycles: the generator guesses; the minimum log-probability is right three times in four."""
     rng = np.random.default_rng(0)
     right = rng.random(4000) < 0.5
     knows = rng.random(4000) < 0.75

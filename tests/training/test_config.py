@@ -1,4 +1,4 @@
-"""Configs: defaults, then the file, then flags; anything unknown or of the wrong type is refused with a reason."""
+"""Config merging, and refusal of unknown keys and wrong types."""
 
 import argparse
 import subprocess

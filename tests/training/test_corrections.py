@@ -1,4 +1,4 @@
-"""Right cycles after a policy's own wrong ones: what is learnt of them, and the command that does it."""
+"""Corrections of a policy's wrong cycles: training rows and the command."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`rtap eval` from its command line to its files, against a small real server that speaks the rtap contract."""
+"""`rtap eval` from command line to result files, against a fake server."""
 
 import asyncio
 import csv
@@ -37,8 +37,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class FakeServer:
-    """Answers "right" with a chance that depends on the question, and is surer when right. Everything follows from
-    the request's seed, sample by sample, as on a real server. fail: answers every n-th request with an error."""
+    """Answer "right" with a probability that depends on the question, with higher confidence if right.
+
+    Results depend on the request's seed only. fail: every n-th request gets an error.
+    """
 
     url: str = ""
     fail: int | None = None

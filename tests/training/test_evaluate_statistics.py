@@ -1,4 +1,4 @@
-"""The figures of an evaluation: laws, known numbers, and agreement with scikit-learn."""
+"""Statistics: properties, known values, and agreement with scikit-learn."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from rtap_training.evaluation import statistics as s
 
 
 def random_answers(seed: int, questions: int = 60, samples: int = 8) -> tuple[list[int], list[float], list[bool]]:
-    """Scores that know a little about right and wrong, for answers of questions of unequal difficulty."""
+    """Weakly informative scores for answers to questions of unequal difficulty."""
     rng = random.Random(seed)
     index = [question for question in range(questions) for _ in range(samples)]
     ease = [rng.random() for _ in range(questions)]

@@ -66,7 +66,7 @@ def test_synthetic_labels_agree_with_the_checker(name: str, seed: int) -> None:
 
 
 def lie(think: str, answer: str) -> str:
-    """What is false about a cycle for "make 30 from 4, 6, 9" whose working ends in 30."""
+    """Kind of false statement in a cycle for "make 30 from 4, 6, 9" that ends in 30."""
     computed = [evaluate(left) for left in re.findall(r"(\S+)=", think)]
     written = [int(n) for n in re.findall(r"=(\d+)", think)]
     if any(c is None or c.value != w for c, w in zip(computed, written, strict=True)):

@@ -1,4 +1,4 @@
-"""What a student learns of its teacher's turns, and the command that does it."""
+"""Imitation of a teacher: training rows and the command."""
 
 import json
 from pathlib import Path

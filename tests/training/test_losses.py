@@ -1,4 +1,4 @@
-"""Laws of the objectives: the identities the papers promise, and the numbers that follow from them."""
+"""RL objectives: identities and derived values from the papers."""
 
 import math
 from typing import Literal

@@ -1,4 +1,4 @@
-"""A pipeline runs its stages in order, resumes where it was, and installs whole models only."""
+"""The pipeline runs stages in order, resumes, and installs complete models only."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 class Commands:
-    """Stands for the training commands: notes the settings and writes what an output has."""
+    """Fake training commands: record the settings and write an output."""
 
     def __init__(self, fails_at: str | None = None) -> None:
         self.ran: list[tuple[str, dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""Questions by name: tasks, mixes, files; always of the split that is asked for."""
+"""Questions from tasks, mixes and files, restricted to the requested split."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Killed at any instant and started again, ``sft``, ``confidence`` and ``generator`` end with the same curve and the
-same weights."""
+"""``sft``, ``confidence`` and ``generator`` give the same losses and weights after a kill and a resume."""
 
 import json
 import os
@@ -33,7 +32,7 @@ TOGETHER = [*ALONE, "--processes=2"]
 
 
 def kill_after_a_state(command: str, flags: list[str], output: Path) -> None:
-    """Start a run, and end it and its workers with kill -9 once it has saved something."""
+    """Start a run and kill it and its workers with SIGKILL once it has saved a state."""
     arguments = [sys.executable, "-m", "rtap_training", command, *flags, f"--output={output}"]
     child = subprocess.Popen(arguments, start_new_session=True)
     deadline = time.monotonic() + 240

@@ -1,4 +1,4 @@
-"""Sampling goes on where it was stopped, chunk by chunk, and reads only what the same settings have written."""
+"""Sampling resumes chunk by chunk, from files with the same settings only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ HEADER: dict[str, Any] = {"format": 2, "samples": CHUNK_ROWS // 2, "questions": 
 
 
 class Recorder:
-    """Samples that tell their question and seed; remembers what it was asked."""
+    """Fake sampler: samples encode question and seed; calls are recorded."""
 
     def __init__(self) -> None:
         self.asked: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""The whole chain of the bundled recipe in a few steps a stage: from nothing to models that the server can load."""
+"""Smoke run of the bundled recipe: every stage with a few steps, up to loadable models."""
 
 import json
 import math
@@ -31,7 +31,7 @@ REWARDS = [f"rewards/{name}/mean" for name in ("increase", "final", "format", "a
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The folder that the models were installed into, and the seconds that took."""
+    """(folder of the installed models, seconds of the run)"""
     folder = tmp_path_factory.mktemp("chain")
     started = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
@@ -42,7 +42,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     return folder / "models", time.monotonic() - started
 
 
-def test_the_chain_takes_less_than_five_minutes(installed: tuple[Path, float]) -> None:
+def test_the_pipeline_takes_less_than_five_minutes(installed: tuple[Path, float]) -> None:
     assert installed[1] < SECONDS
 
 
@@ -72,14 +72,14 @@ def test_the_student_is_a_quarter_of_its_teacher(installed: tuple[Path, float]) 
 
 
 def events_of(installed: tuple[Path, float], stage: str) -> EventAccumulator:
-    """What TensorBoard reads of the stage's run."""
+    """TensorBoard events of a stage."""
     accumulator = EventAccumulator(str(installed[0].parent / "out" / f"{stage}.run" / "tensorboard"))
     accumulator.Reload()
     return accumulator
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_tells_tensorboard_what_it_makes(installed: tuple[Path, float], stage: str) -> None:
+def test_every_stage_writes_tensorboard_events(installed: tuple[Path, float], stage: str) -> None:
     events = events_of(installed, stage)
     scalars = set(events.Tags()["scalars"])
     if stage in ("rtap", "student"):
@@ -102,5 +102,7 @@ def test_every_stage_tells_tensorboard_what_it_makes(installed: tuple[Path, floa
         assert 1 <= len(rows) <= MAX_ROWS
         assert all(row.startswith(("| yes |", "| no |")) for row in rows)
         assert "<" not in text
-        assert stage in ("student-sft", "student") or "&lt;think&gt;" in text  # two steps from nothing write no tags
+        assert (
+            stage in ("student-sft", "student") or "&lt;think&gt;" in text
+        )  # two steps from random weights write no tags
     assert all(math.isfinite(event.value) for tag in scalars for event in events.Scalars(tag))

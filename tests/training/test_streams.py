@@ -1,4 +1,4 @@
-"""A stream goes on from any place it was at, whatever it had drawn before."""
+"""A stream resumes from any saved position."""
 
 from itertools import islice
 from random import Random

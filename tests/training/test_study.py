@@ -1,4 +1,4 @@
-"""Suites are read strictly, statistics are right, and a finished run is not done again."""
+"""Studies: strict suites, statistics, finished runs are kept."""
 
 import json
 import shutil
@@ -82,7 +82,7 @@ def test_every_run_of_a_recipe_is_settings_of_its_command(file: Path) -> None:
 
 
 class Trainer:
-    """A training command that leaves the starting policy as what it has trained. most: runs, then it is stopped."""
+    """Fake training command that outputs the starting policy. most: runs before it stops."""
 
     def __init__(self, most: int) -> None:
         self.most = most

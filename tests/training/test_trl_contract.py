@@ -1,6 +1,6 @@
 """The part of TRL that we override or call, as ``rl/trl.py`` declares it, against the installed TRL.
 
-A failure here says which name moved; nothing of the trainer can be trusted until it is looked at.
+A failure names the changed member; check the trainer before relying on it.
 """
 
 import ast
@@ -46,7 +46,7 @@ def test_positional_parameters_come_in_that_order(name: str) -> None:
 
 
 def test_every_attribute_is_one_that_trl_sets_or_reads() -> None:
-    """TRL sets these on instances, so their names are looked for in its source and its base class's."""
+    """TRL sets these on instances, so the test searches its source and that of its base class."""
     source = "".join(inspect.getsource(module) for module in map(inspect.getmodule, GRPOTrainer.__mro__[:-1]) if module)
     assert [name for name in ATTRIBUTES if f"self.{name}" not in source] == []
 
@@ -57,7 +57,7 @@ def test_what_we_override_is_declared() -> None:
 
 
 def test_rollout_fields_reach_the_rewards_as_columns() -> None:
-    """Further lists of a rollout function are put into ``inputs`` before ``_calculate_rewards`` is called."""
+    """TRL puts additional lists of a rollout function into ``inputs`` before ``_calculate_rewards``."""
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert source.index("inp[key] = values[i]") < source.index("self._calculate_rewards(inputs")
     assert 'extra_fields.pop("env_mask"' in inspect.getsource(GRPOTrainer._generate)

@@ -40,7 +40,7 @@ def agg_loss(
 
 
 def stand_ins() -> dict[str, ModuleType]:
-    """Modules under the names of verl's."""
+    """Fake modules with verl's names."""
     names = ("", ".trainer", ".trainer.ppo", ".trainer.ppo.core_algos", ".trainer.distillation",
              ".trainer.distillation.losses", ".workers", ".workers.utils", ".workers.utils.padding")  # fmt: skip
     modules = {f"verl{name}": ModuleType(f"verl{name}") for name in names}
@@ -105,7 +105,7 @@ class Batch:
 
 
 def losses(registered: SimpleNamespace, batch: Batch, *, share: float, clamp: float | None) -> tuple[Tensor, Any]:
-    """What verl computes for one micro batch: the distillation loss, then the policy loss."""
+    """Losses of one micro batch as verl computes them: distillation loss, then policy loss."""
     settings = SimpleNamespace(distillation_loss_coef=share, loss_max_clamp=clamp)
     zeros, _ = registered.distillation(
         config=None, distillation_config=SimpleNamespace(distillation_loss=settings),

@@ -1,6 +1,6 @@
 """vLLM's pooling runner serves the bundled generator with the scores transformers gives.
 
-A process of its own: an offline engine must not share the interpreter with pytest's warnings-as-errors.
+It runs in a separate process, away from pytest's warnings-as-errors.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The vLLM sampler on the bundled policy: whole cycles, seeds that reproduce, as many right as transformers gives.
 
-A process of its own: an offline engine must not share the interpreter with pytest's warnings-as-errors.
+It runs in a separate process, away from pytest's warnings-as-errors.
 """
 
 import json
@@ -68,7 +68,7 @@ def test_seeds_reproduce(runs: list[Any]) -> None:
 
 
 def test_samples_of_a_question_differ(runs: list[Any]) -> None:
-    """Not one seed for all: the 16 samples of a question are not copies. (Of sums the policy is too sure to differ.)"""
+    """The 16 samples of a Countdown question are not copies. (Arithmetic samples may be.)"""
     for question in (0, 1):
         assert len({str(cycles[0][0]) for q, cycles in runs[0] if q == question}) > 1
 

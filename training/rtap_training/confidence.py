@@ -51,7 +51,7 @@ def run(config: ConfidenceConfig) -> None:
     configure_torch(config.threads, config.seed)
     setup = PolicySetup(*load_policy(config.policy), config)
     problems, questions = training_problems(config)
-    with closing(build_sampler(setup)) as sampler:  # sample everything now: vLLM starts slowly
+    with closing(build_sampler(setup)) as sampler:  # one sampler for all, because vLLM starts slowly
         sampled = sample_training(setup, sampler, questions)
         fitting, validation = label(setup, problems, questions, sampled)
         held_out = sample_held_out(setup, sampler)

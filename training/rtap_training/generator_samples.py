@@ -23,7 +23,7 @@ from rtap_training.samples import header, read_or_make
 from rtap_training.tasks import check
 from rtap_training.tasks.base import Question
 
-CHUNK_ROWS = 256  # trajectories that a kill costs at most
+CHUNK_ROWS = 256  # trajectories lost by a kill, at most
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The accelerate files under recipes/accelerate, through accelerate's own parser; nothing is launched."""
+"""The files under recipes/accelerate are valid for accelerate's parser. Nothing is launched."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def names(files: list[Path]) -> list[str]:
 
 
 def head(file: Path) -> str:
-    """The comment that a file starts with, as one line."""
+    """Leading comment of a file as one line."""
     lines = file.read_text("utf-8").split("compute_environment")[0].splitlines()
     return " ".join(word for line in lines for word in line.removeprefix("#").rstrip("\\").split())
 
@@ -32,7 +32,7 @@ def test_there_is_one_file_for_each_way_of_launching() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=names(FILES))
 def test_accelerate_reads_every_field(file: Path) -> None:
-    """Unknown keys at the top are an error of the parser's; those of fsdp_config it would pass over."""
+    """The parser rejects unknown top-level keys but ignores unknown keys of fsdp_config."""
     config = load_config_from_file(str(file))
     assert isinstance(config, ClusterConfig)
     known = {action.dest for action in launch_command_parser()._actions}

@@ -1,4 +1,4 @@
-"""Passes by length give what one padded pass gives, with less to compute."""
+"""Forward passes by length equal one padded pass."""
 
 import torch
 from torch import Tensor

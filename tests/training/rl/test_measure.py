@@ -1,4 +1,4 @@
-"""Figures of a policy from trajectories made by hand, and once from the bundled models through the loop."""
+"""Metrics of a policy, from hand-made trajectories and from the bundled models."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_own_figures_are_of_the_answer_that_the_policy_returns() -> None:
 def test_confidence_stops_at_the_first_cycle_that_clears_the_threshold(
     threshold: float, accuracy: float, tokens: float
 ) -> None:
-    """Below every confidence it returns the first; above all, the best of all."""
+    """A threshold below all confidences selects the first cycle; one above all selects the best."""
     runs = [[trajectory(cycle(WRONG, 0.4), cycle(RIGHT, 0.9), cycle(WRONG, 0.1))]]
     found = forced_figures(runs, [QUESTION], threshold, is_scored=True)
     assert (found["confidence"], found["confidence_tokens"]) == (accuracy, tokens)

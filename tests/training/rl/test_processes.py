@@ -43,7 +43,7 @@ SAMPLED = SCRIPTED | {
 
 @dataclass(frozen=True)
 class Run:
-    """``folder`` of the runs of one launch, and what each process recorded of the scripted one."""
+    """One launch. folder: its runs. records: of the scripted run, by process."""
 
     folder: Path
     records: list[dict[str, Any]]
@@ -109,7 +109,7 @@ def test_a_group_on_both_processes_is_normalised_as_one(two: Run) -> None:
 
 
 def test_final_weights_are_those_of_one_process(one: Run, two: Run) -> None:
-    """Of policy and generator, in fp32: the order of additions is all that differs."""
+    """Policy and generator in fp32; only the order of additions differs."""
     assert two.weights.keys() == one.weights.keys()
     torch.testing.assert_close(two.weights, one.weights, atol=5e-5, rtol=0)
 
@@ -140,7 +140,7 @@ def test_only_the_first_process_writes_but_for_its_own_state(two: Run) -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(two: Run) -> None:
-    """Sampled rollouts, whose random state each process restores for itself."""
+    """Sampled rollouts: each process restores its random state."""
     whole, resumed = (
         [json.loads(line) for line in (two.folder / f"{name}.run" / "train.jsonl").read_text().splitlines()]
         for name in ("whole", "resumed")

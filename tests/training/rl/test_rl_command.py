@@ -1,6 +1,6 @@
-"""The whole RL command on a tiny policy: what it writes, what it resumes, what it refuses. One process, no vLLM.
+"""RL command on a tiny policy in one process, without vLLM: outputs, resuming, refusals.
 
-The runs are short: they prove mechanics, not learning. docs/results/training.md has results.
+The runs test mechanics, not learning; docs/results/training.md has results.
 """
 
 import json
@@ -103,7 +103,7 @@ def test_policy_and_generator_have_moved(finished: RtapConfig) -> None:
 
 @pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_curve(finished: RtapConfig, tmp_path: Path) -> None:
-    """kill -9 some time after the first checkpoint; the second run goes on from it, log included."""
+    """After kill -9 the second run resumes from the first checkpoint, log included."""
     config = replace(finished, output=tmp_path / "out")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in RECURSIVE.items()]
     flags += [f"--policy={config.policy}", f"--confidence={config.confidence}", f"--output={config.output}"]

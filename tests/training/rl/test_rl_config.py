@@ -1,4 +1,4 @@
-"""Settings of the RL commands: the papers' defaults, and what is refused with which sentence."""
+"""RL configs: the papers' defaults and the refusals."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rollouts through the server's own loop, over an engine that is scripted token by token."""
+"""Rollouts through the server's loop on a scripted engine."""
 
 import math
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def cycle(answer: str, think: str = "t") -> str:
 
 
 def again(answer: str, think: str = "t") -> str:
-    """A cycle whose opening the loop has written."""
+    """A cycle opened by the loop."""
     return cycle(answer, think).removeprefix("<think>")
 
 
@@ -78,7 +78,7 @@ def test_a_row_is_cut_after_its_first_right_cycle_and_ends_the_turn() -> None:
 
 
 def test_an_answer_that_ended_with_the_turn_is_scored_and_followed_as_a_whole_one() -> None:
-    """The loop writes the end tag; the policy is not praised for it, and its own text shows that it was missing."""
+    """The loop writes the end tag as a boundary token; the cycle text shows that it was missing."""
     unclosed = cycle("7").removesuffix("</answer>")
     (row,), asked = play([[unclosed + "$", again("8")]])
     assert decode(asked[1][0].prompt_ids) == f"q0:{cycle('7')}<think>"

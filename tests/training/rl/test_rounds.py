@@ -1,4 +1,4 @@
-"""Keeping processes in step, with two threads as processes."""
+"""Collective generation, with two threads as processes."""
 
 import threading
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Batches = list[list[Request]]
 
 
 class Pair:
-    """The largest of each number that two threads give; a lone caller would wait and fail."""
+    """Maximum over two threads; a single caller times out."""
 
     def __init__(self) -> None:
         self._barrier = threading.Barrier(2, timeout=20)
@@ -29,7 +29,7 @@ class Pair:
 
 
 def play(batches: list[Batches], *, same_size: bool) -> tuple[list[Batches], list[list[list[Completion]]]]:
-    """What each of two processes was asked to generate, and what it got, for its batches in turn."""
+    """Requests and completions of two processes that generate their batches in order."""
     largest = Pair()
 
     def process(mine: list[list[Request]]) -> tuple[list[list[Request]], list[list[Completion]]]:

@@ -30,7 +30,7 @@ def teacher(answer: Callable[[str, Any], Any]) -> RemoteTeacher:
 
 
 def scores(path: str, body: Any) -> Any:
-    """Each token scores minus its place."""
+    """Each token scores minus its position."""
     assert path == "/v1/completions"
     assert (body["model"], body["max_tokens"], body["prompt_logprobs"]) == ("big", 1, 0)
     places = [None, *({str(token): {"logprob": -float(i)}} for i, token in enumerate(body["prompt"][1:], start=1))]

@@ -26,7 +26,7 @@ UPDATES = 10
 
 
 def write_questions(folder: Path) -> Path:
-    """The same words of forty pictures, whose answers differ; files and base64 in turn."""
+    """Forty images with the same question text and different answers, alternating files and base64."""
     rows: list[dict[str, Any]] = []
     for index in range(40):
         image = encoded(index)
@@ -66,7 +66,7 @@ def curve(config: RtapConfig) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def finished(config: RtapConfig) -> RtapConfig:
-    """Completions are scripted, half of them right; what they see of the batch is what the model would."""
+    """Run with scripted completions, half of them right, derived from the images in the batch."""
     answers = {q.identity: q.answer for q in load_questions(config.questions, Split.TRAIN, seed=1, count=40)}
     assert len(set(answers.values())) == len(answers) > 30
 
@@ -87,7 +87,7 @@ def finished(config: RtapConfig) -> RtapConfig:
 
 
 def _shade(messages: list[dict[str, Any]]) -> int:
-    """What the model would have to see: the red of the picture."""
+    """Red value of the image."""
     return messages[-1]["content"][0]["image"].getpixel((0, 0))[0]
 
 
@@ -99,7 +99,7 @@ def test_each_row_is_checked_against_the_answer_of_its_own_picture(finished: Rta
 
 @pytest.mark.slow
 def test_the_scripted_reward_lowers_the_loss(finished: RtapConfig) -> None:
-    """Advantages sum to zero, so a generation's loss starts at 0; its second update finds it lowered by the first."""
+    """Advantages sum to zero, so a generation's loss starts at 0; after the first update it is lower."""
     lines = curve(finished)
     assert len(lines) == UPDATES
     assert all(line["grad_norm"] > 0 for line in lines)
@@ -133,7 +133,7 @@ def test_it_is_saved_with_its_processor_and_format(finished: RtapConfig) -> None
 
 @pytest.mark.slow
 def test_sampled_rollouts_recur_with_their_picture(config: RtapConfig, tmp_path: Path) -> None:
-    """Later cycles get the pixels of just the rows that go on."""
+    """Later cycles get the pixels of the continuing rows only."""
     sampled = replace(config, output=tmp_path / "out", max_steps=2, save_steps=2, learning_rate=5e-5)
     command.run(sampled)
     assert curve(sampled)[0]["cycles/mean"] > 1

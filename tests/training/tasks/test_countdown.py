@@ -1,4 +1,4 @@
-"""Countdown: generated workings are honest, the checker is exact, phrasings parse back."""
+"""Countdown: workings are correct calculations, the checker is exact, phrasings parse."""
 
 import re
 from random import Random

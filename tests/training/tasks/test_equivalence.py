@@ -1,4 +1,4 @@
-"""Answers as text and as mathematics; hostile ones cost a bounded time; nothing that fails is silent."""
+"""Answer equivalence as text and as mathematics; bounded time; failures are counted or raised."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""Recipes over datasets in memory: what is asked for, what is read, and what is refused. Nothing is downloaded."""
+"""Dataset recipes on datasets in memory. Nothing is downloaded."""
 
 from typing import Any
 

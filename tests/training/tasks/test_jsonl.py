@@ -1,4 +1,4 @@
-"""A user's file is read whole or refused with the line that is wrong."""
+"""Question files are read completely, or refused with the line at fault."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Knights and Knaves: workings are truly evaluated, wrong ones stop at a clash, nothing false is trained."""
+"""Knights and Knaves: workings are correct, wrong ones stop at a clash, false text is masked."""
 
 import re
 from pathlib import Path

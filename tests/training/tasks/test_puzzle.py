@@ -16,7 +16,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 def truth(statement: str, guess: str) -> bool:
-    """Python's own reading of a statement."""
+    """Truth value of a statement, evaluated by Python."""
     names = dict(zip("ABCDEFGH", guess, strict=False)) | {"T": "T", "L": "L"}
     text = statement.replace("!=", "#").replace("=", "==").replace("#", "!=").replace("&", " and ").replace("|", " or ")
     return bool(eval(text, {"__builtins__": {}}, names))

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # RLAD (TRRD) on verl 0.9.1, one machine with 8 GPUs: 6 for the student, 2 for the teacher's server.
 #
-# verl pins other versions of transformers, torch and vLLM than this project, so it has an environment of its own:
+# verl pins other versions of transformers, torch and vLLM than this project, so it needs a separate environment:
 #   pip install 'verl[vllm]==0.9.1' 'math-verify>=0.9,<0.10' && pip install --no-deps .
 # Then
 #   STUDENT=Qwen/Qwen3-1.7B TEACHER=Qwen/Qwen3-8B training/rtap_training/recipes/verl/rlad.sh [further verl settings]
 # Student and teacher must share token ids; `rtap train rlad` checks that, verl does not.
 #
 # Checked: both functions register in verl 0.9.1, and its own distillation_ppo_loss gives rtap_training.losses.trrd_loss on a
-# batch with teacher scores (CPU); verl composes these settings. Not run: no GPU was at hand, so no training.
+# batch with teacher scores (CPU); verl composes these settings. Not tested: training, for lack of a GPU.
 # Differences from `rtap train rlad`: one cycle a response; verl divides advantages by the sample deviation plus 1e-6,
 # the paper by the population's.
 set -euo pipefail
