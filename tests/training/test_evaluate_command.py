@@ -262,7 +262,7 @@ def test_a_reply_without_the_rtap_field_is_an_error_of_its_own(
 
     monkeypatch.setattr(fake, "reply", every_other)
     assert evaluate(fake, questions, "--policies", "single", "--concurrency", "2") == 1
-    assert "reply not understood (KeyError: 'rtap')" in capsys.readouterr().out
+    assert "invalid reply (KeyError: 'rtap')" in capsys.readouterr().out
 
 
 def test_resume_asks_only_what_is_missing(fake: FakeServer, questions: Path) -> None:
@@ -283,10 +283,10 @@ def test_resume_asks_only_what_is_missing(fake: FakeServer, questions: Path) -> 
     ("flags", "sentence"),
     [
         (["--thresholds", "0.5,1.2"], "'1.2' must be a number from 0 to 1"),
-        (["--thresholds", "0.5,"], "must be values with commas between"),
-        (["--policies", "single,best"], "'best' is no policy; choose from confidence, single"),
-        (["--samples", "0"], "'0' must be a whole number of at least 1"),
-        (["--concurrency", "many"], "'many' must be a whole number"),
+        (["--thresholds", "0.5,"], "must be a comma-separated list"),
+        (["--policies", "single,best"], "'best' is not a policy; choose from confidence, single"),
+        (["--samples", "0"], "'0' must be an integer of at least 1"),
+        (["--concurrency", "many"], "'many' must be an integer"),
         (["--temperature", "nan"], "'nan' must be a number from 0 to 2"),
         (["--quesions", "x"], "unrecognized arguments: --quesions"),
     ],
@@ -303,10 +303,10 @@ def test_a_bad_flag_gets_one_sentence(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["x", "--model", "x"], "the model is given twice"),
+        (["x", "--model", "x"], "the model is given as MODEL (x) and as --model (x)"),
         (["--logprob-server", "URL"], "the logprob server's confidence is 'pooling'"),
-        (["--model", "x"], "give only one of the two"),
-        (["--", "--max-model-len", "9"], "leave them out with --server"),
+        (["--model", "x"], "give only one of them"),
+        (["--", "--max-model-len", "9"], "omit them with --server"),
         (["--policies", "logprob"], "policy logprob needs a second server"),
         (
             ["--policies", "yesno"],
@@ -357,7 +357,7 @@ def test_a_key_is_sent_and_a_missing_one_is_named(
     monkeypatch.setenv("OPENAI_API_KEY", "secret")  # not this server's to see
     fake.api_key = "secret"
     assert evaluate(fake, questions, "--policies", "single") == 2
-    assert "answers 401; put its key into RTAP_API_KEY" in capsys.readouterr().err
+    assert "answered 401; set RTAP_API_KEY to its key" in capsys.readouterr().err
     assert evaluate(fake, questions, "--policies", "single", "--api-key=secret") == 0
     monkeypatch.setenv("RTAP_API_KEY", "secret")
     assert evaluate(fake, questions, "--policies", "single") == 0
@@ -376,7 +376,7 @@ def test_a_server_that_answers_nothing_ends_the_evaluation(
 ) -> None:
     fake.fail = 1
     assert evaluate(fake, questions, "--policies", "single", "--concurrency", "2") == 2
-    assert "answers none of the first 4 questions: HTTP 500" in capsys.readouterr().err
+    assert "answered none of the first 4 questions: HTTP 500" in capsys.readouterr().err
     assert len(fake.requests) == 4
 
 
@@ -422,7 +422,7 @@ def test_a_server_that_cannot_start_is_explained_by_its_log(tmp_path: Path, log:
         running_server(command, log=tmp_path / "server.log", ready_seconds=30),
     ):
         pass
-    assert f"ended before it was ready: {cause} (whole log: " in str(caught.value)
+    assert f"exited before it was ready: {cause} (full log: " in str(caught.value)
 
 
 def test_a_server_that_takes_too_long_is_stopped(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def test_questions_are_grouped_by_task_and_limited_a_task(tmp_path: Path) -> Non
     [
         ("", "no questions in"),
         ("{not json\n", ":1: not JSON"),
-        ("[1]\n", ":1: a row must be an object"),
-        ('{"question": "a"}\n', ':1: the row has no "answer"'),
-        ('{"question": "a", "answer": "1"}\n' * 2, ":2: this question appears twice"),
+        ("[1]\n", ":1: each row must be an object"),
+        ('{"question": "a"}\n', ':1: "answer" is missing or empty'),
+        ('{"question": "a", "answer": "1"}\n' * 2, ":2: duplicate question"),
     ],
 )
 def test_a_bad_question_file_is_named_with_its_line(tmp_path: Path, text: str, sentence: str) -> None:

@@ -77,14 +77,14 @@ def test_a_head_of_one_label_on_the_body_and_a_pad_token_to_pool_by(llama: Path,
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "questions is missing"),
+        ([], "questions is empty"),
         (["--questions", "countdown", "--samples", "1"], "must be at least 2"),
         (["--questions", "countdown", "--epochs", "0"], "epochs=0 must be at least 1"),
         (["--questions", "countdown", "--save-minutes", "0"], "save_minutes=0.0 above 0"),
         (["--questions", "countdown", "--validation-share", "1"], "validation_share=1.0 must be between"),
         (["--questions", "nowhere/questions.jsonl"], "cannot read the question file"),
-        (["--questions", "countdown", *SMALL], "nothing to tell apart"),  # random weights are never right
-        (["--questions", "countdown", "--policy", "nowhere", *SMALL], "nowhere is no checkpoint"),
+        (["--questions", "countdown", *SMALL], "no contrast to learn from"),  # random weights are never right
+        (["--questions", "countdown", "--policy", "nowhere", *SMALL], "nowhere is not a checkpoint"),
     ],
 )
 def test_what_cannot_work_is_one_sentence(
@@ -104,7 +104,7 @@ def test_a_question_without_contrast_is_in_no_step_where_it_weighs_nothing(llama
     assert _batches(cycles, alone) == [cycles[:2], cycles[:2]]
     weighed = GeneratorConfig(policy=llama, questions="countdown", questions_per_step=1, epochs=3)
     assert [len(_batches(cycles, weighed)), len(_batches(cycles[:2], weighed))] == [6, 3]
-    with pytest.raises(ConfigError, match="no question has right and wrong answers; take more samples"):
+    with pytest.raises(ConfigError, match="no question has right and wrong answers; use more samples"):
         _batches(cycles[2:], alone)
 
 

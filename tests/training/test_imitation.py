@@ -59,5 +59,5 @@ def test_a_teacher_that_is_never_right_has_nothing_to_teach(tmp_path: Path, caps
     flags = ["--tasks", "knights=1", "--questions", "2", "--samples", "1", "--max-steps", "1", "--eval-questions", "1"]
     output = tmp_path / "student"
     assert main(["imitate", "--teacher", "deploy/models/student", "--output", str(output), *flags]) == 2
-    assert "answered none of 2 questions right; it has nothing to teach" in capsys.readouterr().err
+    assert "answered none of 2 questions right; use another teacher" in capsys.readouterr().err
     assert not output.exists()

@@ -47,7 +47,7 @@ def test_a_file_is_split_by_hash(tmp_path: Path) -> None:
 
 
 def test_what_is_none_of_these_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'chess' is no task.*; or give a \.jsonl file, or hf:DATASET"):
+    with pytest.raises(ConfigError, match=r"'chess' is not a task.*; or give a \.jsonl file or hf:DATASET"):
         load_questions("chess", Split.TRAIN, seed=0, count=1)
     with pytest.raises(ConfigError, match="cannot read the question file"):
         load_questions(str(tmp_path / "none.jsonl"), Split.TRAIN, seed=0, count=1)

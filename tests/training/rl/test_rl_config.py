@@ -41,7 +41,7 @@ def test_every_command_knows_its_method() -> None:
         (GrpoConfig, {"num_iterations": 4, "save_steps": 10}, "between the updates of one generation"),
         (GrpoConfig, {"micro_batch": 60}, "must divide"),
         (GrpoConfig, {"length_cache": 4096}, "length_cache=4096"),
-        (RtapConfig, {"vllm": "colocate"}, "leave them at 1, 0 and 1"),
+        (RtapConfig, {"vllm": "colocate"}, "needs top_p=1, top_k=0 and repetition_penalty=1"),
         (GrpoConfig, {"learnign_rate": 1e-5}, "unknown settings"),
         (GrpoConfig, {"seed": "one"}, "must be of type int"),
         (GrpoConfig, {"method": "rlad"}, "unknown settings"),

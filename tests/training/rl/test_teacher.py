@@ -62,7 +62,7 @@ def test_several_rows_are_in_flight_and_keep_their_order() -> None:
         ({"choices": [{"index": 0, "prompt_logprobs": None}]}, "must be a vLLM server"),
         ({"choices": [{"index": 0}]}, "must be a vLLM server"),
         ({"choices": []}, "must be a vLLM server"),
-        ({"choices": [{"prompt_logprobs": [None, {"9": {"logprob": -1}}]}]}, "answered something else"),
+        ({"choices": [{"prompt_logprobs": [None, {"9": {"logprob": -1}}]}]}, "unexpected reply"),
     ],
 )
 def test_other_answers_are_sentences(reply: Any, message: str) -> None:
@@ -78,7 +78,7 @@ def test_the_first_id_that_means_something_else_is_named() -> None:
         assert path == "/detokenize"
         return {"prompt": "".join("?" if i == 300 else tokenizer.decode([i]) for i in body["tokens"])}
 
-    with pytest.raises(TeacherError, match=r"reads id 300 \(.*\) otherwise"):
+    with pytest.raises(TeacherError, match=r"id 300 is .* to the student and another token to the teacher"):
         teacher(other).check_same_tokens(tokenizer)
 
 

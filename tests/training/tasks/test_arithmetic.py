@@ -1,5 +1,6 @@
 """Arithmetic: right workings are true, a wrong one has exactly one slip, and only true text is trained."""
 
+import operator
 import re
 from random import Random
 
@@ -18,9 +19,8 @@ EQUATION = re.compile(r"(-?\d+)([+\-*/])(\d+)=$")
 def is_true(operation: str, result: str) -> bool:
     match = EQUATION.search(operation)
     assert match is not None, operation
-    left, op, right = int(match[1]), match[2], int(match[3])
-    value = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[op]
-    return value == int(result)
+    apply = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}[match[2]]
+    return apply(int(match[1]), int(match[3])) == int(result)
 
 
 @given(SEEDS)

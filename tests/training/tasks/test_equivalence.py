@@ -123,7 +123,7 @@ def test_threads_share_one_comparer(comparer: Comparer) -> None:
 
 
 def test_a_worker_that_does_not_start_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="math-verify, which does not start"):
+    with pytest.raises(ConfigError, match="math-verify, which compares answers, does not start"):
         Comparer(command=(sys.executable, "-c", "import no_such_module")).same("1/2", "0.5")
 
 

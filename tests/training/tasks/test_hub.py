@@ -68,13 +68,13 @@ def test_any_dataset_with_the_two_columns_is_split_by_hash(hub: dict[Key, list[d
 
 
 def test_what_cannot_be_read_is_refused_in_one_sentence(hub: dict[Key, list[dict[str, Any]]]) -> None:
-    with pytest.raises(ConfigError, match=r"cannot load the dataset me/none \(no me/none\); it takes .* network"):
+    with pytest.raises(ConfigError, match=r"cannot load the dataset me/none \(no me/none\); this needs .* network"):
         load_dataset_questions("me/none", Split.TRAIN)
-    with pytest.raises(ConfigError, match="has no train split; it is for held_out"):
+    with pytest.raises(ConfigError, match="has no train split, only held_out"):
         load_dataset_questions("HuggingFaceH4/MATH-500", Split.TRAIN)
     hub["me/other", None, "train"] = [{"prompt": "q", "target": "a"}]
-    with pytest.raises(ConfigError, match=r"has the columns \['prompt', 'target'\]; 'question' and 'answer' are read"):
+    with pytest.raises(ConfigError, match=r"has the columns \['prompt', 'target'\], but needs 'question' and 'answer'"):
         load_dataset_questions("me/other", Split.TRAIN)
     hub["openai/gsm8k", "main", "train"] = [{"question": "How many?", "answer": "many"}]
-    with pytest.raises(ConfigError, match="row 0 of the dataset openai/gsm8k has no question or no answer"):
+    with pytest.raises(ConfigError, match="row 0 of the dataset openai/gsm8k has no question or no readable answer"):
         load_dataset_questions("openai/gsm8k", Split.TRAIN)

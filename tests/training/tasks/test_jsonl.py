@@ -33,13 +33,13 @@ def test_rows_are_read_in_order(tmp_path: Path) -> None:
         ('{"question": "a?", "answer": ', "not JSON"),
         ("[1, 2]", "must be an object"),
         ("3", "must be an object"),
-        ('{"question": "a?"}', 'has no "answer"'),
-        ('{"answer": "1"}', 'has no "question"'),
-        ('{"question": " ", "answer": "1"}', 'has no "question"'),
-        ('{"question": "b?", "answer": ""}', 'has no "answer"'),
-        ('{"question": "b?", "answer": null}', 'has no "answer"'),
-        ('{"question": "b?", "answer": true}', 'has no "answer"'),
-        ('{"question": "b?", "answer": ["1"]}', 'has no "answer"'),
+        ('{"question": "a?"}', '"answer" is missing or empty'),
+        ('{"answer": "1"}', '"question" is missing or empty'),
+        ('{"question": " ", "answer": "1"}', '"question" is missing or empty'),
+        ('{"question": "b?", "answer": ""}', '"answer" is missing or empty'),
+        ('{"question": "b?", "answer": null}', '"answer" is missing or empty'),
+        ('{"question": "b?", "answer": true}', '"answer" is missing or empty'),
+        ('{"question": "b?", "answer": ["1"]}', '"answer" is missing or empty'),
         ('{"question": "b?", "answer": "1", "task": 3}', '"task" must be text'),
         ("[" * 100_000, "sums.jsonl:2: "),
     ],
@@ -68,7 +68,7 @@ def test_repeated_questions_count_once_with_a_warning(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING):
         read = read_questions(path)
     assert (read[0], len(read)) == (Question("a?", "1", "sums"), 2)
-    assert caplog.text.count("2 repeated questions") == 1
+    assert caplog.text.count("2 duplicate questions") == 1
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip))

@@ -78,14 +78,14 @@ def test_a_mix_is_scaled_and_drops_what_has_no_share() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "'' is no task"),
-        ("chess=1", "'chess' is no task; choose from countdown"),
-        ("countdown=1,", "'' is no task"),
+        ("", "'' is not a task"),
+        ("chess=1", "'chess' is not a task; choose from countdown"),
+        ("countdown=1,", "'' is not a task"),
         ("countdown=-1", "must be a number of at least 0"),
         ("countdown=nan", "must be a number"),
         ("countdown=inf", "must be a number"),
         ("countdown=", "must be a number"),
-        ("countdown=0,knights=0", "gives no task any weight"),
+        ("countdown=0,knights=0", "all weights are 0"),
         ("knights=1,knights=2", "names knights twice"),
     ],
 )
