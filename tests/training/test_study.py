@@ -39,7 +39,10 @@ def test_suite_is_read(suite: Path) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
-    [("title: T", "titel: T", "must have exactly the keys"), ("baseline: start", "baseline: no", "none of the runs")],
+    [
+        ("title: T", "titel: T", "must have exactly the keys"),
+        ("baseline: start", "baseline: no", "not one of the runs"),
+    ],
 )
 def test_a_wrong_suite_is_refused(suite: Path, old: str, new: str, message: str) -> None:
     suite.write_text(SUITE.replace(old, new))

@@ -185,4 +185,4 @@ def test_the_launch_script_is_bash_and_names_this_loss() -> None:
     text = script.read_text("utf-8")
     assert text.count("loss_mode=trrd") == 2
     assert f"VERL_USE_EXTERNAL_MODULES={trrd.__name__}" in text
-    assert "Not run:" in text
+    assert "Not tested:" in text

@@ -61,8 +61,3 @@ def test_the_commands_in_the_head_use_flags_that_exist(file: Path) -> None:
     assert set(re.findall(r"--\w+", launch)) <= {o for a in launch_command_parser()._actions for o in a.option_strings}
     ours = {f"--{name.replace('_', '-')}" for name in RlConfig.__dataclass_fields__}
     assert set(re.findall(r"--[a-z0-9-]+", training)) <= ours
-
-
-@pytest.mark.parametrize("file", FILES, ids=names(FILES))
-def test_each_file_says_what_was_not_run(file: Path) -> None:
-    assert "Not run:" in head(file)
