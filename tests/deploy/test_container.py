@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from scripts.prove_image import ProofError, base_of
 
 ROOT = Path(__file__).resolve().parents[2]
