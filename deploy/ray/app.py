@@ -1,12 +1,11 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownParameterType=false
 # pyright: reportUnknownArgumentType=false, reportUntypedClassDecorator=false, reportMissingTypeArgument=false
 # Ray Serve's decorators and handles are only half typed.
-"""The Ray Serve application: one gateway, and replicas of the server that Ray starts, scales, watches and replaces.
+"""Ray Serve application: one gateway, and replicas of the server that Ray starts, scales and replaces.
 
     serve run deploy/ray/config.yaml          from a checkout, or in the image, with the extra `ray`
 
-Stickiness is Ray's own consistent hashing over the conversation; autoscaling counts the requests that each replica is
-answering. Only this file knows Ray.
+Ray's consistent hashing over the conversation chooses replicas; autoscaling counts the requests of each replica.
 """
 
 import asyncio
@@ -28,18 +27,21 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from deploy.ray.gateway import Gateway, ReplicaLost
-from deploy.ray.traffic import Asked, Head
+from deploy.ray.server_process import ServerProcess, check_flags
+from deploy.ray.traffic import ForwardedRequest, ResponseStart
 from rtap_server.http.api_keys import load_keys
-from rtap_server.http.auth import Gate
+from rtap_server.http.auth import AuthMiddleware
+from rtap_server.http.request_id import RequestIdMiddleware
 from rtap_server.telemetry.metrics import Metrics
 
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_WHOLE_SECONDS = 4.0
+_BROADCAST_SECONDS = 4.0
 
 
 class FleetArgs(BaseModel):
-    """What the Serve config's ``args`` may say. flags: of `rtap serve`, the same for every replica. api_keys_file: must
-    be there on every node."""
+    """``args`` of the Serve config.
+
+    flags: of `rtap serve`, the same for every replica. api_keys_file: a path that exists on every node."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,7 +53,7 @@ class FleetArgs(BaseModel):
 @serve.deployment(
     max_ongoing_requests=256,
     request_router_config=RequestRouterConfig(
-        request_router_class=cast(Any, _ROUTER),  # a name is taken, though not annotated
+        request_router_class=cast(Any, _ROUTER),  # a name is accepted, though not annotated
         request_router_kwargs={"num_fallback_replicas": 1},
     ),
     health_check_period_s=5,
@@ -60,44 +62,43 @@ class FleetArgs(BaseModel):
     graceful_shutdown_timeout_s=620,  # above the ceiling of a request's deadline_seconds, 600
 )
 class Replica:
-    """A server process and the way to it."""
+    """A server process on a Ray actor."""
 
     async def __init__(self, flags: Sequence[str], api_keys_file: Path | None) -> None:
-        self._child = await Child.start(flags, api_keys_file)
-        self._watching = asyncio.create_task(self._end_with_it())
+        self._server = await ServerProcess.start(flags, api_keys_file)
+        self._watching = asyncio.create_task(self._exit_with_server())
 
-    async def _end_with_it(self) -> None:
-        """A server that ends takes its replica along: requests fail at once and are asked elsewhere, and Ray starts
-        another one now instead of at its next health check."""
-        await self._child.ended()
+    async def _exit_with_server(self) -> None:
+        """Exit when the server ends: requests fail at once and go elsewhere, and Ray starts another replica now."""
+        await self._server.ended()
         os._exit(1)
 
-    async def ask(self, asked: Asked) -> AsyncGenerator[Head | bytes]:
-        """See Child. The head names this replica in ``x-rtap-replica``."""
-        async for part in self._child.ask(asked):
-            if isinstance(part, Head):
-                part = Head(part.status, (*part.headers, (b"x-rtap-replica", _name().encode())))
+    async def send(self, request: ForwardedRequest) -> AsyncGenerator[ResponseStart | bytes]:
+        """Forward a request. The reply names this replica in ``x-rtap-replica``."""
+        async for part in self._server.send(request):
+            if isinstance(part, ResponseStart):
+                part = ResponseStart(part.status, (*part.headers, (b"x-rtap-replica", _name().encode())))
             yield part
 
-    async def ask_whole(self, asked: Asked) -> tuple[str, Head, bytes]:
-        """This replica's name and its whole reply. Raises TimeoutError: one that hangs must not hold up the others."""
-        async with asyncio.timeout(_WHOLE_SECONDS):
-            parts = [part async for part in self._child.ask(asked)]
-        head = parts[0]
-        assert isinstance(head, Head)
+    async def send_whole(self, request: ForwardedRequest) -> tuple[str, ResponseStart, bytes]:
+        """This replica's name and its complete reply. Raises TimeoutError, so that no replica holds up the others."""
+        async with asyncio.timeout(_BROADCAST_SECONDS):
+            parts = [part async for part in self._server.send(request)]
+        start = parts[0]
+        assert isinstance(start, ResponseStart)
         body = b"".join(part for part in parts[1:] if isinstance(part, bytes))
-        return _name(), head, body
+        return _name(), start, body
 
     async def check_health(self) -> None:
-        """Ray Serve replaces a replica that raises here. Not /ready: a full server is a healthy one."""
-        if await self._child.status("/live") != 200:
+        """Raise when Ray Serve must replace this replica. Not /ready: a full server is healthy."""
+        if await self._server.status("/live") != 200:
             raise RuntimeError("the engine of this replica is dead")
 
     async def __del__(self) -> None:
-        """Ray Serve calls it once, when the last request has been answered or its patience has ended."""
-        if hasattr(self, "_child"):
+        """Called by Ray Serve once, after the last request or the shutdown timeout."""
+        if hasattr(self, "_server"):
             self._watching.cancel()
-            await self._child.stop()
+            await self._server.stop()
 
 
 def _name() -> str:
@@ -105,14 +106,14 @@ def _name() -> str:
 
 
 class RayFleet:
-    """The Fleet of deploy/ray/gateway.py over a handle to the replicas."""
+    """``Fleet`` over a Ray Serve handle to the replicas."""
 
     def __init__(self, handle: "DeploymentHandle[Any]") -> None:
         self._handle = handle
 
-    async def ask(self, asked: Asked, conversation: str) -> AsyncGenerator[Head | bytes]:
-        """See Fleet."""
-        reply: Any = self._handle.options(method_name="ask", stream=True, session_id=conversation).remote(asked)
+    async def send(self, request: ForwardedRequest, conversation: str) -> AsyncGenerator[ResponseStart | bytes]:
+        """See ``Fleet.send``."""
+        reply: Any = self._handle.options(method_name="send", stream=True, session_id=conversation).remote(request)
         try:
             async for part in reply:
                 yield part
@@ -123,22 +124,22 @@ class RayFleet:
                 raise ReplicaLost(str(error.cause)) from error
             raise
         finally:
-            reply.cancel()  # nothing where the reply is complete
+            reply.cancel()  # no effect on a complete reply
 
-    async def ask_all(self, asked: Asked) -> Mapping[str, tuple[Head, bytes]]:
-        """See Fleet."""
+    async def broadcast(self, request: ForwardedRequest) -> Mapping[str, tuple[ResponseStart, bytes]]:
+        """See ``Fleet.broadcast``."""
         replies: list[Any] = []
         with contextlib.suppress(TimeoutError, RayActorError, RayServeException):
-            called = self._handle.broadcast("ask_whole", asked)
-            replies = await called.results_async(timeout_s=2 * _WHOLE_SECONDS, return_exceptions=True)
+            called = self._handle.broadcast("send_whole", request)
+            replies = await called.results_async(timeout_s=2 * _BROADCAST_SECONDS, return_exceptions=True)
         whole = [reply for reply in replies if isinstance(reply, tuple)]
-        return {name: (head, body) for name, head, body in whole}
+        return {name: (start, body) for name, start, body in whole}
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=4096, graceful_shutdown_timeout_s=620)
 @serve.ingress()
-class Door:
-    """Gate and gateway. One replica: it counts the limits of keys for the whole fleet."""
+class FleetGateway:
+    """Authentication and gateway. One replica, because it counts the limits of API keys for the whole fleet."""
 
     def __init__(self, handle: "DeploymentHandle[Any]", api_keys_file: Path | None, max_body_bytes: int) -> None:
         self._handle, self._api_keys_file, self._max_body_bytes = handle, api_keys_file, max_body_bytes
@@ -146,15 +147,16 @@ class Door:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve on the replica."""
         registry = CollectorRegistry()
-        gateway = Gateway(RayFleet(self._handle), registry, max_body_bytes=self._max_body_bytes)
+        app: ASGIApp = Gateway(RayFleet(self._handle), registry, max_body_bytes=self._max_body_bytes)
         keys = load_keys(self._api_keys_file, os.environ)
-        if keys.is_empty:
-            return gateway
-        return Gate(gateway, keys=keys, metrics=Metrics(registry), secret=secrets.token_bytes(32))
+        if not keys.is_empty:
+            app = AuthMiddleware(app, keys=keys, metrics=Metrics(registry), secret=secrets.token_bytes(32))
+        return RequestIdMiddleware(app)
 
 
 def build(args: FleetArgs) -> serve.Application:
-    """The application that deploy/ray/config.yaml names. Raises ValueError for flags that a replica must not have."""
+    """The application of deploy/ray/config.yaml. Raises ValueError for flags that the fleet sets."""
     check_flags(args.flags)
-    load_keys(args.api_keys_file, os.environ)  # a broken file is told here, not by replicas that never come up
-    return Door.bind(Replica.bind(args.flags, args.api_keys_file), args.api_keys_file, args.max_body_bytes)
+    load_keys(args.api_keys_file, os.environ)  # a broken file fails here instead of in every replica
+    replica = Replica.bind(args.flags, args.api_keys_file)
+    return FleetGateway.bind(replica, args.api_keys_file, args.max_body_bytes)

@@ -1,19 +1,18 @@
 # pyright: reportUnknownMemberType=false
 # Ray is only half typed.
-"""deploy/ray on a Ray of its own on this machine, two CPU replicas of the bundled models: what holds, how fast it is.
+"""Check and measure deploy/ray on a local Ray with two CPU replicas of the bundled models.
 
-Keys and limits, stickiness, abort, a server and then a whole replica killed under load, a replica drained under load;
-and the throughput of two replicas against one and against a replica asked directly. Everything must hold; throughput
-is only reported. All requests stay on this machine. Takes about ten minutes.
+    python -m deploy.ray.check
+
+Checks keys and limits, stickiness, abort, a killed server, a killed replica and a drained replica under load. Reports
+the throughput of two replicas, of one, and of a replica without gateway. Takes about ten minutes.
 """
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import random
-import shlex
 import signal
 import socket
 import statistics
@@ -30,13 +29,13 @@ from typing import Any
 import psutil
 import ray
 import yaml
-from bench_servers import bench_questions, run_of
-from fleet_client import CONCURRENT, Client, Told, wait_for
 from ray import serve
 from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
 from ray.serve.schema import ServeDeploySchema
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.harness import RESULTS, ROOT, list_info, questions_of, run_info, write_report
+from deploy.ray.check_client import CONCURRENT, Client, ClientReply, wait_for
+
 KEYS = """
 [[keys]]
 name = "client"
@@ -57,7 +56,7 @@ scope = "metrics"
 
 
 def servers() -> list[psutil.Process]:
-    """The server processes of this fleet's replicas."""
+    """Server processes of this fleet's replicas."""
     mine = psutil.Process().children(recursive=True)
     return [process for process in mine if {"rtap_server", "--uds"} <= set(_command(process))]
 
@@ -71,17 +70,17 @@ def _command(process: psutil.Process) -> list[str]:
 
 @contextmanager
 def fleet(keys: Path) -> Generator[tuple[str, Callable[[int], None]]]:
-    """(address, function that sets the number of replicas) of a fleet on a Ray of its own."""
+    """(address, function that sets the number of replicas) of a fleet on a new local Ray."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # 15 by default: whatever else runs here would come first. The name is Ray's, in this case
+    # Ray's default is 15. The case of the name is Ray's.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     ray.init(num_cpus=4, include_dashboard=False, _temp_dir=tempfile.mkdtemp(prefix="ray"), logging_level=logging.ERROR)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
 
     def scale(replicas: int) -> None:
-        """As `serve deploy` does with a changed file: what has not changed goes on running."""
+        """Deploy with another number of replicas; the others keep running."""
         config = yaml.safe_load((ROOT / "deploy" / "ray" / "config.yaml").read_text(encoding="utf-8"))
         (application,) = config["applications"]
         application["args"]["api_keys_file"] = str(keys)
@@ -100,17 +99,17 @@ def fleet(keys: Path) -> Generator[tuple[str, Callable[[int], None]]]:
 
 
 async def check_keys(url: str, questions: Sequence[str]) -> str:
-    """Refused without a key; limits of a key count over both replicas."""
-    nobody = await Client(url, key="wrong").ask(questions[0], 1)
+    """Requests without a key are refused; limits of a key count over both replicas."""
+    nobody = await Client(url, key="wrong").chat(questions[0], 1)
     six = await Client(url, key="six-a-minute").many([{"question": q, "seed": 1} for q in questions[:12]])
-    statuses = Counter(told.status for told in six)
-    spender, spent = Client(url, key="tokens-a-minute"), [Told(200, "", "done", 0)]
+    statuses = Counter(reply.status for reply in six)
+    spender, spent = Client(url, key="tokens-a-minute"), [ClientReply(200, "", "done", 0)]
     for question in questions:
         if spent[-1].status != 200:
             break
-        spent.append(await spender.ask(question, 1))
-    tokens = [told.tokens for told in spent[:-1]]
-    replicas = {told.replica for told in (*six, *spent) if told.replica}
+        spent.append(await spender.chat(question, 1))
+    tokens = [reply.tokens for reply in spent[:-1]]
+    replicas = {reply.replica for reply in (*six, *spent) if reply.replica}
     assert nobody.status == 401
     assert statuses == {200: 6, 429: 6}, statuses
     assert spent[-1].status == 429
@@ -122,15 +121,15 @@ async def check_keys(url: str, questions: Sequence[str]) -> str:
 
 
 async def check_sticky(client: Client, questions: Sequence[str]) -> str:
-    """All turns of a conversation at one replica, where they find their cache; conversations at both."""
+    """All turns of a conversation reach one replica and its prefix cache; conversations spread over both."""
     replicas, cached = list[set[str]](), 0
     for question in questions[:12]:
         seen, turns = set[str](), list[dict[str, str]]()
         for _ in range(3):
-            told = await client.ask(question, 1, turns=turns)
-            seen.add(told.replica)
-            cached += told.cached if turns else 0
-            turns += [{"role": "assistant", "content": told.text}, {"role": "user", "content": "Are you sure?"}]
+            reply = await client.chat(question, 1, turns=turns)
+            seen.add(reply.replica)
+            cached += reply.cached if turns else 0
+            turns += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": "Are you sure?"}]
         replicas.append(seen)
     shares = Counter(next(iter(seen)) for seen in replicas)
     assert all(len(seen) == 1 for seen in replicas), replicas
@@ -140,50 +139,50 @@ async def check_sticky(client: Client, questions: Sequence[str]) -> str:
 
 
 async def check_abort(client: Client, question: str) -> str:
-    """A client that leaves through the whole chain ends the work."""
+    """A disconnect reaches the engine through gateway and replica."""
     before = await client.metric("rtap_requests_total", stop_reason="abandoned")
     began = time.monotonic()
     await client.leave_early(question)
     while await client.metric("rtap_requests_total", stop_reason="abandoned") == before:
-        assert time.monotonic() - began < 15, "the request of a client that left is still being answered"
+        assert time.monotonic() - began < 15, "the request is still running after its client disconnected"
         await asyncio.sleep(0.2)
     left = await client.metric("rtap_trajectories")
     return f"counted as abandoned after {time.monotonic() - began:.1f} s, {left:.0f} in flight"
 
 
 async def check_killed(client: Client, jobs: Sequence[Mapping[str, Any]], victim: Callable[[], int]) -> str:
-    """Kill -9 a process while ``jobs`` run: no whole reply is lost, and no stream ends without saying so."""
+    """Kill a process while ``jobs`` run: no unstreamed reply is lost, and every cut stream ends with an error event."""
     retried, running = await client.metric("rtap_gateway_retries_total"), asyncio.ensure_future(client.many(jobs))
     await asyncio.sleep(2)
     os.kill(victim(), signal.SIGKILL)
-    told = await running
+    replies = await running
     again = await wait_for(client, 2)
     endings = Counter(
-        ("stream" if job["stream"] else "whole", t.status, t.ending) for job, t in zip(jobs, told, strict=True)
+        ("stream" if job["stream"] else "whole", t.status, t.ending) for job, t in zip(jobs, replies, strict=True)
     )
     allowed = {("whole", 200, "done"), ("stream", 200, "done"), ("stream", 200, "error")}
     assert set(endings) <= allowed, endings
     retries = await client.metric("rtap_gateway_retries_total") - retried
     broken = endings["stream", 200, "error"]
     return (
-        f"{len(jobs)} requests, half of them streams: all whole ones answered, {broken} streams that had begun ended "
-        f"with an error event, none silently; {retries:.0f} asked again; two replicas again {again:.0f} s later"
+        f"{len(jobs)} requests, half of them streams: all whole ones answered, {broken} streams ended with an "
+        f"error event, none silently; {retries:.0f} retries; two replicas again after {again:.0f} s"
     )
 
 
 async def check_drain(client: Client, jobs: Sequence[Mapping[str, Any]], scale: Callable[[int], None]) -> str:
-    """One replica fewer while ``jobs`` run: every one is answered."""
+    """Remove a replica while ``jobs`` run: all are answered."""
     running = asyncio.ensure_future(client.many(jobs))
     await asyncio.sleep(2)
     await asyncio.to_thread(scale, 1)
-    told = await running
-    assert all((t.status, t.ending) == (200, "done") for t in told), Counter((t.status, t.ending) for t in told)
+    replies = await running
+    assert all((t.status, t.ending) == (200, "done") for t in replies), Counter((t.status, t.ending) for t in replies)
     await wait_for(client, 1)
     return f"{len(jobs)} requests while one of two replicas left: all answered"
 
 
 async def measure(client: Client, questions: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Throughput in turns: a replica asked directly on its socket, the same through the gateway, both replicas."""
+    """Throughput of a replica's socket, of one replica through the gateway, and of both, in turns."""
     command = servers()[0].cmdline()
     direct = Client("http://replica", socket=command[command.index("--uds") + 1])
     ways: dict[str, tuple[Client, str]] = {
@@ -194,14 +193,14 @@ async def measure(client: Client, questions: Sequence[str], rounds: int) -> list
     rates: dict[str, list[float]] = {way: [] for way in ways}
     latencies: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
-        for way, (asker, session) in ways.items():
+        for way, (sender, session) in ways.items():
             jobs = [{"question": q, "seed": number, "session": session} for q in questions]
             began = time.monotonic()
-            told = await asker.many(jobs)
-            assert {t.status for t in told} == {200}
-            if number:  # the first warms up
+            replies = await sender.many(jobs)
+            assert {t.status for t in replies} == {200}
+            if number:  # the first round warms up
                 rates[way].append(len(jobs) / (time.monotonic() - began))
-                latencies[way] += [t.seconds for t in told]
+                latencies[way] += [t.seconds for t in replies]
     base = rates["one replica, gateway"]
     return [
         {
@@ -217,10 +216,10 @@ async def measure(client: Client, questions: Sequence[str], rounds: int) -> list
 
 
 async def check(url: str, scale: Callable[[int], None], options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, in order."""
+    """All checks in order."""
     client, seen = Client(url), dict[str, Any]()
     seen["ready"] = f"two replicas after {await wait_for(client, 2, 400):.0f} s"
-    questions = [question.text for question in bench_questions(())]
+    questions = [question.text for question in questions_of([])]
     random.Random(options.seed).shuffle(questions)
     long = [
         {"question": q, "seed": i, "stream": bool(i % 2), "threshold": 1, "max_cycles": 6}
@@ -233,25 +232,18 @@ async def check(url: str, scale: Callable[[int], None], options: argparse.Namesp
 
     report("keys and limits", await check_keys(url, questions))
     report("stickiness", await check_sticky(client, questions))
-    report("a client leaves", await check_abort(client, questions[0]))
+    report("a client disconnects", await check_abort(client, questions[0]))
     throughput = await measure(client, questions[: options.requests], options.rounds)
     report("a server is killed", await check_killed(client, long[: options.requests], lambda: servers()[0].pid))
     parent: Callable[[], int] = lambda: servers()[0].ppid()  # noqa: E731
     report("a replica is killed", await check_killed(client, long[: options.requests], parent))
-    report("a replica leaves", await check_drain(client, long[: options.requests], scale))
+    report("a replica is removed", await check_drain(client, long[: options.requests], scale))
     return {"seen": seen, "throughput": throughput}
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(info: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The report."""
-    lines = [
-        "# Replicas on Ray Serve",
-        "",
-        *(f"- {k}: `{v}`" for k, v in found["run"].items()),
-        "",
-        "| what | seen |",
-        "|---|---|",
-    ]
+    lines = ["# Replicas on Ray Serve", "", *list_info(info), "", "| check | result |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in found["seen"].items()]
     columns = list(found["throughput"][0])
     lines += ["", f"{CONCURRENT} at a time, in turns, all on the same cores:", "", f"| {' | '.join(columns)} |"]
@@ -264,11 +256,11 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Check and measure deploy/ray on this machine.")
+    parser = argparse.ArgumentParser(prog="check.py", description="Check and measure deploy/ray on this machine.")
     parser.add_argument("--requests", type=int, default=96, help="requests of a round (default: 96)")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of the throughput (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="which questions, in which order (default: 0)")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "ray", help="folder of the report")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of questions (default: 0)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "ray", help="folder of the report")
     options = parser.parse_args(argv)
     started = datetime.now(UTC)
     with tempfile.TemporaryDirectory() as folder:
@@ -276,12 +268,8 @@ def main(argv: Sequence[str]) -> int:
         keys.write_text(KEYS, encoding="utf-8")
         with fleet(keys) as (url, scale):
             found = asyncio.run(check(url, scale, options))
-    run = run_of([], started) | {"command": shlex.join(["python", "scripts/check_ray.py", *argv])}
-    found = {"run": {**run, "seed": options.seed, "ray": ray.__version__, "cores": os.cpu_count()}, **found}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "ray.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (options.output / "ray.md").write_text(markdown(found), encoding="utf-8")
-    print(markdown(found))
+    info = run_info(__file__, argv, started, seed=options.seed)
+    write_report(options.output, "ray", {"run": info, **found}, markdown(info, found))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A client of a fleet for scripts/check_ray.py: asks, notes which replica answered and how each reply ended."""
+"""HTTP client of deploy/ray/check.py: records the replica and the ending of each reply."""
 
 import asyncio
 import json
@@ -14,8 +14,8 @@ CONCURRENT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """One reply as its client saw it. ending: done; error, a stream that said so; cut, one that did not."""
+class ClientReply:
+    """One reply. ending: "done", "error" (a stream that ended with an error event) or "cut" (one without an end)."""
 
     status: int
     replica: str
@@ -27,7 +27,7 @@ class Told:
 
 
 class Client:
-    """Asks the fleet."""
+    """A client of the fleet, or of one replica's socket."""
 
     def __init__(self, url: str, *, socket: str | None = None, key: str = "client-key") -> None:
         transport = None if socket is None else httpx.AsyncHTTPTransport(uds=socket)
@@ -35,7 +35,7 @@ class Client:
         self._http = httpx.AsyncClient(base_url=url, transport=transport, timeout=120, limits=limits)
         self._headers = {"authorization": f"Bearer {key}"}
 
-    async def ask(
+    async def chat(
         self,
         question: str,
         seed: int,
@@ -44,7 +44,7 @@ class Client:
         session: str = "",
         turns: Sequence[Any] = (),
         **rtap: Any,
-    ) -> Told:
+    ) -> ClientReply:
         """One chat request."""
         messages = [{"role": "user", "content": question}, *turns]
         body = {"model": "rtap", "messages": messages, "seed": seed, "stream": stream, "rtap": rtap}
@@ -54,41 +54,41 @@ class Client:
             try:
                 data = await reply.aread()
             except httpx.HTTPError:
-                return Told(reply.status_code, "", "cut", time.monotonic() - began)
+                return ClientReply(reply.status_code, "", "cut", time.monotonic() - began)
         seconds, replica = time.monotonic() - began, reply.headers.get("x-rtap-replica", "")
         if stream and reply.status_code == 200:
             failed = b'"overloaded_error"' in data
             ending = "error" if failed else "done" if data.endswith(b"data: [DONE]\n\n") else "cut"
-            return Told(200, replica, ending, seconds)
-        told = json.loads(data)
-        cycles = told.get("rtap", {}).get("cycles", [])
-        return Told(
+            return ClientReply(200, replica, ending, seconds)
+        body = json.loads(data)
+        cycles = body.get("rtap", {}).get("cycles", [])
+        return ClientReply(
             reply.status_code, replica, "done", seconds,
             tokens=sum(c["tokens"] + c["prompt_tokens"] - c["cached_tokens"] for c in cycles),
             cached=sum(c["cached_tokens"] for c in cycles[:1]),
-            text=told["choices"][0]["message"]["content"] if cycles else "",
+            text=body["choices"][0]["message"]["content"] if cycles else "",
         )  # fmt: skip
 
     async def leave_early(self, question: str) -> None:
-        """Begin a long stream and go at its first bytes."""
+        """Start a long stream and disconnect at its first bytes."""
         long = {"threshold": 1, "max_cycles": 16}
         body = {"model": "rtap", "messages": [{"role": "user", "content": question}], "stream": True, "rtap": long}
         async with self._http.stream("POST", "/v1/chat/completions", json=body, headers=self._headers) as reply:
             async for _ in reply.aiter_raw():
                 return
 
-    async def many(self, jobs: Sequence[Mapping[str, Any]], concurrent: int = CONCURRENT) -> list[Told]:
-        """All of them, so many at a time."""
-        places = asyncio.Semaphore(concurrent)
+    async def many(self, jobs: Sequence[Mapping[str, Any]], concurrent: int = CONCURRENT) -> list[ClientReply]:
+        """Send all requests, ``concurrent`` at a time."""
+        limit = asyncio.Semaphore(concurrent)
 
-        async def one(job: Mapping[str, Any]) -> Told:
-            async with places:
-                return await self.ask(**job)
+        async def one(job: Mapping[str, Any]) -> ClientReply:
+            async with limit:
+                return await self.chat(**job)
 
         return await asyncio.gather(*map(one, jobs))
 
     async def get(self, path: str, key: str) -> httpx.Response:
-        """A GET."""
+        """GET a path."""
         return await self._http.get(path, headers={"authorization": f"Bearer {key}"} if key else {})
 
     async def metric(self, name: str, **labels: str) -> float:
@@ -99,11 +99,11 @@ class Client:
 
 
 async def wait_for(client: Client, replicas: int, seconds: float = 240) -> float:
-    """Seconds until so many replicas are ready."""
+    """Seconds until this number of replicas is ready."""
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         reply = await client.get("/ready", "")
-        # 404, from Ray itself, until the application is there
+        # Ray answers 404 until the application runs
         if reply.status_code == 200 and reply.json()["replicas"] == replicas:
             return time.monotonic() - began
         await asyncio.sleep(0.5)

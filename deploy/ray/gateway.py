@@ -1,32 +1,37 @@
-"""The one door of a fleet: an ASGI app that hands each request to a replica of the server and its reply back.
+"""ASGI gateway of a fleet: forward each request to a replica and its reply to the client.
 
-It stands inside ``http.auth.Gate``, which holds the keys and counts their limits for the whole fleet. A request whose
-replica dies is asked again elsewhere as long as the client has seen nothing of a reply. It does not choose replicas and
-knows nothing of Ray: a ``Fleet`` does.
+It runs inside ``AuthMiddleware``, which counts the limits of API keys for the whole fleet. When a replica dies, the
+request goes to another one as long as the client has received nothing. A ``Fleet`` chooses replicas; Ray is not used.
 """
 
 import asyncio
 import contextlib
 import json
-import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.exposition import generate_latest
-from starlette._utils import get_route_path
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from deploy.ray.traffic import Asked, EventReader, Head, conversation_of, labelled, tokens_of_reply
+from deploy.ray.traffic import (
+    EventReader,
+    ForwardedRequest,
+    ResponseStart,
+    conversation_key,
+    merge_metrics,
+    response_tokens,
+)
 from rtap_core.errors import BodyTooLarge, Overloaded
-from rtap_server.http.auth import current_visit
-from rtap_server.http.errors import error_body, response_to
+from rtap_server.engine.request_state import current_request
+from rtap_server.http.errors import error_body, error_response
+from rtap_server.http.route_kinds import route_path
 
-# What one replica alone remembers, and nobody knows which: everyone is asked.
-_REMEMBERED = ("/v1/rtap/feedback", "/v1/responses/")
-_OF_THIS_HOP = frozenset({b"host", b"connection", b"transfer-encoding", b"content-length", b"expect"})
+# Known to one replica only, so these go to all.
+_BROADCAST_PATHS = ("/v1/rtap/feedback", "/v1/responses/")
+_HOP_HEADERS = frozenset({b"host", b"connection", b"transfer-encoding", b"content-length", b"expect"})
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -35,22 +40,24 @@ class ReplicaLost(Exception):
 
 
 class Fleet(Protocol):
-    """The replicas."""
+    """The replicas of the server."""
 
-    def ask(self, asked: Asked, conversation: str) -> AsyncGenerator[Head | bytes]:
-        """A reply: its head, then its body in parts. The same conversation goes to the same replica while it can.
-        Closing the generator aborts the request. Raises ReplicaLost."""
+    def send(self, request: ForwardedRequest, conversation: str) -> AsyncGenerator[ResponseStart | bytes]:
+        """Yield the start of the reply, then its body in parts; closing the generator aborts the request.
+
+        One conversation goes to one replica while that runs. Raises ReplicaLost."""
         ...
 
-    async def ask_all(self, asked: Asked) -> Mapping[str, tuple[Head, bytes]]:
-        """Whole replies of all replicas that answer, by the replica's name."""
+    async def broadcast(self, request: ForwardedRequest) -> Mapping[str, tuple[ResponseStart, bytes]]:
+        """Complete replies of all replicas that answer, by name."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """attempts: how often one request is handed to a replica at most. pause_seconds: before the second time, doubled
-    before each further one: Ray takes a moment to see that a replica is gone."""
+class RetryPolicy:
+    """attempts: replicas tried for one request. pause_seconds: before the first retry, doubled before each further one.
+
+    ready_seconds: time limit of /ready."""
 
     attempts: int = 6
     pause_seconds: float = 0.1
@@ -58,46 +65,44 @@ class Patience:
 
 
 class Gateway:
-    """See the module."""
+    """The ASGI application."""
 
     def __init__(
-        self, fleet: Fleet, registry: CollectorRegistry, *, max_body_bytes: int, patience: Patience | None = None
+        self, fleet: Fleet, registry: CollectorRegistry, *, max_body_bytes: int, retry_policy: RetryPolicy | None = None
     ) -> None:
         self._fleet, self._registry, self._max_body_bytes = fleet, registry, max_body_bytes
-        self._patience = patience or Patience()
+        self._retry_policy = retry_policy or RetryPolicy()
         self._retries = Counter(
-            "rtap_gateway_retries", "Requests handed to a further replica after one was lost.", registry=registry
+            "rtap_gateway_retries", "Requests sent to another replica after one was lost.", registry=registry
         )
-        self._broken = Counter(
-            "rtap_gateway_broken_streams", "Streams that a lost replica left unfinished.", registry=registry
-        )
+        self._broken = Counter("rtap_gateway_broken_streams", "Streams cut by a lost replica.", registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return
         if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1008, "reason": "the gateway takes HTTP only"})
+            await send({"type": "websocket.close", "code": 1008, "reason": "the gateway accepts HTTP only"})
             return
-        path = get_route_path(scope)
+        path = route_path(scope)
         if path == "/live":
             await JSONResponse({"status": "alive"})(scope, receive, send)
             return
-        asked = await self._read(scope, path, receive)
-        if asked is None:
+        request = await self._read(scope, path, receive)
+        if request is None:
             message = f"the request body is larger than {self._max_body_bytes} bytes; shorten it"
-            await response_to(BodyTooLarge(message))(scope, receive, send)
+            await error_response(BodyTooLarge(message))(scope, receive, send)
         elif path.rstrip("/") == "/metrics":
-            await (await self._metrics(asked))(scope, receive, send)
+            await (await self._metrics(request))(scope, receive, send)
         elif path == "/ready":
-            await (await self._ready(asked))(scope, receive, send)
-        elif path.startswith(_REMEMBERED):
-            await (await self._from_any(asked))(scope, receive, send)
+            await (await self._ready(request))(scope, receive, send)
+        elif path.startswith(_BROADCAST_PATHS):
+            await (await self._find(request))(scope, receive, send)
         else:
-            await self._forward(asked, scope, receive, send)
+            await self._forward(request, scope, receive, send)
 
-    async def _read(self, scope: Scope, path: str, receive: Receive) -> Asked | None:
-        """The whole request; None if its body is too large."""
+    async def _read(self, scope: Scope, path: str, receive: Receive) -> ForwardedRequest | None:
+        """The complete request; None when its body is too large."""
         body, more = bytearray(), True
         while more:
             message = await receive()
@@ -105,46 +110,48 @@ class Gateway:
             more = message["type"] == "http.request" and message.get("more_body", False)
             if len(body) > self._max_body_bytes:
                 return None
-        headers = [(k, v) for k, v in scope["headers"] if k not in _OF_THIS_HOP]
-        if all(name != b"x-request-id" for name, _ in headers):
-            headers.append((b"x-request-id", uuid.uuid4().hex.encode()))  # the same for every attempt
-        return Asked(scope["method"], path, scope["query_string"], tuple(headers), bytes(body))
+        headers = [(k, v) for k, v in scope["headers"] if k not in _HOP_HEADERS]
+        headers.append((b"x-request-id", current_request().request_id.encode()))  # the same for every attempt
+        return ForwardedRequest(scope["method"], path, scope["query_string"], tuple(headers), bytes(body))
 
-    async def _forward(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
-        conversation, pause = conversation_of(asked), self._patience.pause_seconds
-        for attempt in range(self._patience.attempts):
+    async def _forward(self, request: ForwardedRequest, scope: Scope, receive: Receive, send: Send) -> None:
+        conversation, pause = conversation_key(request), self._retry_policy.pause_seconds
+        for attempt in range(self._retry_policy.attempts):
             if attempt:
                 self._retries.inc()
                 await asyncio.sleep(pause)
                 pause *= 2
-            reply = self._fleet.ask(asked, conversation)
+            reply = self._fleet.send(request, conversation)
             try:
-                head = await anext(reply)
-                assert isinstance(head, Head)
-                if head.is_stream:
-                    await self._stream(asked.path, head, reply, send)
+                start = await anext(reply)
+                assert isinstance(start, ResponseStart)
+                if start.is_stream:
+                    await self._stream(request.path, start, reply, send)
                 else:
                     body = b"".join([part async for part in reply if isinstance(part, bytes)])
-                    _charge(tokens_of_reply(body))
-                    await _respond(head, body)(scope, receive, send)
+                    _charge(response_tokens(body))
+                    await _respond(start, body)(scope, receive, send)
                 return
             except (ReplicaLost, StopAsyncIteration):
                 continue
             finally:
                 await reply.aclose()
-        gone = Overloaded("no replica could answer this request; try again in a few seconds")
-        await response_to(gone)(scope, receive, send)
+        error = Overloaded("no replica could answer this request; try again in a few seconds")
+        await error_response(error)(scope, receive, send)
 
-    async def _stream(self, path: str, head: Head, reply: AsyncGenerator[Head | bytes], send: Send) -> None:
-        """Pass a stream on, event by event. Raises ReplicaLost while the client has seen nothing; later the stream ends
-        with an error event, because a client cannot take back what it was told."""
+    async def _stream(
+        self, path: str, start: ResponseStart, reply: AsyncGenerator[ResponseStart | bytes], send: Send
+    ) -> None:
+        """Forward a stream event by event.
+
+        A lost replica raises ReplicaLost before the first event; after it the stream ends with an error event."""
         reader, begun = EventReader(), False
         try:
             async for part in reply:
                 assert isinstance(part, bytes)
                 events = reader.feed(part)
                 if events and not begun:
-                    await send({"type": "http.response.start", "status": head.status, "headers": list(head.headers)})
+                    await send({"type": "http.response.start", "status": start.status, "headers": list(start.headers)})
                     begun = True
                 if events:
                     await send({"type": "http.response.body", "body": events, "more_body": True})
@@ -157,62 +164,60 @@ class Gateway:
         finally:
             _charge(reader.tokens)
         if not begun:
-            await send({"type": "http.response.start", "status": head.status, "headers": list(head.headers)})
+            await send({"type": "http.response.start", "status": start.status, "headers": list(start.headers)})
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _metrics(self, asked: Asked) -> Response:
-        """Every replica's series and the gateway's own, told apart by the label ``replica``."""
-        replies = await self._fleet.ask_all(asked)
-        texts = {name: body.decode() for name, (head, body) in replies.items() if head.status == 200}
+    async def _metrics(self, request: ForwardedRequest) -> Response:
+        """Series of every replica and of the gateway, with the label ``replica``."""
+        replies = await self._fleet.broadcast(request)
+        texts = {name: body.decode() for name, (start, body) in replies.items() if start.status == 200}
         refused = [reply for reply in replies.values() if reply[0].status in (401, 403)]
         if refused and not texts:
             return _respond(*refused[0])
-        whole = labelled({**texts, "gateway": generate_latest(self._registry).decode()})
-        return Response(whole, media_type=_METRICS_TYPE)
+        merged = merge_metrics({**texts, "gateway": generate_latest(self._registry).decode()})
+        return Response(merged, media_type=_METRICS_TYPE)
 
-    async def _ready(self, asked: Asked) -> Response:
-        """Ready while at least one replica is."""
+    async def _ready(self, request: ForwardedRequest) -> Response:
+        """200 while at least one replica is ready."""
         number = 0
         with contextlib.suppress(TimeoutError):
-            replies = await asyncio.wait_for(self._fleet.ask_all(asked), self._patience.ready_seconds)
-            number = sum(head.status == 200 for head, _ in replies.values())
+            replies = await asyncio.wait_for(self._fleet.broadcast(request), self._retry_policy.ready_seconds)
+            number = sum(start.status == 200 for start, _ in replies.values())
         status = "ready" if number else "not ready"
         return JSONResponse({"status": status, "replicas": number}, status_code=200 if number else 503)
 
-    async def _from_any(self, asked: Asked) -> Response:
-        """The reply of the replica that knows what is asked about; any other's where none does."""
-        replies: Sequence[tuple[Head, bytes]] = list((await self._fleet.ask_all(asked)).values())
+    async def _find(self, request: ForwardedRequest) -> Response:
+        """The first reply that is not a 404, else any reply."""
+        replies: Sequence[tuple[ResponseStart, bytes]] = list((await self._fleet.broadcast(request)).values())
         if not replies:
-            return response_to(Overloaded("no replica could answer this request; try again in a few seconds"))
+            return error_response(Overloaded("no replica could answer this request; try again in a few seconds"))
         known = [reply for reply in replies if reply[0].status != 404]
         return _respond(*(known or replies)[0])
 
 
 def _charge(tokens: int) -> None:
-    """Put ``tokens`` on the account of the key that asks."""
-    visit = current_visit()
-    if visit is not None:
-        visit.spent_tokens += tokens
+    """Charge tokens to the API key of the current request."""
+    current_request().spent_tokens += tokens
 
 
-def _respond(head: Head, body: bytes) -> Response:
-    """A whole reply of a replica, as it came."""
-    response = Response(body, status_code=head.status)
-    headers = [(k, v) for k, v in head.headers if k != b"content-length"]
+def _respond(start: ResponseStart, body: bytes) -> Response:
+    """A complete reply of a replica, unchanged."""
+    response = Response(body, status_code=start.status)
+    headers = [(k, v) for k, v in start.headers if k != b"content-length"]
     response.raw_headers = [*headers, (b"content-length", str(len(body)).encode())]
     return response
 
 
 def _lost_event(path: str) -> bytes:
-    """The end of a stream whose replica is gone, in the words of its endpoint."""
-    message = "the replica that was answering has ended; ask again"
-    error = error_body(message, status=503, type_="overloaded_error")
+    """Last event of a stream whose replica is lost, in the format of its endpoint."""
+    message = "the replica ended before the reply was complete; send the request again"
     if path == "/v1/messages":
-        told = {"type": "error", "error": {"type": "overloaded_error", "message": message}}
-        return b"event: error\ndata: " + json.dumps(told).encode() + b"\n\n"
+        event = {"type": "error", "error": {"type": "overloaded_error", "message": message}}
+        return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
     if path == "/v1/responses":
-        told = {"type": "error", "code": "overloaded_error", "message": message, "param": None}
-        return b"event: error\ndata: " + json.dumps(told).encode() + b"\n\n"
+        event = {"type": "error", "code": "overloaded_error", "message": message, "param": None}
+        return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
+    error = error_body(message, status=503, type_="overloaded_error")
     return b"data: " + json.dumps(error).encode() + b"\n\ndata: [DONE]\n\n"
 
 

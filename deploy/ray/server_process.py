@@ -1,7 +1,6 @@
-"""One ``rtap serve`` process behind a Unix socket, as a replica runs it, and requests handed to it over HTTP.
+"""One ``rtap serve`` process behind a Unix socket, and HTTP requests to it.
 
-A process of its own, because the server takes over signals, the event loop and vLLM's processes; its flags, drain and
-metrics are then those of any other `rtap serve`. Knows nothing of Ray.
+A separate process, because the server takes over signals, the event loop and vLLM's processes. Ray is not used here.
 """
 
 import asyncio
@@ -17,24 +16,23 @@ import aiohttp
 from yarl import URL
 
 from deploy.ray.gateway import ReplicaLost
-from deploy.ray.traffic import Asked, Head
+from deploy.ray.traffic import ForwardedRequest, ResponseStart
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 STOP_SECONDS = 10.0
-_OF_THIS_HOP = frozenset({b"connection", b"transfer-encoding", b"keep-alive", b"date", b"server"})
+_HOP_HEADERS = frozenset({b"connection", b"transfer-encoding", b"keep-alive", b"date", b"server"})
 _OWNED_FLAGS = ("--host", "--port", "--uds", "--api-keys-file")
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Refuse flags that belong to the fleet. Raises ValueError."""
+    """Raise ValueError for flags that the fleet sets."""
     owned = [flag for flag in flags if flag.split("=")[0] in _OWNED_FLAGS]
     if owned:
-        raise ValueError(f"leave out {', '.join(owned)}: a replica listens on a socket that its gateway alone knows; "
-                         "keys are named by api_keys_file")  # fmt: skip
+        raise ValueError(f"flags {', '.join(owned)} are set by the fleet: remove them; name keys with api_keys_file")
 
 
-class Child:
-    """A running server. Make one with ``start``."""
+class ServerProcess:
+    """A running server, created by ``start``."""
 
     def __init__(self, process: asyncio.subprocess.Process, folder: tempfile.TemporaryDirectory[str]) -> None:
         self._process, self._folder = process, folder
@@ -50,30 +48,31 @@ class Child:
         flags: Sequence[str],
         api_keys_file: Path | None = None,
         program: Sequence[str] = (sys.executable, "-m", "rtap_server"),
-    ) -> "Child":
-        """Returns when it is ready. Raises ReplicaLost if it ends before."""
+    ) -> "ServerProcess":
+        """Start a server and wait until it is ready. Raises ReplicaLost when it ends before."""
         folder = tempfile.TemporaryDirectory(prefix="rtap-replica-")
         keys = [] if api_keys_file is None else ["--api-keys-file", str(api_keys_file)]
-        # setpriv: when the replica dies, by whatever hand, the kernel tells the server to end as well
+        # setpriv: the kernel sends SIGTERM to the server when the replica dies
         command = ["setpriv", "--pdeathsig", "TERM", *program, *flags, *keys]
+        path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
         process = await asyncio.create_subprocess_exec(
-            *command, "--uds", _socket(folder), cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}
+            *command, "--uds", _socket(folder), cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": path}
         )
-        child = cls(process, folder)
-        while await child.status("/ready") != 200:
+        server = cls(process, folder)
+        while await server.status("/ready") != 200:
             if process.returncode is not None:
-                await child.stop()
+                await server.stop()
                 raise ReplicaLost(f"rtap serve ended with exit code {process.returncode} before it was ready")
             await asyncio.sleep(0.2)
-        return child
+        return server
 
     @property
     def pid(self) -> int:
-        """Of the server process."""
+        """Process id of the server."""
         return self._process.pid
 
     async def ended(self) -> int:
-        """Its exit code, when it has ended."""
+        """Wait for its end. Returns the exit code."""
         return await self._process.wait()
 
     async def status(self, path: str) -> int:
@@ -84,22 +83,28 @@ class Child:
         except (aiohttp.ClientError, TimeoutError):
             return 0
 
-    async def ask(self, asked: Asked) -> AsyncGenerator[Head | bytes]:
-        """A reply: its head, then its body as it comes. Closing the generator closes the connection, which is how the
-        server is told to abort. Raises ReplicaLost."""
-        headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in asked.headers]
+    async def send(self, request: ForwardedRequest) -> AsyncGenerator[ResponseStart | bytes]:
+        """Yield the start of the reply, then its body in parts.
+
+        Closing the generator closes the connection, which aborts the request. Raises ReplicaLost."""
+        headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.headers]
         try:
             async with self._http.request(
-                asked.method, _url(asked.path, asked.query), headers=headers, data=asked.body, allow_redirects=False
+                request.method,
+                _url(request.path, request.query),
+                headers=headers,
+                data=request.body,
+                allow_redirects=False,
             ) as reply:
-                yield Head(reply.status, tuple((k, v) for k, v in _lowered(reply.raw_headers) if k not in _OF_THIS_HOP))
+                headers_seen = _lowered(reply.raw_headers)
+                yield ResponseStart(reply.status, tuple((k, v) for k, v in headers_seen if k not in _HOP_HEADERS))
                 async for part in reply.content.iter_any():
                     yield part
         except aiohttp.ClientError as error:
             raise ReplicaLost(f"rtap serve: {type(error).__name__}") from error
 
     async def stop(self) -> None:
-        """SIGTERM, on which the server drains, then for certain. May be called twice."""
+        """Send SIGTERM, on which the server drains, then SIGKILL. Idempotent."""
         await self._http.close()
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
@@ -119,5 +124,5 @@ def _socket(folder: tempfile.TemporaryDirectory[str]) -> str:
 
 
 def _url(path: str, query: bytes) -> URL:
-    """The host is of no meaning on a socket."""
+    """URL on a socket, where the host has no meaning."""
     return URL.build(scheme="http", host="replica", path=path, query_string=query.decode("latin-1"))

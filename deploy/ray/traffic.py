@@ -1,6 +1,6 @@
-"""What the gateway reads of a request and of a reply: which conversation it belongs to, and what it cost.
+"""Parsing of forwarded requests and replies: conversation keys, token costs, server-sent events, merged metrics.
 
-Pure: no Ray, no sockets. Where requests go is Ray's consistent hashing over what ``conversation_of`` gives.
+Pure: no Ray, no sockets. Ray's consistent hashing over ``conversation_key`` chooses the replica.
 """
 
 import hashlib
@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import msgspec
 
-_SESSION_HEADER = b"x-session-id"  # Ray Serve's own name for it
+_SESSION_HEADER = b"x-session-id"  # Ray Serve's name for it
 _END = b"\n\n"
 _DATA = b"data:"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One whole HTTP request; header names in lower case."""
+class ForwardedRequest:
+    """One complete HTTP request; header names in lower case."""
 
     method: str
     path: str
@@ -27,43 +27,42 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """How a reply begins."""
+class ResponseStart:
+    """Status and headers of a reply."""
 
     status: int
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
     @property
     def is_stream(self) -> bool:
-        """Whether server-sent events follow."""
+        """True when server-sent events follow."""
         return dict(self.headers).get(b"content-type", b"").startswith(b"text/event-stream")
 
 
-def conversation_of(asked: Asked) -> str:
-    """The same for all turns of one conversation, so that they meet the prefix cache that holds its beginning; empty
-    where there is none, and any replica will do.
+def conversation_key(request: ForwardedRequest) -> str:
+    """The same for all turns of a conversation, so that they reach the replica with its prefix cache.
 
-    What the client says wins: the header ``x-session-id``, then the field ``prompt_cache_key``. Else it is how the
-    conversation begins: all up to the first message of the user, or the whole prompt. The key is part of it, because
-    each key has a cache of its own."""
-    headers = dict(asked.headers)
-    said = headers.get(_SESSION_HEADER)
-    begins = said if said else _beginning(asked.body) if asked.method == "POST" else None
-    if not begins:
+    Empty when any replica will do. The header ``x-session-id`` comes first, then the field ``prompt_cache_key``, then
+    the beginning of the conversation: all up to the user's first message, or the whole prompt. The API key is part of
+    it, because each key has its own cache."""
+    headers = dict(request.headers)
+    session = headers.get(_SESSION_HEADER)
+    beginning = session or (_beginning(request.body) if request.method == "POST" else None)
+    if not beginning:
         return ""
     key = headers.get(b"authorization", headers.get(b"x-api-key", b""))
-    return hashlib.sha256(key + b"\0" + begins).hexdigest()[:32]
+    return hashlib.sha256(key + b"\0" + beginning).hexdigest()[:32]
 
 
 def _beginning(body: bytes) -> bytes | None:
     """The part of a request body that a later turn repeats."""
     try:
-        request: Any = msgspec.json.decode(body)
+        decoded: Any = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError):
-        return None  # the replica says what is wrong with it
-    if not isinstance(request, dict):
+        return None  # the replica answers with the error
+    if not isinstance(decoded, dict):
         return None
-    fields = cast(dict[str, Any], request)
+    fields = cast(dict[str, Any], decoded)
     named = fields.get("prompt_cache_key")
     if isinstance(named, str) and named:
         return named.encode()
@@ -71,21 +70,20 @@ def _beginning(body: bytes) -> bytes | None:
     if turns is None:
         return None
     if isinstance(turns, list):
-        turns = list(_to_first_question(cast(list[Any], turns)))
+        turns = list(_to_first_user_message(cast(list[Any], turns)))
     return msgspec.json.encode([fields.get("model"), fields.get("system"), fields.get("instructions"), turns])
 
 
-def _to_first_question(turns: list[Any]) -> Iterable[Any]:
-    """Messages up to the first one of the user; all of what are no messages (token ids, several prompts)."""
+def _to_first_user_message(turns: list[Any]) -> Iterable[Any]:
+    """Messages up to the user's first one; every element of a list of prompts or token ids."""
     for turn in turns:
         yield turn
         if isinstance(turn, dict) and cast(dict[str, Any], turn).get("role") == "user":
             return
 
 
-def tokens_of_reply(body: bytes) -> int:
-    """Tokens that a whole reply was charged for by the replica: sampled, and read outside the prefix cache, or read for
-    a score."""
+def response_tokens(body: bytes) -> int:
+    """Tokens that the replica counted for a reply: sampled, and read outside the prefix cache or for a score."""
     try:
         reply: Any = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError):
@@ -93,19 +91,19 @@ def tokens_of_reply(body: bytes) -> int:
     if not isinstance(reply, dict):
         return 0
     fields = cast(dict[str, Any], reply)
-    return int(fields["confidence_tokens"]) if fields.get("object") == "rtap.score" else _tokens_told(fields) or 0
+    return int(fields["confidence_tokens"]) if fields.get("object") == "rtap.score" else _trajectory_tokens(fields) or 0
 
 
 @dataclass(slots=True)
 class EventReader:
-    """Reads a stream of server-sent events as it passes. tokens: what the stream has said so far that it cost."""
+    """Split a stream into complete events. tokens: cost that the stream has reported so far."""
 
     tokens: int = 0
     _held: bytes = field(init=False, default=b"")
 
     def feed(self, data: bytes) -> bytes:
-        """The events that are complete with ``data``. The rest is held back: where a replica dies in the middle of an
-        event, the client must not see half of it before the error."""
+        """Events completed by ``data``. A partial event is held back: the client must not see half of one before an
+        error."""
         data = self._held + data
         end = data.rfind(_END) + len(_END) if _END in data else 0
         self._held = data[end:]
@@ -115,7 +113,7 @@ class EventReader:
         return data[:end]
 
     def rest(self) -> bytes:
-        """What was held back, when the stream has ended well."""
+        """Bytes held back, at the end of a complete stream."""
         held, self._held = self._held, b""
         return held
 
@@ -128,33 +126,33 @@ class EventReader:
         if not isinstance(chunk, dict):
             return
         fields = cast(dict[str, Any], chunk)
-        told = fields.get("rtap")
-        if isinstance(told, dict) and cast(dict[str, Any], told).get("event") == "cycle":
-            self.tokens += _tokens_of_cycle(cast(dict[str, Any], told)["cycle"])
+        rtap = fields.get("rtap")
+        if isinstance(rtap, dict) and cast(dict[str, Any], rtap).get("event") == "cycle":
+            self.tokens += _cycle_tokens(cast(dict[str, Any], rtap)["cycle"])
             return
-        total = _tokens_told(fields)
+        total = _trajectory_tokens(fields)
         if total is not None:
-            self.tokens = total  # the cycles told before are in it
+            self.tokens = total  # includes the cycles reported before
 
 
-def _tokens_told(reply: Mapping[str, Any]) -> int | None:
-    """Sum over the trajectories that a reply or its last event tells of; None if it tells of none."""
+def _trajectory_tokens(reply: Mapping[str, Any]) -> int | None:
+    """Tokens of all trajectories in a reply or in the last event of a stream; None without any."""
     if isinstance(reply.get("response"), dict):  # /v1/responses nests the whole reply in its last event
         reply = cast(dict[str, Any], reply["response"])
-    told = reply.get("rtap_choices") or [c["rtap"] for c in reply.get("choices") or () if "rtap" in c]
-    given: list[Any] = told or [reply.get("rtap")]
-    trajectories = [cast(dict[str, Any], t) for t in given if isinstance(t, dict) and "cycles" in t]
+    per_choice = reply.get("rtap_choices") or [c["rtap"] for c in reply.get("choices") or () if "rtap" in c]
+    found: list[Any] = per_choice or [reply.get("rtap")]
+    trajectories = [cast(dict[str, Any], t) for t in found if isinstance(t, dict) and "cycles" in t]
     if not trajectories:
         return None
-    return sum(t["discarded_tokens"] + sum(map(_tokens_of_cycle, t["cycles"])) for t in trajectories)
+    return sum(t["discarded_tokens"] + sum(map(_cycle_tokens, t["cycles"])) for t in trajectories)
 
 
-def _tokens_of_cycle(cycle: Mapping[str, int]) -> int:
+def _cycle_tokens(cycle: Mapping[str, int]) -> int:
     return cycle["tokens"] + cycle["prompt_tokens"] - cycle["cached_tokens"]
 
 
-def labelled(texts: Mapping[str, str]) -> str:
-    """Expositions of several replicas as one: every sample gets the label ``replica`` with its name here."""
+def merge_metrics(texts: Mapping[str, str]) -> str:
+    """Merge the expositions of several replicas; every sample gets the label ``replica``."""
     from prometheus_client.core import Metric
     from prometheus_client.exposition import generate_latest
     from prometheus_client.parser import text_string_to_metric_families
@@ -166,10 +164,10 @@ def labelled(texts: Mapping[str, str]) -> str:
             whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             whole.samples += [s._replace(labels={**s.labels, "replica": replica}) for s in family.samples]
 
-    class Whole(Collector):
+    class MergedCollector(Collector):
         def collect(self) -> Iterable[Metric]:
             return families.values()
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Whole())
+    registry.register(MergedCollector())
     return generate_latest(registry).decode()

@@ -1,4 +1,4 @@
-"""The Ray Serve application as Ray reads it; scripts/check_ray.py runs it."""
+"""The Ray Serve application as Ray reads it; deploy/ray/check.py runs it."""
 
 import importlib
 from pathlib import Path
@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.ray.app import Door, FleetArgs, Replica, build
+from deploy.ray.app import FleetArgs, FleetGateway, Replica, build
 from rtap_core.errors import ConfigError
 from rtap_server.settings import Settings
 
@@ -24,7 +24,7 @@ def test_ray_takes_the_config_and_finds_in_it_what_it_names() -> None:
     found = getattr(importlib.import_module(module), function)
     assert found is build
     build(FleetArgs.model_validate(application.args))
-    assert {deployment.name for deployment in application.deployments} <= {Replica.name, Door.name}
+    assert {deployment.name for deployment in application.deployments} <= {Replica.name, FleetGateway.name}
 
 
 def test_it_is_open_to_this_machine_only_until_somebody_says_otherwise() -> None:
@@ -33,7 +33,7 @@ def test_it_is_open_to_this_machine_only_until_somebody_says_otherwise() -> None
 
 def test_a_replica_is_given_longer_to_leave_than_a_request_may_take() -> None:
     longest = Settings.model_fields["deadline_seconds_limit"].default
-    for deployment in (Replica, Door):
+    for deployment in (Replica, FleetGateway):
         assert deployment._deployment_config.graceful_shutdown_timeout_s > longest
 
 

@@ -11,32 +11,35 @@ import pytest
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp, Message
 
-from deploy.ray.gateway import Gateway, Patience, ReplicaLost
-from deploy.ray.traffic import Asked, Head
+from deploy.ray.gateway import Gateway, ReplicaLost, RetryPolicy
+from deploy.ray.traffic import ForwardedRequest, ResponseStart
 from rtap_server.http.api_keys import load_keys
 from rtap_server.http.auth import AuthMiddleware
+from rtap_server.http.request_id import RequestIdMiddleware
 from rtap_server.telemetry.metrics import Metrics
 
 JSON, EVENTS = (
-    Head(200, ((b"content-type", b"application/json"),)),
-    Head(200, ((b"content-type", b"text/event-stream"),)),
+    ResponseStart(200, ((b"content-type", b"application/json"),)),
+    ResponseStart(200, ((b"content-type", b"text/event-stream"),)),
 )
 LOST = ReplicaLost("gone")
-Step = Head | bytes | ReplicaLost
+Step = ResponseStart | bytes | ReplicaLost
 EVENT = b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'
 
 
 class ScriptedFleet:
     """Gives the next script at each asking; an exception in it is raised there."""
 
-    def __init__(self, *scripts: Sequence[Step], everyone: Mapping[str, tuple[Head, bytes]] | None = None) -> None:
+    def __init__(
+        self, *scripts: Sequence[Step], everyone: Mapping[str, tuple[ResponseStart, bytes]] | None = None
+    ) -> None:
         self.scripts, self.everyone = list(scripts), everyone or {}
-        self.asked: list[Asked] = []
+        self.requests: list[ForwardedRequest] = []
         self.closed = 0
         self.hang = False
 
-    async def ask(self, asked: Asked, conversation: str) -> AsyncGenerator[Head | bytes]:
-        self.asked.append(asked)
+    async def send(self, request: ForwardedRequest, conversation: str) -> AsyncGenerator[ResponseStart | bytes]:
+        self.requests.append(request)
         try:
             for step in self.scripts.pop(0):
                 if isinstance(step, ReplicaLost):
@@ -47,16 +50,20 @@ class ScriptedFleet:
         finally:
             self.closed += 1
 
-    async def ask_all(self, asked: Asked) -> Mapping[str, tuple[Head, bytes]]:
-        self.asked.append(asked)
+    async def broadcast(self, request: ForwardedRequest) -> Mapping[str, tuple[ResponseStart, bytes]]:
+        self.requests.append(request)
         if self.hang:
             await asyncio.Event().wait()
         return self.everyone
 
 
-def gateway(fleet: ScriptedFleet, **more: Any) -> Gateway:
-    quick = Patience(attempts=3, pause_seconds=0.001, ready_seconds=0.05)
-    return Gateway(fleet, CollectorRegistry(), **{"max_body_bytes": 4096, "patience": quick, **more})
+def gateway(fleet: ScriptedFleet, **more: Any) -> ASGIApp:
+    return RequestIdMiddleware(bare_gateway(fleet, **more))
+
+
+def bare_gateway(fleet: ScriptedFleet, **more: Any) -> Gateway:
+    quick = RetryPolicy(attempts=3, pause_seconds=0.001, ready_seconds=0.05)
+    return Gateway(fleet, CollectorRegistry(), **{"max_body_bytes": 4096, "retry_policy": quick, **more})
 
 
 async def call(app: ASGIApp, method: str, path: str, **more: Any) -> httpx.Response:
@@ -69,13 +76,13 @@ async def chat(app: ASGIApp, path: str = "/v1/chat/completions", **more: Any) ->
 
 
 async def test_a_reply_comes_back_as_the_replica_gave_it() -> None:
-    head = Head(418, ((b"content-type", b"application/json"), (b"retry-after", b"7"), (b"x-request-id", b"r")))
+    head = ResponseStart(418, ((b"content-type", b"application/json"), (b"retry-after", b"7"), (b"x-request-id", b"r")))
     fleet = ScriptedFleet([head, b'{"a":', b" 1}"])
     reply = await call(gateway(fleet), "POST", "/v1/x?y=1", content=b"body", headers={"authorization": "Bearer k"})
     assert (reply.status_code, reply.json(), reply.headers["retry-after"]) == (418, {"a": 1}, "7")
-    (asked,) = fleet.asked
-    assert (asked.method, asked.path, asked.query, asked.body) == ("POST", "/v1/x", b"y=1", b"body")
-    assert (b"authorization", b"Bearer k") in asked.headers
+    (request,) = fleet.requests
+    assert (request.method, request.path, request.query, request.body) == ("POST", "/v1/x", b"y=1", b"body")
+    assert (b"authorization", b"Bearer k") in request.headers
 
 
 @pytest.mark.parametrize(
@@ -90,8 +97,8 @@ async def test_what_the_client_has_not_seen_is_asked_again(first: list[Step]) ->
     reply = await chat(app)
     assert reply.status_code == 200
     assert reply.content == (EVENT + b"data: [DONE]\n\n" if is_stream else b"{}")
-    assert len(fleet.asked) == fleet.closed == 2
-    ids = [dict(asked.headers)[b"x-request-id"] for asked in fleet.asked]
+    assert len(fleet.requests) == fleet.closed == 2
+    ids = [dict(request.headers)[b"x-request-id"] for request in fleet.requests]
     assert ids[0] == ids[1]
     assert 'rtap_gateway_retries_total{replica="gateway"} 1.0' in (await call(app, "GET", "/metrics")).text
 
@@ -112,9 +119,9 @@ async def test_a_stream_that_has_begun_ends_with_an_error_and_no_half_event(path
     last = reply.content.removeprefix(EVENT)
     assert last.endswith(end)
     told = json.loads(last.split(b"data: ")[1].split(b"\n\n")[0])
-    assert "ask again" in json.dumps(told)
+    assert "send the request again" in json.dumps(told)
     assert (told.get("type") == "error") is (path != "/v1/chat/completions")
-    assert len(fleet.asked) == 1
+    assert len(fleet.requests) == 1
     assert 'rtap_gateway_broken_streams_total{replica="gateway"} 1.0' in (await call(app, "GET", "/metrics")).text
 
 
@@ -152,11 +159,11 @@ async def test_a_client_that_leaves_aborts_its_request() -> None:
 async def test_a_body_that_is_too_large_goes_nowhere() -> None:
     fleet = ScriptedFleet()
     reply = await call(gateway(fleet), "POST", "/v1/chat/completions", content=b"x" * 5000)
-    assert (reply.status_code, fleet.asked) == (413, [])
+    assert (reply.status_code, fleet.requests) == (413, [])
 
 
 async def test_feedback_reaches_the_replica_that_remembers() -> None:
-    not_mine = (Head(404, JSON.headers), b'{"error": 1}')
+    not_mine = (ResponseStart(404, JSON.headers), b'{"error": 1}')
     fleet = ScriptedFleet(everyone={"r1": not_mine, "r2": (JSON, b'{"ok": 1}'), "r3": not_mine})
     reply = await call(gateway(fleet), "POST", "/v1/rtap/feedback", json={"request_id": "x", "correct": True})
     assert (reply.status_code, reply.json()) == (200, {"ok": 1})
@@ -167,7 +174,7 @@ async def test_feedback_reaches_the_replica_that_remembers() -> None:
 
 
 async def test_it_is_ready_while_one_replica_is_and_live_always() -> None:
-    no = (Head(503), b"")
+    no = (ResponseStart(503), b"")
     fleet = ScriptedFleet(everyone={"r1": no, "r2": (JSON, b"{}")})
     assert (await call(gateway(fleet), "GET", "/ready")).json() == {"status": "ready", "replicas": 1}
     fleet.everyone = {"r1": no}
@@ -178,7 +185,7 @@ async def test_it_is_ready_while_one_replica_is_and_live_always() -> None:
 
 
 async def test_metrics_that_replicas_refuse_are_refused() -> None:
-    fleet = ScriptedFleet(everyone={"r1": (Head(401, JSON.headers), b'{"error": 1}')})
+    fleet = ScriptedFleet(everyone={"r1": (ResponseStart(401, JSON.headers), b'{"error": 1}')})
     assert (await call(gateway(fleet), "GET", "/metrics")).status_code == 401
 
 
@@ -202,7 +209,8 @@ async def test_keys_count_for_the_whole_fleet(tmp_path: Path) -> None:
     fleet = ScriptedFleet([JSON, costly], [EVENTS, streamed])
     for _ in range(2):  # a whole reply and a stream, each by a fresh account
         keys = load_keys(tmp_path / "keys.toml", {})
-        app = AuthMiddleware(gateway(fleet), keys=keys, metrics=Metrics(CollectorRegistry()), secret=b"s")
+        metrics = Metrics(CollectorRegistry())
+        app = RequestIdMiddleware(AuthMiddleware(bare_gateway(fleet), keys=keys, metrics=metrics, secret=b"s"))
         assert (await chat(app)).status_code == 401
         assert (await chat(app, headers={"authorization": "Bearer team-key"})).status_code == 200
         refused = await chat(app, headers={"x-api-key": "team-key"})  # 108 of 100 tokens are spent

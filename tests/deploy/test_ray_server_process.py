@@ -11,34 +11,36 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from deploy.ray.child import Child, check_flags
 
 from deploy.ray.gateway import ReplicaLost
-from deploy.ray.traffic import Asked, Head
+from deploy.ray.server_process import ServerProcess, check_flags
+from deploy.ray.traffic import ForwardedRequest, ResponseStart
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("tiny_server.py")))
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextlib.asynccontextmanager
-async def child(*flags: str) -> AsyncIterator[Child]:
+async def child(*flags: str) -> AsyncIterator[ServerProcess]:
     """Made in the test's own loop, which its connections belong to."""
-    started = await Child.start(flags, program=PROGRAM)
+    started = await ServerProcess.start(flags, program=PROGRAM)
     try:
         yield started
     finally:
         await started.stop()
 
 
-async def read(child: Child, asked: Asked) -> tuple[Head, bytes]:
-    parts = [part async for part in child.ask(asked)]
-    assert isinstance(parts[0], Head)
+async def read(server: ServerProcess, request: ForwardedRequest) -> tuple[ResponseStart, bytes]:
+    parts = [part async for part in server.send(request)]
+    assert isinstance(parts[0], ResponseStart)
     return parts[0], b"".join(part for part in parts[1:] if isinstance(part, bytes))
 
 
 async def test_requests_reach_the_server_and_replies_come_back() -> None:
     async with child() as server:
-        head, body = await read(server, Asked("POST", "/echo", b"x=%20y", ((b"authorization", b"Bearer k"),), b"hello"))
+        head, body = await read(
+            server, ForwardedRequest("POST", "/echo", b"x=%20y", ((b"authorization", b"Bearer k"),), b"hello")
+        )
         assert (head.status, dict(head.headers)[b"retry-after"]) == (202, b"7")
         assert b'"body": "hello"' in body
         assert b'"query": "x=%20y"' in body
@@ -48,14 +50,14 @@ async def test_requests_reach_the_server_and_replies_come_back() -> None:
 
 async def test_leaving_a_stream_aborts_it_at_the_server() -> None:
     async with child() as server:
-        reply = server.ask(Asked("POST", "/stream"))
+        reply = server.send(ForwardedRequest("POST", "/stream"))
         head = await anext(reply)
-        assert isinstance(head, Head)
+        assert isinstance(head, ResponseStart)
         assert head.is_stream
         assert await anext(reply) == b"data: 1\n\n"
         await reply.aclose()
         until = time.monotonic() + 5
-        while (await read(server, Asked("GET", "/seen")))[1] != b"1":
+        while (await read(server, ForwardedRequest("GET", "/seen")))[1] != b"1":
             assert time.monotonic() < until
             await asyncio.sleep(0.02)
 
@@ -63,23 +65,23 @@ async def test_leaving_a_stream_aborts_it_at_the_server() -> None:
 async def test_a_server_that_dies_is_a_lost_replica() -> None:
     async with child() as server:
         with pytest.raises(ReplicaLost):
-            await read(server, Asked("POST", "/die"))
+            await read(server, ForwardedRequest("POST", "/die"))
         assert await server.ended() == 9
         assert await server.status("/ready") == 0
         with pytest.raises(ReplicaLost):
-            await read(server, Asked("GET", "/seen"))
+            await read(server, ForwardedRequest("GET", "/seen"))
 
 
 async def test_a_server_that_never_becomes_ready_is_told() -> None:
     with pytest.raises(ReplicaLost, match="exit code 2"):
-        await Child.start(["--fail"], program=PROGRAM)
+        await ServerProcess.start(["--fail"], program=PROGRAM)
 
 
 def test_the_server_ends_with_its_replica_however_that_ended() -> None:
     code = (
-        "import asyncio, sys\nfrom deploy.ray.child import Child\n"
+        "import asyncio, sys\nfrom deploy.ray.server_process import ServerProcess\n"
         "async def main():\n"
-        f"    child = await Child.start([], program={PROGRAM!r})\n"
+        f"    child = await ServerProcess.start([], program={PROGRAM!r})\n"
         "    print(child.pid, flush=True)\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.ray.traffic import Asked, EventReader, conversation_of, labelled, tokens_of_reply
+from deploy.ray.traffic import EventReader, ForwardedRequest, conversation_key, merge_metrics, response_tokens
 
 QUESTION = {"role": "user", "content": "make 82 from 3, 7, 25"}
 CYCLE = {"index": 0, "tokens": 27, "prompt_tokens": 22, "cached_tokens": 0}
@@ -17,9 +17,11 @@ TRAJECTORY = {"stop_reason": "threshold", "cycles": [CYCLE, SECOND], "discarded_
 SPENT = 27 + 22 + 30 + 50 - 32 + 5
 
 
-def chat(*messages: dict[str, Any], key: bytes = b"Bearer a", **more: Any) -> Asked:
+def chat(*messages: dict[str, Any], key: bytes = b"Bearer a", **more: Any) -> ForwardedRequest:
     body = {"model": "rtap", "messages": messages, **more}
-    return Asked("POST", "/v1/chat/completions", headers=((b"authorization", key),), body=json.dumps(body).encode())
+    return ForwardedRequest(
+        "POST", "/v1/chat/completions", headers=((b"authorization", key),), body=json.dumps(body).encode()
+    )
 
 
 FIRST = chat(QUESTION)
@@ -33,8 +35,8 @@ FIRST = chat(QUESTION)
     ],
     ids=["a later turn", "other sampling"],
 )
-def test_turns_of_one_conversation_go_together(later: Asked) -> None:
-    assert conversation_of(later) == conversation_of(FIRST) != ""
+def test_turns_of_one_conversation_go_together(later: ForwardedRequest) -> None:
+    assert conversation_key(later) == conversation_key(FIRST) != ""
 
 
 @pytest.mark.parametrize(
@@ -47,8 +49,8 @@ def test_turns_of_one_conversation_go_together(later: Asked) -> None:
     ],
     ids=["another question", "another system prompt", "another model", "another key"],
 )
-def test_what_shares_no_cache_need_not_go_together(other: Asked) -> None:
-    assert conversation_of(other) != conversation_of(FIRST)
+def test_what_shares_no_cache_need_not_go_together(other: ForwardedRequest) -> None:
+    assert conversation_key(other) != conversation_key(FIRST)
 
 
 @pytest.mark.parametrize(
@@ -62,23 +64,25 @@ def test_what_shares_no_cache_need_not_go_together(other: Asked) -> None:
     ids=["responses, text", "responses, items", "messages", "completions"],
 )
 def test_every_endpoint_has_a_beginning(first: dict[str, Any], later: dict[str, Any]) -> None:
-    told = [conversation_of(Asked("POST", "/", body=json.dumps(body).encode())) for body in (first, later)]
+    told = [conversation_key(ForwardedRequest("POST", "/", body=json.dumps(body).encode())) for body in (first, later)]
     assert told[0] == told[1] != ""
-    assert told[0] != conversation_of(Asked("POST", "/", body=b'{"prompt": [1, 2, 4]}'))
+    assert told[0] != conversation_key(ForwardedRequest("POST", "/", body=b'{"prompt": [1, 2, 4]}'))
 
 
 def test_what_the_client_says_wins() -> None:
     other = chat({"role": "user", "content": "else"}, prompt_cache_key="c1")
-    assert conversation_of(other) == conversation_of(chat(QUESTION, prompt_cache_key="c1"))
-    header = Asked("POST", "/", headers=((b"x-session-id", b"s1"),), body=FIRST.body)
-    assert conversation_of(header) == conversation_of(Asked("POST", "/", headers=((b"x-session-id", b"s1"),)))
-    assert conversation_of(header) != conversation_of(FIRST)
+    assert conversation_key(other) == conversation_key(chat(QUESTION, prompt_cache_key="c1"))
+    header = ForwardedRequest("POST", "/", headers=((b"x-session-id", b"s1"),), body=FIRST.body)
+    assert conversation_key(header) == conversation_key(
+        ForwardedRequest("POST", "/", headers=((b"x-session-id", b"s1"),))
+    )
+    assert conversation_key(header) != conversation_key(FIRST)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 5000, b'{"text": 1}', b"\xff"])
 def test_without_a_beginning_any_replica_will_do(body: bytes) -> None:
-    assert conversation_of(Asked("POST", "/tokenize", body=body)) == ""
-    assert conversation_of(Asked("GET", "/v1/models")) == ""
+    assert conversation_key(ForwardedRequest("POST", "/tokenize", body=body)) == ""
+    assert conversation_key(ForwardedRequest("GET", "/v1/models")) == ""
 
 
 @pytest.mark.parametrize(
@@ -94,18 +98,18 @@ def test_without_a_beginning_any_replica_will_do(body: bytes) -> None:
 )
 def test_a_reply_says_what_it_cost(reply: dict[str, Any]) -> None:
     expected = SPENT + 5 * (len(reply["choices"]) - 1)
-    assert tokens_of_reply(json.dumps(reply).encode()) == expected
+    assert response_tokens(json.dumps(reply).encode()) == expected
 
 
 def test_a_score_says_what_was_read_for_it() -> None:
-    assert tokens_of_reply(b'{"object": "rtap.score", "confidence": 0.9, "confidence_tokens": 70}') == 70
+    assert response_tokens(b'{"object": "rtap.score", "confidence": 0.9, "confidence_tokens": 70}') == 70
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b'{"object": "list"}', b'{"error": {"message": "rtap"}}', b'{"rtap": null}']
 )
 def test_other_replies_cost_nothing(body: bytes) -> None:
-    assert tokens_of_reply(body) == 0
+    assert response_tokens(body) == 0
 
 
 def event(body: dict[str, Any], name: str | None = None) -> bytes:
@@ -159,7 +163,7 @@ def test_series_of_replicas_are_told_apart_and_stay_what_they_were() -> None:
         "# HELP rtap_in_flight Now.\n# TYPE rtap_in_flight gauge\nrtap_in_flight 2.0\n"
         '# HELP vllm:x_total X.\n# TYPE vllm:x_total counter\nvllm:x_total{model_name="a"} 3.0\n'
     )
-    lines = labelled({"r1": text, "r2": text.replace("3.0", "4.0"), "gateway": ""}).splitlines()
+    lines = merge_metrics({"r1": text, "r2": text.replace("3.0", "4.0"), "gateway": ""}).splitlines()
     assert 'rtap_in_flight{replica="r1"} 2.0' in lines
     assert 'vllm:x_total{model_name="a",replica="r1"} 3.0' in lines
     assert 'vllm:x_total{model_name="a",replica="r2"} 4.0' in lines
