@@ -16,7 +16,6 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from deploy.ray.child import Child, check_flags
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
