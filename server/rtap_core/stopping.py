@@ -31,7 +31,7 @@ def decide(
         return StopReason.MAX_TOKENS
     if len(cycles) >= max_cycles(limits):
         return StopReason.MAX_CYCLES
-    if limits.patience is not None and cycles_without_gain(cycles) >= limits.patience:
+    if limits.patience is not None and needs_score(limits) and cycles_without_gain(cycles) >= limits.patience:
         return StopReason.NO_GAIN
     return StopReason.MAX_TOKENS if no_room else None
 

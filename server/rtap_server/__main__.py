@@ -66,7 +66,7 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
         args.served_model_name = args.served_model_name or ["rtap"]
         named = values.get("rtap_confidence_model") or environ.get("RTAP_CONFIDENCE_MODEL")
         kind = values.get("rtap_confidence") or environ.get("RTAP_CONFIDENCE") or "auto"
-        if named is None and kind in ("auto", "pooling"):
+        if not named and kind in ("auto", "pooling"):
             values["rtap_confidence_model"] = _bundled("confidence")
     args.model_tag = args.model = model
     _use_reasoning_parser(args)

@@ -4,7 +4,6 @@ import asyncio
 import secrets
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from http import HTTPMethod
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,7 +52,7 @@ async def create_app(
             "without API keys"
         )
     tracing = _tracing(args)
-    recursive = cast(EngineClient, RecursiveEngine(engine, replace(server, tracing=tracing)))
+    recursive = cast(EngineClient, RecursiveEngine(engine, server, tracing))
     server.metrics.export_tasks(asyncio.get_running_loop())
     server.metrics.export_in_flight(lambda: admission.requests_in_flight)
     tasks = await engine.get_supported_tasks()

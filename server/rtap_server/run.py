@@ -69,6 +69,7 @@ async def serve_app(
     waits = [asyncio.create_task(event.wait()) for event in (stop, supervisor.failed)]
     try:
         await asyncio.wait([serving, supervising, *waits], return_when=asyncio.FIRST_COMPLETED)
+        is_stopped = stop.is_set() and supervisor.failure is None  # a later signal does not hide a failure
         drain.begin()
         if not supervisor.failed.is_set() and not await _all_answered(admission, drain_seconds):
             drain.end()
@@ -83,7 +84,7 @@ async def serve_app(
     for task in (serving, supervising):
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error
-    return None if stop.is_set() else supervisor.failure or "the web server stopped unexpectedly"
+    return None if is_stopped else supervisor.failure or "the web server stopped unexpectedly"
 
 
 async def _all_answered(admission: Admission, seconds: float) -> bool:
@@ -150,7 +151,6 @@ def _config(app: FastAPI, args: Namespace) -> uvicorn.Config:
         h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         **options,
     )
-    cast(Any, config).h11_max_header_count = args.h11_max_header_count  # as vLLM's launcher; uvicorn 0.54 ignores it
     config.load()
     return config
 

@@ -84,3 +84,10 @@ def test_no_room_for_another_cycle_matters_only_where_another_would_follow():
     assert (
         stopping.decide(_cycles(None), Limits(policy=Policy.MODEL), **full | {"ended_turn": True}) is StopReason.MODEL
     )
+
+
+def test_patience_does_not_end_a_trajectory_without_scores():
+    limits = Limits(policy=Policy.MODEL, max_cycles=8, patience=2, select=Select.LAST)
+    unscored = _cycles(None, None, None, None)
+    reason = stopping.decide(unscored, limits, ended_turn=False, truncated=False, no_room=False, cut=None)
+    assert reason is None

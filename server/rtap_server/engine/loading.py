@@ -68,9 +68,9 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     lexicon = load_lexicon(settings.oops_lexicon or DEFAULT_PATH)
     generator_config = _generator_config(args, settings)
     artifact = _artifact(settings, generator_config)
-    if artifact.fusion is not None and policy_args.logprobs_mode != "raw_logprobs":
+    if _logprobs(settings, artifact) is not None and policy_args.logprobs_mode != "raw_logprobs":
         raise ConfigError(
-            f"--logprobs-mode {policy_args.logprobs_mode}: this generator was fitted to raw log-probabilities; leave "
+            f"--logprobs-mode {policy_args.logprobs_mode}: this server's confidence needs raw log-probabilities; leave "
             "the flag out"
         )
     fmt = format_from_config(rtap_block(policy_config), override=settings.trajectory_format)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -118,7 +119,8 @@ class OutputWriter:
     def _append(self, event: StepEvent, native: RequestOutput | None) -> None:
         _ids(self._part).extend(event.step.token_ids)
         if self._wants_logprobs:
-            injected: list[Any] = [{} for _ in event.step.token_ids]
+            # Certain, because the loop chose them; vLLM's responses need an entry for every token id.
+            injected: list[Any] = [{token_id: Logprob(0.0, rank=1)} for token_id in event.step.token_ids]
             _logprobs(self._part).extend(injected if native is None else native.outputs[0].logprobs or ())
 
     def _reject(self, cycle: Cycle) -> bool:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
@@ -25,14 +25,17 @@ from rtap_server.engine.request_state import RequestState, current_request, salt
 from rtap_server.engine.server_state import ServerState
 from rtap_server.engine.vllm_cycles import CycleAborted, OneRequestCycles, VllmCycles, count_spent, fits_one_request
 
+if TYPE_CHECKING:
+    from rtap_server.telemetry.tracing import Tracing
+
 
 class RecursiveEngine:
     """An EngineClient around an AsyncLLM. Attributes not defined here are the wrapped engine's.
 
     Engine request ids are unique per server run, whatever ids the routes use: vLLM aborts every request with an id."""
 
-    def __init__(self, inner: EngineClient, server: ServerState) -> None:
-        self._inner, self._server = inner, server
+    def __init__(self, inner: EngineClient, server: ServerState, tracing: "Tracing | None" = None) -> None:
+        self._inner, self._server, self._tracing = inner, server, tracing
         self._numbers = itertools.count()
         self._running: dict[str, list[set[str]]] = {}  # engine ids by the id of the route
 
@@ -174,8 +177,8 @@ class RecursiveEngine:
         is_finished = False
         with self._registered(call.request_id) as running, server.drain.cutoff(call.limits.deadline_seconds) as cutoff:
             spans = None
-            if server.tracing is not None:
-                spans = server.tracing.start_cycles(state.model, index, call.options.get("trace_headers"))
+            if self._tracing is not None:
+                spans = self._tracing.start_cycles(state.model, index, call.options.get("trace_headers"))
             is_one_request, probe_every = fits_one_request(call, server), self._probe_every(call)
             cycles = VllmCycles(
                 self._inner,

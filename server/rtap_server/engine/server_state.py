@@ -3,7 +3,6 @@
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rtap_core.artifact import Artifact
 from rtap_core.cutoff import Cutoff
@@ -12,9 +11,6 @@ from rtap_core.types import Confidence, StopReason
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.metrics import Metrics
-
-if TYPE_CHECKING:
-    from rtap_server.telemetry.tracing import Tracing
 
 
 class Drain:
@@ -75,7 +71,6 @@ class ServerState:
     feedback: Feedback
     drain: Drain
     logprobs: int | None = None
-    tracing: "Tracing | None" = None
     shows_cycle_end: bool = False
 
     @property

@@ -3,12 +3,13 @@
 import asyncio
 import copy
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.engine.protocol import EngineClient
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from rtap_core import stopping
 from rtap_core.cutoff import Cutoff
@@ -124,7 +125,8 @@ class VllmCycles:
 
         async def until_gone() -> None:
             while engine_id in self._running:  # the engine ignores the abort of a request that has not arrived yet
-                await self._inner.abort(engine_id)
+                with suppress(EngineDeadError):  # which the cycle itself raises
+                    await self._inner.abort(engine_id)
                 await asyncio.sleep(_ABORT_RETRY_SECONDS)
 
         task = asyncio.create_task(until_gone())
@@ -148,9 +150,8 @@ class VllmCycles:
             params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
         whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not self._in_pieces
         params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
-        if (
-            self._server.logprobs is not None and stopping.needs_score(call.limits) and params.logprobs != -1
-        ):  # -1: the whole vocabulary
+        # logprobs=-1 already returns the whole vocabulary.
+        if self._server.logprobs is not None and stopping.needs_score(call.limits) and params.logprobs != -1:
             params.logprobs = max(self._server.logprobs, params.logprobs or 0)
         return params
 

@@ -8,7 +8,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rtap_core.errors import BodyTooLarge, Draining, InvalidRequest, RtapError
-from rtap_server.engine.request_state import current_request
+from rtap_server.engine.request_state import RequestState, current_request
 from rtap_server.engine.server_state import Drain
 from rtap_server.http.admission import Admission
 from rtap_server.http.errors import error_response, rejection_reason
@@ -58,7 +58,7 @@ class BodyLimitsMiddleware:
             self._metrics.count_rejected(rejection_reason(error))
             await error_response(error)(scope, receive, send)
             return
-        await self._app(scope, replay(state.body, receive), send)
+        await self._app(scope, replay(state, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> tuple[bytes, dict[str, Any]]:
         """The body and its JSON object, which is empty for a body that is not JSON."""
@@ -127,8 +127,8 @@ def _check_counts(body: bytes) -> None:
             )
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that yields ``body`` once, then the client's further messages, such as its disconnect."""
+def replay(state: RequestState, receive: Receive) -> Receive:
+    """A ``receive`` that yields ``state.body`` once, then the client's further messages, such as its disconnect."""
     is_given = False
 
     async def receive_again() -> Message:
@@ -136,6 +136,6 @@ def replay(body: bytes, receive: Receive) -> Receive:
         if is_given:
             return await receive()
         is_given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": state.body, "more_body": False}
 
     return receive_again

@@ -14,7 +14,6 @@ from rtap_core.types import Limits, Policy, Select
 from rtap_server.engine.request_state import RequestState, current_request
 from rtap_server.engine.server_state import ServerState
 from rtap_server.http.admission import Admission
-from rtap_server.http.body_limits import replay
 from rtap_server.http.errors import error_response, rejection_reason, shortened
 from rtap_server.http.field_limits import lax_int
 from rtap_server.http.response_rewriter import ResponseRewriter
@@ -55,7 +54,6 @@ class RecursionMiddleware:
                 await error_response(error)(scope, receive, send)
                 return
             if is_recursive:
-                receive = replay(state.body, receive)
                 send = ResponseRewriter(send, path, state, self._server.feedback)
             await self._app(scope, receive, send)
 

@@ -474,3 +474,12 @@ async def test_what_the_engine_gives_up_during_a_drain_is_answered_as_it_is():
     stream, state = ask(engine)
     await all_of(stream)
     assert state.trajectories[0].stop_reason == "drained"
+
+
+async def test_every_token_id_has_its_own_logprob_injected_tags_included():
+    """vLLM's completions and responses look each id up in its entry; an empty entry is a 500."""
+    stream, _ = ask(build(Telling([WRONG, DOUBT])), output_kind=RequestOutputKind.DELTA, logprobs=0)
+    parts = [output.outputs[0] for output in await all_of(stream)]
+    entries = [pair for part in parts for pair in zip(part.token_ids, part.logprobs, strict=True)]
+    assert len(entries) == len(encode(WRONG + "<think>" + DOUBT))
+    assert all(token_id in entry for token_id, entry in entries)

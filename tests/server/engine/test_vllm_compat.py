@@ -85,7 +85,7 @@ def test_the_parser_has_what_serve_reads():
         "api_server_count", "structured_outputs_config", "enable_chunked_prefill", "block_size", "enforce_eager",
         "kv_cache_memory_bytes", "distributed_executor_backend", "tensor_parallel_size", "pipeline_parallel_size",
         "enable_ssl_refresh", "uvicorn_log_level", "disable_uvicorn_access_log",
-        "h11_max_incomplete_event_size", "h11_max_header_count", "trust_remote_code",
+        "h11_max_incomplete_event_size", "trust_remote_code",
     ):  # fmt: skip
         assert hasattr(args, name), name
     assert (args.enable_chunked_prefill, args.block_size, args.kv_cache_memory_bytes) == (None, None, None)

@@ -146,7 +146,7 @@ async def test_each_cycle_has_its_span():
         def close(self) -> None: ...
 
     spans, engine = Spans(), engine_of(Whole(FIRST + SECOND))
-    engine._server = replace(engine._server, tracing=SimpleNamespace(start_cycles=lambda *_: spans))  # type: ignore[arg-type]
+    engine._tracing = SimpleNamespace(start_cycles=lambda *_: spans)  # type: ignore[assignment]
     await all_of(ask(engine, rtap=MODEL)[0])
     assert spans.begun[:2] == spans.ended == [0, 1]
 

@@ -49,7 +49,7 @@ def _ids(span: Any) -> tuple[str, str | None]:
 
 def _traced(llm: FakeLLM, tracing: Tracing, **options: Any):
     engine = build(llm, **options)
-    object.__setattr__(engine._server, "tracing", tracing)
+    engine._tracing = tracing
     return engine
 
 

@@ -37,7 +37,7 @@ class RemoteConfidence:
             probability = float(reply.json()["data"][0]["probs"][-1])
         except (TimeoutError, httpx.TimeoutException) as error:
             raise ConfidenceError("the remote generator timed out", reason="timeout") from error
-        except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError, LookupError, TypeError) as error:
             raise ConfidenceError(f"the remote generator failed: {type(error).__name__}") from error
         if not 0.0 <= probability <= 1.0:
             raise ConfidenceError(f"the remote generator sent {probability}, which is not a probability")

@@ -13,6 +13,7 @@ from rtap_core.errors import ConfidenceError, ConfigError
 from rtap_core.types import Judged, Score
 from rtap_server.engine.confidence import LOGPROB_FLOOR, within_timeout
 from rtap_server.engine.output_writer import GenerateCall
+from rtap_server.engine.request_state import salted_prompt
 
 
 class YesNoConfidence:
@@ -39,7 +40,10 @@ class YesNoConfidence:
         return Score(await within_timeout(asked, self._timeout_seconds, late, failed), len(token_ids))
 
     async def _ask(self, token_ids: list[int], call: GenerateCall | None) -> float:
-        prompt = {"type": "token", "prompt_token_ids": token_ids} if call is None else call.prompt_with(token_ids)
+        if call is None:
+            prompt = salted_prompt({"type": "token", "prompt_token_ids": token_ids})
+        else:
+            prompt = call.prompt_with(token_ids)
         names = ("lora_request", "priority", "trace_headers")
         shared = {} if call is None else {k: call.options[k] for k in names if k in call.options}
         params = SamplingParams(
