@@ -1,6 +1,5 @@
 """Benchmark harness: start servers, load them with ``vllm bench serve``, compute ratios, write reports."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -186,15 +185,15 @@ def bench_serve(
 
     Runs in this process, because a new one imports vLLM for ten seconds. seed: order of the prompts, and sampling."""
     from vllm.benchmarks import serve
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = argparse.ArgumentParser()
-    add_arguments: Callable[[Any], None] = serve.add_cli_args
-    add_arguments(parser)
+    parser = FlexibleArgumentParser()
+    serve.add_cli_args(parser)
     body = {"seed": seed, **server.extra_body}
     arguments = {
         "--backend": "openai-chat", "--base-url": server.url, "--endpoint": "/v1/chat/completions",
-        "--model": SERVED_NAME, "--tokenizer": server.model, "--dataset-name": "custom", "--dataset-path": prompts, "--num-prompts": count,
-        "--max-concurrency": concurrency, "--custom-output-len": output_len, "--seed": seed,
+        "--model": SERVED_NAME, "--tokenizer": server.model, "--dataset-name": "custom", "--dataset-path": prompts,
+        "--num-prompts": count, "--max-concurrency": concurrency, "--custom-output-len": output_len, "--seed": seed,
         "--temperature": temperature, "--extra-body": json.dumps(body),
     }  # fmt: skip
     flags = ["--skip-chat-template", "--disable-tqdm", "--save-detailed"]

@@ -1,25 +1,15 @@
-"""The regression guard of the benchmarks: what it reads from the committed reports, and when it fails."""
+"""Regression guard of the benchmarks: ratios of the committed reports, and when one fails."""
 
 import json
-import sys
 from pathlib import Path
 
+import check as guard
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def guard():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        import bench_check
-
-        yield bench_check
-    sys.modules.pop("bench_check")
-
-
-def test_committed_reports_have_ratios_to_guard(guard):
+def test_committed_reports_have_ratios_to_guard():
     overhead = json.loads((ROOT / "docs/results/overhead.json").read_text())
     rivals = json.loads((ROOT / "docs/results/rivals/rivals.json").read_text())
     first, second = list(guard.overhead_ratios(overhead)), list(guard.rivals_ratios(rivals))
@@ -47,7 +37,7 @@ def test_committed_reports_have_ratios_to_guard(guard):
         (False, 0.50, 0.40, 0.60, False),
     ],
 )
-def test_a_ratio_fails_only_when_its_whole_interval_is_worse(guard, higher_is_better, value, low, high, is_worse):
+def test_a_ratio_fails_only_when_its_whole_interval_is_worse(higher_is_better, value, low, high, is_worse):
     committed = [guard.Ratio("a", 1.0, 0.9, 1.1, higher_is_better), guard.Ratio("gone", 1.0, 0.9, 1.1, True)]
     now = [guard.Ratio("a", value, low, high, higher_is_better), guard.Ratio("new", 9.0, 9.0, 9.0, False)]
     verdicts = guard.compare(committed, now, tolerance=0.1)

@@ -1,20 +1,18 @@
-"""A short round of `make fuzz` on the real server: what the document allows and what it does not."""
+"""One round of the fuzzer on the shared server."""
 
 from collections import Counter
 
-import fuzz
 import httpx
 import pytest
 
 from rtap_server.http.route_kinds import RECURSIVE_PATHS
-
-MOST_SECONDS = 60  # of the first round, which is always whole; on idle cores it takes a quarter of that
+from tests.stress import fuzz
 
 
 @pytest.mark.slow
 def test_no_request_of_the_document_or_against_it_gets_a_5xx_and_the_server_is_as_before(server):
     before = fuzz.engines_of(server.url)
-    report = fuzz.fuzz(server.url, seconds=0, examples=5, seed=0, tell=print)
+    report = fuzz.fuzz(server.url, seconds=0, examples=5, seed=0, log_line=print)
     assert not report.findings
     assert fuzz.still_works(server.url, before) is None
 

@@ -1,20 +1,12 @@
-"""The one report of the benchmarks: which goals it reads from the committed figures, and when one is met."""
+"""Report of the benchmarks: the goals it reads from the committed figures, and when one is met."""
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import pytest
+import report
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("bench_report")
 
 
 def _row(rule: str, accuracy: float, tokens: float, seconds: float, *, over: float = 0.0) -> dict[str, Any]:
@@ -32,7 +24,7 @@ def _level(*rows: dict[str, Any], at: int = 32) -> dict[str, Any]:
     return {"at": at, "task": "countdown", "rows": [_row("majority of 8", 0.5, 200, 0.1), *rows]}
 
 
-def test_the_quickest_rule_that_reaches_the_majority_is_held_to_the_goals(report: ModuleType) -> None:
+def test_the_quickest_rule_that_reaches_the_majority_is_held_to_the_goals() -> None:
     rows = [
         _row("single", 0.49, 40, 0.01, over=0.1),  # no rule of ours, whatever it reaches
         _row("confidence, 2 cycles at most", 0.49, 40, 0.02, over=-0.025),  # quicker, but for certain not as right
@@ -48,7 +40,7 @@ def test_the_quickest_rule_that_reaches_the_majority_is_held_to_the_goals(report
     assert (lost.is_met, lost.measured) == (False, "reached by no rule")
 
 
-def test_the_committed_figures_make_a_report(report: ModuleType, tmp_path: Path) -> None:
+def test_the_committed_figures_make_a_report(tmp_path: Path) -> None:
     for file in report.REPORTS:
         target = tmp_path / file
         target.parent.mkdir(exist_ok=True)

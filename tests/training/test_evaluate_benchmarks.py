@@ -1,70 +1,91 @@
-"""The benchmark scripts: what counts as first text, and how rounds become ratios."""
+"""Ratios of the overhead benchmark, and what it reads from ``vllm bench serve``."""
 
-import importlib
+import argparse
+import json
+import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+import harness
+import overhead
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+def load(slowness: float, ttft: float = 0.01) -> harness.Load:
+    return harness.Load(seconds=slowness, completed=10, failed=0, tokens=100, ttft=(ttft,) * 10, tpot=(0.001,) * 10)
 
 
-@pytest.fixture
-def overhead(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("bench_overhead")
-
-
-@pytest.mark.parametrize(
-    ("chunk", "is_text", "is_word"),
-    [
-        (b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}', False, False),
-        (b'data: {"choices":[{"delta":{"content":null,"reasoning":null}}]}', False, False),
-        (b'data: {"choices":[{"delta":{"content":"<think>"}}]}', True, False),
-        (
-            b'data: {"choices":[{"delta":{"content":"<think>"}}]}\n\ndata: {"choices":[{"delta":{"content":"3"}}]}',
-            True,
-            True,
-        ),
-        (b'data: {"choices":[{"delta":{"reasoning":"3","reasoning_content":"3"}}]}', True, True),
-        (b'data: {"choices":[{"delta":{"content":"<"}}]}', True, True),
-    ],
-)
-def test_first_text_is_found_in_either_field_and_the_tag_is_no_word(
-    overhead: ModuleType, chunk: bytes, is_text: bool, is_word: bool
-) -> None:
-    assert overhead.load.__module__ == "bench_load"
-    bench_load = importlib.import_module("bench_load")
-    assert bool(bench_load.ANY_TEXT.search(chunk)) == is_text
-    assert bool(bench_load.ANY_WORD.search(chunk)) == is_word
-    assert bench_load.ANY_CHUNK.search(chunk)
-    assert not bench_load.ANY_CHUNK.search(b": a comment of the stream's, which keeps the connection\n\n")
-
-
-def test_ratios_are_of_pooled_rounds_and_noise_that_hits_both_servers_cancels(overhead: ModuleType) -> None:
-    def one(slowness: float, first_text: float) -> object:
-        return overhead.Load(slowness, 10, 100, *[(first_text,) * 10] * 3, ())
-
+def test_ratios_are_of_pooled_rounds_and_noise_that_hits_both_servers_cancels() -> None:
     slow_minutes = (1.0, 2.0, 5.0, 1.5)  # of the machine, the same for both in a round
-    rounds = [overhead.Round(one(1.25 * s, 0.02), one(s, 0.01), ours_first=True) for s in slow_minutes]
+    rounds = [{"rtap": load(1.25 * s, 0.02), "vllm": load(s, 0.01)} for s in slow_minutes]
     level = overhead.summarise(8, [rounds[:2], rounds[2:]])
-    assert (level.starts, level.rounds, level.requests_a_round) == (2, 4, 10)
-    requests, tokens, first = level.figures[:3]
-    assert requests.plain == pytest.approx(40 / 9.5)
-    assert tokens.plain == pytest.approx(400 / 9.5)
+    assert (level.starts, level.rounds, level.requests_a_round, level.errors) == (2, 4, 10, 0)
+    requests, tokens, ttft, p99 = level.figures[:4]
+    assert requests.values["vllm"] == pytest.approx(40 / 9.5)
+    assert tokens.values["vllm"] == pytest.approx(400 / 9.5)
     assert (requests.ratio.value, requests.ratio.low, requests.ratio.high) == pytest.approx((0.8, 0.8, 0.8))
-    assert (requests.is_met, requests.bound) == (False, ">= 0.98")
-    assert (first.ours, first.plain, first.ratio.value, first.is_met) == pytest.approx((20.0, 10.0, 2.0, False))
-    assert level.figures[3].is_met is None  # nothing is asked of the 99th percentile
+    assert (requests.is_met, requests.bound, requests.over_base) == (False, ">= 0.98", None)
+    assert (ttft.values["rtap"], ttft.values["vllm"], ttft.ratio.value) == pytest.approx((20.0, 10.0, 2.0))
+    assert (ttft.is_met, ttft.bound) == (False, "<= 1.05")
+    assert p99.is_met is None  # no goal for the 99th percentile
 
 
-def test_what_differs_from_start_to_start_widens_the_interval_however_many_rounds_each_has(
-    overhead: ModuleType,
-) -> None:
-    def rounds(slowness: float, count: int) -> list[object]:
-        loads = [overhead.Load(s, 10, 100, *[(0.01,) * 10] * 3, ()) for s in (slowness, 1.0)]
-        return [overhead.Round(*loads, ours_first=True)] * count
-
+def test_what_differs_from_start_to_start_widens_the_interval_however_many_rounds_each_has() -> None:
     for count in (2, 200):
-        ratio = overhead.summarise(8, [rounds(1.0, count), rounds(1.25, count)]).figures[0].ratio
+        starts = [[{"rtap": load(slowness), "vllm": load(1.0)}] * count for slowness in (1.0, 1.25)]
+        ratio = overhead.summarise(8, starts).figures[0].ratio
         assert (ratio.low, ratio.high) == pytest.approx((0.8, 1.0))
+
+
+def test_an_older_checkout_is_compared_in_the_same_rounds() -> None:
+    rounds = [{"rtap": load(1.0), "vllm": load(1.0), "base": load(2.0)}] * 3
+    level = overhead.summarise(1, [rounds])
+    over_base = level.figures[0].over_base
+    assert over_base is not None
+    assert (over_base.low, over_base.value, over_base.high) == pytest.approx((2.0, 2.0, 2.0))
+    text = overhead.to_markdown({"seed": 0}, [level])
+    assert "| figure | rtap | vllm | base | rtap / vllm [95 %] | goal | met | rtap / base [95 %] |" in text
+    assert "| requests/s | 10.0 | 10.0 | 5.0 | 1.000 [1.000, 1.000] | >= 0.98 | yes | 2.000 [2.000, 2.000] |" in text
+
+
+def test_load_comes_from_vllm_bench_serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vllm.benchmarks import serve
+
+    seen: list[argparse.Namespace] = []
+
+    def main(options: argparse.Namespace) -> dict[str, Any]:
+        seen.append(options)
+        return {
+            "duration": 2.0, "completed": 2, "total_output_tokens": 4, "errors": ["", "refused", ""],
+            "latencies": [0.5, 0.0, 0.1], "ttfts": [0.2, 0.0, 0.1], "output_lens": [3, 0, 1],
+        }  # fmt: skip
+
+    monkeypatch.setattr(serve, "main", main)
+    monkeypatch.setattr(harness, "LOGS", tmp_path)
+    server = harness.Server("vllm", "http://127.0.0.1:1", Path("model"), {"stop_token_ids": [7]})
+    found = harness.bench_serve(server, tmp_path / "p.jsonl", concurrency=8, count=3, seed=5, output_len=64)
+    assert (found.seconds, found.completed, found.failed, found.tokens) == (2.0, 2, 1, 4)
+    assert found.ttft == (0.2, 0.1)
+    assert found.tpot == pytest.approx((0.15,))  # a completion of one token has no time per further token
+    (options,) = seen
+    assert (options.max_concurrency, options.num_prompts, options.seed, options.custom_output_len) == (8, 3, 5, 64)
+    assert (options.backend, options.endpoint) == ("openai-chat", "/v1/chat/completions")
+    assert options.extra_body == {"seed": 5, "stop_token_ids": [7]}
+
+
+@pytest.mark.parametrize(("is_old", "module"), [(True, "server"), (False, "rtap_server")])
+def test_another_checkout_runs_its_own_server(tmp_path: Path, is_old: bool, module: str) -> None:
+    if is_old:
+        (tmp_path / "server").mkdir()
+        (tmp_path / "server" / "__main__.py").touch()
+    command = harness._older_command(tmp_path, [sys.executable, "-m", "rtap_server", "model", "--policy", "single"])
+    assert command[-5:] == ["-m", module, "model", "--policy", "single"]
+    path = next(word for word in command if word.startswith("PYTHONPATH=")).removeprefix("PYTHONPATH=").split(":")
+    assert path[0] == str(tmp_path if is_old else tmp_path / "server")
+
+
+def test_prompts_are_the_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(harness, "LOGS", tmp_path)
+    questions = harness.questions_of([])[:3]
+    lines = harness.write_prompts(questions).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"prompt": question.text} for question in questions]
