@@ -37,8 +37,8 @@ from rtap_training.evaluation.statistics import Interval
 
 Round = Mapping[str, Load]
 """The loads of one round by server: "rtap", "vllm" and perhaps "base"."""
-_FIRST_COUNT = 2  # requests per concurrent client of the trial that sizes a round
-_LEAST_COUNT = 2  # requests per concurrent client of a round
+_LEAST_WAVES = 2  # of requests in a round, and in the trial that sizes it
+_LEAST_TRIAL = 8  # requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure(
-    servers: Servers, prompts: Path, concurrency: int, start: int, args: argparse.Namespace
-) -> list[Round]:  # fmt: skip
+def _measure(servers: Servers, prompts: Path, concurrency: int, start: int, args: argparse.Namespace) -> list[Round]:
     """The rounds of one start at one concurrency, after a warm-up of every server."""
 
     def load_all(count: int, seed: int) -> Round:
@@ -162,9 +160,9 @@ def _measure(
             for server in shuffled(servers.all, concurrency, seed)
         }
 
-    trial = load_all(_FIRST_COUNT * concurrency, args.seed)
+    trial = load_all(max(_LEAST_TRIAL, _LEAST_WAVES * concurrency), args.seed)
     rate = requests_per_second([trial["vllm"]])
-    count = concurrency * max(_LEAST_COUNT, round(rate * args.seconds / concurrency))
+    count = concurrency * max(_LEAST_WAVES, round(rate * args.seconds / concurrency))
     first = args.seed + 1 + start * args.rounds
     rounds: list[Round] = []
     for seed in range(first, first + args.rounds):

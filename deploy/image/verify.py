@@ -1,10 +1,9 @@
-"""Build the image's own Dockerfile without a Docker daemon and run what it made as Docker would run it, locked down.
+"""Build the Dockerfile without a Docker daemon and run its image locked down.
 
-buildah (Debian's package) reads the Dockerfile, so the proof cannot drift from it. Its base comes from no registry but
-is made here by debootstrap: Debian of the same release with Debian's Python. The server then runs in a mount, process
-and network namespace of its own with the image's own entry point, environment, user and health check: read-only root,
-no capabilities, only /cache, /tmp and /dev/shm writable. Needs root, buildah, debootstrap and about 20 GB. It proves
-nothing about Docker's own engine, and nothing about the published base image.
+buildah builds it on a base made by debootstrap: Debian of the same release with Debian's Python. The server runs in
+its own mount, process and network namespaces with the image's entry point, environment, user and health check:
+read-only root, no capabilities, only /cache, /tmp and /dev/shm writable. Needs root, buildah, debootstrap and 20 GB.
+Docker's own engine and the published base image are not covered.
 """
 
 import argparse
@@ -23,47 +22,47 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "image"
-UNPROVEN = (
-    "Docker's own engine and BuildKit: the steps are run by buildah, the server by unshare, chroot and setpriv.",
+NOT_COVERED = (
+    "Docker's engine and BuildKit: buildah runs the steps; unshare, chroot and setpriv run the server.",
     "The published base image: the base here is made by debootstrap and has Debian's Python.",
     "The `cuda` target.",
 )
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-INSIDE = Path(__file__).with_name("prove_image_inside.py")
+INSIDE = Path(__file__).with_name("verify_inside.py")
 
 
-class ProofError(Exception):
-    """What is missing, or what did not hold, in one sentence."""
+class VerifyError(Exception):
+    """One sentence: what is missing or failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What the Dockerfile builds on: the image's name, and the Debian release that it says."""
+    """Base image of the Dockerfile and its Debian release."""
 
     image: str
     release: str
 
 
 def base_of(dockerfile: str) -> Base:
-    """The only base that comes from elsewhere."""
+    """The only external base image."""
     stages = set(re.findall(r"^FROM \S+ AS (\S+)", dockerfile, re.MULTILINE)) | {"scratch"}
-    outside = set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) - stages
-    if len(outside) != 1:
-        raise ProofError(f"the Dockerfile should have one base from outside, not {sorted(outside)}")
-    image = outside.pop()
+    external = set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) - stages
+    if len(external) != 1:
+        raise VerifyError(f"the Dockerfile must have one external base image, not {sorted(external)}")
+    image = external.pop()
     return Base(image, image.split("@")[0].rsplit("-", 1)[-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Buildah:
-    """buildah with its storage in a folder of its own."""
+    """buildah with its storage in a separate folder."""
 
     folder: Path
 
     def prepare(self) -> None:
-        """Storage, no registry at all, and no signatures: every image comes from here."""
+        """Write its configuration: own storage, no registry, no signatures."""
         self.folder.mkdir(parents=True, exist_ok=True)
         storage = f'[storage]\ndriver = "overlay"\ngraphroot = "{self.folder}/root"\nrunroot = "{self.folder}/run"\n'
         (self.folder / "storage.conf").write_text(storage, encoding="utf-8")
@@ -71,7 +70,7 @@ class Buildah:
         (self.folder / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}', encoding="utf-8")
 
     def __call__(self, command: str, *arguments: str | Path) -> str:
-        """Its output; what it says meanwhile goes to stderr."""
+        """Run a command. Returns its stdout."""
         named = {"storage.conf": "CONTAINERS_STORAGE_CONF", "registries.conf": "CONTAINERS_REGISTRIES_CONF"}
         environment = {**os.environ, **{variable: str(self.folder / file) for file, variable in named.items()}}
         signed = ["--signature-policy", self.folder / "policy.json"] if command in ("build", "commit", "from") else []
@@ -80,7 +79,7 @@ class Buildah:
 
 
 def make_base(buildah: Buildah, base: Base, folder: Path) -> None:
-    """Debian of the base's release, with its Python where the base has it, under the base's name."""
+    """Build Debian of the base's release under the base's name, with Python at the same path."""
     if not folder.exists():
         packages = "--include=python3,python3-venv,ca-certificates"
         line = ["debootstrap", "--variant=minbase", packages, base.release, folder]
@@ -93,8 +92,7 @@ def make_base(buildah: Buildah, base: Base, folder: Path) -> None:
 
 
 def pip_volumes(folder: Path) -> list[str]:
-    """This machine's configuration of pip, whatever files and variables it is spread over, for the steps of the build:
-    mounted, and so in no layer. Local folders that it names are mounted as well."""
+    """Mounts of this machine's pip configuration and of the local folders that it names; in no layer of the image."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
     ).stdout
@@ -106,7 +104,7 @@ def pip_volumes(folder: Path) -> list[str]:
     config = folder / "pip.conf"
     config.write_text("[global]\n" + "".join(f"{k} = {v}\n" for k, v in values.items()), encoding="utf-8")
     named = {Path(word.removeprefix("file://")) for value in values.values() for word in value.split()}
-    # An index is a folder of links into others beside it
+    # An index folder "simple" links into its sibling folders.
     local = {path.parent if path.name == "simple" else path for path in named if path.is_absolute() and path.exists()}
     mounts = {config: Path("/etc/pip.conf")} | {path: path for path in local}
     return [part for source, target in mounts.items() for part in ("--volume", f"{source}:{target}:ro")]
@@ -116,15 +114,15 @@ def build(buildah: Buildah, target: str, folder: Path) -> tuple[Path, dict[str, 
     """(mounted root file system, the image's configuration) of the Dockerfile's ``target``."""
     buildah(
         "build", "--isolation", "chroot", "--pull-never", "--format", "docker", "--target", target,
-        "--tag", "rtap:proof", *pip_volumes(folder), ROOT,
+        "--tag", "rtap:verify", *pip_volumes(folder), ROOT,
     )  # fmt: skip
-    container = buildah("from", "--pull-never", "localhost/rtap:proof")
+    container = buildah("from", "--pull-never", "localhost/rtap:verify")
     inspected: dict[str, Any] = json.loads(buildah("inspect", container))
     return Path(buildah("mount", container)), inspected["Docker"]["config"]
 
 
 def run_locked_down(root: Path, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What was seen while the image's server ran in namespaces of its own."""
+    """Run the image's server in new namespaces. Returns the observations."""
     seen = folder / "seen.json"
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     namespaces = ["unshare", "--mount", "--net", "--pid", "--ipc", "--fork", "--kill-child"]
@@ -134,17 +132,17 @@ def run_locked_down(root: Path, config: Mapping[str, Any], folder: Path) -> dict
 
 
 def report(found: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """Markdown of one proof."""
-    lines = ["# The image, proven without a Docker daemon", "", *(f"- {k}: `{v}`" for k, v in run.items()), ""]
-    lines += ["| seen | |", "|---|---|", *(f"| {k} | {v} |" for k, v in found.items()), ""]
-    return "\n".join([*lines, "Not proven:", "", *(f"- {sentence}" for sentence in UNPROVEN), ""])
+    """The report."""
+    lines = ["# The image, verified without a Docker daemon", "", *(f"- {k}: `{v}`" for k, v in run.items()), ""]
+    lines += ["| check | result |", "|---|---|", *(f"| {k} | {v} |" for k, v in found.items()), ""]
+    return "\n".join([*lines, "Not covered:", "", *(f"- {sentence}" for sentence in NOT_COVERED), ""])
 
 
-def prove(target: str, folder: Path, base_folder: Path, output: Path, command: Sequence[str]) -> None:
-    """The whole proof. Raises ProofError or CalledProcessError where it does not hold."""
+def verify(target: str, folder: Path, base_folder: Path, output: Path, command: Sequence[str]) -> None:
+    """Build, run and report. Raises VerifyError or CalledProcessError when something fails."""
     missing = [tool for tool in ("buildah", "debootstrap", "unshare", "setpriv") if shutil.which(tool) is None]
     if missing or os.geteuid() != 0:
-        raise ProofError(f"this needs root and {', '.join(missing) or 'nothing more'}: apt-get install {missing}")
+        raise VerifyError(f"run this as root with buildah, debootstrap and util-linux installed; missing: {missing}")
     started, base = datetime.now(UTC), base_of((ROOT / "Dockerfile").read_text(encoding="utf-8"))
     buildah = Buildah(folder / "buildah")
     buildah.prepare()
@@ -156,7 +154,7 @@ def prove(target: str, folder: Path, base_folder: Path, output: Path, command: S
     run = {
         "date": started.isoformat(timespec="seconds"),
         "command": shlex.join(["python", *command]),
-        "in the place of": base.image,
+        "stands for": base.image,
         "base": f"Debian {base.release}, by debootstrap",
         "target": target,
         "commit": subprocess.run(
@@ -164,7 +162,7 @@ def prove(target: str, folder: Path, base_folder: Path, output: Path, command: S
         ).stdout.strip(),
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "image.json").write_text(json.dumps({**run, "seen": found, "unproven": UNPROVEN}, indent=1) + "\n")
+    (output / "image.json").write_text(json.dumps({**run, "seen": found, "not covered": NOT_COVERED}, indent=1) + "\n")
     (output / "image.md").write_text(report(found, run), encoding="utf-8")
     print(report(found, run))
 
@@ -173,16 +171,18 @@ def main(argv: Sequence[str]) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Build the Dockerfile and run its image, without a Docker daemon.")
     parser.add_argument("--target", default="cpu", help="stage of the Dockerfile (default: cpu)")
-    parser.add_argument("--base", type=Path, help="a root file system that debootstrap made before; default: a new one")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the report goes (default: docs/results)")
+    parser.add_argument("--base", type=Path, help="root file system made by debootstrap; default: a new one")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of the report (default: docs/results/image)"
+    )
     options = parser.parse_args(argv)
-    command = ["scripts/prove_image.py", *argv]
+    command = ["deploy/image/verify.py", *argv]
     folder = Path(tempfile.mkdtemp(prefix="rtap-image-"))
     buildah = Buildah(folder / "buildah")
     try:
-        prove(options.target, folder, options.base or folder / "base", options.output, command)
-    except (ProofError, subprocess.CalledProcessError) as error:
-        print(f"not proven: {error}", file=sys.stderr)
+        verify(options.target, folder, options.base or folder / "base", options.output, command)
+    except (VerifyError, subprocess.CalledProcessError) as error:
+        print(f"verification failed: {error}", file=sys.stderr)
         return 1
     finally:
         if (buildah.folder / "storage.conf").exists():

@@ -1,6 +1,6 @@
-"""The part of prove_image.py that runs inside the new namespaces: lock the image's root down, start its server, ask it.
+"""The part of verify.py inside the new namespaces: lock down the image's root, start its server, check it.
 
-Arguments: the image's root, the JSON of its configuration, and the file for what was seen. Standard library only.
+Arguments: the image's root, the JSON of its configuration, the file for the observations. Standard library only.
 """
 
 import json
@@ -23,7 +23,7 @@ READ_ONLY = ("/app/x", "/opt/rtap/x", "/etc/x", "/usr/x", "/x")
 
 
 def lock_down(root: Path, user: int) -> None:
-    """Mount ``root`` read-only at NEW_ROOT, with what Docker gives every container besides; bring loopback up."""
+    """Mount ``root`` read-only at NEW_ROOT with the mounts of a Docker container; bring loopback up."""
 
     def mount(*arguments: str | Path) -> None:
         subprocess.run(["mount", *arguments], check=True)
@@ -47,7 +47,7 @@ def lock_down(root: Path, user: int) -> None:
 
 
 def contained(config: Mapping[str, Any], command: Sequence[str]) -> list[str]:
-    """``command`` as the image's user in the new root: its environment alone, no capabilities, none to be gained."""
+    """``command`` as the image's user in the new root, with the image's environment and no capabilities."""
     user, _, group = config["User"].partition(":")
     drop = ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--clear-groups"]
     start = ["/usr/bin/env", "--ignore-environment", f"--chdir={config['WorkingDir']}", *config["Env"]]
@@ -65,7 +65,7 @@ def status_of(port: int, path: str) -> int:
         return 0
 
 
-def ask(port: int) -> dict[str, Any]:
+def chat(port: int) -> dict[str, Any]:
     """The reply to one chat request."""
     body = {"model": "rtap", "seed": 9, "messages": [{"role": "user", "content": QUESTION}]}
     request = urllib.request.Request(
@@ -76,7 +76,7 @@ def ask(port: int) -> dict[str, Any]:
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> float:
-    """Seconds it took."""
+    """Wait for /ready. Returns the seconds."""
     began = time.monotonic()
     while status_of(port, "/ready") != 200:
         if server.poll() is not None or time.monotonic() - began > READY_SECONDS:
@@ -86,19 +86,18 @@ def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> float:
 
 
 def privileges(pid: int) -> dict[str, str]:
-    """What the kernel says of a process: its user, its capabilities, whether it can gain any."""
+    """User and capabilities of a process from /proc."""
     lines = (line.partition(":") for line in (NEW_ROOT / f"proc/{pid}/status").read_text().splitlines())
     return {name: value.split()[0] for name, _, value in lines if name in ("Uid", "CapEff", "CapBnd", "NoNewPrivs")}
 
 
 def written(config: Mapping[str, Any], path: str) -> bool:
-    """Whether the image's user can make this file."""
+    """True when the image's user can create this file."""
     return subprocess.run(contained(config, ["touch", path]), capture_output=True, check=False).returncode == 0
 
 
 def left_behind(seconds: float = 5) -> list[int]:
-    """Processes that are still there after so long. This one is the namespace's init, to which orphans fall: it reaps
-    them, as `docker run --init` does."""
+    """Processes still running after ``seconds``. Reaps orphans as the namespace's init, like `docker run --init`."""
     until = time.monotonic() + seconds
     while True:
         while True:
@@ -114,7 +113,7 @@ def left_behind(seconds: float = 5) -> list[int]:
 
 
 def observe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Start, ask and stop the server; everything that was seen. AssertionError where something does not hold."""
+    """Start, query and stop the server. Raises AssertionError when a check fails."""
     (port_text,) = config["ExposedPorts"]
     port = int(port_text.split("/")[0])
     server = subprocess.Popen(contained(config, config["Entrypoint"]))
@@ -123,7 +122,7 @@ def observe(config: Mapping[str, Any]) -> dict[str, Any]:
     assert health[0] == "CMD", health
     healthy = subprocess.run(contained(config, health[1:]), check=False).returncode
     assert healthy == 0, f"the health check ended with {healthy}"
-    reply = ask(port)
+    reply = chat(port)
     answer, confidence = reply["choices"][0]["message"]["content"], reply["rtap"]["confidence"]
     assert answer, reply
     assert 0 <= confidence <= 1, reply
@@ -146,7 +145,7 @@ def observe(config: Mapping[str, Any]) -> dict[str, Any]:
         "ready after": f"{ready:.0f} s",
         "health check": f"exit code {healthy}",
         "answer": f"{QUESTION!r}: {answer!r}, confidence {confidence}",
-        "of the server process": ", ".join(f"{k} {v}" for k, v in rights.items()),
+        "privileges of the server": ", ".join(f"{k} {v}" for k, v in rights.items()),
         "could not write": ", ".join(refused),
         "could write": ", ".join(WRITABLE),
         "after SIGTERM": f"exit code {code} in {stopped:.1f} s, no process left",
@@ -154,7 +153,7 @@ def observe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(root: Path, config_file: Path, seen: Path) -> None:
-    """Called by prove_image.py under unshare."""
+    """Called by verify.py under unshare."""
     config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     lock_down(root, int(config["User"].split(":")[0]))
     seen.write_text(json.dumps(observe(config)), encoding="utf-8")
