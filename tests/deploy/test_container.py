@@ -1,4 +1,4 @@
-"""What can be held about the Dockerfile by reading it; scripts/prove_image.py builds and runs it."""
+"""Static checks of the Dockerfile; deploy/image/verify.py builds and runs it."""
 
 import re
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.image.verify import ProofError, base_of
+from deploy.image.verify import VerifyError, base_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -72,7 +72,7 @@ def test_the_base_is_pinned_by_tag() -> None:
 
 
 def test_a_second_base_from_outside_is_told() -> None:
-    with pytest.raises(ProofError, match="debian:12"):
+    with pytest.raises(VerifyError, match="debian:12"):
         base_of(DOCKERFILE + "\nFROM debian:12 AS other\n")
 
 
