@@ -1,6 +1,5 @@
 """Benchmark harness: start servers, load them with ``vllm bench serve``, compute ratios, write reports."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import httpx
@@ -43,7 +42,7 @@ _PROBE = """
 import json, os, sys
 from argparse import Namespace
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-from rtap_server.engine.engine_config import cpu_defaults
+from rtap_server.engine.cpu_defaults import cpu_defaults
 before = dict(os.environ)
 args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=None, enforce_eager=False,
                  dtype="auto", distributed_executor_backend=None, tensor_parallel_size=1, pipeline_parallel_size=1)
@@ -186,9 +185,10 @@ def bench_serve(
 
     Runs in this process, because a new one imports vLLM for ten seconds. seed: order of the prompts, and sampling."""
     from vllm.benchmarks import serve
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = argparse.ArgumentParser()
-    cast(Callable[[argparse.ArgumentParser], None], serve.add_cli_args)(parser)
+    parser = FlexibleArgumentParser()
+    serve.add_cli_args(parser)
     body = {"seed": seed, **server.extra_body}
     arguments = {
         "--backend": "openai-chat", "--base-url": server.url, "--endpoint": "/v1/chat/completions",

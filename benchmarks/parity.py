@@ -1,8 +1,8 @@
 """Parity of policy ``single`` with plain ``vllm serve`` at temperature 0: text, finish_reason and usage.
 
-Every question is sent to both servers, streaming and not. The plain server gets ``</answer>`` as stop token and keeps
-it in the text. Our reasoning and content, rendered back into a cycle, must equal it. Half of the questions are sent
-again with a token limit that cuts the cycle. Writes docs/results/parity.{json,md}.
+Every question is sent to both servers, streaming and not. The plain server stops at ``</answer>`` and keeps it in the
+text; our reasoning and content are rendered back into a cycle and must equal it. Half of the questions are sent again
+with a token limit that cuts the cycle. Writes docs/results/parity.{json,md}.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """Goals of speed with their measured figures, and three pictures.
 
-Reads docs/results/{overhead,rivals/rivals,where/where}.json, measures nothing, writes
-docs/results/report.{md,json,png}.
+Reads docs/results/{overhead,rivals/rivals,where/where}.json and writes docs/results/report.{md,json,png}.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""What `make soak` does to the generator: it says so to its clients until another one is up."""
+"""The soak test kills the generator and waits for its restart."""
 
 import asyncio
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from soak import SoakConfig, _kill
-from soak_processes import GENERATOR
-from soak_traffic import Traffic
+from tests.stress.soak import SoakConfig, _kill
+from tests.stress.soak_processes import GENERATOR
+from tests.stress.soak_traffic import Traffic
 
 
 class Server(ThreadingHTTPServer):
-    """Metrics of a server that starts its generator anew a while after it was killed. seen: the flag at each scrape."""
+    """Metrics of a server that restarts its killed generator. seen: the flag at each scrape."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Metrics)
@@ -40,14 +40,14 @@ class Metrics(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-async def test_clients_know_that_the_generator_is_away_until_it_was_started_anew():
+async def test_clients_know_that_the_generator_is_away_until_its_restart():
     with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         config = SoakConfig(seconds=0.8, warm_seconds=0, clients=1, seed=0, kill_seconds=0.2)
-        told = list[str]()
+        lines = list[str]()
         async with asyncio.timeout(30):
-            kills = await _kill(server.traffic, server, config, told.append)  # type: ignore[arg-type]
+            kills = await _kill(server.traffic, server, config, lines.append)  # type: ignore[arg-type]
         server.shutdown()
-    assert (kills, server.killed, len(told)) == (1, 1, 1)
+    assert (kills, server.killed, len(lines)) == (1, 1, 1)
     assert server.seen == [False, True, True, True]
     assert not server.traffic.is_generator_away
