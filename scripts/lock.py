@@ -1,7 +1,7 @@
-"""Write deploy/requirements-cpu.lock: one wheel and its hash for each package that serving and the tests need.
+"""Write deploy/requirements-cpu.lock: one wheel and its hash for each package of serving and tests.
 
-pip resolves (`--dry-run --report`), for the machine this runs on, which must be one that the lock is for. Versions of
-the lock that is there are kept where pyproject.toml still allows them; --upgrade takes the newest. Installs nothing.
+pip resolves (`--dry-run --report`) on a machine that the lock is for; nothing is installed. Versions of the old lock
+stay where pyproject.toml allows them; --upgrade takes the newest.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HEAD = """\
 
 
 def project_requires(pyproject: Mapping[str, Any]) -> list[str]:
-    """The project's own requirements, those of its extras marked as in a wheel's metadata."""
+    """Requirements of the project, those of extras with a marker as in a wheel's metadata."""
     project = pyproject["project"]
     extras: Mapping[str, Sequence[str]] = project["optional-dependencies"]
     of_extras: list[str] = []
@@ -41,7 +41,7 @@ def project_requires(pyproject: Mapping[str, Any]) -> list[str]:
 
 
 def closure(roots: Iterable[str], requires: Mapping[str, Sequence[str]]) -> set[str]:
-    """Names of all packages that these requirements lead to on this machine, themselves included."""
+    """Names of all packages that these requirements need on this machine, themselves included."""
     found: set[tuple[str, str]] = set()
     waiting = [Requirement(root) for root in roots]
     while waiting:
@@ -55,7 +55,7 @@ def closure(roots: Iterable[str], requires: Mapping[str, Sequence[str]]) -> set[
 
 
 def still_allowed(pins: Iterable[str], pyproject: Mapping[str, Any]) -> list[str]:
-    """The pins, as `name==version`, that no requirement of the project excludes."""
+    """Pins `name==version` that the project's requirements allow."""
     versions = dict(pin.split()[0].split("==") for pin in pins)
     direct = [Requirement(line) for line in project_requires(pyproject)]
     excluded = {
@@ -68,7 +68,7 @@ def still_allowed(pins: Iterable[str], pyproject: Mapping[str, Any]) -> list[str
 
 
 def resolve(roots: Sequence[str], keep: Sequence[str], source: Sequence[str]) -> list[dict[str, Any]]:
-    """pip's report of what it would install into an empty environment: wheels only."""
+    """pip's report of an install into an empty environment, wheels only."""
     with tempfile.TemporaryDirectory() as folder, listed(keep) as constraints:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run", "--ignore-installed"]
@@ -85,7 +85,7 @@ def pin(entry: Mapping[str, Any]) -> str:
 
 
 def lock_text(entries: Sequence[Mapping[str, Any]], pyproject: Mapping[str, Any]) -> str:
-    """The lock: first what serving needs, then the rest. Without the project itself and without what setup removes."""
+    """The lock: first the packages of serving, then the rest, without the project and what setup removes."""
     by_name = {str(canonicalize_name(entry["metadata"]["name"])): entry for entry in entries}
     requires: dict[str, list[str]] = {
         name: entry["metadata"].get("requires_dist", []) for name, entry in by_name.items()
@@ -102,7 +102,7 @@ def lock_text(entries: Sequence[Mapping[str, Any]], pyproject: Mapping[str, Any]
 def main(argv: list[str] | None = None) -> int:
     """Command line: `lock.py [--upgrade]`."""
     parser = argparse.ArgumentParser(prog="lock.py", description="Write deploy/requirements-cpu.lock.")
-    parser.add_argument("--upgrade", action="store_true", help="take the newest versions, keep none of the old lock's")
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions")
     arguments = parser.parse_args(argv)
     if not lock_applies({"cpu"}, platform.system(), platform.machine(), sys.version_info[:2]):
         print("The lock is for Linux, x86_64 and Python 3.11: make it on such a machine.", file=sys.stderr)

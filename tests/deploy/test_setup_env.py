@@ -1,4 +1,4 @@
-"""The set-up script's decisions, each on a real interpreter or a real pip, without installing anything."""
+"""Decisions of the set-up scripts, on a real interpreter or a real pip."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ def fake_package(folder: Path, name: str, code: str) -> dict[str, str]:
 
 
 def wheel_folder(folder: Path, name: str) -> Path:
-    """A folder with one wheel of this file name: enough for pip to find it."""
+    """A folder with a wheel of this file name."""
     import zipfile
 
     distribution, version, *_ = name.split("-")
@@ -35,7 +35,7 @@ def wheel_folder(folder: Path, name: str) -> Path:
 
 
 def only_this(folder: Path) -> dict[str, str]:
-    """A pip configuration that offers what lies in the folder, and no index."""
+    """A pip configuration with this folder and no index."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     return {**clean, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}
 
@@ -62,7 +62,7 @@ def test_absent_torchvision_is_not_broken(tmp_path: Path) -> None:
 
 
 def test_broken_torchvision_goes_with_both_its_companions(tmp_path: Path) -> None:
-    """A stand-in for the interpreter: its import fails, and it writes down what pip is asked."""
+    """A fake interpreter: its import fails, and it records the pip command."""
     asked = tmp_path / "asked"
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "$*" >> "{asked}"\n')
@@ -138,7 +138,7 @@ def test_an_environment_is_enough_if_it_has_the_extras_and_the_lock_where_asked_
 
 
 def stamped(venv: Path, extras: set[str]) -> Path:
-    """An environment whose stamp says these extras are installed; it has no interpreter, so an install would fail."""
+    """An environment with a stamp of these extras, and no interpreter."""
     venv.mkdir()
     pyproject = setup_env.read_pyproject(setup_env.ROOT)
     applies = setup_env.lock_applies(extras, platform.system(), platform.machine(), sys.version_info[:2])
