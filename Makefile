@@ -14,36 +14,36 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV) $(if $(LOCKED),--locked)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sbom serve test test-all check bench bench-check stress train image-check ray-check clean
+.PHONY: help setup lock sbom serve test test-all check bench stress train image-check ray-check clean
 
 help: ## list the commands
 	@echo "make COMMAND [EXTRA=cuda] [MODEL=...] [ARGS='...']"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 15
 
-setup: ## create .venv and install what serving needs (EXTRA=cuda on CUDA machines)
+setup: ## create .venv and install the server (EXTRA=cuda on CUDA machines)
 	@$(SETUP) $(EXTRA)
 
-lock: ## write deploy/requirements-cpu.lock for pyproject.toml as it is (ARGS=--upgrade: the newest versions)
+lock: ## write deploy/requirements-cpu.lock for pyproject.toml (ARGS=--upgrade: the newest versions)
 	@test -x $(VENV)/bin/python || $(SETUP) $(EXTRA) dev
 	@$(VENV)/bin/python scripts/lock.py $(ARGS)
 
-sbom: ## list what is installed, with versions and licences, in build/sbom.json (CycloneDX)
+sbom: ## write build/sbom.json, versions and licences of all installed packages (CycloneDX)
 	@$(SETUP) $(EXTRA) dev
 	@$(PYTHON) -m venv build/cyclonedx && build/cyclonedx/bin/pip install -q cyclonedx-bom
 	@build/cyclonedx/bin/cyclonedx-py environment $(VENV) --pyproject pyproject.toml --output-file build/sbom.json
 
-serve: setup ## install if needed, then serve MODEL, or the bundled models, at http://127.0.0.1:8000
+serve: setup ## serve MODEL, or the bundled models, at http://127.0.0.1:8000
 	@exec $(VENV)/bin/rtap serve $(MODEL) $(ARGS)
 
-test: ## install what tests need, then run those that every change needs, on real vLLM servers
+test: ## run the tests of a pull request, on real vLLM servers
 	@$(SETUP) $(EXTRA) dev
 	@$(VENV)/bin/python -m pytest --numprocesses 2 -m "not slow" $(ARGS)
 
-test-all: ## all tests, the slow ones included: page, other clients, training runs, faults
+test-all: ## run all tests, the slow ones included: page, other clients, training runs, faults
 	@$(SETUP) $(EXTRA) dev
 	@$(VENV)/bin/python -m pytest --numprocesses 2 $(ARGS)
 
-check: ## formatting, lint with bandit's rules, strict types, import layers, secrets in files
+check: ## check formatting, lint with bandit's rules, strict types, import layers, secrets in files
 	@$(SETUP) $(EXTRA) dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -53,25 +53,21 @@ check: ## formatting, lint with bandit's rules, strict types, import layers, sec
 		xargs -0 $(VENV)/bin/detect-secrets-hook --exclude-secrets '^none$$'
 	@git ls-files -z -- tests | xargs -0 $(VENV)/bin/detect-secrets-hook --disable-plugin KeywordDetector
 
-bench: ## parity, overhead, latency breakdown and rivals on the bundled models, then one report
+bench: ## run parity, overhead, latency breakdown and rivals on the bundled models, then one report
 	@$(SETUP) $(EXTRA) train
 	$(VENV)/bin/python benchmarks/parity.py
-	-$(VENV)/bin/python benchmarks/overhead.py # exit code 1: a goal is missed
+	-$(VENV)/bin/python benchmarks/overhead.py # exits with 1 when a goal is missed
 	$(VENV)/bin/python benchmarks/latency_breakdown.py
 	$(VENV)/bin/python benchmarks/rivals.py
 	$(VENV)/bin/python benchmarks/report.py
 
-bench-check: ## measure the committed ratios again, shorter, and fail where one has become worse
-	@$(SETUP) $(EXTRA) train
-	$(VENV)/bin/python benchmarks/check.py $(ARGS)
-
-stress: ## fuzz ten minutes, then overload, then the soak with faults for 40 minutes
+stress: ## fuzz for ten minutes, overload, and soak with faults for 40 minutes
 	@$(SETUP) $(EXTRA) dev
 	$(VENV)/bin/python -m tests.stress.fuzz
 	$(VENV)/bin/python -m tests.stress.overload
 	$(VENV)/bin/python -m tests.stress.soak
 
-train: ## train the bundled models from nothing (ARGS="--install", "--smoke"); `rtap train` has each stage
+train: ## train the bundled models (ARGS="--install", "--smoke"); `rtap train` has each stage
 	@$(SETUP) $(EXTRA) train
 	@exec $(VENV)/bin/rtap train pipeline $(ARGS)
 
@@ -83,6 +79,6 @@ ray-check: ## start replicas on Ray and check keys, stickiness, kills, drain, th
 	@$(SETUP) $(EXTRA) train ray
 	$(VENV)/bin/python -m deploy.ray.check $(ARGS)
 
-clean: ## remove .venv and every cache that the commands above write
+clean: ## remove .venv, build/ and all caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
