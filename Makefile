@@ -1,13 +1,13 @@
-# One command for each thing a person does with this checkout. `make` alone lists them.
+# Commands for this checkout; `make` lists them.
 # Variables: EXTRA=cpu|cuda  MODEL=path or name  ARGS="further flags"  PYTHON=python3.11  VENV=.venv
-# LOCKED=1 makes the environment anew from deploy/requirements-cpu.lock alone, hashes checked.
+# LOCKED=1 recreates the environment from deploy/requirements-cpu.lock alone, hashes checked.
 
 EXTRA ?= cpu
 VENV ?= .venv
 MODEL ?=
 ARGS ?=
 LOCKED ?=
-# The first Python on the path that can run rtap; python3 if none can, so that setup_env.py says what is wrong.
+# The first Python on the path that can run rtap; else python3, for which setup_env.py prints the error.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; exit; }; \
 	done; echo python3)

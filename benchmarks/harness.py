@@ -7,13 +7,14 @@ import platform
 import random
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import httpx
@@ -200,7 +201,7 @@ def bench_serve(
     options = parser.parse_args([*(str(word) for pair in arguments.items() for word in pair), *flags])
     LOGS.mkdir(parents=True, exist_ok=True)
     with (LOGS / "bench-serve.log").open("a") as log, contextlib.redirect_stdout(log):
-        result: dict[str, Any] = serve.main(options)
+        result: dict[str, Any] = serve.main(cast(Namespace, options))
     rows = zip(result["errors"], result["latencies"], result["ttfts"], result["output_lens"], strict=True)
     good = [(latency, ttft, tokens) for error, latency, ttft, tokens in rows if not error and ttft]
     return Load(
