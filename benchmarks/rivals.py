@@ -49,8 +49,8 @@ OPTILLM = "import sys; sys.argv = ['optillm', *sys.argv[1:]]; from optillm.serve
 MAX_TOKENS = 512  # optillm asks for 4096 by default, more than the bundled models' context
 OPTILLM_APPROACHES = ("self_consistency", "bon")
 POLICY, GENERATOR = str(MODELS / "policy"), str(MODELS / "confidence")
-NAMED = ["--served-model-name", SERVED_NAME]
-LOGPROB_FLAGS = ["--confidence", "logprob", "--logprob-top-k", "1", *NAMED]
+FLAGS = ["--served-model-name", SERVED_NAME, "--kv-cache-memory-bytes", str(2**30)]
+LOGPROB_FLAGS = ["--confidence", "logprob", "--logprob-top-k", "1", *FLAGS]
 WAVES = 4  # of requests in a round: during the last one the concurrency falls
 
 
@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 running_server(command, log=LOGS / f"{name}.log", ready_seconds=READY_SECONDS, ready_path=ready_path)
             )
 
-        scored = start("scored", serve_command(POLICY, GENERATOR, NAMED))
-        plain = start("plain", serve_command(POLICY, None, ["--policy", "single", *NAMED]))
+        scored = start("scored", serve_command(POLICY, GENERATOR, FLAGS))
+        plain = start("plain", serve_command(POLICY, None, ["--policy", "single", *FLAGS]))
         own = start("logprob", serve_command(POLICY, None, LOGPROB_FLAGS))
         proxy = None
         if args.optillm is not None:
