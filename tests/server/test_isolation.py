@@ -103,6 +103,16 @@ async def test_stored_responses_are_refused_with_keys(tmp_path, monkeypatch):
         await asyncio.to_thread(make_service, tmp_path / "keys.toml", Settings())
 
 
+async def test_without_keys_responses_may_be_stored_and_requests_aborted_by_id(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+    service = await asyncio.to_thread(make_service, None, Settings())
+    service.engine.script = lambda _: CYCLE
+    made = (await service.ask(PATHS[2], json=body_of(PATHS[2], "3 + 4", store=True))).json()
+    assert (await service.ask(f"/v1/responses/{made['id']}", method="GET")).json()["id"] == made["id"]
+    assert (await service.ask("/inference/v1/abort_requests", json={"request_ids": ["a"]})).status_code == 200
+    assert set(service.engine.salts) == {None}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_two_requests_with_one_request_id_do_not_end_each_other(service, stream):
     """vLLM aborts every request under an id, so the client's id must not become part of an engine id."""

@@ -113,11 +113,14 @@ class Service:
         return (generate_latest(self.registry) + generate_latest(REGISTRY)).decode()
 
 
-def make_service(file: Path, settings: Settings, *flags: str, confidence: Confidence | None = None) -> Service:
-    """The app with the keys of ``file``, which is written."""
-    file.write_text(KEYS)
+def make_service(file: Path | None, settings: Settings, *flags: str, confidence: Confidence | None = None) -> Service:
+    """The app with API keys in ``file``, which is written, and in VLLM_API_KEY. None: without keys."""
+    environ = {} if file is None else {"VLLM_API_KEY": "key-vllm"}
+    if file is not None:
+        file.write_text(KEYS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_API_KEY", "key-vllm")
+        for name, value in environ.items():
+            patch.setenv(name, value)
         args, _, _ = _parse([POLICY, "--served-model-name", "rtap", "--enable-scale-out", *flags])
         engine = PolicyEngine(AsyncEngineArgs(model=POLICY, kv_cache_memory_bytes=2**20).create_engine_config())
         registry = CollectorRegistry()
@@ -127,6 +130,6 @@ def make_service(file: Path, settings: Settings, *flags: str, confidence: Confid
             drain=Drain(),
         )  # fmt: skip
         admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
-        keys = load_keys(file, {"VLLM_API_KEY": "key-vllm"})
+        keys = load_keys(file, environ)
         app = asyncio.run(create_app(engine, args, server, keys, admission))  # type: ignore[arg-type]
     return Service(app, engine, registry, server.drain)
