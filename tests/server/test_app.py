@@ -98,13 +98,19 @@ async def test_every_post_is_capped(service):
         assert service.rejected("invalid") - before == len(bodies) - 1, path
 
 
-async def test_a_request_passes_at_most_five_layers_of_ours(service):
-    layers, layer = [], service.app.middleware_stack
-    while layer is not None:
-        layers.append(type(layer))
-        layer = getattr(layer, "_app", None) or getattr(layer, "app", None)
-    ours = [layer.__name__ for layer in layers if layer.__module__.startswith("rtap_server")]
-    assert ours == ["RequestIdMiddleware", "AuthMiddleware", "BodyLimitsMiddleware", "RecursionMiddleware"]
+OURS = ["AuthMiddleware", "BodyLimitsMiddleware", "RecursionMiddleware"]
+
+
+async def test_a_request_passes_at_most_five_layers_of_ours(service, tmp_path):
+    """With keys, and with every optional layer."""
+    full = await asyncio.to_thread(make_service, tmp_path / "keys.toml", Settings(log_format="json"))
+    for one, expected in ((service, OURS), (full, ["RequestLogMiddleware", *OURS])):
+        passed = [type(layer) for layer in one.layers()]
+        ours = [layer.__name__ for layer in passed if layer.__module__.startswith("rtap_server")]
+        mounted = [middleware.cls.__name__ for middleware in one.app.user_middleware]
+        assert ours == ["RequestIdMiddleware", *expected]
+        assert [name for name in mounted if name in ours] == expected
+        assert len(ours) <= 5
 
 
 async def test_a_path_that_is_no_route_wants_a_key_too(service):
@@ -141,7 +147,7 @@ BODIES = {
 
 @pytest.mark.parametrize("path", list(BODIES))
 async def test_each_key_has_a_prefix_cache_of_its_own_on_every_way_into_the_engine(service, path):
-    service.engine.salts.clear()
+    service.engine.calls.clear()
     for key, more in (("key-a", {}), ("key-b", {}), ("key-a", {"cache_salt": "own"}), ("key-a", {})):
         reply = await service.ask(path, key, json=BODIES[path] | more)
         assert reply.status_code == 200, reply.text
@@ -157,7 +163,7 @@ async def test_tokens_that_were_sampled_and_read_are_charged_to_the_key(service,
     first, second = [await service.ask(path, "key-poor", json=BODIES[path]) for _ in range(2)]
     assert (first.status_code, second.status_code) == (200, 429), second.text
     usage = first.json().get("usage")
-    spent = usage["total_tokens"] if usage else len(service.engine.encode_text(CYCLE)) + 3
+    spent = usage["total_tokens"] if usage else len(service.engine.encode(CYCLE)) + 3
     assert abs(int(second.headers["retry-after"]) - (spent - 5) * 12) <= 1
     assert second.json()["error"]["type"] == "rate_limit_error"
     service.forget_spending()
@@ -165,12 +171,12 @@ async def test_tokens_that_were_sampled_and_read_are_charged_to_the_key(service,
 
 async def test_a_stream_begins_with_the_role_of_each_choice_and_has_nothing_empty(service):
     """The engine's first output, for a tag, has no text: vLLM sends the role with it and no chunk of its own."""
-    service.engine.by_token = True
+    service.engine.size = 1
     chat = CHAT | {"stream": True, "n": 2, "logprobs": True, "stream_options": {"include_usage": True}}
     answer = BODIES["/v1/responses"] | {"stream": True}
     replies = [await service.ask(path, "key-a", json=body) for path, body in
                (("/v1/chat/completions", chat), ("/v1/responses", answer))]  # fmt: skip
-    service.engine.by_token = False
+    service.engine.size = None
     chunks, events = ([json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
                       for reply in replies)  # fmt: skip
     written = [choice for chunk in chunks if "cycle" not in chunk.get("rtap", {}) for choice in chunk["choices"]]
@@ -179,7 +185,7 @@ async def test_a_stream_begins_with_the_role_of_each_choice_and_has_nothing_empt
     ]  # fmt: skip
     assert all("role" not in c["delta"] and (any(c["delta"].values()) or c["finish_reason"]) for c in written[2:])
     told = [entry for choice in written for entry in (choice["logprobs"] or {}).get("content") or ()]
-    assert len(told) == chunks[-1]["usage"]["completion_tokens"] == 2 * len(service.engine.encode_text(CYCLE))
+    assert len(told) == chunks[-1]["usage"]["completion_tokens"] == 2 * len(service.engine.encode(CYCLE))
     deltas = [event["delta"] for event in events if event["type"].endswith(".delta")]
     assert "".join(deltas) == "3+4=77"
     assert all(deltas)
@@ -187,7 +193,7 @@ async def test_a_stream_begins_with_the_role_of_each_choice_and_has_nothing_empt
 
 async def test_the_server_takes_so_many_requests_at_a_time(service):
     before = service.rejected("overloaded")
-    service.engine.salts.clear()
+    service.engine.calls.clear()
     service.engine.go.clear()
     answered = [
         asyncio.create_task(service.ask(path, "key-a", json=BODIES[path])) for path in itertools.islice(BODIES, 2)
@@ -208,7 +214,7 @@ async def test_the_server_takes_so_many_requests_at_a_time(service):
 
 @pytest.mark.parametrize("path", ["/inference/v1/generate", "/v1/rtap/score", "/generative_scoring"])
 async def test_other_work_takes_a_place_too(service, path):
-    service.engine.salts.clear()
+    service.engine.calls.clear()
     service.engine.go.clear()
     asked = ["/v1/completions", "/inference/v1/generate"]
     held = [asyncio.create_task(service.ask(other, "key-a", json=BODIES[other])) for other in asked]
@@ -225,7 +231,7 @@ async def test_other_work_takes_a_place_too(service, path):
 
 
 async def test_the_server_takes_so_many_tokens_at_a_time(service):
-    service.engine.salts.clear()
+    service.engine.calls.clear()
     service.engine.go.clear()
     held = asyncio.create_task(service.ask("/v1/chat/completions", "key-a", json=CHAT | {"n": 2}))
     async with asyncio.timeout(10):

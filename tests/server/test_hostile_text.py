@@ -59,12 +59,12 @@ def through_a_stream(text: str) -> None:
 
 def as_a_body(text: str) -> None:
     """As JSON, whole and as a value, through all that looks at it before a route does."""
-    caps = FieldLimits(n=16, messages=1024, token_ids=1024, allows_templates=False)
+    limits = FieldLimits(n=16, messages=1024, token_ids=1024, allows_templates=False)
     for raw in (text.encode(), msgspec.json.encode({"prompt": text}), b'{"a":' + text.encode()):
         with contextlib.suppress(InvalidRequest):
             request = parse_json(raw)
-            caps.check(request)
-            caps.check_length(request)
+            limits.check(request)
+            limits.check_length(request)
 
 
 def as_an_error(text: str) -> None:

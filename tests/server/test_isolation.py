@@ -43,15 +43,14 @@ def body_of(path: str, text: str, *, stream: bool = False, **more) -> dict:
 
 async def test_two_hundred_interleaved_requests_of_three_keys_cross_nowhere(service):
     """Each reply repeats the number of its own prompt, and no other's; each cycle has the salt of its own key."""
-    service.engine.prompts.clear()
-    service.engine.salts.clear()
-    service.engine.most_seconds = 0.01
+    service.engine.calls.clear()
+    service.engine.jitter_seconds = 0.01
 
     def answer(prompt: str) -> str:
         number = prompt.split("#", 1)[1][:7]
         return f"<think>it is {number}</think><answer>{number}</answer>"
 
-    service.engine.write = answer
+    service.engine.script = answer
     keys = ("key-a", "key-b", "key-vllm")
     numbers = [f"N{100_003 + 37 * n}" for n in range(REQUESTS)]
 
@@ -76,7 +75,7 @@ async def test_two_hundred_interleaved_requests_of_three_keys_cross_nowhere(serv
 
 async def test_one_key_cannot_judge_anothers_answer_or_learn_of_it(service):
     """Also where both chose the same request id."""
-    service.engine.write = lambda _: "<think>3+4=7</think><answer>7</answer>"
+    service.engine.script = lambda _: "<think>3+4=7</think><answer>7</answer>"
     verdict = {"correct": True}
     for key in ("key-a", "key-b"):
         reply = await service.ask(PATHS[0], key, json=body_of(PATHS[0], "3 + 4"), headers={"x-request-id": f"of-{key}"})
@@ -104,32 +103,64 @@ async def test_stored_responses_are_refused_with_keys(tmp_path, monkeypatch):
         await asyncio.to_thread(make_service, tmp_path / "keys.toml", Settings())
 
 
-async def test_two_requests_with_one_request_id_do_not_end_each_other(service):
+async def test_without_keys_responses_may_be_stored_and_requests_aborted_by_id(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+    service = await asyncio.to_thread(make_service, None, Settings())
+    service.engine.script = lambda _: CYCLE
+    made = (await service.ask(PATHS[2], json=body_of(PATHS[2], "3 + 4", store=True))).json()
+    assert (await service.ask(f"/v1/responses/{made['id']}", method="GET")).json()["id"] == made["id"]
+    assert (await service.ask("/inference/v1/abort_requests", json={"request_ids": ["a"]})).status_code == 200
+    assert set(service.engine.salts) == {None}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_two_requests_with_one_request_id_do_not_end_each_other(service, stream):
     """vLLM aborts every request under an id, so the client's id must not become part of an engine id."""
-    service.engine.write = lambda _: CYCLE
-    service.engine.by_token, service.engine.token_seconds = True, 0.02
-    headers = {"x-request-id": "same"}
-    single, hurried = {"policy": "single"}, {"policy": "single", "deadline_seconds": 0.05}
+    engine = service.engine
+    engine.calls.clear()
+    engine.aborted.clear()
+    engine.script, engine.size, engine.token_seconds = (lambda _: CYCLE), 1, 0.02
+    hurried = {"policy": "single", "deadline_seconds": 0.05}
+
+    async def ask(key: str, rtap: dict) -> httpx.Response:
+        body = body_of(PATHS[0], "3 + 4", rtap=rtap, stream=stream)
+        return await service.ask(PATHS[0], key, json=body, headers={"x-request-id": "same"})
+
     try:
         replies = await asyncio.gather(
-            *(
-                service.ask(PATHS[0], "key-a", json=body_of(PATHS[0], "3 + 4", rtap=rtap), headers=headers)
-                for rtap in (single, hurried, single)
-            )
+            ask("key-a", {"policy": "single"}), ask("key-a", hurried), ask("key-b", {"policy": "single"})
         )
     finally:
-        service.engine.by_token, service.engine.token_seconds = False, 0.0
+        engine.size, engine.token_seconds = None, 0.0
     assert [reply.headers["x-request-id"] for reply in replies] == ["same"] * 3
-    assert len({reply.json()["id"] for reply in replies}) == 3
-    assert [reply.json()["rtap"]["stop_reason"] for reply in replies] == ["max_cycles", "deadline", "max_cycles"]
-    assert [reply.json()["choices"][0]["message"]["content"] for reply in replies] == ["7", None, "7"]
-    assert len(set(service.engine.ids)) == len(service.engine.ids)
+    shown = [
+        [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+        if stream else [reply.json()] for reply in replies
+    ]  # fmt: skip
+    assert len({chunks[0]["id"] for chunks in shown}) == 3
+    assert [chunks[-1]["rtap"]["stop_reason"] for chunks in shown] == ["max_cycles", "deadline", "max_cycles"]
+    messages = [[c["delta" if stream else "message"] for part in chunks for c in part["choices"]] for chunks in shown]
+    assert ["".join(m.get("content") or "" for m in parts) for parts in messages] == ["7", "", "7"]
+    ids = [call.request_id for call in engine.calls]
+    assert len(set(ids)) == len(ids) == 3
+    assert len(engine.aborted) == 1
+    assert not [name for name in ids if "same" in name]
 
 
-async def test_one_key_cannot_stop_anothers_request(service):
-    refused = await service.ask("/inference/v1/abort_requests", "key-b", json={"request_ids": ["chatcmpl-of-key-a"]})
+@pytest.mark.parametrize("path", ["/abort_requests", "/inference/v1/abort_requests"])
+async def test_one_key_cannot_stop_anothers_request(service, path):
+    refused = await service.ask(path, "key-b", json={"request_ids": ["chatcmpl-of-key-a"]})
     assert refused.status_code == 400
     assert "close the connection" in refused.json()["error"]["message"]
+
+
+async def test_a_key_is_in_no_error_log_or_metric(service, log):
+    refused = await service.ask(PATHS[0], "sk-wrong", json=body_of(PATHS[0], "3 + 4"))
+    poor = [await service.ask(PATHS[0], "key-poor", json=body_of(PATHS[0], "3 + 4")) for _ in range(2)]
+    service.forget_spending()
+    assert [reply.status_code for reply in (refused, *poor)] == [401, 200, 429]
+    for key in ("sk-wrong", "key-poor"):
+        assert key not in refused.text + poor[1].text + log.getvalue() + service.metrics()
 
 
 BAD = [
@@ -165,9 +196,9 @@ GOOD = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def log(service):
-    """Log lines of all loggers at INFO, the default of the server's own; vLLM's default is WARNING here."""
+    """Log lines of all loggers at INFO, the default level."""
     out = io.StringIO()
     handler = logging.StreamHandler(out)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s"))
@@ -185,8 +216,8 @@ def log(service):
 
 @pytest.mark.parametrize(("path", "body"), GOOD, ids=[f"{path} {number}" for number, (path, _) in enumerate(GOOD)])
 async def test_a_good_request_is_in_no_log_and_no_metric(service, log, path, body):
-    service.engine.write = lambda _: f"<think>{CANARY}</think><answer>{CANARY}</answer>"
-    reply = await service.ask(path, "key-a", json=body)
+    service.engine.script = lambda _: f"<think>{CANARY}</think><answer>{CANARY}</answer>"
+    reply = await service.ask(f"{path}?key=key-a&said=CANARY", "key-a", json=body)
     assert reply.status_code == 200, reply.text
     _check(service, log)
 
@@ -204,27 +235,35 @@ async def test_a_bad_request_is_a_4xx_in_openais_shape(service, log, path, body,
     assert "CANARY" not in service.metrics()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, "/inference/v1/generate"])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_failure_of_the_engine_tells_nothing(service, log, path, stream):
-    text = f"{CANARY} in /srv/models/secret.py at 0x7f0012ab"
+async def test_a_failure_of_the_engine_shows_nothing_but_the_request_id(service, log, path, stream):
+    def crash(_: str) -> str:
+        raise RuntimeError(f"{CANARY} in /srv/models/secret.py at 0x7f0012ab")
 
-    def fail(_: str) -> str:
-        raise RuntimeError(text)
-
-    service.engine.write = fail
+    service.engine.script = crash
+    body = body_of(path, CANARY) if path in PATHS else {"model": "rtap", "token_ids": [5], "sampling_params": {}}
     try:
-        reply = await service.ask(path, "key-a", json=body_of(path, CANARY, stream=stream))
+        reply = await service.ask(path, "key-a", json=body | {"stream": stream}, headers={"x-request-id": "id-7"})
     finally:
-        service.engine.write = lambda _: ""
-    assert reply.status_code == (200 if stream else 500)
-    assert "error" in reply.text or (stream and path == "/v1/responses")  # there vLLM cuts the stream off
-    for secret in ("CANARY", "83 61", "/srv", "0x7f", "Traceback"):
+        service.engine.script = lambda _: ""
+    assert (reply.status_code, reply.headers["x-request-id"]) == (200 if stream else 500, "id-7")
+    for secret in ("CANARY", "83 61", "/srv", "0x7f", "Traceback", "RuntimeError"):
         assert secret not in reply.text, reply.text
-    if reply.status_code == 500:
-        assert reply.json()["error"]["message"].endswith(f"under request id {reply.headers['x-request-id']}")
-        assert f"request {reply.headers['x-request-id']} failed" in log.getvalue() or "RuntimeError" in log.getvalue()
-    assert "key-a" not in log.getvalue()
+    if not (stream and path == "/v1/responses"):  # there vLLM cuts the stream off
+        text = next(line[6:] for line in reply.text.splitlines() if '"error":' in line) if stream else reply.text
+        error = json.loads(text)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"].startswith("the server failed on this request")
+        assert error["message"].endswith("under request id id-7")
+    written = log.getvalue()
+    assert written.count("ERROR rtap.errors request id-7 failed") == 1
+    cause = written.split("request id-7 failed")[1]
+    assert "Traceback" in cause
+    assert "in crash" in cause
+    assert f"RuntimeError: {CANARY}" in cause
+    assert "key-a" not in written + service.metrics()
+    assert "CANARY" not in service.metrics()
 
 
 def _check(service: Service, log: io.StringIO) -> None:

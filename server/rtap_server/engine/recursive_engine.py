@@ -7,13 +7,14 @@ through. Sampling, batching, caching, LoRA, logprobs and multimodal inputs stay 
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -24,6 +25,11 @@ from rtap_server.engine.output_writer import GenerateCall, OutputWriter
 from rtap_server.engine.request_state import RequestState, current_request, salted_prompt
 from rtap_server.engine.server_state import ServerState
 from rtap_server.engine.vllm_cycles import CycleAborted, OneRequestCycles, VllmCycles, count_spent, fits_one_request
+from rtap_server.telemetry.logs import ERRORS
+
+# vLLM answers these with their own message, and not with 500.
+_CLIENT_ERRORS = (VLLMClientError, GracefulHTTPError, ValueError, TypeError, OverflowError)
+_logger = logging.getLogger(ERRORS)
 
 if TYPE_CHECKING:
     from rtap_server.telemetry.tracing import Tracing
@@ -85,9 +91,11 @@ class RecursiveEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """The wrapped engine's outputs, under the id that the route knows."""
         engine_id = self._engine_id(request_id)
-        with self._registered(request_id) as running:
+        with self._registered(request_id) as running, _failures_logged(state):
             running.add(engine_id)
-            outputs = count_spent(self._inner.generate(prompt, params, engine_id, **options), state, params.output_kind)
+            outputs = self._inner.generate(prompt, params, engine_id, **options)
+            if state.owner:  # only API keys have token limits
+                outputs = count_spent(outputs, state, params.output_kind)
             async with aclosing(outputs):
                 async for output in outputs:
                     output.request_id = request_id
@@ -175,7 +183,11 @@ class RecursiveEngine:
         server, state, index = self._server, call.state, call.first_choice + choice
         writer = OutputWriter(call, choice, server.format)
         is_finished = False
-        with self._registered(call.request_id) as running, server.drain.cutoff(call.limits.deadline_seconds) as cutoff:
+        with (
+            self._registered(call.request_id) as running,
+            _failures_logged(state),
+            server.drain.cutoff(call.limits.deadline_seconds) as cutoff,
+        ):
             spans = None
             if self._tracing is not None:
                 spans = self._tracing.start_cycles(state.model, index, call.options.get("trace_headers"))
@@ -228,6 +240,20 @@ class RecursiveEngine:
                     spans.close()
                 if not is_finished:
                     server.metrics.count_abandoned(call.limits.policy)
+
+
+@contextmanager
+def _failures_logged(state: RequestState) -> Generator[None]:
+    """Log a failure of the engine under the request id, which the client's error names.
+
+    vLLM turns many exceptions into responses itself, and logs them without that id."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, _CLIENT_ERRORS) and not state.is_failure_logged:
+            state.is_failure_logged = True
+            _logger.exception("request %s failed", state.request_id)
+        raise
 
 
 def _with_probes(trajectory: Trajectory, probing: Probing | None) -> Trajectory:

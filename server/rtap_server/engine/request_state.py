@@ -27,6 +27,7 @@ class RequestState:
     num_choices: choices started so far, over all prompts of the request.
     cycles: finished cycles that no streaming chunk has reported yet, each with its choice index.
     trajectories: finished trajectories by choice index.
+    is_failure_logged: the log has the cause of this request's failure, under request_id.
     """
 
     request_id: str = ""
@@ -42,6 +43,7 @@ class RequestState:
     num_choices: int = 0
     cycles: deque[tuple[int, Cycle]] = field(default_factory=deque[tuple[int, Cycle]])
     trajectories: dict[int, Trajectory] = field(default_factory=dict[int, Trajectory])
+    is_failure_logged: bool = False
 
     def reserve_choices(self, count: int) -> int:
         """Index of the first of ``count`` new choices; prompts of a batch arrive in order."""

@@ -53,9 +53,7 @@ class RecursionMiddleware:
                 self._server.metrics.count_rejected(rejection_reason(error))
                 await error_response(error)(scope, receive, send)
                 return
-            if is_recursive:
-                send = ResponseRewriter(send, path, state, self._server.feedback)
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, ResponseRewriter(send, path, state, self._server.feedback))
 
     def _max_new_tokens(self, state: RequestState, path: str) -> int:
         if not GENERATING_PATHS.get(path, True):

@@ -12,10 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rtap_server.engine.request_state import RequestState, begin_request
 from rtap_server.http.errors import shape_error
+from rtap_server.telemetry.logs import ERRORS
 
 REQUEST_ID = b"x-request-id"
 _VALID_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")  # safe in a header and in a log line
-_logger = logging.getLogger("rtap.errors")
+_logger = logging.getLogger(ERRORS)
 
 
 class RequestIdMiddleware:
@@ -34,13 +35,14 @@ class RequestIdMiddleware:
         given = [value for name, value in scope["headers"] if name == REQUEST_ID]
         is_valid = len(given) == 1 and _VALID_ID.fullmatch(given[0])
         request_id = given[0].decode() if is_valid else uuid.uuid4().hex
-        begin_request(RequestState(request_id))
+        begin_request(state := RequestState(request_id))
         scope = {**scope, "headers": [header for header in scope["headers"] if header[0] != REQUEST_ID]}
         response = _ErrorShaper(send, request_id)
         try:
             await self._app(scope, receive, response)
         except Exception:
-            _logger.exception("request %s failed", request_id)
+            if not state.is_failure_logged:
+                _logger.exception("request %s failed", request_id)
             if not response.is_complete:
                 raise
 

@@ -31,10 +31,13 @@ _NEEDS_REWRITE: Mapping[str, re.Pattern[bytes]] = {
     _RESPONSES: re.compile(b'"response.(?:completed|incomplete)"'),
     _MESSAGES: re.compile(b'"message_(?:start|delta)"'),
 }
+_NEVER = re.compile(b"(?!)")  # for requests that do not recurse
 
 
 class ResponseRewriter:
-    """The ASGI ``send`` of a recursive request. Error responses pass unchanged.
+    """The ASGI ``send`` of a request that runs a model. Error responses pass unchanged.
+
+    Of a request that does not recurse, only error events of a stream change.
 
     Feedback remembers the trajectories before the bytes that report them are sent."""
 
@@ -58,9 +61,10 @@ class ResponseRewriter:
 
     async def _begin(self, message: Message) -> None:
         content_type = dict(message["headers"]).get(b"content-type", b"")
-        if message["status"] != 200:
+        is_stream = content_type.startswith(b"text/event-stream")
+        if message["status"] != 200 or not (is_stream or self._path in _NEEDS_REWRITE):
             await self._send(message)
-        elif content_type.startswith(b"text/event-stream"):
+        elif is_stream:
             self._stream = EventStream(self._path, self._state, self._feedback)
             await self._send(message)
         else:
@@ -108,7 +112,7 @@ class EventStream:
 
     def __init__(self, path: str, state: RequestState, feedback: Feedback) -> None:
         self._path, self._state, self._feedback = path, state, feedback
-        self._needs_rewrite = _NEEDS_REWRITE[path]
+        self._needs_rewrite = _NEEDS_REWRITE.get(path, _NEVER)
         self._buffer = bytearray()
         self._chunk_head: dict[str, Any] | None = None
         self._num_finished = 0

@@ -10,6 +10,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 LOGGER = "rtap"
 REQUESTS = "rtap.requests"
+ERRORS = "rtap.errors"
 
 
 def announce(message: str, level: int = logging.INFO) -> None:

@@ -1,113 +1,43 @@
-"""RecursiveEngine over a scripted AsyncLLM: what each cycle is asked for, and how the engine's ways out end."""
+"""RecursiveEngine over a scripted AsyncLLM: requests to the engine, outputs, aborts, token counts, failures."""
 
 import asyncio
 import gc
+import logging
 import time
 import weakref
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from rtap_core.artifact import Artifact
-from rtap_core.format import RTAP
 from rtap_server.engine.output_writer import ANSWER_MARK
-from rtap_server.engine.recursive_engine import RecursiveEngine
 from rtap_server.engine.request_state import RequestState, begin_request, salted_prompt
-from rtap_server.engine.server_state import Drain, ServerState
 from rtap_server.engine.vllm_cycles import count_spent
-from rtap_server.http.recursion_fields import resolve_limits
-from rtap_server.http.schema import RtapOptions
-from rtap_server.settings import Settings
-from rtap_server.telemetry.feedback import Feedback
-from rtap_server.telemetry.metrics import Metrics
-from tests.core.scripted import EOS, ScriptedConfidence, decode, encode
+from rtap_server.telemetry.logs import ERRORS
+from tests.core.scripted import encode
+from tests.server.fake_engine import CLOSE, QUESTION, FakeEngine, all_of, ask, build
 
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"
 DOUBT = "Oops, 3*25+7=82</think><answer>3*25+7</answer>"
-QUESTION = encode("make 82?")
-THINK, CLOSE = encode("<think></answer>")
-
-
-@dataclass
-class FakeLLM:
-    """Writes the n-th text of ``script`` after n cycles, whole; remembers calls. finish: the engine's own reason.
-    seconds: before it writes."""
-
-    script: list[str]
-    finish: str = "stop"
-    seconds: float = 0.0
-    calls: list[tuple[Any, SamplingParams, str, dict[str, Any]]] = field(default_factory=list)
-    aborted: list[str] = field(default_factory=list)
-    closed: int = 0
-
-    async def generate(
-        self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
-    ) -> AsyncGenerator[RequestOutput, None]:
-        ids = encode(self.script[prompt["prompt_token_ids"].count(CLOSE)])
-        self.calls.append((prompt, params, request_id, options))
-        part = CompletionOutput(
-            index=0, text=decode(ids).removesuffix("</answer>"), token_ids=ids, cumulative_logprob=None, logprobs=None,
-            finish_reason=self.finish, stop_reason=CLOSE if self.finish == "stop" else None,
-        )  # fmt: skip
-        try:
-            await asyncio.sleep(self.seconds)
-            yield RequestOutput(
-                request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
-                outputs=[part], finished=True, num_cached_tokens=0,
-            )  # fmt: skip
-        except (GeneratorExit, asyncio.CancelledError):
-            self.closed += 1
-            raise
-
-    async def abort(self, request_ids: list[str], **options: Any) -> None:
-        self.aborted += request_ids
-
-
-def build(llm: FakeLLM, confidence: Any = None) -> RecursiveEngine:
-    server = ServerState(
-        settings=Settings(confidence_model="http://generator"), format=RTAP,
-        confidence=confidence or ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
-        generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=encode,
-        end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None),
-        drain=Drain(),
-    )  # fmt: skip
-    return RecursiveEngine(llm, server)  # type: ignore[arg-type]
-
-
-def ask(engine: RecursiveEngine, *, rtap: dict[str, Any] | None = None, prompt: Any = None, **wanted: Any):
-    """The stream of one request, and its state. owner: of its API key."""
-    options, server = wanted.pop("options", {}), engine._server
-    limits = resolve_limits(
-        RtapOptions(**{"threshold": 0.5} | (rtap or {})), server.settings, server.generator, has_confidence=True
-    )
-    state = RequestState(limits=limits, owner=wanted.pop("owner", b""))
-    begin_request(state)
-    params = SamplingParams(**{"max_tokens": 200, "output_kind": RequestOutputKind.FINAL_ONLY} | wanted)
-    stream = engine.generate(prompt or {"prompt_token_ids": QUESTION}, params, "request", **options)
-    return stream, state
-
-
-async def all_of(stream: AsyncGenerator[RequestOutput, None]) -> list[RequestOutput]:
-    async with aclosing(stream):
-        return [output async for output in stream]
+THINK = encode("<think>")[0]
 
 
 async def test_every_cycle_is_the_same_request_on_more_tokens():
     """Adapter, priority, session, salt, trace and images are of the request, so each cycle has them."""
-    llm = FakeLLM([WRONG, DOUBT])
+    llm = FakeEngine([WRONG, DOUBT])
     options = {"lora_request": None, "priority": 3, "session_id": "s", "trace_headers": {"traceparent": "00-1"}}
     prompt = {"type": "multimodal", "prompt_token_ids": QUESTION, "prompt": "make 82?", "cache_salt": "salt",
               "arrival_time": 1.0, "mm_kwargs": object(), "mm_hashes": {"image": ["h"]}}  # fmt: skip
     stream, state = ask(build(llm), prompt=prompt, options=options)
     (output,) = await all_of(stream)
-    assert [call[0]["prompt_token_ids"] for call in llm.calls] == [QUESTION, [*QUESTION, *encode(WRONG + "<think>")]]
+    assert [call.prompt["prompt_token_ids"] for call in llm.calls] == [
+        QUESTION,
+        [*QUESTION, *encode(WRONG + "<think>")],
+    ]
     for asked, _, _, passed in llm.calls:
         assert {k: asked[k] for k in ("cache_salt", "mm_kwargs", "mm_hashes", "type")} == {
             k: prompt[k] for k in ("cache_salt", "mm_kwargs", "mm_hashes", "type")
@@ -133,18 +63,17 @@ async def test_every_cycle_is_the_same_request_on_more_tokens():
     ],
 )
 async def test_log_probabilities_are_asked_for_where_a_scorer_reads_them(rtap, wanted, asked):
-    llm = FakeLLM([WRONG.replace("25*7<", "82<")] * 3)
-    engine = build(llm)
-    engine._server = replace(engine._server, logprobs=0)
+    llm = FakeEngine([WRONG.replace("25*7<", "82<")] * 3)
+    engine = build(llm, logprobs=0)
     outputs = await all_of(ask(engine, rtap={"max_cycles": 1} | rtap, logprobs=wanted)[0])
-    assert {call[1].logprobs for call in llm.calls} == {asked}
+    assert {call.params.logprobs for call in llm.calls} == {asked}
     assert (outputs[-1].outputs[0].logprobs is None) == (wanted is None)  # the client sees what it asked for
 
 
 async def test_the_budget_seed_and_stops_of_each_cycle():
-    llm = FakeLLM([WRONG, DOUBT])
+    llm = FakeEngine([WRONG, DOUBT])
     await all_of(ask(build(llm), seed=7, min_tokens=5, stop=["x"], prompt_logprobs=2)[0])
-    first, second = (call[1] for call in llm.calls)
+    first, second = (call.params for call in llm.calls)
     assert (first.seed, second.seed) == (7, 7 + 1_000_003)
     assert (first.max_tokens, second.max_tokens) == (200, 200 - len(encode(WRONG)) - 1)
     assert (first.min_tokens, second.min_tokens) == (5, 0)
@@ -152,24 +81,24 @@ async def test_the_budget_seed_and_stops_of_each_cycle():
     for params in (first, second):
         assert (params.n, params.stop) == (1, ["x"])
         assert CLOSE in params.stop_token_ids
-    assert [call[2] for call in llm.calls] == ["request-0", "request-1"]
+    assert [call.request_id for call in llm.calls] == ["request-0", "request-1"]
 
 
 async def test_choices_have_their_own_seeds_and_come_together():
-    llm = FakeLLM([WRONG, DOUBT])
+    llm = FakeEngine([WRONG, DOUBT])
     (output,) = await all_of(ask(build(llm), n=2, seed=1)[0])
     assert [part.index for part in output.outputs] == [0, 1]
-    assert {call[1].seed for call in llm.calls} == {1, 2, 1 + 1_000_003, 2 + 1_000_003}
+    assert {call.params.seed for call in llm.calls} == {1, 2, 1 + 1_000_003, 2 + 1_000_003}
 
 
 async def test_of_choices_that_end_at_once_the_last_output_is_the_finished_one():
-    outputs = await all_of(ask(build(FakeLLM([WRONG, DOUBT])), n=3, output_kind=RequestOutputKind.DELTA)[0])
+    outputs = await all_of(ask(build(FakeEngine([WRONG, DOUBT])), n=3, output_kind=RequestOutputKind.DELTA)[0])
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
     assert sorted(o.outputs[0].index for o in outputs if o.outputs[0].finish_reason) == [0, 1, 2]
 
 
 async def test_patience_ends_a_request_whose_confidence_does_not_rise():
-    llm = FakeLLM([WRONG, WRONG.removeprefix("<think>"), DOUBT])
+    llm = FakeEngine([WRONG, WRONG.removeprefix("<think>"), DOUBT])
     stream, state = ask(build(llm), rtap={"patience": 1})
     await all_of(stream)
     assert state.trajectories[0].stop_reason == "no_gain"
@@ -178,88 +107,84 @@ async def test_patience_ends_a_request_whose_confidence_does_not_rise():
 
 @pytest.mark.parametrize(("rtap", "kind"), [({}, "FINAL_ONLY"), ({"probe_every": 9}, "DELTA")])
 async def test_a_thought_that_is_probed_comes_in_pieces(rtap: dict[str, Any], kind: str):
-    llm = FakeLLM([WRONG, DOUBT])
+    llm = FakeEngine([WRONG, DOUBT])
     await all_of(ask(build(llm), rtap=rtap)[0])
-    assert {call[1].output_kind for call in llm.calls} == {RequestOutputKind[kind]}
+    assert {call.params.output_kind for call in llm.calls} == {RequestOutputKind[kind]}
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
 async def test_a_cycle_that_the_engine_gives_up_ends_the_request_with_its_reason(reason: str):
-    llm = FakeLLM([WRONG], finish=reason)
+    llm = FakeEngine([WRONG], finish_reason=reason)
     stream, state = ask(build(llm))
     (output,) = await all_of(stream)
     assert (output.finished, output.outputs[0].finish_reason) == (True, reason)
     assert not state.trajectories
 
 
-async def test_an_abort_by_the_outer_id_reaches_the_cycle_being_written():
-    llm = FakeLLM([WRONG])
+async def test_an_abort_by_the_routes_id_ends_the_running_cycle():
+    llm = FakeEngine([WRONG], size=1)
     engine = build(llm)
-    stream, _ = ask(engine, output_kind=RequestOutputKind.DELTA)
+    stream, state = ask(engine, output_kind=RequestOutputKind.DELTA)
     async with aclosing(stream):
         await anext(stream)
         await engine.abort("request")
+        rest = [output async for output in stream]
     assert llm.aborted == ["request-0"]
-    assert llm.closed == 1
+    assert (rest[-1].finished, rest[-1].outputs[0].finish_reason) == (True, "abort")
+    assert not state.trajectories
     await engine.abort(["request", "other"])
     assert llm.aborted == ["request-0"]  # nothing runs under these ids
 
 
+async def test_a_client_that_leaves_closes_the_running_cycle():
+    llm = FakeEngine([WRONG], size=1)
+    stream, _ = ask(build(llm), output_kind=RequestOutputKind.DELTA)
+    await anext(stream)
+    await stream.aclose()
+    assert (llm.num_closed, llm.num_sampled) == (1, 1)
+
+
+async def test_a_deadline_ends_no_other_request_under_the_same_id():
+    llm = FakeEngine([DOUBT], size=1, token_seconds=0.005)
+    engine = build(llm)
+    asked = [ask(engine, rtap=rtap) for rtap in ({}, {"deadline_seconds": 0.05}, {})]
+    outputs = await asyncio.gather(*(all_of(stream) for stream, _ in asked))
+    assert [state.trajectories[0].stop_reason for _, state in asked] == ["threshold", "deadline", "threshold"]
+    assert [state.trajectories[0].answer for _, state in asked] == ["3*25+7", None, "3*25+7"]
+    assert [output.request_id for (output,) in outputs] == ["request"] * 3
+    (aborted,) = set(llm.aborted)
+    assert [call.request_id for call in llm.calls].count(aborted) == 1
+    assert all(state.request_id not in call.request_id for call in llm.calls for _, state in asked)
+
+
 async def test_a_request_that_does_not_recurse_is_the_engines_own():
-    llm = FakeLLM([WRONG])
-    begin_request(RequestState())
+    llm = FakeEngine([WRONG])
+    begin_request(state := RequestState())
     params = SamplingParams(max_tokens=9)
     (output,) = await all_of(build(llm).generate({"prompt_token_ids": QUESTION}, params, "plain", priority=1))
     assert llm.calls == [({"prompt_token_ids": QUESTION}, params, "plain-0", {"priority": 1})]
     assert output.request_id == "plain"
+    assert state.spent_tokens == 0  # only API keys have token limits
 
 
 def test_what_cannot_recurse_is_a_400_before_anything_is_generated():
-    llm = FakeLLM([])
+    llm = FakeEngine([])
     with pytest.raises(VLLMValidationError, match="prompt embeddings are not supported"):
         ask(build(llm), prompt={"prompt_embeds": object()})
     assert not llm.calls
 
 
-class Streaming(FakeLLM):
-    """Writes a token at a time, as vLLM does where somebody reads along."""
-
-    async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **options: Any):
-        ids = encode(self.script[prompt["prompt_token_ids"].count(CLOSE)])
-        assert params.output_kind is RequestOutputKind.DELTA
-        for at, token_id in enumerate(ids):
-            is_last = at == len(ids) - 1
-            part = CompletionOutput(
-                index=0, text="" if is_last else decode([token_id]), token_ids=[token_id], cumulative_logprob=None,
-                logprobs=None, finish_reason="stop" if is_last else None, stop_reason=CLOSE if is_last else None,
-            )  # fmt: skip
-            yield RequestOutput(
-                request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
-                outputs=[part], finished=is_last, num_cached_tokens=0,
-            )  # fmt: skip
-
-
-class Telling(Streaming):
-    """Says of each cycle's tokens what vLLM says of its own: numbers of this cycle, and log-probabilities."""
-
-    async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **options: Any):
-        cycle = len(self.calls)
-        self.calls.append((prompt, params, request_id, options))
-        async for output in super().generate(prompt, params, request_id):
-            output.num_cached_tokens, output.num_cache_creation_tokens = 10 * cycle, 100 * cycle
-            output.outputs[0].logprobs = [{token_id: None} for token_id in output.outputs[0].token_ids]
-            yield output
-
-
 @pytest.mark.parametrize("split", [True, False])
 async def test_what_the_engine_says_of_its_cycles_is_said_of_the_request(split: bool):
-    llm, options = Telling([WRONG, DOUBT]), {"reasoning_parser_kwargs": {}} if split else {}
+    llm = FakeEngine([WRONG, DOUBT], size=1, cached_tokens=10)
+    options = {"reasoning_parser_kwargs": {}} if split else {}
     prompt = {"prompt_token_ids": QUESTION, "prompt": "what?"}
     stream, state = ask(
-        build(llm), prompt=prompt, n=2, output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
-    )
+        build(llm, logprobs=0), prompt=prompt, n=2, output_kind=RequestOutputKind.DELTA, max_tokens=None,
+        options=options,
+    )  # fmt: skip
     outputs = await all_of(stream)
-    assert all(call[1].logprobs is None for call in llm.calls)
+    assert all(call.params.logprobs == 0 for call in llm.calls)  # for the scorer, not for the client
     for choice in (0, 1):
         own = [output for output in outputs if output.outputs[0].index == choice]
         assert len(own) > 20
@@ -276,22 +201,15 @@ async def test_what_the_engine_says_of_its_cycles_is_said_of_the_request(split: 
 @pytest.mark.parametrize("split", [True, False])
 async def test_a_stream_begins_with_the_first_token_though_that_may_be_a_tag(split: bool):
     """vLLM sends the role with the first output, and clients take the time until then."""
-    written = 0
-
-    class Counted(Streaming):
-        async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **options: Any):
-            nonlocal written
-            async for output in super().generate(prompt, params, request_id, **options):
-                written += 1
-                yield output
-
+    llm = FakeEngine(["<think>" + DOUBT], size=1)
     options = {"reasoning_parser_kwargs": {}} if split else {}
-    stream, state = ask(
-        build(Counted(["<think>" + DOUBT])), output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
-    )
+    stream, state = ask(build(llm), output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options)
     async with aclosing(stream):
         first = (await anext(stream)).outputs[0]
-        assert (written, first.text, list(first.token_ids)) == (1, *(("", []) if split else ("<think>", [THINK])))
+        assert (llm.num_sampled, first.text, list(first.token_ids)) == (
+            1,
+            *(("", []) if split else ("<think>", [THINK])),
+        )
         rest = [output.outputs[0] async for output in stream]
     assert all(part.text or part.token_ids or part.finish_reason for part in rest)
     assert sum(len(part.token_ids) for part in (first, *rest)) == state.trajectories[0].cycles[0].tokens
@@ -299,7 +217,7 @@ async def test_a_stream_begins_with_the_first_token_though_that_may_be_a_tag(spl
 
 async def test_no_delta_is_of_both_kinds():
     """vLLM takes reasoning by the one name that it knows out of those that have an answer as well."""
-    llm = Streaming(["<think>3</think><answer>82</answer>", "<think>4</think><answer>1</answer>"])
+    llm = FakeEngine(["<think>3</think><answer>82</answer>", "<think>4</think><answer>1</answer>"], size=1)
     stream, state = ask(
         build(llm), rtap={"threshold": 1.0, "max_cycles": 2}, output_kind=RequestOutputKind.DELTA,
         options={"reasoning_parser_kwargs": {}},
@@ -321,7 +239,7 @@ async def test_a_token_costs_the_same_however_many_came_before(split: bool):
             options = {"reasoning_parser_kwargs": {}} if split else {}
             began = time.thread_time()
             stream, state = ask(
-                build(Streaming(script)), output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
+                build(FakeEngine(script, size=1)), output_kind=RequestOutputKind.DELTA, max_tokens=None, options=options
             )
             outputs = await all_of(stream)
             best = min(best, time.thread_time() - began)
@@ -337,14 +255,14 @@ async def test_a_long_thought_does_not_keep_what_the_engine_told_of_each_token()
     """An engine's objects weigh a thousand times what a token id does."""
     told: list[weakref.ref[RequestOutput]] = []
 
-    class Watched(Streaming):
+    class Watched(FakeEngine):
         async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **options: Any):
             async for output in super().generate(prompt, params, request_id, **options):
                 told.append(weakref.ref(output))
                 yield output
 
     script = [f"<think>{'x' * 500}</think><answer>1</answer>", f"{'y' * 500}</think><answer>82</answer>"]
-    stream, _ = ask(build(Watched(script)), output_kind=RequestOutputKind.DELTA, max_tokens=None)
+    stream, _ = ask(build(Watched(script, size=1)), output_kind=RequestOutputKind.DELTA, max_tokens=None)
     most = 0
     async for _ in stream:
         most = max(most, sum(ref() is not None for ref in told))
@@ -354,7 +272,7 @@ async def test_a_long_thought_does_not_keep_what_the_engine_told_of_each_token()
 
 async def test_nothing_of_a_request_waits_for_the_garbage_collector():
     """A server collects seldom, because most of its objects stay."""
-    engine = build(FakeLLM([WRONG, DOUBT], seconds=0.05))
+    engine = build(FakeEngine([WRONG, DOUBT], arrival_seconds=0.05))
     gc.collect()
     gc.disable()
     try:
@@ -372,7 +290,7 @@ async def test_nothing_of_a_request_waits_for_the_garbage_collector():
 
 async def test_a_key_pays_for_what_was_sampled_and_read_even_when_its_client_leaves():
     """Two cycles: the question, what was written and the injected tag are read; the script is what was sampled."""
-    llm = FakeLLM([WRONG, DOUBT])
+    llm = FakeEngine([WRONG, DOUBT])
     stream, left = ask(build(llm), output_kind=RequestOutputKind.DELTA, owner=b"key")
     async for _ in stream:
         break  # after the first cycle
@@ -383,7 +301,16 @@ async def test_a_key_pays_for_what_was_sampled_and_read_even_when_its_client_lea
     await all_of(stream)
     second = len(QUESTION) + len(encode(WRONG + "<think>")) + len(encode(DOUBT))
     assert stayed.spent_tokens == once + second
-    assert {call[0]["cache_salt"] for call in llm.calls} == {salted_prompt({})["cache_salt"]}
+    assert {call.prompt["cache_salt"] for call in llm.calls} == {salted_prompt({})["cache_salt"]}
+    begin_request(plain := RequestState(owner=b"key"))
+    await all_of(build(llm).generate({"prompt_token_ids": QUESTION}, SamplingParams(max_tokens=9), "plain"))
+    assert plain.spent_tokens == len(QUESTION) + 9
+
+
+async def test_without_api_keys_no_tokens_are_counted():
+    stream, state = ask(build(FakeEngine([WRONG, DOUBT])))
+    await all_of(stream)
+    assert state.spent_tokens == 0
 
 
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
@@ -407,42 +334,12 @@ async def test_tokens_are_counted_once_in_every_kind_of_output(kind):
     assert state.spent_tokens == 2 + 4
 
 
-@dataclass
-class Endless(FakeLLM):
-    """Writes tokens until it is told to stop, and then gives what it has, as AsyncLLM does."""
-
-    knows: set[str] = field(default_factory=set)
-
-    async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **options: Any):
-        if len(self.calls) < len(self.script):
-            async for output in super().generate(prompt, params, request_id, **options):
-                yield output
-            return
-        self.calls.append((prompt, params, request_id, options))
-        await asyncio.sleep(0.1)  # on its way to the engine, which does not know it yet
-        self.knows.add(request_id)
-        ids = list[int]()
-        while request_id not in self.aborted:
-            ids.append(ord("x"))
-            await asyncio.sleep(0.001)
-        part = CompletionOutput(
-            index=0, text=decode(ids), token_ids=ids, cumulative_logprob=None, logprobs=None, finish_reason="abort"
-        )
-        yield RequestOutput(
-            request_id=request_id, prompt=None, prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=None,
-            outputs=[part], finished=True, num_cached_tokens=0,
-        )  # fmt: skip
-
-    async def abort(self, request_ids: str | list[str], **options: Any) -> None:
-        asked = [request_ids] if isinstance(request_ids, str) else request_ids
-        self.aborted += [name for name in asked if name in self.knows]
-
-
 @pytest.mark.parametrize("kind", [RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA])
 @pytest.mark.parametrize(("script", "answer"), [([WRONG], "25*7"), ([], None)])
 async def test_at_the_deadline_the_engine_is_stopped_and_what_there_is_comes_back(kind, script, answer):
-    llm = Endless(script)
-    stream, state = ask(build(llm), rtap={"deadline_seconds": 0.05}, output_kind=kind)
+    # Later calls arrive after the deadline: the engine ignores an abort before that.
+    llm = FakeEngine([*script, "x" * 10_000], size=1, arrival_seconds=0.1, token_seconds=0.001, num_instant=len(script))
+    stream, state = ask(build(llm), rtap={"deadline_seconds": 0.05}, output_kind=kind, max_tokens=None)
     async with asyncio.timeout(5):
         outputs = await all_of(stream)
     done = state.trajectories[0]
@@ -452,15 +349,15 @@ async def test_at_the_deadline_the_engine_is_stopped_and_what_there_is_comes_bac
 
 
 async def test_a_drain_ends_what_runs_and_what_begins_after_it():
-    llm = Endless([WRONG])
+    llm = FakeEngine([WRONG, "x" * 10_000], size=1, arrival_seconds=0.1, token_seconds=0.001, num_instant=1)
     engine = build(llm)
-    stream, state = ask(engine)
+    stream, state = ask(engine, max_tokens=None)
     running = asyncio.create_task(all_of(stream))
     await asyncio.sleep(0.05)
     engine._server.drain.end()
     await running
     assert (state.trajectories[0].stop_reason, state.trajectories[0].answer) == ("drained", "25*7")
-    stream, state = ask(engine)
+    stream, state = ask(engine, max_tokens=None)
     async with asyncio.timeout(5):
         await all_of(stream)
     assert state.trajectories[0].stop_reason == "drained"
@@ -468,7 +365,7 @@ async def test_a_drain_ends_what_runs_and_what_begins_after_it():
 
 async def test_what_the_engine_gives_up_during_a_drain_is_answered_as_it_is():
     """Ctrl-C reaches the engine's process as well."""
-    llm = FakeLLM([WRONG], finish="abort")
+    llm = FakeEngine([WRONG], finish_reason="abort")
     engine = build(llm)
     engine._server.drain.begin()
     stream, state = ask(engine)
@@ -478,8 +375,42 @@ async def test_what_the_engine_gives_up_during_a_drain_is_answered_as_it_is():
 
 async def test_every_token_id_has_its_own_logprob_injected_tags_included():
     """vLLM's completions and responses look each id up in its entry; an empty entry is a 500."""
-    stream, _ = ask(build(Telling([WRONG, DOUBT])), output_kind=RequestOutputKind.DELTA, logprobs=0)
+    stream, _ = ask(build(FakeEngine([WRONG, DOUBT], size=1)), output_kind=RequestOutputKind.DELTA, logprobs=0)
     parts = [output.outputs[0] for output in await all_of(stream)]
     entries = [pair for part in parts for pair in zip(part.token_ids, part.logprobs, strict=True)]
     assert len(entries) == len(encode(WRONG + "<think>" + DOUBT))
     assert all(token_id in entry for token_id, entry in entries)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("recurses", [True, False])
+async def test_a_failure_of_the_engine_is_logged_once_under_the_request_id(caplog, n, recurses):
+    def crash(_: str) -> str:
+        raise RuntimeError("weights at 0x7f")
+
+    engine = build(FakeEngine(crash))
+    if recurses:
+        stream, state = ask(engine, n=n)
+    else:
+        begin_request(state := RequestState("of-the-client"))
+        stream = engine.generate({"prompt_token_ids": QUESTION}, SamplingParams(n=n), "plain")
+    with pytest.raises(RuntimeError, match="weights"):
+        await all_of(stream)
+    assert state.is_failure_logged
+    (record,) = [record for record in caplog.records if record.name == ERRORS]
+    assert (record.levelname, record.getMessage()) == ("ERROR", "request of-the-client failed")
+    text = logging.Formatter().format(record)
+    assert "RuntimeError: weights at 0x7f" in text
+    assert "in crash" in text
+
+
+@pytest.mark.parametrize("error", [VLLMValidationError("too long"), ValueError("too long")])
+async def test_a_request_that_the_engine_refuses_is_no_failure(caplog, error):
+    def refuse(_: str) -> str:
+        raise error
+
+    stream, state = ask(build(FakeEngine(refuse)))
+    with pytest.raises(type(error), match="too long"):
+        await all_of(stream)
+    assert not state.is_failure_logged
+    assert not [record for record in caplog.records if record.name == ERRORS]

@@ -34,14 +34,14 @@ LARGE = {
 
 
 class Taken:
-    """The application behind an intake: which bodies came through. ``ask`` gives a status and an error."""
+    """The application inside BodyLimitsMiddleware; it keeps the bodies. ``ask`` returns a status and an error."""
 
     def __init__(self, limit: int = 8 * MIB) -> None:
         self.bodies = []
         limits, metrics = FieldLimits(16, 1024, 1000, allows_templates=False), Metrics(CollectorRegistry())
         self.admission = Admission(1)
         self.drain = Drain()
-        self.intake = BodyLimitsMiddleware(
+        self.app = BodyLimitsMiddleware(
             self, max_body_bytes=limit, field_limits=limits, admission=self.admission, drain=self.drain, metrics=metrics
         )
 
@@ -50,7 +50,7 @@ class Taken:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    async def ask(self, body: bytes, path="/tokenize", pieces: int = 65536, **headers: str):
+    async def ask(self, body: bytes, path="/tokenize", pieces: int = 65536, *, method="POST", **headers: str):
         parts = [body[n : n + pieces] for n in range(0, len(body), pieces)] or [b""]
         waiting = [{"type": "http.request", "body": part, "more_body": True} for part in parts[:-1]]
         waiting += [{"type": "http.request", "body": parts[-1], "more_body": False}]
@@ -64,8 +64,8 @@ class Taken:
 
         begin_request(RequestState())
         fields = [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]
-        scope = {"type": "http", "method": "POST", "path": path, "root_path": "", "headers": fields}
-        await self.intake(scope, receive, send)
+        scope = {"type": "http", "method": method, "path": path, "root_path": "", "headers": fields}
+        await self.app(scope, receive, send)
         return sent[0]["status"], json.loads(sent[1]["body"]).get("error")
 
 
@@ -144,10 +144,14 @@ async def test_a_full_server_refuses_recursive_requests_before_it_reads_them():
         assert (await taken.ask(b"{}", "/tokenize"))[0] == 200
 
 
-async def test_an_idempotency_key_is_refused_because_nothing_would_honour_it():
-    status, error = await Taken().ask(b"{}", "/v1/completions", idempotency_key="k")
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/no/route"])
+async def test_an_idempotency_key_on_a_post_is_refused_with_a_sentence(path):
+    taken = Taken()
+    status, error = await taken.ask(b"{}", path, idempotency_key="k")
     assert (status, error["param"]) == (400, "Idempotency-Key")
     assert "a retry is a new request" in error["message"]
+    assert taken.bodies == []
+    assert (await taken.ask(b"", path, method="GET", idempotency_key="k"))[0] == 200
 
 
 def test_brackets_in_a_text_are_text():

@@ -99,8 +99,8 @@ def test_what_is_not_too_much_is_vllms_business(request_):
 
 
 def test_what_a_flag_allows_passes():
-    caps = FieldLimits(16, 20, 1000, allows_templates=True, media_schemes=media_schemes(["x"], None))
-    caps.check({"chat_template": "{{ 1 }}", **said([IMAGE])})
+    limits = FieldLimits(16, 20, 1000, allows_templates=True, media_schemes=media_schemes(["x"], None))
+    limits.check({"chat_template": "{{ 1 }}", **said([IMAGE])})
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_what_a_flag_allows_passes():
     ],
 )
 def test_addresses_begin_as_vllms_flags_allow(domains, folder, passing):
-    caps = FieldLimits(16, 20, 1000, allows_templates=False, media_schemes=media_schemes(domains, folder))
+    limits = FieldLimits(16, 20, 1000, allows_templates=False, media_schemes=media_schemes(domains, folder))
 
     def passes(url):
         try:
-            caps.check(said([{"type": "image_url", "image_url": {"url": url}}]))
+            limits.check(said([{"type": "image_url", "image_url": {"url": url}}]))
         except InvalidRequest:
             return False
         return True

@@ -6,6 +6,7 @@ import json
 import time
 
 import httpx
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
@@ -92,6 +93,14 @@ def test_options_are_taken_out_or_refused_and_the_place_is_given_back(path, raw)
         assert (reply.status_code, error["code"], error["type"]) == (400, 400, "invalid_request_error")
         assert (error["param"] or "rtap").startswith("rtap")  # NaN is no JSON, and no field of it
         assert not SERVICE.taken
+
+
+@pytest.mark.parametrize("field", ["use_beam_search", "background"])
+async def test_what_would_escape_the_recursion_is_refused(field):
+    SERVICE.taken.clear()
+    reply = await SERVICE.ask("/v1/responses", json.dumps({"model": "rtap", field: True}).encode())
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+    assert not SERVICE.taken
 
 
 async def test_options_among_the_xargs_count_for_places_cycles_and_the_reply_alike():

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from rtap_server.engine.request_state import RequestState, begin_request, current_request
 from rtap_server.http.request_id import RequestIdMiddleware
 from rtap_server.http.request_log import RequestLogMiddleware
-from rtap_server.telemetry.logs import LOGGER, REQUESTS, announce, use_json
+from rtap_server.telemetry.logs import REQUESTS
 from tests.server.http.test_recursion_fields import _trajectory
 
 
@@ -126,35 +126,3 @@ async def test_a_client_that_left_before_its_reply_is_told_as_such(log):
     await RequestLogMiddleware(app, logs=True)(scope, None, None)  # type: ignore[arg-type]
     (line,) = _told(log)
     assert (line["status"], line["route"]) == (499, "/v1/messages")
-
-
-@pytest.fixture
-def restored() -> Iterator[None]:
-    """The loggers as they were before."""
-    loggers = [logging.getLogger(), logging.getLogger(LOGGER)]
-    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    factory, disabled = logging.getLogRecordFactory(), logging.root.manager.disable
-    logging.setLogRecordFactory(logging.LogRecord)  # not vLLM's, where another test has imported it
-    logging.disable(logging.NOTSET)
-    loggers[0].setLevel(logging.WARNING)
-    yield
-    logging.setLogRecordFactory(factory)
-    logging.disable(disabled)
-    logging.captureWarnings(False)
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-
-
-def test_the_commands_own_sentences_are_on_stderr_or_in_the_log(restored, capsys):
-    announce("loading x")
-    assert capsys.readouterr().err == "rtap serve: loading x\n"
-    use_json("%(levelname)s %(name)s %(message)s")
-    announce("ready at y")
-    logging.getLogger("some.library").warning("careful")
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    assert [json.loads(line) for line in captured.out.splitlines()] == [
-        {"levelname": "INFO", "name": "rtap", "message": "ready at y"},
-        {"levelname": "WARNING", "name": "some.library", "message": "careful"},
-    ]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtap_server.engine.request_state import RequestState
-from rtap_server.http.response_rewriter import EventStream, annotate_body
+from rtap_server.http.response_rewriter import EventStream, ResponseRewriter, annotate_body
 from rtap_server.telemetry.feedback import Feedback
 from tests.server.http.test_recursion_fields import CYCLE, _trajectory
 
@@ -169,3 +169,31 @@ def test_an_error_in_a_stream_tells_nothing_of_the_inside(path, event):
     assert (error.get("type") == "error") == (path == "/v1/messages")
     assert error["error"]["code"] == 500
     assert error["error"]["message"] == "the server failed on this request; its log has the cause under request id id-1"
+
+
+@pytest.mark.parametrize("path", ["/inference/v1/generate", "/v1/audio/transcriptions"])
+async def test_of_a_request_that_does_not_recurse_only_error_events_change(path):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    for content_type, parts in (
+        (b"application/json", [b'{"id": "1", ', b'"usage": {}}']),
+        (b"text/event-stream", [b'data: {"usage":{}, "finish_reason":"stop"}\n\n', b"data: [DONE]\n\n"]),
+    ):
+        sent.clear()
+        rewriter = ResponseRewriter(send, path, RequestState("id-1"), Feedback())
+        start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", content_type)]}
+        bodies = [{"type": "http.response.body", "body": part, "more_body": part is not parts[-1]} for part in parts]
+        for message in (start, *bodies):
+            await rewriter(message)
+        assert sent == [start, *bodies]
+
+    sent.clear()
+    event = b'data: {"error": {"message": "lost /dev/gpu0", "type": "InternalServerError", "param": null, "code": 500}}'
+    rewriter = ResponseRewriter(send, path, RequestState("id-1"), Feedback())
+    await rewriter(start)
+    await rewriter({"type": "http.response.body", "body": event + b"\n\n", "more_body": True})
+    error = json.loads(sent[1]["body"].removeprefix(b"data: "))["error"]
+    assert error["message"] == "the server failed on this request; its log has the cause under request id id-1"

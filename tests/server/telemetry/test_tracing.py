@@ -21,7 +21,8 @@ from rtap_server.engine.request_state import RequestState, begin_request, curren
 from rtap_server.http.request_log import RequestLogMiddleware
 from rtap_server.telemetry.tracing import Tracing
 from tests.server.engine.test_confidence_yesno import _Engine
-from tests.server.engine.test_recursive_engine import DOUBT, WRONG, FakeLLM, all_of, ask, build
+from tests.server.engine.test_recursive_engine import DOUBT, WRONG
+from tests.server.fake_engine import FakeEngine, all_of, ask, build
 from tests.server.http.test_recursion_fields import _trajectory
 
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # pragma: allowlist secret
@@ -47,23 +48,17 @@ def _ids(span: Any) -> tuple[str, str | None]:
     return f"{span.context.span_id:016x}", None if span.parent is None else f"{span.parent.span_id:016x}"
 
 
-def _traced(llm: FakeLLM, tracing: Tracing, **options: Any):
-    engine = build(llm, **options)
-    engine._tracing = tracing
-    return engine
-
-
 async def test_each_cycle_is_a_span_and_the_engine_is_told_of_it(tracing, exporter):
-    llm = FakeLLM([WRONG, DOUBT])
-    stream, exchange = ask(_traced(llm, tracing), options={"trace_headers": PARENT, "priority": 2})
+    llm = FakeEngine([WRONG, DOUBT])
+    stream, state = ask(build(llm, tracing=tracing), options={"trace_headers": PARENT, "priority": 2})
     await all_of(stream)
-    spans, cycles = exporter.get_finished_spans(), exchange.trajectories[0].cycles
+    spans, cycles = exporter.get_finished_spans(), state.trajectories[0].cycles
     assert [s.name for s in spans] == ["chat served", "chat served"]
     assert [s.kind for s in spans] == [SpanKind.INTERNAL] * 2
     assert [_ids(s)[1] for s in spans] == [CLIENT, CLIENT]
-    told = [call[3]["trace_headers"]["traceparent"] for call in llm.calls]
+    told = [call.options["trace_headers"]["traceparent"] for call in llm.calls]
     assert told == [f"00-{TRACE}-{_ids(s)[0]}-01" for s in spans]
-    assert all(call[3]["priority"] == 2 for call in llm.calls)
+    assert all(call.options["priority"] == 2 for call in llm.calls)
     for span, cycle in zip(spans, cycles, strict=True):
         assert dict(span.attributes or {}) == {
             "gen_ai.operation.name": "chat", "gen_ai.request.model": "served", "rtap.choice": 0,
@@ -77,7 +72,7 @@ async def test_each_cycle_is_a_span_and_the_engine_is_told_of_it(tracing, export
 
 async def test_a_client_that_leaves_leaves_no_span_open(tracing, exporter):
     stream, _ = ask(
-        _traced(FakeLLM([WRONG, DOUBT]), tracing),
+        build(FakeEngine([WRONG, DOUBT]), tracing=tracing),
         output_kind=RequestOutputKind.DELTA,
         options={"trace_headers": PARENT},
     )
@@ -197,7 +192,7 @@ async def test_a_generator_elsewhere_and_the_policy_as_judge_are_told_of_the_tra
             RemoteConfidence("http://generator", 1.0, client),
             YesNoConfidence(Judge({1: -0.1, 2: -2.0}, room=1000), [7], 1, 2, 1.0),  # type: ignore[arg-type]
         ):
-            engine = build(FakeLLM([WRONG]), confidence=scorer)
+            engine = build(FakeEngine([WRONG]), confidence=scorer)
             await all_of(ask(engine, rtap={"max_cycles": 1}, options={"trace_headers": PARENT})[0])
         await RemoteConfidence("http://generator", 1.0, client).score(Judged([1], [2], [1]))  # by /v1/rtap/score
     assert heard == [PARENT["traceparent"], PARENT["traceparent"], None]
