@@ -1,4 +1,4 @@
-"""Queries of the dashboard and of the rules, and the names of the series that they read."""
+"""PromQL of the dashboard and the rules, and the names of the series in it."""
 
 import json
 import re
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "rtap.json").read_text("utf-8"))
 RULES = ROOT / "deploy" / "prometheus" / "rules"
 VARIABLES = {"$__rate_interval": "1m", "$job": ".*", "$instance": ".*"}
-# What is no name of a series: matchers, texts, ranges, lists of labels, functions, operators, numbers.
+# Everything but series names: matchers, strings, ranges, label lists, functions, operators, numbers.
 _NOT_NAMES = (
     r"\{[^{}]*\}", r'"[^"]*"', r"\[[^\]]*\]", r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)",
     r"\b[a-z_]+\s*(?=\()", r"\b(?:by|without|on|ignoring|group_left|group_right|and|or|unless|offset|bool)\b",
@@ -27,7 +27,7 @@ def names(query: str) -> set[str]:
 
 
 def panels() -> list[dict[str, Any]]:
-    """Those that show something."""
+    """All panels except rows."""
     return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
 

@@ -1,4 +1,4 @@
-"""The compose files and what they mount, read as Compose reads them."""
+"""The compose files and the configuration that they mount."""
 
 import hashlib
 import shutil
@@ -29,15 +29,15 @@ def seconds(duration: str) -> int:
 
 
 def mounts(service: str) -> dict[str, Path]:
-    """Folders of this repository that a service sees: where it sees them, and which they are."""
+    """Mounted folders of this repository: path in the container to folder."""
     split = [volume.split(":") for volume in SERVICES[service]["volumes"]]
     return {parts[1]: (FOLDER / parts[0]).resolve() for parts in split if parts[0].startswith(".")}
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.keys.yaml"])
-def test_it_is_what_the_compose_specification_says(name: str) -> None:
+def test_it_follows_the_compose_specification(name: str) -> None:
     whole = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
-    PyCompose.from_yaml(yaml.safe_dump(whole))  # dumped, because it knows no merge keys
+    PyCompose.from_yaml(yaml.safe_dump(whole))  # dumped, because PyCompose does not know merge keys
 
 
 @pytest.mark.parametrize("name", list(SERVICES))
@@ -63,7 +63,7 @@ def test_images_are_pinned_by_tag() -> None:
 
 
 @pytest.mark.parametrize("name", list(SERVICES))
-def test_what_is_mounted_is_there_and_cannot_be_written(name: str) -> None:
+def test_mounts_exist_and_are_read_only(name: str) -> None:
     for volume in SERVICES[name]["volumes"]:
         source, _, target = volume.partition(":")
         if source.startswith("."):
@@ -91,7 +91,7 @@ def test_prometheus_reads_a_config_that_scrapes_the_server_under_its_compose_nam
     assert all(list(folder.glob(pattern)) for pattern in loaded["rule_files"])
 
 
-def test_with_keys_prometheus_differs_by_the_key_alone() -> None:
+def test_with_keys_prometheus_only_adds_the_key() -> None:
     plain, keyed = (
         yaml.safe_load((PROMETHEUS / name).read_text(encoding="utf-8"))
         for name in ("prometheus.yml", "prometheus.keys.yml")
@@ -109,7 +109,7 @@ def test_promtool_accepts_the_prometheus_config(name: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_grafana_is_told_where_the_dashboards_are_and_asks_the_prometheus_of_compose() -> None:
+def test_grafana_finds_its_dashboards_and_prometheus() -> None:
     seen = mounts("grafana")
     provisioning = seen["/etc/grafana/provisioning"]
     providers = [
@@ -137,7 +137,7 @@ def test_secrets_are_files_that_git_ignores_and_every_secret_is_used() -> None:
     assert command[command.index("--api-keys-file") + 1] == "/run/secrets/api_keys"
 
 
-def test_made_keys_open_the_server_and_the_clients_key_is_nowhere_on_disk(
+def test_made_keys_are_accepted_and_the_clients_key_is_not_on_disk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "secrets"

@@ -15,7 +15,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
 def stages() -> dict[str, list[str]]:
-    """The Dockerfile's instructions by stage, in order, those of the stages it is built from first."""
+    """Instructions by stage in order, beginning with those of its base stages."""
     text = DOCKERFILE.replace("\\\n", " ")
     found: dict[str, list[str]] = {}
     current: list[str] = []
@@ -36,7 +36,7 @@ def test_the_dockerfile_is_hadolint_clean() -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_images_run_as_nobody_in_particular_and_report_their_health(target: str) -> None:
+def test_images_run_unprivileged_and_have_a_health_check(target: str) -> None:
     instructions = stages()[target]
     last = {line.split()[0]: line for line in instructions}
     assert last["USER"] == "USER 10001:10001"
@@ -52,7 +52,7 @@ def test_cpu_is_the_default_target() -> None:
     assert list(stages())[-1] == "cpu"
 
 
-def test_whatever_is_copied_is_let_through_and_nothing_else() -> None:
+def test_dockerignore_lets_through_exactly_what_is_copied() -> None:
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     let_through = {line[1:] for line in lines if line.startswith("!")}
     copied = {
@@ -71,7 +71,7 @@ def test_the_base_is_pinned_by_tag() -> None:
     assert base_of(DOCKERFILE).release == "bookworm"
 
 
-def test_a_second_base_from_outside_is_told() -> None:
+def test_a_second_base_is_refused() -> None:
     with pytest.raises(VerifyError, match="debian:12"):
         base_of(DOCKERFILE + "\nFROM debian:12 AS other\n")
 

@@ -1,4 +1,4 @@
-"""Import rules that import-linter cannot express: which modules may import vLLM, and no package named ``tests``."""
+"""Layout rules that import-linter cannot express: modules that may import vLLM, no __init__.py under tests."""
 
 import ast
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def imports_vllm(path: Path) -> bool:
     return False
 
 
-def test_vllm_is_imported_only_where_the_design_says() -> None:
+def test_vllm_is_imported_only_by_allowed_modules() -> None:
     found = {name for name, path in modules() if imports_vllm(path)}
     assert "rtap_server.engine.recursive_engine" in found
     allowed = tuple(f"{name}." for name in MAY_IMPORT_VLLM)

@@ -1,4 +1,4 @@
-"""Every alert under `promtool test rules`: series on which it fires, and series close to them on which it is quiet."""
+"""Every alert under `promtool test rules`: series on which it fires, and similar series on which it does not."""
 
 import json
 import re
@@ -27,7 +27,7 @@ needs_promtool = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Case:
-    """Samples an interval, in promtool's notation, and when the alert is looked at."""
+    """Series in promtool's notation, their interval, and the time of the check."""
 
     fires: Series
     quiet: Series
@@ -121,7 +121,7 @@ CASES = {
 
 
 def _promtool(folder: Path, alert: str, *cases: tuple[Series, bool]) -> str:
-    """What promtool has to say of series and whether the alert fires on them; nothing, where it is so."""
+    """promtool's output where the alert does not fire as expected, else an empty string."""
     case = CASES[alert]
     query = f'count by (alertname) (ALERTS{{alertname="{alert}",alertstate="firing"}})'
     firing = [{"labels": f'{{alertname="{alert}"}}', "value": 1}]
@@ -145,16 +145,9 @@ def _promtool(folder: Path, alert: str, *cases: tuple[Series, bool]) -> str:
 
 @needs_promtool
 @pytest.mark.parametrize("alert", list(ALERTS))
-def test_an_alert_fires_and_is_quiet(alert: str, tmp_path: Path) -> None:
+def test_an_alert_fires_only_when_it_should(alert: str, tmp_path: Path) -> None:
     case = CASES[alert]
     assert not _promtool(tmp_path, alert, (case.fires, True), (case.quiet, False))
-
-
-@needs_promtool
-def test_a_wrong_expectation_would_be_told(tmp_path: Path) -> None:
-    case = CASES["RtapServerDown"]
-    assert "FAILED" in _promtool(tmp_path, "RtapServerDown", (case.fires, False))
-    assert "FAILED" in _promtool(tmp_path, "RtapServerDown", (case.quiet, True))
 
 
 @needs_promtool
@@ -165,7 +158,7 @@ def test_promtool_accepts_the_rules() -> None:
 
 
 @pytest.mark.parametrize("alert", list(ALERTS))
-def test_an_alert_says_how_urgent_it_is_and_what_to_do(alert: str) -> None:
+def test_an_alert_has_a_severity_and_a_runbook(alert: str) -> None:
     rule = ALERTS[alert]
     assert rule["labels"]["severity"] in ("page", "ticket")
     assert "{{ $" in rule["annotations"]["summary"]
@@ -173,12 +166,12 @@ def test_an_alert_says_how_urgent_it_is_and_what_to_do(alert: str) -> None:
     assert f"\n### {alert}\n" in GLOSSARY.read_text("utf-8")
 
 
-def test_the_glossary_tells_of_every_series_of_ours() -> None:
+def test_every_series_is_documented() -> None:
     registry = CollectorRegistry()
     Metrics(registry)
     ours = {f"{family.name}_total" if family.type == "counter" else family.name for family in registry.collect()}
-    told = re.findall(r"^\| `(rtap_\w+)", GLOSSARY.read_text("utf-8"), re.MULTILINE)
-    assert len(told) == len(set(told))
-    assert ours <= set(told)
+    documented = re.findall(r"^\| `(rtap_\w+)", GLOSSARY.read_text("utf-8"), re.MULTILINE)
+    assert len(documented) == len(set(documented))
+    assert ours <= set(documented)
     read = {name for rule in rules() for name in names(rule["expr"]) if name.startswith("rtap_")}
-    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in read} <= set(told)
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in read} <= set(documented)

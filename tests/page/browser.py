@@ -1,4 +1,4 @@
-"""Debian's Chromium under Playwright, for tests of the page: a browser, pages that report what went wrong, and axe."""
+"""Debian's Chromium under Playwright: a browser, pages that report errors, and axe."""
 
 import contextlib
 import shutil
@@ -17,7 +17,7 @@ FLAGS = [
 
 @contextlib.contextmanager
 def chromium() -> Generator[Browser]:
-    """A headless browser. No longer than a module's tests: Playwright's event loop would stop asynchronous ones."""
+    """A headless browser. Keep it for one module only: Playwright's event loop stops asynchronous tests."""
     path = shutil.which("chromium")
     assert path, "Chromium is missing: apt-get install chromium"
     with sync_playwright() as playwright:
@@ -32,7 +32,7 @@ def chromium() -> Generator[Browser]:
 def open_page(
     browser: Browser, url: str, *, width: int = 1200, height: int = 900, faults_are_meant: bool = False, **context: Any
 ) -> Generator[Page]:
-    """The page, ready to be asked. Errors of its scripts and breaches of its policy fail the test."""
+    """The open page. Errors of its scripts and violations of its content security policy fail the test."""
     options: dict[str, Any] = {"reduced_motion": "reduce", **context}
     opened = browser.new_context(viewport={"width": width, "height": height}, **options)
     try:
@@ -49,11 +49,11 @@ def open_page(
 
 
 def is_fault(message: Any) -> bool:
-    """Whether a console message is one; that a refusal is a refusal is said there too."""
+    """True for an error or warning in the console, except the browser's note about a refused request."""
     return message.type in ("error", "warning") and "Failed to load resource" not in message.text
 
 
 def violations(page: Page) -> list[str]:
-    """What axe finds, all rules but the experimental ones: rule and the elements."""
+    """Violations of axe's rules, without the experimental ones: rule and elements."""
     found = Axe().run(page).response["violations"]
     return [f"{each['id']}: {[node['html'][:120] for node in each['nodes']]}" for each in found]

@@ -24,13 +24,13 @@ def _server() -> Iterator[ScriptedServer]:
 
 @pytest.fixture
 def server(_server: ScriptedServer) -> ScriptedServer:
-    """As new for each test."""
+    """Reset before each test."""
     _server.reset()
     return _server
 
 
 @pytest.fixture
 def visit(browser: Browser, server: ScriptedServer) -> Iterator[Callable[..., Page]]:
-    """Opens the page of the scripted server; what it reports is checked when the test is over."""
+    """Opens the page of the scripted server; errors in its console fail the test."""
     with ExitStack() as stack:
         yield lambda **options: stack.enter_context(open_page(browser, server.url, **options))

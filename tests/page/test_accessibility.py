@@ -1,4 +1,4 @@
-"""For everyone: no finding of axe in any state and theme, no motion for those who want none, a phone's width."""
+"""Accessibility: axe in every state and theme, reduced motion, narrow screens, screen readers."""
 
 import pytest
 from playwright.sync_api import expect
@@ -7,12 +7,13 @@ from tests.page.browser import violations
 from tests.page.scripted_server import MENDED, chunk, refusal, stream_of
 from tests.page.test_flows import ask, three_ways
 
+pytestmark = pytest.mark.slow
 THEMES = ("light", "dark")
 
 
 @pytest.mark.parametrize("scheme", THEMES)
 def test_axe_finds_nothing(visit, server, scheme):
-    """Before, while and after; a vote, a comparison, a problem, code, the key."""
+    """Before, during and after a run; with a vote, a comparison, a problem, code and the key."""
     server.answers = lambda _: [*stream_of(MENDED)[:8], chunk({"reasoning": "That was wro"}), 60.0]
     page = visit(color_scheme=scheme)
     expect(page.locator("#state")).to_have_text("Ready · rtap")

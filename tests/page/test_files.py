@@ -1,4 +1,4 @@
-"""The page's files as they are served: headers that keep them harmless, nothing from elsewhere, small."""
+"""The page's static files: security headers, no external resources, small."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a visitor does: ask, watch, stop, compare, set, judge. In a real browser, over scripted streams."""
+"""User flows in a real browser over scripted streams: ask, watch, stop, compare, configure, give feedback."""
 
 import time
 
@@ -8,6 +8,7 @@ from playwright.sync_api import Page, expect
 from rtap_core.types import Policy, StopReason
 from tests.page.scripted_server import CONFIG, MENDED, chunk, cycle, stream_of
 
+pytestmark = pytest.mark.slow
 VOTE = [
     cycle(n, "25+7=32 32*3=96" if n % 3 == 0 else "25*3=75 75+7=82", "(25+7)*3" if n % 3 == 0 else "25*3+7",
           0.004 if n % 3 == 0 else 0.994, accepted=n == 1)

@@ -1,4 +1,4 @@
-"""Whatever a model or a server writes stays text: it runs nothing, adds no element, leaves its box nowhere."""
+"""Text of a model or a server stays text: it runs no script, adds no element and stays in its box."""
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -7,6 +7,7 @@ from tests.page.browser import open_page
 from tests.page.scripted_server import CONFIG, chunk, cycle, refusal, stream_of
 from tests.page.test_flows import ask
 
+pytestmark = pytest.mark.slow
 MARKUP = (
     '<img src=x onerror="window.pwned=1"><script>window.pwned=2</script></p></article><svg onload=window.pwned=3>'
     "<iframe srcdoc='<script>parent.pwned=4</script>'></iframe><a href=\"javascript:pwned=5\">x</a>"

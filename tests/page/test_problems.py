@@ -1,10 +1,12 @@
-"""What a visitor is told when something is wrong: refusals, broken streams, keys, and a server that is not ready."""
+"""Error messages of the page: refusals, broken streams, keys, and a server that is not ready."""
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from tests.page.scripted_server import MENDED, refusal, stream_of
 from tests.page.test_flows import ask, three_ways
+
+pytestmark = pytest.mark.slow
 
 
 def problem(page: Page) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The report of `rtap eval` in a browser: no finding of axe, light and dark, at any width, and small enough to mail."""
+"""The HTML report of `rtap eval`: small, accessible in both themes, readable at any width."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SPECS = [
 
 
 def run(task: str, spec: RunSpec) -> Run:
-    """Two of three questions are answered right in the end; the confidence knows most of them."""
+    """Two of three questions are answered correctly, most of them with a high confidence."""
     outcomes = []
     for i in range(QUESTIONS):
         right = i % 3 > 0
@@ -36,7 +36,7 @@ def run(task: str, spec: RunSpec) -> Run:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As long as one of two tasks with 500 questions each."""
+    """A report on two tasks of 500 questions each."""
     asked = {t: [Question(f"make {i} from 3, 7, 25", "25*3+7", t) for i in range(QUESTIONS)] for t in TASKS}
     tasks = [task_results(t, [run(t, s) for s in SPECS], asked[t], [2, 4, 8], budget=0.35) for t in TASKS]
     setting = {
@@ -53,6 +53,7 @@ def test_it_is_small_enough_to_mail(report: Path) -> None:
     assert report.stat().st_size < MOST_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 1200])
 def test_axe_finds_nothing_and_it_fits(browser: Browser, report: Path, scheme: str, width: int) -> None:

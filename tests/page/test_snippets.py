@@ -1,4 +1,4 @@
-"""The code that the page hands out runs, and asks for what the page asks for."""
+"""The code snippets of the page run and send the page's own request."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from playwright.sync_api import expect
 from rtap_core.types import Policy, StopReason
 from tests.page.scripted_server import MENDED, told
 
+pytestmark = pytest.mark.slow
 QUESTION = """it's "82" from 3, 7, 25?\n$HOME `id` \\ ${x} 'quoted' é 🎲 </script>"""
 # Stands in for the openai package: the SDK's call, as a request. The SDK itself was tried by hand (docs/page.md).
 OPENAI_JS = """
