@@ -114,6 +114,8 @@ def test_a_drain_returns_the_best_answers_at_its_deadline(mortal):
         assert begun.wait(30)
         whole = pool.submit(httpx.post, f"{mortal.url}/v1/chat/completions", json=LONG | {"n": 16}, timeout=60)
         until(lambda: mortal.metrics()["rtap_trajectories"] == 32, 10, mortal)
+        cycles = mortal.metrics()["vllm:request_success_total"]
+        until(lambda: mortal.metrics()["vllm:request_success_total"] > cycles + 32, 20, mortal)  # there are answers
         mortal.process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         (events, done), reply = streamed.result(30), whole.result(30)
