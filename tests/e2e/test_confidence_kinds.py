@@ -8,17 +8,18 @@ import pytest
 
 from tests.e2e.conftest import MODELS, free_port, rtap_command, running, vllm_command
 
-pytestmark = pytest.mark.slow
 QUESTION = "make 82 from 3, 7, 25"
 
 
 def _ask(started, **rtap):
     body = {"model": "rtap", "messages": [{"role": "user", "content": QUESTION}], "seed": 3, "rtap": rtap}
-    reply = httpx.post(f"{started.url}/v1/chat/completions", json=body, timeout=60)
+    headers = {"x-api-key": started.key}
+    reply = httpx.post(f"{started.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
     assert reply.status_code == 200, reply.text
     return reply.json()
 
 
+@pytest.mark.slow
 def test_remote_scores_like_the_local_engine_and_its_death_degrades(server, tmp_path):
     generator_port, port = free_port(), free_port()
     command = vllm_command("confidence", generator_port, "--runner", "pooling", "--kv-cache-memory-bytes", str(2**28))
@@ -46,14 +47,14 @@ def test_remote_scores_like_the_local_engine_and_its_death_degrades(server, tmp_
             assert started.metrics()["rtap_degraded_total{reason=error}"] == 1
 
 
-def test_the_logprob_rule_needs_no_generator(tmp_path):
-    port = free_port()
-    with running(rtap_command(port, "--confidence", "logprob"), port, "/ready", tmp_path) as started:
-        reply = _ask(started, threshold=1.0, max_cycles=2)
-        scores = [c["confidence"] for c in reply["rtap"]["cycles"]]
-        assert all(0.0 < s < 1.0 for s in scores)
-        assert reply["rtap"]["confidence_tokens"] == 0
-        assert reply["choices"][0]["logprobs"] is None  # the engine returned them, the client did not ask
-        refused = httpx.post(f"{started.url}/v1/rtap/score", json={"question": "1+1", "answer": "2"})
-        assert refused.status_code == 400
-        assert "cannot score given pairs" in refused.json()["error"]["message"]
+def test_logprob_confidence_needs_no_generator(operated):
+    reply = _ask(operated, threshold=1.0, max_cycles=2)
+    scores = [c["confidence"] for c in reply["rtap"]["cycles"] if c["answer"] is not None]
+    assert scores
+    assert all(0.0 < s < 1.0 for s in scores)
+    assert reply["rtap"]["confidence_tokens"] == 0
+    assert reply["choices"][0]["logprobs"] is None  # the engine returned them, the client did not ask
+    headers = {"x-api-key": operated.key}
+    refused = httpx.post(f"{operated.url}/v1/rtap/score", json={"question": "1+1", "answer": "2"}, headers=headers)
+    assert refused.status_code == 400
+    assert "cannot score" in refused.json()["error"]["message"]

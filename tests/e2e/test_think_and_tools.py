@@ -49,12 +49,13 @@ def test_every_cycle_of_an_adapter_is_written_by_it(operated):
         return [(c["think"], c["answer"]) for c in reply.rtap["cycles"]]
 
     assert {m.id for m in operated.client.models.list().data} == {"rtap", ADAPTER}
-    differs = []  # for each question, which cycles differ; both models may agree on an easy one
-    for question in ("Make 72 from 2, 6 and 10", "make 61 from 4, 8, 29", "37*48+65", "(83-17)*29"):
+    for question in ("(83-17)*29", "Make 72 from 2, 6 and 10", "make 61 from 4, 8, 29", "37*48+65"):
         base, adapted = written("rtap", question), written(ADAPTER, question)
         assert adapted == written(ADAPTER, question)
-        differs.append([a != b for a, b in zip(adapted, base, strict=False)])
-    assert any(len(cycles) > 1 and all(cycles) for cycles in differs), differs
+        differs = [a != b for a, b in zip(adapted, base, strict=False)]
+        if len(differs) > 1 and all(differs):  # both models may agree on an easy question
+            return
+    pytest.fail("no question on which every cycle differs")
 
 
 @pytest.fixture(scope="module")
