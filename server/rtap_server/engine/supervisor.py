@@ -6,7 +6,7 @@ Requests continue without the generator while it restarts.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
@@ -105,17 +105,22 @@ class Supervisor:
         """Return the problem when the engine is dead or silent. A silent one is killed, so that vLLM fails its
         requests."""
         timer, checked = SilenceTimer(2 * _CHECK_SECONDS), time.monotonic()
-        while True:
-            if engine.errored:
-                return "has died"
-            now, is_busy = time.monotonic(), engine.get_num_unfinished_requests() > 0
-            timer.observe(now - checked, num_outputs=supervised.num_outputs, is_busy=is_busy)
-            checked = now
-            self._metrics.set_engine_progress(supervised.name, time.time() - timer.silent_seconds)
-            if timer.silent_seconds > self._silence_seconds:
-                kill(process_tree(vllm_compat.process_ids(engine)))
-                return f"had requests and sent no output for {self._silence_seconds:g} s"
-            await asyncio.sleep(_CHECK_SECONDS)
+        # vLLM counts no request before the engine has answered this call, so a silent new engine would look idle.
+        first_call = asyncio.create_task(_call(engine.get_supported_tasks))
+        try:
+            while True:
+                if engine.errored:
+                    return "has died"
+                now, is_busy = time.monotonic(), not first_call.done() or engine.get_num_unfinished_requests() > 0
+                timer.observe(now - checked, num_outputs=supervised.num_outputs, is_busy=is_busy)
+                checked = now
+                self._metrics.set_engine_progress(supervised.name, time.time() - timer.silent_seconds)
+                if timer.silent_seconds > self._silence_seconds:
+                    kill(process_tree(vllm_compat.process_ids(engine)))
+                    return f"had requests and sent no output for {self._silence_seconds:g} s"
+                await asyncio.sleep(_CHECK_SECONDS)
+        finally:
+            first_call.cancel()
 
     async def _restart(self, supervised: SupervisedEngine, load: Load) -> AsyncLLM:
         wait, longest = _RETRY_SECONDS
@@ -126,6 +131,12 @@ class Supervisor:
                 engine = await _load_in_thread(load)
                 self._metrics.count_restart(supervised.name)
                 return engine
+
+
+async def _call(function: Callable[[], Awaitable[object]]) -> None:
+    """Await ``function``. Its failure shows in ``AsyncLLM.errored``."""
+    with suppress(Exception):
+        await function()
 
 
 def process_tree(process_ids: Iterable[int]) -> list[psutil.Process]:

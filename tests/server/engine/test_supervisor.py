@@ -33,6 +33,8 @@ class Engine:
         resources = SimpleNamespace(engine_manager=manager, ctx=self.context)
         self.engine_core = SimpleNamespace(resources=resources, get_output_async=self._output)
         self.was_shut_down = False
+        self.num_unfinished, self.is_ready = 1, asyncio.Event()
+        self.is_ready.set()
 
     async def _output(self) -> None: ...
 
@@ -47,8 +49,12 @@ class Engine:
     def errored(self) -> bool:
         return self.process.poll() is not None
 
+    async def get_supported_tasks(self) -> tuple[str, ...]:
+        await self.is_ready.wait()
+        return ("generate",)
+
     def get_num_unfinished_requests(self) -> int:
-        return 1
+        return self.num_unfinished
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.was_shut_down = True
@@ -206,3 +212,18 @@ def test_a_silent_generator_is_found_though_its_requests_time_out_sooner():
         for _ in range(100):
             timer.observe(0.5, num_outputs=0, is_busy=False)
     assert timer.silent_seconds == 70.0
+
+
+async def test_an_engine_that_is_silent_from_its_start_is_found_though_it_counts_no_request():
+    """AsyncLLM registers a request only after get_supported_tasks has been answered once."""
+
+    def silent() -> Engine:
+        engine = Engine()
+        engine.num_unfinished = 0
+        engine.is_ready.clear()
+        return engine
+
+    async with watched(silent, Engine) as watch:
+        watch.engines[1].process.kill()
+        await until(lambda: watch.figure("rtap_engine_restarts_total", "confidence") == 2)
+        assert watch.generator.engine is watch.engines[3]
