@@ -43,7 +43,7 @@ _PROBE = """
 import json, os, sys
 from argparse import Namespace
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-from rtap_server.engine.cpu_defaults import cpu_defaults
+from rtap_server.engine.engine_config import cpu_defaults
 before = dict(os.environ)
 args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=None, enforce_eager=False,
                  dtype="auto", distributed_executor_backend=None, tensor_parallel_size=1, pipeline_parallel_size=1)

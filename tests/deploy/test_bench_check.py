@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import check as guard
+import harness
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,3 +43,10 @@ def test_a_ratio_fails_only_when_its_whole_interval_is_worse(higher_is_better, v
     now = [guard.Ratio("a", value, low, high, higher_is_better), guard.Ratio("new", 9.0, 9.0, 9.0, False)]
     verdicts = guard.compare(committed, now, tolerance=0.1)
     assert [(v.now.name, v.is_worse) for v in verdicts] == [("a", is_worse)]
+
+
+def test_the_flags_of_a_comparison_are_those_of_our_server():
+    """A subprocess imports them from the server, which no type checker sees."""
+    flags, environment = harness.common_flags(harness.MODELS / "policy")
+    assert "--block-size" in flags
+    assert "OMP_NUM_THREADS" in environment
