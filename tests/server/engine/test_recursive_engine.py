@@ -357,15 +357,6 @@ async def test_a_deadline_counts_from_the_arrival_of_the_request():
     assert state.trajectories[0].stop_reason == "deadline"
 
 
-async def test_the_limit_of_a_key_bounds_a_request_without_its_own():
-    for own, of_key, bound in ((None, 7, 7), (5, 7, 5), (9, 7, 7), (9, None, 9)):
-        llm = FakeEngine([WRONG], size=1)
-        stream, state = ask(build(llm), rtap={"policy": "single"}, max_tokens=own)
-        state.max_tokens = of_key
-        await all_of(stream)
-        assert llm.calls[0].params.max_tokens == bound
-
-
 async def test_a_drain_ends_what_runs_and_what_begins_after_it():
     llm = FakeEngine([WRONG, "x" * 10_000], size=1, arrival_seconds=0.1, token_seconds=0.001, num_instant=1)
     engine = build(llm)
