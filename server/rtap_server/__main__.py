@@ -171,7 +171,10 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
     from rtap_server.run import serve_app
 
     async with start_engines(args, settings) as engines:
-        server, admission = engines.server, Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
+        server = engines.server
+        admission = Admission(
+            settings.max_in_flight_requests, settings.max_in_flight_tokens, settings.trajectories_limit
+        )
         app = await create_app(engines.policy, args, server, keys, admission)
         supervisor = Supervisor(engines.supervised, server.metrics, settings.engine_silence_seconds, announce)
         announce(f"ready at {address}")

@@ -102,13 +102,17 @@ class Settings(BaseSettings):
         "without limits, separated by commas",
     )
     max_in_flight_requests: int = Field(
-        default=512, ge=1, description="requests in flight; further ones are answered with 503"
-    )
-    max_in_flight_tokens: int | None = Field(
-        default=None,
+        default=512,
         ge=1,
-        description="tokens that requests in flight may generate: max_tokens x n x samples; default: no limit",
+        description="requests in flight, one for each prompt, choice and vote sample; more are answered with 503",
     )
+    max_in_flight_tokens: int = Field(
+        default=2**21,
+        ge=1,
+        description="tokens that requests in flight may generate: max_tokens (if none is given, 4096) for each prompt, "
+        "choice and sample",
+    )
+    trajectories_limit: int = Field(default=128, ge=1, description="ceiling for prompts x n x samples of a request")
     drain_seconds: float = Field(
         default=30.0,
         ge=0,

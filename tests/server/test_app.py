@@ -158,13 +158,13 @@ async def test_each_key_has_a_prefix_cache_of_its_own_on_every_way_into_the_engi
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/inference/v1/generate"])
 async def test_tokens_that_were_sampled_and_read_are_charged_to_the_key(service, path):
-    """5 a minute, refilled over seconds: the first request owes so much that the next one waits."""
+    """20 a minute, one in 3 s: the next request waits until nothing is owed and its own 20 are there."""
     service.forget_spending()
     first, second = [await service.ask(path, "key-poor", json=BODIES[path]) for _ in range(2)]
     assert (first.status_code, second.status_code) == (200, 429), second.text
     usage = first.json().get("usage")
     spent = usage["total_tokens"] if usage else len(service.engine.encode(CYCLE)) + 3
-    assert abs(int(second.headers["retry-after"]) - (spent - 5) * 12) <= 1
+    assert abs(int(second.headers["retry-after"]) - (spent - 20 if spent > 20 else spent) * 3) <= 1
     assert second.json()["error"]["type"] == "rate_limit_error"
     service.forget_spending()
 
@@ -226,26 +226,66 @@ async def test_other_work_takes_a_place_too(service, path):
     assert (await service.ask("/tokenize", "key-b", json={"model": "rtap", "prompt": "3"})).status_code == 200
     service.engine.go.set()
     assert [reply.status_code for reply in await asyncio.gather(*held)] == [200, 200]
-    body = BODIES["/inference/v1/generate"] | {"sampling_params": {"max_tokens": 60, "n": 2}}
-    assert "may generate 120 tokens" in (await service.ask("/inference/v1/generate", "key-b", json=body)).text
 
 
 async def test_the_server_takes_so_many_tokens_at_a_time(service):
+    service.engine.calls.clear()
+    service.engine.go.clear()
+    held = asyncio.create_task(service.ask("/v1/chat/completions", "key-a", json=CHAT))
+    async with asyncio.timeout(10):
+        while not service.engine.salts:
+            await asyncio.sleep(0.01)
+    refused = await service.ask("/v1/chat/completions", "key-b", json=CHAT | {"max_tokens": 81})  # 20 of 100 are held
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert "limit of 100 tokens in flight" in refused.json()["error"]["message"]
+    service.engine.go.set()
+    assert (await service.ask("/v1/chat/completions", "key-b", json=CHAT | {"max_tokens": 80})).status_code == 200
+    assert (await held).status_code == 200
+    alone = await service.ask("/v1/chat/completions", "key-b", json=CHAT | {"max_tokens": 101})
+    assert alone.status_code == 200
+
+
+async def test_choices_and_samples_take_places_and_multiply(service):
     service.engine.calls.clear()
     service.engine.go.clear()
     held = asyncio.create_task(service.ask("/v1/chat/completions", "key-a", json=CHAT | {"n": 2}))
     async with asyncio.timeout(10):
         while not service.engine.salts:
             await asyncio.sleep(0.01)
-    vote = CHAT | {"rtap": {"policy": "vote", "samples": 3}}  # 40 are held, 60 more fit
-    refused = await service.ask("/v1/chat/completions", "key-b", json=vote | {"max_tokens": 21})
-    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert (await service.ask("/v1/chat/completions", "key-b", json=CHAT)).status_code == 503
     service.engine.go.set()
-    assert (await service.ask("/v1/chat/completions", "key-b", json=vote)).status_code == 200
     assert (await held).status_code == 200
-    never = await service.ask("/v1/chat/completions", "key-b", json=CHAT | {"max_tokens": 101})
-    assert never.status_code == 400
-    assert "may generate 101 tokens, more than this server's limit of 100 in flight" in never.json()["error"]["message"]
+    vote = {"prompt": ["hi"] * 64, "n": 16, "ignore_eos": True, "rtap": {"policy": "vote", "samples": 32}}
+    reply = await service.ask("/v1/completions", "key-b", json=BODIES["/v1/completions"] | vote)
+    assert reply.status_code == 400
+    assert "asks for 32768 trajectories (prompts x n x samples), above" in reply.json()["error"]["message"]
+
+
+async def test_choices_of_other_work_take_places(service):
+    service.engine.calls.clear()
+    service.engine.go.clear()
+    body = BODIES["/inference/v1/generate"] | {"sampling_params": {"max_tokens": 20, "n": 2}}
+    held = asyncio.create_task(service.ask("/inference/v1/generate", "key-a", json=body))
+    async with asyncio.timeout(10):
+        while not service.engine.salts:
+            await asyncio.sleep(0.01)
+    assert (await service.ask("/v1/chat/completions", "key-b", json=CHAT)).status_code == 503
+    service.engine.go.set()
+    assert (await held).status_code == 200
+
+
+async def test_a_limited_key_generates_its_minute_at_most(service):
+    """Without max_tokens a request gets the rest; with a larger one it is refused before it generates."""
+    service.forget_spending()
+    service.engine.calls.clear()
+    chat = {name: value for name, value in CHAT.items() if name != "max_tokens"}
+    assert (await service.ask("/v1/chat/completions", "key-poor", json=chat)).status_code == 200
+    assert service.engine.calls[0].params.max_tokens == 20
+    service.forget_spending()
+    refused = await service.ask("/v1/chat/completions", "key-poor", json=CHAT | {"max_tokens": 10, "n": 3})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert "may generate 30 tokens, above the 20 tokens per minute of API key 'poor'" in refused.text
+    service.forget_spending()
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,10 @@ async def test_one_key_cannot_judge_anothers_answer_or_learn_of_it(service):
 
 async def test_what_the_generator_reads_for_a_key_is_charged_to_it(service):
     service.forget_spending()
-    pair = {"question": "3 + 4", "think": "3+4=7", "answer": "7"}
+    pair = {"question": "3 + 4", "think": "3+4=7" * 5, "answer": "7"}
     first, second = [await service.ask("/v1/rtap/score", "key-poor", json=pair) for _ in range(2)]
     assert (first.status_code, second.status_code) == (200, 429)
-    assert abs(int(second.headers["retry-after"]) - (first.json()["confidence_tokens"] - 5) * 12) <= 1
+    assert abs(int(second.headers["retry-after"]) - (first.json()["confidence_tokens"] - 20) * 3) <= 1
     service.forget_spending()
 
 
@@ -155,8 +155,9 @@ async def test_one_key_cannot_stop_anothers_request(service, path):
 
 
 async def test_a_key_is_in_no_error_log_or_metric(service, log):
+    service.forget_spending()
     refused = await service.ask(PATHS[0], "sk-wrong", json=body_of(PATHS[0], "3 + 4"))
-    poor = [await service.ask(PATHS[0], "key-poor", json=body_of(PATHS[0], "3 + 4")) for _ in range(2)]
+    poor = [await service.ask(PATHS[0], "key-poor", json=body_of(PATHS[0], "3 + 4", max_tokens=20)) for _ in range(2)]
     service.forget_spending()
     assert [reply.status_code for reply in (refused, *poor)] == [401, 200, 429]
     for key in ("sk-wrong", "key-poor"):

@@ -40,7 +40,7 @@ key = "key-b"
 [[keys]]
 name = "poor"
 key = "key-poor"
-tokens_per_minute = 5
+tokens_per_minute = 20
 """
 
 
@@ -129,7 +129,9 @@ def make_service(file: Path | None, settings: Settings, *flags: str, confidence:
             encode=engine.encode, end_of_turn_ids=frozenset(), metrics=Metrics(registry), feedback=Feedback(),
             drain=Drain(),
         )  # fmt: skip
-        admission = Admission(settings.max_in_flight_requests, settings.max_in_flight_tokens)
+        admission = Admission(
+            settings.max_in_flight_requests, settings.max_in_flight_tokens, settings.trajectories_limit
+        )  # fmt: skip
         keys = load_keys(file, environ)
         app = asyncio.run(create_app(engine, args, server, keys, admission))  # type: ignore[arg-type]
     return Service(app, engine, registry, server.drain)

@@ -8,6 +8,7 @@ through. Sampling, batching, caching, LoRA, logprobs and multimodal inputs stay 
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from rtap_core.probing import Probing
 from rtap_core.recursion import CycleEvent, FinalEvent, Recursion
-from rtap_core.types import Engine, Policy, Trajectory
+from rtap_core.types import Engine, Limits, Policy, Trajectory
 from rtap_server.engine.output_writer import GenerateCall, OutputWriter
 from rtap_server.engine.request_state import RequestState, current_request, salted_prompt
 from rtap_server.engine.server_state import ServerState
@@ -68,7 +69,7 @@ class RecursiveEngine:
             params=sampling_params,
             request_id=request_id,
             options=options,
-            limits=replace(state.limits, max_tokens=sampling_params.max_tokens),
+            limits=replace(state.limits, max_tokens=_smaller(sampling_params.max_tokens, state.max_tokens)),
             parses_reasoning=options.get("reasoning_parser_kwargs") is not None,
         )
         return self._choice(call, 0) if sampling_params.n == 1 else self._choices(call)
@@ -186,7 +187,7 @@ class RecursiveEngine:
         with (
             self._registered(call.request_id) as running,
             _failures_logged(state),
-            server.drain.cutoff(call.limits.deadline_seconds) as cutoff,
+            server.drain.cutoff(_seconds_left(state, call.limits)) as cutoff,
         ):
             spans = None
             if self._tracing is not None:
@@ -240,6 +241,17 @@ class RecursiveEngine:
                     spans.close()
                 if not is_finished:
                     server.metrics.count_abandoned(call.limits.policy)
+
+
+def _seconds_left(state: RequestState, limits: Limits) -> float | None:
+    """Seconds to the deadline, which counts from the first byte of the request."""
+    deadline = limits.deadline_seconds
+    return None if deadline is None else max(0.0, deadline - (time.monotonic() - state.started))
+
+
+def _smaller(one: int | None, other: int | None) -> int | None:
+    """The smaller of two limits; None: no limit."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 @contextmanager

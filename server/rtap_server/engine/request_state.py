@@ -4,13 +4,18 @@
 """
 
 import hmac
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from rtap_core.types import Cycle, Limits, Trajectory
+
+
+def _unlimited(_: int) -> None:
+    """A request without an API key reserves nothing."""
 
 
 @dataclass(slots=True)
@@ -20,6 +25,8 @@ class RequestState:
     request_id: value of the ``x-request-id`` header of the response; no part of any engine id.
     key_name: name of the API key. owner: opaque id of that key, empty when the server has no keys.
     spent_tokens: tokens sampled, and read outside the prefix cache, so far.
+    tokens_per_minute: the key's limit. reserve_tokens: takes tokens from it, or raises RateLimited or InvalidRequest.
+    max_tokens: upper bound for each trajectory beside the request's own. started: monotonic seconds.
     body, fields: the raw body and its JSON object; ``fields`` is empty when the body is not JSON.
     limits: resolved recursion limits; None for a request that does not recurse.
     return_cycles: put the thinking of each cycle into the response.
@@ -34,6 +41,10 @@ class RequestState:
     key_name: str | None = None
     owner: bytes = b""
     spent_tokens: int = 0
+    tokens_per_minute: int | None = None
+    reserve_tokens: Callable[[int], None] = _unlimited
+    max_tokens: int | None = None
+    started: float = field(default_factory=time.monotonic)
     body: bytes = b""
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     limits: Limits | None = None

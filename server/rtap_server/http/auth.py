@@ -48,10 +48,8 @@ class AuthMiddleware:
             return
         try:
             key = self._authenticate(scope)
-            account = self._account(key)
             is_counted = scope["type"] == "websocket" or scope["method"] == "POST"
-            if is_counted:
-                account.enter(self._clock())
+            usage = self._account(key).enter(self._clock()) if is_counted else None
         except (Unauthorized, RateLimited) as error:
             self._metrics.count_rejected(rejection_reason(error))
             if scope["type"] == "websocket":
@@ -61,11 +59,15 @@ class AuthMiddleware:
             return
         state = current_request()
         state.key_name, state.owner = key.name, hmac.digest(self._secret, key.digest, "sha256")
+        if usage is None:
+            await self._app(scope, receive, send)
+            return
+        state.tokens_per_minute = key.limits.tokens_per_minute
+        state.reserve_tokens = lambda tokens: usage.reserve(tokens, self._clock())
         try:
             await self._app(scope, receive, send)
         finally:
-            if is_counted:
-                account.leave(state.spent_tokens, self._clock())
+            usage.leave(state.spent_tokens, self._clock())
 
     def _authenticate(self, scope: Scope) -> Key:
         """The key that opens this path. Raises Unauthorized."""

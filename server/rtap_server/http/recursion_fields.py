@@ -13,7 +13,7 @@ from rtap_core.errors import InvalidRequest, RtapError
 from rtap_core.types import Limits, Policy, Select
 from rtap_server.engine.request_state import RequestState, current_request
 from rtap_server.engine.server_state import ServerState
-from rtap_server.http.admission import Admission
+from rtap_server.http.admission import Admission, Demand
 from rtap_server.http.errors import error_response, rejection_reason, shortened
 from rtap_server.http.field_limits import lax_int
 from rtap_server.http.response_rewriter import ResponseRewriter
@@ -22,6 +22,7 @@ from rtap_server.http.schema import EFFORTS, RtapOptions
 from rtap_server.settings import Settings
 
 _XARGS_PREFIX = "rtap_"
+_EXPECTED_TOKENS = 4096  # of a trajectory without max_tokens; it may generate more
 _LAX_BOOL = TypeAdapter(bool)  # as vLLM's requests parse a boolean
 _UNSUPPORTED = {
     "use_beam_search": "beam search has no cycles to stop; leave out use_beam_search",
@@ -48,19 +49,14 @@ class RecursionMiddleware:
             try:
                 if is_recursive:
                     read_recursion_fields(state, path, self._server)
-                admitted.enter_context(self._admission.admit(self._max_new_tokens(state, path)))
+                demand = read_demand(state, path, max_model_len=self._max_model_len)
+                admitted.enter_context(self._admission.admit(demand))
+                state.reserve_tokens(demand.tokens)
             except RtapError as error:
                 self._server.metrics.count_rejected(rejection_reason(error))
                 await error_response(error)(scope, receive, send)
                 return
             await self._app(scope, receive, ResponseRewriter(send, path, state, self._server.feedback))
-
-    def _max_new_tokens(self, state: RequestState, path: str) -> int:
-        if not GENERATING_PATHS.get(path, True):
-            return 0
-        params: Any = state.fields.get("sampling_params")
-        fields = cast(dict[str, Any], params) if isinstance(params, dict) else state.fields
-        return max_new_tokens(fields, state.limits, max_model_len=self._max_model_len)
 
 
 def read_recursion_fields(state: RequestState, path: str, server: ServerState) -> None:
@@ -152,21 +148,35 @@ def resolve_limits(
     )
 
 
-def max_new_tokens(fields: Mapping[str, Any], limits: Limits | None, *, max_model_len: int) -> int:
-    """Tokens that a request may generate: its max_tokens, else the model length, for each sample of each choice of each
-    prompt. Wrong types are vLLM's to refuse."""
+def read_demand(state: RequestState, path: str, *, max_model_len: int) -> Demand:
+    """Upper bounds of a request. Sets ``state.max_tokens`` for a key with a token limit and a request without one."""
+    if not GENERATING_PATHS.get(path, True):
+        return Demand()
+    params: Any = state.fields.get("sampling_params")
+    fields = cast(dict[str, Any], params) if isinstance(params, dict) else state.fields
+    trajectories, max_tokens = count_trajectories(fields, state.limits), asked_tokens(fields)
+    if max_tokens is None:
+        max_tokens = _EXPECTED_TOKENS
+        if state.tokens_per_minute is not None:
+            state.max_tokens = max(1, state.tokens_per_minute // trajectories)
+            max_tokens = min(max_tokens, state.max_tokens)
+    return Demand(trajectories, trajectories * min(max_tokens, max_model_len))
 
-    def count(name: str) -> int | None:
-        value = lax_int(fields.get(name))
-        return None if value is None else max(1, value)
 
-    names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-    given = next((tokens for name in names if (tokens := count(name)) is not None), max_model_len)
+def count_trajectories(fields: Mapping[str, Any], limits: Limits | None) -> int:
+    """Prompts x n x samples of a vote. Wrong types are vLLM's to refuse."""
     samples = limits.samples if limits is not None and limits.policy is Policy.VOTE else 1
     prompt: Any = fields.get("prompt")
     items = cast(list[Any], prompt) if isinstance(prompt, list) else []
     prompts = 1 if items and isinstance(items[0], int) else max(1, len(items))  # a list of token ids is one prompt
-    return min(given, max_model_len) * (count("n") or 1) * samples * prompts
+    return max(1, lax_int(fields.get("n")) or 1) * samples * prompts
+
+
+def asked_tokens(fields: Mapping[str, Any]) -> int | None:
+    """The request's own limit of tokens for each trajectory; None without one. Wrong types are vLLM's to refuse."""
+    names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+    given = next((value for name in names if (value := lax_int(fields.get(name))) is not None), None)
+    return None if given is None else max(1, given)
 
 
 def effort(fields: Mapping[str, Any]) -> str | None:

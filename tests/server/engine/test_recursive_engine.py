@@ -348,6 +348,15 @@ async def test_at_the_deadline_the_engine_is_stopped_and_what_there_is_comes_bac
     assert done.cycles[-1].tokens > 0  # sampled for it, though nobody saw them coming
 
 
+async def test_a_deadline_counts_from_the_arrival_of_the_request():
+    llm = FakeEngine(["x" * 10_000], size=1, token_seconds=0.001)
+    stream, state = ask(build(llm), rtap={"deadline_seconds": 60}, max_tokens=None)
+    state.started -= 60  # spent before the engine was asked
+    async with asyncio.timeout(5):
+        await all_of(stream)
+    assert state.trajectories[0].stop_reason == "deadline"
+
+
 async def test_a_drain_ends_what_runs_and_what_begins_after_it():
     llm = FakeEngine([WRONG, "x" * 10_000], size=1, arrival_seconds=0.1, token_seconds=0.001, num_instant=1)
     engine = build(llm)

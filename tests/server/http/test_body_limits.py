@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from rtap_core.errors import InvalidRequest
 from rtap_server.engine.request_state import RequestState, begin_request, current_request
 from rtap_server.engine.server_state import Drain
-from rtap_server.http.admission import Admission
+from rtap_server.http.admission import Admission, Demand
 from rtap_server.http.body_limits import MAX_CONTAINERS, MAX_STRINGS, BodyLimitsMiddleware, parse_json
 from rtap_server.http.field_limits import FieldLimits
 from rtap_server.telemetry.metrics import Metrics
@@ -139,7 +139,7 @@ async def test_what_passes_is_decoded_once_and_given_on_whole():
 
 async def test_a_full_server_refuses_recursive_requests_before_it_reads_them():
     taken = Taken()
-    with taken.admission.admit(1):
+    with taken.admission.admit(Demand()):
         assert (await taken.ask(b"not JSON", "/v1/completions"))[0] == 503
         assert (await taken.ask(b"{}", "/tokenize"))[0] == 200
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from rtap_core.artifact import Artifact
 from rtap_core.errors import InvalidRequest
 from rtap_core.types import Cycle, Limits, Policy, Select, StopReason, Trajectory
-from rtap_server.http.recursion_fields import continued_text, effort, max_new_tokens, parse_options, resolve_limits
+from rtap_server.engine.request_state import RequestState
+from rtap_server.http.admission import Demand
+from rtap_server.http.recursion_fields import continued_text, effort, parse_options, read_demand, resolve_limits
 from rtap_server.http.schema import RtapOptions, trajectory_object
 from rtap_server.settings import Settings
 
@@ -243,17 +245,47 @@ def test_the_prefix_is_the_message_to_go_on_with(path, request_, prefix):
         ({"max_tokens": 10, "prompt": []}, None, 10),
     ],
 )
-def test_how_many_tokens_a_request_may_write(request_, options, tokens):
-    limits = _limits(RtapOptions(**(options or {})))
-    assert max_new_tokens(request_, limits, max_model_len=1000) == tokens
+def test_tokens_that_a_request_may_generate(request_, options, tokens):
+    state = RequestState(fields=request_, limits=_limits(RtapOptions(**(options or {}))))
+    assert read_demand(state, "/v1/completions", max_model_len=1000).tokens == tokens
 
 
-def test_a_server_whose_policy_is_vote_writes_samples_for_everyone():
+@pytest.mark.parametrize(
+    ("request_", "options", "trajectories"),
+    [
+        ({}, None, 1),
+        ({"prompt": ["hi"] * 64, "n": 16}, {"policy": "vote", "samples": 32}, 32_768),
+        ({"prompt": ["hi"] * 64, "n": 16}, {"policy": "single", "samples": 32}, 1024),
+        ({"prompt": [1, 2, 3], "n": "2"}, None, 2),
+        ({"prompt": "hi", "n": None}, {"policy": "vote"}, 8),
+    ],
+)
+def test_trajectories_are_prompts_times_choices_times_samples(request_, options, trajectories):
+    state = RequestState(fields=request_, limits=_limits(RtapOptions(**(options or {}))))
+    assert read_demand(state, "/v1/completions", max_model_len=1000).trajectories == trajectories
+
+
+def test_a_server_whose_policy_is_vote_generates_samples_for_everyone():
     settings = Settings(policy=Policy.VOTE, samples=4)
     vote, model = _limits(RtapOptions(), settings), _limits(RtapOptions(policy=Policy.MODEL), settings)
-    assert max_new_tokens({"max_tokens": 10}, vote, max_model_len=1000) == 40
-    assert max_new_tokens({"max_tokens": 10}, model, max_model_len=1000) == 10
-    assert max_new_tokens({"max_tokens": 10}, None, max_model_len=1000) == 10
+    for limits, samples in ((vote, 4), (model, 1), (None, 1)):
+        state = RequestState(fields={"max_tokens": 10}, limits=limits)
+        assert read_demand(state, "/v1/completions", max_model_len=1000) == Demand(samples, 10 * samples)
+
+
+@given(
+    per_minute=st.integers(1, 100_000), n=st.integers(1, 16), given_tokens=st.none() | st.integers(1, 50_000),
+    max_model_len=st.integers(1, 200_000),
+)  # fmt: skip
+def test_a_limited_key_reserves_what_its_request_may_generate(per_minute, n, given_tokens, max_model_len):
+    state = RequestState(fields={"n": n, "max_tokens": given_tokens}, tokens_per_minute=per_minute)
+    demand = read_demand(state, "/v1/completions", max_model_len=max_model_len)
+    if given_tokens is not None:
+        assert state.max_tokens is None
+        assert demand.tokens == n * min(given_tokens, max_model_len)
+    else:  # within the key's minute, but for one token of each choice
+        assert n * state.max_tokens <= max(n, per_minute)
+        assert demand.tokens <= max(n, per_minute)
 
 
 @pytest.mark.parametrize("raw", [{"policy": "C" * 5000}, {"C" * 5000: 1}, {"threshold": ["C"] * 5000}])

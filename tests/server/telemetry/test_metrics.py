@@ -5,7 +5,7 @@ from dataclasses import replace
 from prometheus_client import CollectorRegistry
 
 from rtap_core.types import Policy
-from rtap_server.http.admission import Admission
+from rtap_server.http.admission import Admission, Demand
 from rtap_server.telemetry.metrics import Metrics
 from tests.server.http.test_recursion_fields import _trajectory
 
@@ -53,7 +53,7 @@ def test_degraded_abandoned_and_in_flight():
     assert registry.get_sample_value("rtap_requests_total", {"policy": "vote", "stop_reason": "abandoned"}) == 1
     admission = Admission(8)
     metrics.export_in_flight(lambda: admission.requests_in_flight)
-    with admission.admit(1):
+    with admission.admit(Demand()):
         assert registry.get_sample_value("rtap_in_flight") == 1
     assert registry.get_sample_value("rtap_in_flight") == 0
 
