@@ -1,22 +1,98 @@
-"""Majority vote over the samples of one question. Pure."""
+"""Vote over the samples of one question: candidates, posterior of the leader, size of the next wave. Pure.
 
+Without confidences the posterior is that of counts (Adaptive-Consistency, Aggarwal et al., EMNLP 2023). With them it is
+that of candidate answers given each sample's confidence (CGES, arXiv 2511.02603).
+"""
+
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from rtap_core.answers import normalise_answer
+from rtap_core.answers import answer_key
 from rtap_core.types import Cycle
+
+_CLIP = 1e-6  # confidences of exactly 0 or 1 would decide a vote alone
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A distinct answer.
+
+    first: position of the first cycle that has it. votes: number of its samples. weight: sum of their confidences, or
+    ``votes`` without confidences. posterior: probability that it is right (with confidences), or that it is the most
+    frequent answer of the model (without)."""
+
+    first: int
+    votes: int
+    weight: float
+    posterior: float
+
+
+def candidates(cycles: Sequence[Cycle]) -> list[Candidate]:
+    """Distinct complete answers, the leader first: by weight, a tie goes to the answer seen first.
+
+    Confidences count only if every complete answer has one."""
+    groups: dict[str, list[int]] = {}
+    for i, cycle in enumerate(cycles):
+        if cycle.answer is not None:
+            groups.setdefault(answer_key(cycle.answer), []).append(i)
+    given = [cycles[i].confidence for group in groups.values() for i in group]
+    confidences = None if None in given else [c.confidence or 0.0 for c in cycles]
+
+    def weight(group: Sequence[int]) -> float:
+        return float(len(group)) if confidences is None else sum(confidences[i] for i in group)
+
+    ordered = sorted(groups.values(), key=lambda group: (-weight(group), group[0]))
+    if confidences is None:
+        posteriors = _posteriors_of_counts([len(group) for group in ordered])
+    else:
+        posteriors = _posteriors_of_confidences([[confidences[i] for i in group] for group in ordered])
+    return [Candidate(g[0], len(g), weight(g), p) for g, p in zip(ordered, posteriors, strict=True)]
 
 
 def majority(cycles: Sequence[Cycle]) -> int | None:
-    """Position of the first cycle with the winning answer; None if no answer is complete.
+    """Position of the first cycle with the leading answer; None if no answer is complete."""
+    ranked = candidates(cycles)
+    return ranked[0].first if ranked else None
 
-    A complete answer votes with its confidence, or with 1 if it was not scored. A tie goes to the answer seen first."""
-    weights: dict[str, float] = {}
-    first: dict[str, int] = {}
-    for i, cycle in enumerate(cycles):
-        if cycle.answer is not None:
-            key = normalise_answer(cycle.answer)
-            weights[key] = weights.get(key, 0.0) + (1.0 if cycle.confidence is None else cycle.confidence)
-            first.setdefault(key, i)
-    if not weights:
-        return None
-    return first[max(weights, key=lambda key: (weights[key], -first[key]))]
+
+def count_posterior(leader: int, second: int) -> float:
+    """P(leader is drawn more often than second), given how often each was drawn, with a uniform prior.
+
+    The tail of a Beta(leader + 1, second + 1) distribution above 1/2, by its binomial sum."""
+    draws = leader + second + 1
+    return sum(math.comb(draws, k) for k in range(leader + 1)) / 2**draws
+
+
+def wave_size(leader: int, second: int, threshold: float, samples_left: int) -> int:
+    """Samples to draw next: the fewest with which the leader could reach ``threshold``, at most ``samples_left``.
+
+    A threshold of 1 is never reached, so all samples are drawn at once."""
+    if threshold >= 1:
+        return samples_left
+    needed = 1
+    while needed < samples_left and count_posterior(leader + needed, second) < threshold:
+        needed += 1
+    return min(needed, samples_left)
+
+
+def _posteriors_of_counts(votes: Sequence[int]) -> list[float]:
+    """Of each candidate against its strongest rival."""
+    rivals = [max((v for j, v in enumerate(votes) if j != i), default=0) for i in range(len(votes))]
+    return [count_posterior(own, rival) for own, rival in zip(votes, rivals, strict=True)]
+
+
+def _posteriors_of_confidences(groups: Sequence[Sequence[float]]) -> list[float]:
+    """P(candidate is right): a sample is right with its confidence, else it has any other answer with equal chance.
+
+    The hypotheses are the candidates, and that none of them is right. One sample's posterior is its confidence."""
+
+    def log_odds(confidence: float) -> float:
+        clipped = min(max(confidence, _CLIP), 1 - _CLIP)
+        return math.log(clipped / (1 - clipped)) + math.log(len(groups))
+
+    scores = [sum(map(log_odds, group)) for group in groups]
+    highest = max([*scores, 0.0])
+    weights = [math.exp(score - highest) for score in scores]
+    total = sum(weights) + math.exp(-highest)
+    return [weight / total for weight in weights]
