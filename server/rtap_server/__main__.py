@@ -140,7 +140,7 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     try:
         address, sock = setup_server(args, reuse_port=False)
     except (OSError, OverflowError) as error:
-        raise ConfigError(_cannot_listen(args.host, args.port, error)) from error
+        raise ConfigError(_cannot_listen(args.host, args.port, args.uds, error)) from error
     exit_on_signals()
     with sock:
         engine = engine_check(engine_package(), has_gpu=has_nvidia_gpu())
@@ -153,13 +153,17 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     return 0 if failure is None else 1
 
 
-def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> str:
+def _cannot_listen(host: str, port: int, uds: str | None, error: OSError | OverflowError) -> str:
     """Error message that names the flag to change."""
     if isinstance(error, OverflowError):
         return f"cannot listen on port {port}: choose a --port from 0 to 65535"
+    reason = error.strerror or str(error)
+    if uds is not None:
+        stale = "if no server uses the file, delete it, or " if error.errno == errno.EADDRINUSE else ""
+        return f"cannot listen on the unix socket {uds}: {reason}; {stale}choose another --uds"
     is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
     other = "--host (127.0.0.1: this machine only, 0.0.0.0: all interfaces)" if is_host else "--port"
-    return f"cannot listen on {host}:{port}: {error.strerror}; choose another {other}"
+    return f"cannot listen on {host}:{port}: {reason}; choose another {other}"
 
 
 async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str, keys: KeyRing) -> str | None:

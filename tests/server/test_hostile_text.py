@@ -70,7 +70,9 @@ def as_a_body(text: str) -> None:
 def as_an_error(text: str) -> None:
     """Of somebody's who repeats it all: it is cut before it is looked through."""
     body = msgspec.json.encode({"error": {"message": text, "type": "BadRequestError", "param": None, "code": 400}})
-    assert len(shape_error(400, body, "id") or b"") < 2**14
+    shaped = shape_error(400, body, "id", "/v1/models")
+    assert shaped is not None
+    assert len(shaped.body) < 2**14
 
 
 PARSERS: dict[str, Callable[[str], object]] = {
