@@ -217,7 +217,7 @@ def _lost_event(path: str) -> bytes:
     if path == "/v1/responses":
         event = {"type": "error", "code": "overloaded_error", "message": message, "param": None}
         return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
-    error = error_body(message, status=503, type_="overloaded_error")
+    error = error_body(message, status=503, code="server_is_overloaded")
     return b"data: " + json.dumps(error).encode() + b"\n\ndata: [DONE]\n\n"
 
 

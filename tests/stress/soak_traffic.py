@@ -15,6 +15,8 @@ from typing import Any
 
 import aiohttp
 
+from tests.error_shapes import error_of
+
 Body = dict[str, Any]
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
     "/v1/chat/completions",
@@ -151,7 +153,7 @@ class _Client:
         try:
             async with self.session.post(self.traffic.url + path, data=io.BytesIO(body), headers=headers) as reply:
                 assert reply.status == status, f"{reply.status} and not {status}: {(await reply.text())[:200]}"
-                assert set((await reply.json())["error"]) == {"message", "type", "param", "code"}
+                assert error_of(path, await reply.json())
         except aiohttp.ClientOSError:
             assert status == 413, "the connection broke"  # the server closes a body that it does not read
 

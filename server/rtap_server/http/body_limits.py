@@ -89,7 +89,7 @@ class BodyLimitsMiddleware:
             await self._app(scope, receive, send)
             return
         state, path = current_request(), route_path(scope)
-        if scope["method"] != "POST" or path not in self._posts:
+        if scope["method"] != "POST" or (path not in self._posts and path not in self._blocked):
             await self._app(scope, replay(state, receive), send)
             return
         body = _Body(self._memory)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from starlette.routing import Route
 
 from rtap_core.artifact import Artifact
 from rtap_core.format import RTAP
@@ -17,7 +18,7 @@ from rtap_core.types import Policy
 from rtap_server.engine.request_state import current_request
 from rtap_server.engine.server_state import Drain, ServerState
 from rtap_server.http.admission import Admission
-from rtap_server.http.body_limits import BodyLimitsMiddleware
+from rtap_server.http.body_limits import BodyLimitsMiddleware, BodyMemory
 from rtap_server.http.field_limits import FieldLimits
 from rtap_server.http.recursion_fields import RecursionMiddleware, parse_options, resolve_limits
 from rtap_server.http.request_id import RequestIdMiddleware
@@ -25,6 +26,7 @@ from rtap_server.http.route_kinds import RECURSIVE_PATHS
 from rtap_server.http.schema import RtapOptions
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.metrics import Metrics
+from tests.error_shapes import error_of
 from tests.server.http.test_recursion_fields import _JSON, _OPTIONS, SETTINGS
 
 
@@ -57,8 +59,9 @@ class Service:
         limits = FieldLimits(16, 1024, 1024, allows_templates=False)
         self.app = RequestIdMiddleware(
             BodyLimitsMiddleware(
-                work, max_body_bytes=2**20, field_limits=limits, admission=self.admission, drain=Drain(),
-                metrics=metrics,
+                work, routes=[Route(path, print, methods=["POST"]) for path in RECURSIVE_PATHS],
+                max_body_bytes=2**20, body_timeout_seconds=30.0, memory=BodyMemory(2**24), field_limits=limits,
+                admission=self.admission, drain=Drain(), metrics=metrics,
             )
         )  # fmt: skip
 
@@ -89,9 +92,9 @@ def test_options_are_taken_out_or_refused_and_the_place_is_given_back(path, raw)
         assert body == {"model": "rtap", "stop": None}
         assert state.limits == limits_of(parse_options({"rtap": raw}, SETTINGS))
     else:
-        error = reply.json()["error"]
-        assert (reply.status_code, error["code"], error["type"]) == (400, 400, "invalid_request_error")
-        assert (error["param"] or "rtap").startswith("rtap")  # NaN is no JSON, and no field of it
+        error = error_of(path, reply.json())
+        assert (reply.status_code, error["type"]) == (400, "invalid_request_error")
+        assert (error.get("param") or "rtap").startswith("rtap")  # NaN is no JSON, and no field of it
         assert not SERVICE.taken
 
 
