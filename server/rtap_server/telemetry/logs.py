@@ -9,13 +9,9 @@ import logging
 import os
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from pythonjsonlogger.json import JsonFormatter
-from typing_extensions import override
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing_extensions import Buffer, override
 
 LOGGER = "rtap"
 REQUESTS = "rtap.requests"
@@ -26,7 +22,7 @@ class _LossyFile(io.FileIO):
     """A file that drops what it cannot write."""
 
     @override
-    def write(self, data: "ReadableBuffer", /) -> int:
+    def write(self, data: Buffer, /) -> int:
         written = None  # None: a non-blocking pipe is full
         with suppress(OSError):
             written = super().write(data)
