@@ -16,17 +16,19 @@ from rtap_core.errors import ConfigError
 from rtap_server.doctor import engine_check, engine_package, has_nvidia_gpu
 from rtap_server.http.api_keys import KeyRing, load_keys
 from rtap_server.settings import REMOVED, Settings, add_flags, closest_match, load_settings
-from rtap_server.telemetry.logs import announce, use_json
+from rtap_server.telemetry.logs import announce, drop_unwritable_output, use_json
 
 _MAX_HEADER_BYTES = 2**16  # uvicorn's own default; vLLM's is 4 MiB
 _HELP = "`rtap serve --help=R-TAP` lists the R-TAP flags, `--help=all` all flags"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code: 0 after a clean stop, 1 after a failure, 2 for invalid
-    settings."""
+    """Serve until SIGTERM, SIGINT or SIGHUP. Returns the exit code: 0 after a clean stop, 1 after a failure, 2 for
+    invalid settings."""
+    drop_unwritable_output()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as `vllm serve` does
     try:
         args, settings, bundled = _parse(sys.argv[1:] if argv is None else argv)
         return _run(args, settings, bundled=bundled)

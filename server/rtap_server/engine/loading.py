@@ -37,7 +37,12 @@ from rtap_server.engine.engine_config import (
 )
 from rtap_server.engine.server_state import Drain, ServerState
 from rtap_server.engine.supervisor import SupervisedEngine
-from rtap_server.engine.vllm_compat import disable_envs_cache, enable_envs_cache, tokenizer_of
+from rtap_server.engine.vllm_compat import (
+    disable_envs_cache,
+    enable_envs_cache,
+    isolate_engines,
+    tokenizer_of,
+)
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.metrics import Metrics
@@ -58,7 +63,7 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     policy_args = AsyncEngineArgs.from_cli_args(args)
     allows_pickles = settings.allow_pickled_weights
     for adapter in args.lora_modules or ():
-        check_folder(adapter.path, "auto", allows_pickles=allows_pickles, trusts_code=args.trust_remote_code)
+        check_folder(adapter.path, "auto", allows_pickles=allows_pickles)
     policy_config = engine_config(policy_args, args.model, allows_pickles=allows_pickles)
     if is_classifier(policy_config.model_config.hf_config.to_dict()):
         raise ConfigError(
@@ -81,6 +86,7 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     generator: SupervisedEngine | None = None
     loading: asyncio.Task[AsyncLLM] | None = None
     client = httpx.AsyncClient()
+    isolate_engines()
     try:
         remote = await _remote(settings, policy_config, client)
         # Only loading is parallel: vLLM keeps the current config in a global while one is made.

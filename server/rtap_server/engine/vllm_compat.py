@@ -4,7 +4,7 @@ The extras ``cpu`` and ``cuda`` pin the minor version of vLLM that these tests r
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import zmq
 from vllm.config import VllmConfig
@@ -12,8 +12,32 @@ from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config  # pyright: ignore[reportUnknownVariableType]
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.coordinator import DPCoordinatorProc
+from vllm.v1.engine.core import EngineCoreProc
+
+from rtap_server.engine.engine_process import isolate
 
 __all__ = ["disable_envs_cache", "enable_envs_cache"]
+
+# What vLLM's processes run. A forked process finds the replaced attributes below.
+_run_engine_core = cast(Callable[..., None], EngineCoreProc.run_engine_core)  # pyright: ignore[reportUnknownMemberType]
+_run_coordinator = cast(Callable[..., None], DPCoordinatorProc.run_coordinator)  # pyright: ignore[reportUnknownMemberType]
+
+
+def isolate_engines() -> None:
+    """Isolate the processes that vLLM starts from now on (``engine_process.isolate``)."""
+    EngineCoreProc.run_engine_core = staticmethod(run_isolated_engine)
+    DPCoordinatorProc.run_coordinator = staticmethod(run_isolated_coordinator)
+
+
+def run_isolated_engine(*args: Any, **options: Any) -> None:
+    isolate()
+    _run_engine_core(*args, **options)
+
+
+def run_isolated_coordinator(*args: Any, **options: Any) -> None:
+    isolate()
+    _run_coordinator(*args, **options)
 
 
 def add_stop_token_ids(params: SamplingParams, token_ids: Iterable[int]) -> None:

@@ -1,16 +1,49 @@
-"""Log format of the server process: plain text, or one JSON object a line (``--log-format json``).
+"""Log output of the server process: plain text, or one JSON object a line (``--log-format json``).
 
-JSON lines have the shape of vLLM's own JSON formatter. Request bodies are not logged.
+JSON lines have the shape of vLLM's own JSON formatter. Request bodies are not logged. Output that cannot be written is
+dropped: a full disk or a closed pipe must not fail a request or an engine.
 """
 
+import io
 import logging
+import os
 import sys
+from contextlib import suppress
 
 from pythonjsonlogger.json import JsonFormatter
+from typing_extensions import Buffer, override
 
 LOGGER = "rtap"
 REQUESTS = "rtap.requests"
 ERRORS = "rtap.errors"
+
+
+class _LossyFile(io.FileIO):
+    """A file that drops what it cannot write."""
+
+    @override
+    def write(self, data: Buffer, /) -> int:
+        written = None  # None: a non-blocking pipe is full
+        with suppress(OSError):
+            written = super().write(data)
+        return memoryview(data).nbytes if written is None else written
+
+
+def drop_unwritable_output() -> None:
+    """Make ``sys.stdout`` and ``sys.stderr`` drop what cannot be written, instead of raising an error.
+
+    Standard files that were closed before the start become /dev/null; otherwise a socket would get their number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # opens the lowest free number
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # a replaced one, such as pytest's, stays
+            buffer = io.BufferedWriter(_LossyFile(number, "w", closefd=False))
+            encoding = None if stream is None else stream.encoding
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True))
 
 
 def announce(message: str, level: int = logging.INFO) -> None:

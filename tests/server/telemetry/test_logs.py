@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -39,3 +42,33 @@ def test_the_commands_own_sentences_are_on_stderr_or_in_the_log(restored, capsys
         {"levelname": "INFO", "name": "rtap", "message": "ready at y"},
         {"levelname": "WARNING", "name": "some.library", "message": "careful"},
     ]
+
+
+WRITES = """
+import logging, sys
+from rtap_server.telemetry.logs import announce, drop_unwritable_output, use_json
+drop_unwritable_output()
+for number in range(2_000):
+    announce("x" * 100)
+    print(number, "\\ud800")
+    print(number, "\\ud800", file=sys.stderr)
+use_json("%(message)s")
+announce("x" * 100_000)
+logging.getLogger("library").error("x")
+"""
+
+
+@pytest.mark.parametrize("where", ["full disk", "closed pipe", "full pipe", "closed file"])
+def test_output_that_cannot_be_written_is_dropped(where):
+    """The exit code shows that nothing was raised, not even when Python flushed the files at its end."""
+    reader, writer = os.pipe()
+    if where == "closed pipe":
+        os.close(reader)
+    os.set_blocking(writer, where != "full pipe")
+    command = [sys.executable, "-c", WRITES]
+    if where == "closed file":
+        done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=False)
+    else:
+        output = os.open("/dev/full", os.O_WRONLY) if where == "full disk" else writer
+        done = subprocess.run(command, stdout=output, stderr=output, check=False)
+    assert done.returncode == 0
