@@ -9,12 +9,13 @@ from rtap_core.types import Engine, Step
 
 
 class StepEvent(NamedTuple):
-    """One piece of a cycle. ``think``: its text inside the thought, without tags; empty inside an answer."""
+    """One piece of a cycle. ``think``, ``answer``: its text inside the thought and the answer, without tags."""
 
     cycle_index: int
     step: Step
     think: str
     in_answer: bool
+    answer: str = ""
 
 
 @dataclass(slots=True)
@@ -58,7 +59,9 @@ class Draft:
         if step.logprobs is not None:
             self.logprobs.extend(step.sampled_logprobs)
         self.first, self.last = self.first or step, step
-        return StepEvent(self.index, step, think, self.parser.in_answer)
+        in_answer = self.parser.in_answer
+        answer = self.parser.take_answer(final=step.finished) if in_answer else ""
+        return StepEvent(self.index, step, think, in_answer, answer)
 
     @property
     def truncated(self) -> bool:

@@ -66,8 +66,8 @@ def format_from_config(block: Mapping[str, Any] | None, *, override: str | None 
 class CycleParser:
     """Split the text of one cycle into thought and answer while it arrives.
 
-    ``feed`` returns thinking text once it cannot be part of a tag; ``close`` returns the rest. The answer is a
-    property, since nothing may show it before it is scored.
+    ``feed`` returns thinking text once it cannot be part of a tag; ``close`` returns the rest. ``take_answer`` returns
+    new text of the answer; the caller decides whether it may be shown before the answer is scored.
     thought_open: the prompt, or the loop, has already written ``think_open``.
     prefix: text that begins the cycle and was not generated. It sets the parser's state and is not part of its results.
 
@@ -86,12 +86,16 @@ class CycleParser:
         self._missing_close_tag = False
         self._think: list[str] = []
         self._answer: list[str] = []
+        self._untaken = ""  # text of the answer for the next take_answer
+        self._skips_space = False  # at the beginning of an answer that follows a tag
+        self._waiting_space: list[str] = []  # at the end of an answer that a tag may end
         if prefix:
             begun = prefix.rpartition(fmt.answer_close)[2] if fmt.answer_close else prefix  # after whole cycles
             self.feed(begun)
             self._pending = "" if self._has_begun else self._pending
             self._think.clear()
             self._answer.clear()
+            self._untaken, self._skips_space = "", False
 
     @property
     def in_answer(self) -> bool:
@@ -119,6 +123,21 @@ class CycleParser:
     def partial_answer(self) -> str | None:
         """The answer so far, complete or not, stripped; None if there is none."""
         return "".join(self._answer).strip() or None
+
+    def take_answer(self, *, final: bool) -> str:
+        """Answer text since the last call, without the white space next to the format's tags.
+
+        final: the cycle has ended; before that, white space waits if an end tag may follow it."""
+        text, self._untaken = self._untaken, ""
+        if self._skips_space:
+            text = text.lstrip()
+            self._skips_space = not text
+        if self._format.has_answer_tags and not (final and not self._answer_closed):
+            shown = text.rstrip()
+            waiting, self._waiting_space = self._waiting_space, [] if shown else self._waiting_space
+            self._waiting_space.append(text[len(shown) :])
+            return "".join(waiting) + shown if shown else ""
+        return "".join(self._waiting_space) + text
 
     def feed(self, text: str) -> str:
         """Consume the next piece of text. Returns the part now known to be thinking, without tags."""
@@ -192,13 +211,15 @@ class CycleParser:
         if tag == fmt.answer_close:
             self._answer_closed = True
         elif tag == fmt.answer_open or (tag == fmt.think_close and fmt.answer_open is None):
-            self._in_answer = True
+            self._in_answer = self._skips_space = True
 
     def _append(self, text: str) -> str:
         """Add text without tags to the thought or the answer. Returns it if it is thinking."""
         if self._answer_closed:
             return ""
         (self._answer if self._in_answer else self._think).append(text)
+        if self._in_answer:
+            self._untaken += text
         return "" if self._in_answer else text
 
 

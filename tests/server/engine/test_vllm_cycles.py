@@ -28,13 +28,18 @@ def engine_of(llm: FakeEngine, *, shows_cycle_end: bool = True) -> RecursiveEngi
     return build(llm, shows_cycle_end=shows_cycle_end)
 
 
-def told(outputs: list[RequestOutput]) -> tuple[str, list[int], list[Any], str | None]:
-    """Text, ids, log-probabilities and finish reason of what a client sees."""
+def told(outputs: list[RequestOutput], *, in_order: bool) -> tuple[str, list[int], list[Any], str | None]:
+    """Text, ids, log-probabilities of the content and finish reason of what a client sees.
+
+    in_order: of the ids. A stream has those of rejected answers after all thoughts."""
     parts = [output.outputs[0] for output in outputs]
+    ids = [i for part in parts for i in part.token_ids]
+    entries = [entry for part in parts for entry in part.logprobs or ()]
+    assert len(entries) == len(ids)
     return (
         "".join(part.text for part in parts),
-        [i for part in parts for i in part.token_ids],
-        [entry for part in parts for entry in part.logprobs or ()],
+        ids if in_order else sorted(ids),
+        [e for e in entries if next(iter(e.values())).decoded_token != ANSWER_MARK],
         parts[-1].finish_reason,
     )
 
@@ -66,7 +71,8 @@ async def test_what_is_told_is_what_several_requests_tell(text, rtap, max_tokens
         outputs = await all_of(stream)
         done = state.trajectories[0]
         cycles = [(c.think, c.answer, c.tokens, c.answer_tokens, c.oops_tokens, c.accepted) for c in done.cycles]
-        found.append((told(outputs), cycles, done.stop_reason, done.selected, len(llm.calls)))
+        shown = told(outputs, in_order=not split or kind is RequestOutputKind.FINAL_ONLY)
+        found.append((shown, cycles, done.stop_reason, done.selected, len(llm.calls)))
     assert found[0][:4] == found[1][:4]
     assert found[0][4] == 1
     if len(encode(FIRST)) < max_tokens and "<" in text:
