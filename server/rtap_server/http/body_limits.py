@@ -20,6 +20,7 @@ from rtap_server.http.route_kinds import (
     LIGHTWEIGHT_PATHS,
     MULTIPART_PATHS,
     RECURSIVE_PATHS,
+    TOKENISING_PATHS,
     PostRoutes,
     route_path,
 )
@@ -161,7 +162,7 @@ class BodyLimitsMiddleware:
         fields = parse_json(body) if path not in MULTIPART_PATHS and (body or path in RECURSIVE_PATHS) else {}
         self._field_limits.check(fields)
         if path not in RECURSIVE_PATHS:
-            self._field_limits.check_length(fields)
+            self._field_limits.check_length(fields, on_loop=path in TOKENISING_PATHS)
         return fields
 
     def _too_large(self) -> BodyTooLarge:

@@ -14,6 +14,8 @@ from rtap_core.errors import InvalidRequest
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_LOGIT_BIASES, MAX_DEPTH = 16, 256, 1024, 64
 CHARACTERS_PER_TOKEN = 64
+# vLLM tokenises in threads, but lists tokens on the event loop, and on a few routes tokenises there: below 0.5 s.
+MAX_CHARACTERS, MAX_CHARACTERS_ON_LOOP = 2**19, 2**15
 _LISTS = {"messages": "messages", "input": "items", "prompt": "prompts"}
 _IDS = ("prompt", "tokens", "token_ids")
 _TEMPLATES = ("chat_template", "chat_template_kwargs")
@@ -33,8 +35,8 @@ class FieldLimits:
 
     n: choices. messages: messages of a chat, items of an input, or prompts of a completion. token_ids: length of a
     prompt of token ids; on routes where vLLM has no length limit, text may have CHARACTERS_PER_TOKEN times as many
-    characters. allows_templates: accept chat templates from requests. media_schemes: URL schemes allowed for media
-    besides ``data:``; vLLM checks the rest of the URL."""
+    characters, at most MAX_CHARACTERS. allows_templates: accept chat templates from requests. media_schemes: URL
+    schemes allowed for media besides ``data:``; vLLM checks the rest of the URL."""
 
     n: int
     messages: int
@@ -67,14 +69,16 @@ class FieldLimits:
                         param=name,
                     )
 
-    def check_length(self, request: Mapping[str, Any]) -> None:
-        """Raise InvalidRequest for more text than any prompt could have, on routes where vLLM has no limit."""
+    def check_length(self, request: Mapping[str, Any], *, on_loop: bool = False) -> None:
+        """Raise InvalidRequest for more text than any prompt could have, on routes where vLLM has no limit.
+
+        on_loop: the route tokenises on the event loop."""
         length = sum(len(text) for text in strings(request) if not text.startswith("data:"))
-        limit = self.token_ids * CHARACTERS_PER_TOKEN
+        most = MAX_CHARACTERS_ON_LOOP if on_loop or request.get("return_token_strs") else MAX_CHARACTERS
+        limit = min(most, self.token_ids * CHARACTERS_PER_TOKEN)
         if length > limit:
             raise InvalidRequest(
-                f"the request has {length} characters; at most {limit} are allowed, {CHARACTERS_PER_TOKEN} for each "
-                "token of the model's context"
+                f"the request has {length} characters; at most {limit} are allowed on this route: divide the text"
             )
 
     def _counts(self, request: Mapping[str, Any]) -> None:

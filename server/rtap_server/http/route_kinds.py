@@ -32,6 +32,9 @@ GENERATING_PATHS = {
 # Routes whose body is a form with a file; all others take JSON.
 MULTIPART_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 
+# Routes where vLLM tokenises on the event loop.
+TOKENISING_PATHS = frozenset({"/generative_scoring", "/v1/systemone"})
+
 LIGHTWEIGHT_PATHS = frozenset(
     {
         "/tokenize",
