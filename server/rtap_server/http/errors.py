@@ -233,13 +233,13 @@ def _invalid(errors: Sequence[Any]) -> InvalidRequest:
         return InvalidRequest("; ".join(map(str, errors[:1])) or "the request is invalid")
     wrong = max(described, key=lambda one: len(_fields(one["loc"])))  # in a union, the branch that went furthest
     context: dict[str, Any] = wrong.get("ctx") or {}
-    cause, given = context.get("error"), cast(Any, wrong.get("input"))
+    cause, given = context.get("error"), wrong.get("input")
     param = getattr(cause, "parameter", None) or ".".join(_fields(wrong["loc"])) or None
     rule = str(wrong.get("msg", "is invalid")).removeprefix("Value error, ")
     if param is None:
         return InvalidRequest(rule)
     is_value = "input" in wrong and wrong.get("type") != "missing" and not isinstance(given, dict)
-    return InvalidRequest(f"{param}={shortened(given)}: {rule}" if is_value else f"{param}: {rule}", param=param)
+    return InvalidRequest(f"{param}={shortened(wrong['input'])}: {rule}" if is_value else f"{param}: {rule}", param=param)
 
 
 def _fields(location: Sequence[str | int]) -> list[str]:
