@@ -239,7 +239,9 @@ def _invalid(errors: Sequence[Any]) -> InvalidRequest:
     if param is None:
         return InvalidRequest(rule)
     is_value = "input" in wrong and wrong.get("type") != "missing" and not isinstance(given, dict)
-    return InvalidRequest(f"{param}={shortened(wrong['input'])}: {rule}" if is_value else f"{param}: {rule}", param=param)
+    return InvalidRequest(
+        f"{param}={shortened(wrong['input'])}: {rule}" if is_value else f"{param}: {rule}", param=param
+    )
 
 
 def _fields(location: Sequence[str | int]) -> list[str]:
