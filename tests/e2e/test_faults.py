@@ -178,8 +178,22 @@ def test_a_killed_server_takes_the_engines_along(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_silent_policy_ends_the_server(tmp_path):
+def test_a_paused_machine_kills_no_engine_and_a_silent_policy_ends_the_server(tmp_path):
     with served(tmp_path, "--engine-silence-seconds", "5") as server:
+        before, begun = running_engines(server), threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            streaming = pool.submit(stream, server.url, LONG | {"n": 16}, begun)
+            assert begun.wait(30)
+            processes = [psutil.Process(server.process.pid), *before]
+            for process in processes:
+                process.suspend()
+            time.sleep(8)
+            for process in reversed(processes):
+                process.resume()
+            events, done = streaming.result(60)
+        assert done
+        assert "error" not in events[-1]
+        assert running_engines(server) == before
         ends_with(server, engines(server)["policy"], signal.SIGSTOP, "sent no output")
 
 
