@@ -4,7 +4,7 @@ Works on text only; token ids are the engine's. Model output is hostile input, s
 the text is chunked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,12 +70,22 @@ class CycleParser:
     property, since nothing may show it before it is scored.
     thought_open: the prompt, or the loop, has already written ``think_open``.
     prefix: text that begins the cycle and was not generated. It sets the parser's state and is not part of its results.
+    stop: strings that end the answer where they occur in it; white space before it is no part of it. They are ignored
+        in the thought. include_stop: keep the string in the answer.
 
     Text outside every tag is thinking if the format has answer tags. Without them it is the answer, unless a thought
     comes first (a ``think`` model may answer at once). A tag in the wrong place is kept as text. No input raises.
     """
 
-    def __init__(self, fmt: TrajectoryFormat, *, thought_open: bool = False, prefix: str = "") -> None:
+    def __init__(
+        self,
+        fmt: TrajectoryFormat,
+        *,
+        thought_open: bool = False,
+        prefix: str = "",
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+    ) -> None:
         self._format = fmt
         self._longest_tag = max(map(len, fmt.tags))
         self._pending = ""  # text that may still become a tag
@@ -83,15 +93,20 @@ class CycleParser:
         self._has_begun = thought_open or fmt.has_answer_tags
         self._in_answer = False
         self._answer_closed = False
-        self._missing_close_tag = False
+        self._closing_tag = fmt.think_close if thought_open else ""
         self._think: list[str] = []
         self._answer: list[str] = []
+        self._stop: Sequence[str] = ()
+        self._include_stop = include_stop
+        self._stop_tail = ""  # end of the answer, where a stop string may have begun
+        self._stopped_at: str | None = None
         if prefix:
             begun = prefix.rpartition(fmt.answer_close)[2] if fmt.answer_close else prefix  # after whole cycles
             self.feed(begun)
             self._pending = "" if self._has_begun else self._pending
             self._think.clear()
             self._answer.clear()
+        self._stop = stop
 
     @property
     def in_answer(self) -> bool:
@@ -99,9 +114,17 @@ class CycleParser:
         return self._in_answer
 
     @property
-    def missing_close_tag(self) -> bool:
-        """True if the model ended its turn inside an answer, before the format's end tag."""
-        return self._missing_close_tag
+    def stopped_at(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._stopped_at
+
+    @property
+    def closing_tag(self) -> str:
+        """Tag that closes the thought or answer that is open; empty if none is."""
+        if self._in_answer and not self._format.has_answer_tags:  # the model may have opened a thought after its answer
+            begun = "".join(self._answer).rpartition(self._format.think_open)
+            return self._format.think_close if begun[1] and self._format.think_close not in begun[2] else ""
+        return self._closing_tag
 
     @property
     def think(self) -> str:
@@ -137,9 +160,18 @@ class CycleParser:
             self._start(in_answer=True)
         think = self._consume(final=True)
         if ended_by_model and self._in_answer:
-            self._missing_close_tag = self._format.has_answer_tags and not self._answer_closed
             self._answer_closed = True
         return think
+
+    def stop_before(self, text: str) -> bool:
+        """End the answer before ``text``, the last piece of it (after it with ``include_stop``).
+
+        False, and nothing happens, if the answer does not end with ``text`` or is blank."""
+        answer = "".join(self._answer) + self._pending
+        if not self._in_answer or self._answer_closed or not answer.strip() or not answer.endswith(text):
+            return False
+        self._end_answer(answer if self._include_stop else answer[: len(answer) - len(text)])
+        return True
 
     def _begin(self) -> None:
         """Decide whether the cycle starts with a thought, once there is enough text."""
@@ -190,16 +222,42 @@ class CycleParser:
         """Change state at a tag."""
         fmt = self._format
         if tag == fmt.answer_close:
-            self._answer_closed = True
-        elif tag == fmt.answer_open or (tag == fmt.think_close and fmt.answer_open is None):
-            self._in_answer = True
+            self._answer_closed, self._closing_tag = True, ""
+        elif tag == fmt.think_open:
+            self._closing_tag = fmt.think_close
+        elif tag == fmt.think_close:
+            self._closing_tag = ""
+        if tag == fmt.answer_open or (tag == fmt.think_close and fmt.answer_open is None):
+            self._in_answer, self._closing_tag = True, fmt.answer_close or ""
 
     def _append(self, text: str) -> str:
         """Add text without tags to the thought or the answer. Returns it if it is thinking."""
         if self._answer_closed:
             return ""
-        (self._answer if self._in_answer else self._think).append(text)
-        return "" if self._in_answer else text
+        if not self._in_answer:
+            self._think.append(text)
+            return text
+        self._answer.append(text)
+        if self._stop:
+            self._find_stop(text)
+        return ""
+
+    def _find_stop(self, text: str) -> None:
+        """End the answer at the stop string that is complete first; ``text`` is its new end."""
+        seen = self._stop_tail + text
+        if not self._stop_tail:
+            seen = seen.lstrip()
+        found = [(seen.index(stop) + len(stop), stop) for stop in self._stop if stop in seen]
+        if not found:
+            self._stop_tail = seen[-max(map(len, self._stop)) :]
+            return
+        end, self._stopped_at = min(found, key=lambda match: match[0])
+        answer = "".join(self._answer)
+        kept = end if self._include_stop else end - len(self._stopped_at)
+        self._end_answer(answer[: len(answer) - len(seen) + kept])
+
+    def _end_answer(self, answer: str) -> None:
+        self._answer, self._pending, self._answer_closed = [answer], "", True
 
 
 def parse_cycle(text: str, fmt: TrajectoryFormat, *, ended_by_model: bool = False) -> tuple[str, str | None]:

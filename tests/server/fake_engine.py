@@ -164,6 +164,7 @@ def build(llm: FakeEngine, confidence: Any = None, *, tracing: Any = None, **ser
         settings=Settings(confidence_model="http://generator"), format=RTAP,
         confidence=confidence or ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
         generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=llm.encode,
+        decode=lambda token_ids, _: llm.decode(token_ids),
         end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None), drain=Drain(),
     )  # fmt: skip
     return RecursiveEngine(llm, replace(state, **server), tracing)  # type: ignore[arg-type]

@@ -148,7 +148,7 @@ class OutputWriter:
         if self._is_stream and not (self._has_output or self._part.text or self._part.token_ids):
             self._part.text = ANSWER_MARK  # vLLM drops a last chunk without text and tokens
         if finish is not None and finish.ended_turn:  # not the loop's own stop token
-            self._part.stop_reason = finish.native.outputs[0].stop_reason
+            self._part.stop_reason = finish.stop_reason
         return (*outputs, *self._emit())
 
     def abort(self, finish_reason: str) -> Sequence[RequestOutput]:

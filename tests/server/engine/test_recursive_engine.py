@@ -76,7 +76,7 @@ async def test_the_budget_seed_and_stops_of_each_cycle():
     first, second = (call.params for call in llm.calls)
     assert (first.seed, second.seed) == (7, 7 + 1_000_003)
     assert (first.max_tokens, second.max_tokens) == (200, 200 - len(encode(WRONG)) - 1)
-    assert (first.min_tokens, second.min_tokens) == (5, 0)
+    assert (first.min_tokens, second.min_tokens) == (5, 5)
     assert (first.prompt_logprobs, second.prompt_logprobs) == (2, None)
     for params in (first, second):
         assert (params.n, params.stop) == (1, ["x"])

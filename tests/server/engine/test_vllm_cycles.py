@@ -136,6 +136,8 @@ async def test_a_client_that_leaves_stops_the_engine():
         ({"select": "best"}, {}),  # then each is scored
         ({"max_cycles": 1}, {}),
         ({}, {"stop": ["x"]}),  # held back by the engine, so that text and tokens part
+        ({}, {"stop_token_ids": [5]}),
+        ({}, {"thinking_token_budget": 50}),  # vLLM begins it anew with each thought
         ({}, {"min_tokens": 5}),
         ({}, {"structured_outputs": StructuredOutputsParams(regex=".*")}),
         ({}, {"detokenize": False}),
@@ -165,3 +167,63 @@ def test_an_output_is_cut_where_a_cycle_ends_in_it(logprobs):
         assert (own.finish_reason, piece.native.finished) == (reason, reason is not None)
     assert (head.finished, head.truncated, rest.finished, rest.truncated) == (True, False, True, True)
     assert (native.outputs[0].text, native.finished) == ("a</answer>b", True)  # as it was
+
+
+SPLIT: dict[str, Any] = {"reasoning_parser_kwargs": {}}  # the route separates reasoning from content
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(
+    ("wanted", "content", "stop"),
+    [
+        ({"stop": ["*7"]}, "25", "*7"),
+        ({"stop": ["none", "7-"]}, "25*", "7-"),
+        ({"stop": "</think>"}, "25*7-93", None),
+        ({"stop_token_ids": encode("*")}, "25", ord("*")),
+        ({"stop_token_ids": encode("=<think></think><answer></answer>")}, "25*7-93", None),
+    ],
+)
+async def test_stops_end_the_answer_at_their_token_however_it_arrives(wanted, content, stop, include, size, kind):
+    text = "<think>25*7=175-93</think><answer>25*7-93</answer>"
+    llm = FakeEngine([text], size=size)
+    stream, state = ask(
+        build(llm), rtap={"policy": "single"}, output_kind=kind, options=SPLIT, include_stop_str_in_output=include,
+        **wanted,
+    )  # fmt: skip
+    outputs = await all_of(stream)
+    parts = [output.outputs[0] for output in outputs]
+    last = content + (("*7" if stop == "*7" else "7-" if stop == "7-" else "*") if include and stop else "")
+    written = text if stop is None else text[: text.rindex({"*7": "-", "7-": "9"}.get(stop, "7"))]
+    assert "".join(part.text for part in parts) == f"25*7=175-93{ANSWER_MARK}{last}"
+    assert [i for part in parts for i in part.token_ids] == encode(written)
+    assert (parts[-1].finish_reason, parts[-1].stop_reason) == ("stop", stop)
+    assert state.trajectories[0].answer == last
+    (call,) = llm.calls
+    assert (call.params.stop, call.params.stop_token_ids) == ([], [CLOSE])
+
+
+async def test_a_stop_ends_the_engines_work():
+    llm = FakeEngine(["<think>7</think><answer>8" + "x" * 900], size=1)
+    await all_of(ask(build(llm), rtap={"policy": "single"}, options=SPLIT, stop=["xx"], max_tokens=1000)[0])
+    assert (llm.num_closed, llm.num_sampled) == (1, len(encode("<think>7</think><answer>8xx")))
+
+
+async def test_the_whole_text_of_a_completion_ends_at_a_stop_of_the_engine():
+    llm = FakeEngine(["<think>7*8</think>"])  # ends at its stop token in the thought
+    stream, state = ask(build(llm), stop_token_ids=encode("*"), stop=["x"])
+    (output,) = await all_of(stream)
+    (part,), (call,) = output.outputs, llm.calls
+    assert (part.text, part.finish_reason, part.stop_reason) == ("<think>7", "stop", ord("*"))
+    assert (state.trajectories[0].stop_reason, state.trajectories[0].answer) == ("model", None)
+    assert (call.params.stop, call.params.stop_token_ids) == (["x"], [*encode("*"), CLOSE])
+
+
+async def test_each_cycle_has_what_is_left_of_the_thinking_budget():
+    llm = FakeEngine([FIRST, "Oops, 7</think><answer>7</answer>", "Oops</think><answer>9</answer>"])
+    stream, state = ask(build(llm), thinking_token_budget=15)
+    await all_of(stream)
+    assert [call.params.thinking_token_budget for call in llm.calls] == [15, 10, 3]
+    assert [cycle.think for cycle in state.trajectories[0].cycles] == ["3+4=8", "Oops, 7", "Oops"]
+    assert state.trajectories[0].stop_reason == "max_tokens"

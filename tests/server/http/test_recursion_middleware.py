@@ -37,7 +37,7 @@ class Sure:
 def server_state(metrics: Metrics) -> ServerState:
     return ServerState(
         settings=SETTINGS, format=RTAP, confidence=Sure(), generator=Artifact(), count_oops=len, encode=list,  # type: ignore[arg-type]
-        end_of_turn_ids=frozenset(), metrics=metrics, feedback=Feedback(), drain=Drain(),
+        decode=lambda _ids, _: "", end_of_turn_ids=frozenset(), metrics=metrics, feedback=Feedback(), drain=Drain(),
     )  # fmt: skip
 
 
