@@ -241,6 +241,7 @@ class Recursion:
             seconds=draft.seconds + (seconds or 0.0),
             confidence_seconds=seconds,
             confidence_tokens=0 if score is None else score.tokens,
+            stop=None if draft.last is None else draft.last.stop_reason,
         )
 
     async def _score(self, scorer: Confidence, draft: Draft, question: Sequence[int]) -> Score | None:

@@ -94,6 +94,7 @@ class Cycle:
     prompt_tokens, cached_tokens: length of the cycle's prompt, and the part of it found in the prefix cache.
     seconds: writing and scoring. confidence_seconds: the scoring part; None if nothing was scored.
     confidence_tokens: tokens that the confidence generator read.
+    stop: string or token id at which the request, and not the model, ended the cycle.
     """
 
     index: int
@@ -109,6 +110,7 @@ class Cycle:
     seconds: float
     confidence_seconds: float | None
     confidence_tokens: int
+    stop: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ class Step(NamedTuple):  # one per token: a frozen dataclass takes five times as
     prompt_tokens, cached_tokens: as in Cycle.
     native: the engine's own output object, passed through for the caller of the loop, which may modify it.
     logprobs: one mapping per token id, if the engine was asked for log-probabilities.
-    stop_reason: string or token id at which the engine or the loop ended the cycle; None for the end of turn.
+    stop_reason: as vLLM's: string or token id at which the cycle ended, if that is no end of turn or cycle.
     """
 
     text: str

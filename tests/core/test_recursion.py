@@ -463,8 +463,7 @@ async def test_a_stop_ends_the_answer_and_the_work_on_it_but_no_thought(limits, 
     cycle = text[: text.index(with_stop, text.index("\n")) + len(with_stop)] + "</answer>"
     assert decode(engine.prompts[1]) == "make 82?" + cycle + "<think>"
     assert [decode(judged.cycle_token_ids) for judged in scorer.judged] == [cycle, cycle]
-    assert done.finish is not None
-    assert (done.finish.stop_reason, done.finish.ended_turn) == (stop, True)
+    assert [c.stop for c in done.cycles] == [stop, stop]
     engine = ScriptedEngine([text])
     _, done = await _run(engine, replace(limits, policy=Policy.MODEL, select=Select.LAST, include_stop=True))
     assert (done.stop_reason, done.answer) == (StopReason.MODEL, with_stop)

@@ -5,6 +5,7 @@ import random
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry
@@ -53,6 +54,8 @@ class FakeEngine:
     calls: arguments of each ``generate``. aborted: ids of requests that ``abort`` has ended.
     num_sampled: tokens so far. num_closed: generators closed before their end.
     """
+
+    model_config = SimpleNamespace(get_vocab_size=lambda: EOS + 1)
 
     script: Sequence[str] | Callable[[str], str]
     encode: Callable[[str], list[int]] = encode

@@ -147,7 +147,9 @@ class OutputWriter:
         self._part.finish_reason = "length" if cut or is_unanswered else "stop"
         if self._is_stream and not (self._has_output or self._part.text or self._part.token_ids):
             self._part.text = ANSWER_MARK  # vLLM drops a last chunk without text and tokens
-        if finish is not None and finish.ended_turn:  # not the loop's own stop token
+        if self._call.parses_reasoning and trajectory.accepted is not None:
+            self._part.stop_reason = trajectory.accepted.stop
+        elif finish is not None:
             self._part.stop_reason = finish.stop_reason
         return (*outputs, *self._emit())
 

@@ -25,6 +25,7 @@ from rtap_core.types import Engine, Limits, Policy, Trajectory
 from rtap_server.engine.output_writer import GenerateCall, OutputWriter
 from rtap_server.engine.request_state import RequestState, current_request, salted_prompt
 from rtap_server.engine.server_state import ServerState
+from rtap_server.engine.vllm_compat import check_stop_token_ids
 from rtap_server.engine.vllm_cycles import (
     CycleAborted,
     OneRequestCycles,
@@ -69,6 +70,8 @@ class RecursiveEngine:
             return self._passed_through(state, prompt, sampling_params, request_id, options)
         if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
             raise VLLMValidationError("prompt embeddings are not supported: recursion continues on token ids")
+        if sampling_params.stop_token_ids:  # which may never reach the engine
+            check_stop_token_ids(sampling_params, self._inner.model_config)
         parses_reasoning = options.get("reasoning_parser_kwargs") is not None
         call = GenerateCall(
             state=state,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import zmq
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config  # pyright: ignore[reportUnknownVariableType]
@@ -45,6 +45,11 @@ def set_stops(params: SamplingParams, stop: list[str], token_ids: list[int]) -> 
     params.stop, params.stop_token_ids = stop, token_ids
     params._all_stop_token_ids = set(token_ids)  # pyright: ignore[reportPrivateUsage]
     params.output_text_buffer_length = max(map(len, stop), default=1) - 1
+
+
+def check_stop_token_ids(params: SamplingParams, config: ModelConfig) -> None:
+    """Raise VLLMValidationError for an id outside the vocabulary."""
+    params._validate_stop_token_ids(config)  # pyright: ignore[reportPrivateUsage]
 
 
 def tokenizer_of(config: VllmConfig) -> Any:

@@ -64,8 +64,12 @@ class VllmCycles:
         self._in_pieces = in_pieces or not stops_at_cycle_end or call.limits.stops_answers
         self._end_ids = server.cycle_end_ids if stops_at_cycle_end else []
         self._end_text = server.format.answer_close if stops_at_cycle_end else None
-        stops = (*_as_list(call.params.stop), *(call.params.stop_token_ids or ()))
-        self._text_stops: Set[str | int] = frozenset(() if call.parses_reasoning else stops)
+        self._text_stops: Set[str | int] = frozenset()
+        if not call.parses_reasoning:
+            stops = _as_list(call.params.stop)
+            self._text_stops = frozenset((*stops, *(call.params.stop_token_ids or ())))
+            if stops and server.shows_cycle_end:  # as text, because vLLM searches no stop token for stop strings
+                self._end_ids = []
         self.end_of_turn_ids = server.end_of_turn_ids
 
     def encode(self, text: str) -> list[int]:
@@ -173,8 +177,8 @@ class VllmCycles:
         if params.seed is not None:
             params.seed = (params.seed + self._choice + index * _SEED_STRIDE) % _SEED_RANGE
         if is_continued:
-            params.prompt_logprobs, params.skip_reading_prefix_cache = None, False
-        if params.max_tokens is not None:
+            params.min_tokens, params.prompt_logprobs, params.skip_reading_prefix_cache = 0, None, False
+        elif params.max_tokens is not None:
             params.min_tokens = min(params.min_tokens, params.max_tokens)
         if params.thinking_token_budget is not None:
             question = call.prompt["prompt_token_ids"]

@@ -18,7 +18,7 @@ from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.request_state import RequestState, begin_request, salted_prompt
 from rtap_server.engine.vllm_cycles import count_spent
 from rtap_server.telemetry.logs import ERRORS
-from tests.core.scripted import encode
+from tests.core.scripted import EOS, encode
 from tests.server.fake_engine import CLOSE, QUESTION, FakeEngine, all_of, ask, build
 
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"
@@ -76,7 +76,7 @@ async def test_the_budget_seed_and_stops_of_each_cycle():
     first, second = (call.params for call in llm.calls)
     assert (first.seed, second.seed) == (7, 7 + 1_000_003)
     assert (first.max_tokens, second.max_tokens) == (200, 200 - len(encode(WRONG)) - 1)
-    assert (first.min_tokens, second.min_tokens) == (5, 5)
+    assert (first.min_tokens, second.min_tokens) == (5, 0)
     assert (first.prompt_logprobs, second.prompt_logprobs) == (2, None)
     for params in (first, second):
         assert (params.n, params.stop) == (1, ["x"])
@@ -171,6 +171,8 @@ def test_what_cannot_recurse_is_a_400_before_anything_is_generated():
     llm = FakeEngine([])
     with pytest.raises(VLLMValidationError, match="prompt embeddings are not supported"):
         ask(build(llm), prompt={"prompt_embeds": object()})
+    with pytest.raises(VLLMValidationError, match="out-of-vocab"):
+        ask(build(llm), stop_token_ids=[EOS + 1], options={"reasoning_parser_kwargs": {}})
     assert not llm.calls
 
 

@@ -234,6 +234,14 @@ def test_stops_of_a_cycle_leave_the_requests_alone():
     assert (params.stop, params.stop_token_ids, params._all_stop_token_ids) == (["x"], [5], {5})
 
 
+def test_stop_token_ids_outside_the_vocabulary_are_found():
+    config: Any = SimpleNamespace(get_vocab_size=lambda: 9)
+    vllm_compat.check_stop_token_ids(SamplingParams(stop_token_ids=[8]), config)
+    with pytest.raises(VLLMValidationError, match="out-of-vocab") as caught:
+        vllm_compat.check_stop_token_ids(SamplingParams(stop_token_ids=[9]), config)
+    assert caught.value.parameter == "stop_token_ids"
+
+
 async def test_each_message_of_an_engine_is_observed():
     """vLLM's own output handler, on a client that has two messages."""
     messages, seen = asyncio.Queue[Any](), list[int]()

@@ -135,7 +135,7 @@ async def test_a_client_that_leaves_stops_the_engine():
         ({"policy": "single"}, {}),
         ({"select": "best"}, {}),  # then each is scored
         ({"max_cycles": 1}, {}),
-        ({}, {"stop": ["x"]}),  # held back by the engine, so that text and tokens part
+        ({}, {"stop": ["x"]}),
         ({}, {"stop_token_ids": [5]}),
         ({}, {"thinking_token_budget": 50}),  # vLLM begins it anew with each thought
         ({}, {"min_tokens": 5}),
@@ -146,7 +146,9 @@ async def test_a_client_that_leaves_stops_the_engine():
 async def test_what_needs_the_end_of_each_cycle_gets_it(rtap: dict[str, Any], wanted: dict[str, Any]):
     llm = whole(FIRST + SECOND)
     await all_of(ask(engine_of(llm), rtap=MODEL | {"threshold": 0.5} | rtap, **wanted)[0])
-    assert all(CLOSE in call.params.stop_token_ids for call in llm.calls)
+    # With stop strings as text: vLLM does not look for them in a stop token.
+    ends = [CLOSE in call.params.stop_token_ids or "</answer>" in call.params.stop[1:] for call in llm.calls]
+    assert all(ends)
 
 
 @pytest.mark.parametrize("logprobs", [None, [{1: 1}, {CLOSE: 2}, {2: 3}]])
@@ -202,6 +204,14 @@ async def test_stops_end_the_answer_at_their_token_however_it_arrives(wanted, co
     assert state.trajectories[0].answer == last
     (call,) = llm.calls
     assert (call.params.stop, call.params.stop_token_ids) == ([], [CLOSE])
+
+
+async def test_the_stop_that_is_reported_is_that_of_the_returned_answer():
+    llm = FakeEngine(["<think>a</think><answer>82*", "b</think><answer>7</answer>"])
+    limits = {"threshold": 1.0, "max_cycles": 2}
+    (output,) = await all_of(ask(build(llm), rtap=limits, options=SPLIT, stop=["*"])[0])
+    (part,) = output.outputs
+    assert (part.text.partition(ANSWER_MARK)[2], part.finish_reason, part.stop_reason) == ("82", "stop", "*")
 
 
 async def test_a_stop_ends_the_engines_work():
