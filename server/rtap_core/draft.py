@@ -9,12 +9,16 @@ from rtap_core.types import Engine, Step
 
 
 class StepEvent(NamedTuple):
-    """One piece of a cycle. ``think``: its text inside the thought, without tags; empty inside an answer."""
+    """One piece of a cycle. ``think``, ``answer``: its text inside the thought and the answer, without tags.
+
+    taken_back: characters at the end of the answer of earlier steps that belong to a stop string."""
 
     cycle_index: int
     step: Step
     think: str
     in_answer: bool
+    answer: str = ""
+    taken_back: int = 0
 
 
 @dataclass(slots=True)
@@ -67,7 +71,9 @@ class Draft:
         if step.logprobs is not None:
             self.logprobs.extend(step.sampled_logprobs)
         self.first, self.last = self.first or step, step
-        return StepEvent(self.index, step, think, self.parser.in_answer)
+        in_answer = self.parser.in_answer
+        answer = self.parser.take_answer(final=step.finished) if in_answer else ""
+        return StepEvent(self.index, step, think, in_answer, answer, self.parser.taken_back if step.finished else 0)
 
     def _stop(self, step: Step) -> str | int | None:
         """Stop string or token id of the request that ends the answer in ``step``."""

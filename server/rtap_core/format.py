@@ -66,8 +66,8 @@ def format_from_config(block: Mapping[str, Any] | None, *, override: str | None 
 class CycleParser:
     """Split the text of one cycle into thought and answer while it arrives.
 
-    ``feed`` returns thinking text once it cannot be part of a tag; ``close`` returns the rest. The answer is a
-    property, since nothing may show it before it is scored.
+    ``feed`` returns thinking text once it cannot be part of a tag; ``close`` returns the rest. ``take_answer`` returns
+    new text of the answer; the caller decides whether it may be shown before the answer is scored.
     thought_open: the prompt, or the loop, has already written ``think_open``.
     prefix: text that begins the cycle and was not generated. It sets the parser's state and is not part of its results.
     stop: strings that end the answer where they occur in it; white space before it is no part of it. They are ignored
@@ -96,16 +96,21 @@ class CycleParser:
         self._closing_tag = fmt.think_close if thought_open else ""
         self._think: list[str] = []
         self._answer: list[str] = []
+        self._untaken = ""  # text of the answer for the next take_answer
+        self._skips_space = False  # at the beginning of an answer that follows a tag
+        self._waiting_space: list[str] = []  # at the end of an answer that a tag may end
         self._stop: Sequence[str] = ()
         self._include_stop = include_stop
         self._stop_tail = ""  # end of the answer, where a stop string may have begun
         self._stopped_at: str | None = None
+        self._taken_back = 0
         if prefix:
             begun = prefix.rpartition(fmt.answer_close)[2] if fmt.answer_close else prefix  # after whole cycles
             self.feed(begun)
             self._pending = "" if self._has_begun else self._pending
             self._think.clear()
             self._answer.clear()
+            self._untaken, self._skips_space = "", False
         self._stop = stop
 
     @property
@@ -117,6 +122,11 @@ class CycleParser:
     def stopped_at(self) -> str | None:
         """The stop string that ended the answer."""
         return self._stopped_at
+
+    @property
+    def taken_back(self) -> int:
+        """Number of characters at the end of what ``take_answer`` has returned that a stop string took back."""
+        return self._taken_back
 
     @property
     def closing_tag(self) -> str:
@@ -142,6 +152,21 @@ class CycleParser:
     def partial_answer(self) -> str | None:
         """The answer so far, complete or not, stripped; None if there is none."""
         return "".join(self._answer).strip() or None
+
+    def take_answer(self, *, final: bool) -> str:
+        """Answer text since the last call, without the white space next to the format's tags.
+
+        final: the cycle has ended; before that, white space waits if an end tag may follow it."""
+        text, self._untaken = self._untaken, ""
+        if self._skips_space:
+            text = text.lstrip()
+            self._skips_space = not text
+        if self._format.has_answer_tags and not (final and not self._answer_closed):
+            shown = text.rstrip()
+            waiting, self._waiting_space = self._waiting_space, [] if shown else self._waiting_space
+            self._waiting_space.append(text[len(shown) :])
+            return "".join(waiting) + shown if shown else ""
+        return "".join(self._waiting_space) + text
 
     def feed(self, text: str) -> str:
         """Consume the next piece of text. Returns the part now known to be thinking, without tags."""
@@ -170,7 +195,8 @@ class CycleParser:
         answer = "".join(self._answer) + self._pending
         if not self._in_answer or self._answer_closed or not answer.strip() or not answer.endswith(text):
             return False
-        self._end_answer(answer if self._include_stop else answer[: len(answer) - len(text)])
+        self._answer, self._untaken, self._pending = [answer], self._untaken + self._pending, ""
+        self._end_answer(without=0 if self._include_stop else len(text))
         return True
 
     def _begin(self) -> None:
@@ -228,7 +254,8 @@ class CycleParser:
         elif tag == fmt.think_close:
             self._closing_tag = ""
         if tag == fmt.answer_open or (tag == fmt.think_close and fmt.answer_open is None):
-            self._in_answer, self._closing_tag = True, fmt.answer_close or ""
+            self._in_answer = self._skips_space = True
+            self._closing_tag = fmt.answer_close or ""
 
     def _append(self, text: str) -> str:
         """Add text without tags to the thought or the answer. Returns it if it is thinking."""
@@ -238,6 +265,7 @@ class CycleParser:
             self._think.append(text)
             return text
         self._answer.append(text)
+        self._untaken += text
         if self._stop:
             self._find_stop(text)
         return ""
@@ -252,12 +280,18 @@ class CycleParser:
             self._stop_tail = seen[-max(map(len, self._stop)) :]
             return
         end, self._stopped_at = min(found, key=lambda match: match[0])
-        answer = "".join(self._answer)
-        kept = end if self._include_stop else end - len(self._stopped_at)
-        self._end_answer(answer[: len(answer) - len(seen) + kept])
+        self._end_answer(without=len(seen) - (end if self._include_stop else end - len(self._stopped_at)))
 
-    def _end_answer(self, answer: str) -> None:
-        self._answer, self._pending, self._answer_closed = [answer], "", True
+    def _end_answer(self, *, without: int) -> None:
+        """Close the answer before its last ``without`` characters, and before white space there as at an end tag."""
+        text = "".join(self._answer)
+        answer = text[: len(text) - without]
+        if self._format.has_answer_tags:
+            answer = answer.rstrip()
+        self._answer, self._answer_closed = [answer], True
+        rest = "".join(self._waiting_space) + self._untaken
+        num_rest = len(rest) - (len(text) - len(answer))
+        self._untaken, self._waiting_space, self._taken_back = rest[: max(0, num_rest)], [], max(0, -num_rest)
 
 
 def parse_cycle(text: str, fmt: TrajectoryFormat, *, ended_by_model: bool = False) -> tuple[str, str | None]:

@@ -50,6 +50,15 @@ def max_cycles(limits: Limits) -> int:
     return 1 if limits.policy is Policy.SINGLE else limits.max_cycles
 
 
+def streams_answer(limits: Limits, *, ends_with_turn: bool) -> bool:
+    """True if the first answer is the returned one, so that it can be shown while it is written.
+
+    ends_with_turn: a cycle ends with the turn (formats without answer tags)."""
+    if limits.policy is Policy.VOTE:
+        return False
+    return max_cycles(limits) == 1 or (limits.policy is Policy.MODEL and ends_with_turn)
+
+
 def clears(cycle: Cycle, threshold: float) -> bool:
     """True if a cycle is complete and its confidence reaches ``threshold``."""
     return cycle.answer is not None and cycle.confidence is not None and cycle.confidence >= threshold

@@ -27,7 +27,6 @@ from tests.core.scripted import EOS, ScriptedConfidence, decode, encode
 
 QUESTION = encode("make 82?")
 CLOSE = encode("</answer>")[0]
-LOGPROB = Logprob(logprob=-0.5, rank=1, decoded_token="x")
 
 
 class Call(NamedTuple):
@@ -156,7 +155,7 @@ class FakeEngine:
         shown = ids if stop is None or params.include_stop_str_in_output else ids[:-1]
         return CompletionOutput(
             index=0, text=self.decode(shown), token_ids=ids, cumulative_logprob=None,
-            logprobs=None if params.logprobs is None else [{token_id: LOGPROB} for token_id in ids],
+            logprobs=None if params.logprobs is None else [{i: Logprob(-0.5, 1, self.decode([i]))} for i in ids],
             finish_reason=reason, stop_reason=stop,
         )  # fmt: skip
 

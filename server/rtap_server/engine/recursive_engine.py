@@ -39,6 +39,7 @@ from rtap_server.telemetry.logs import ERRORS
 # vLLM answers these with their own message, and not with 500.
 _CLIENT_ERRORS = (VLLMClientError, GracefulHTTPError, ValueError, TypeError, OverflowError)
 _logger = logging.getLogger(ERRORS)
+_OUTPUTS_PER_TURN = 16
 
 if TYPE_CHECKING:
     from rtap_server.telemetry.tracing import Tracing
@@ -131,18 +132,19 @@ class RecursiveEngine:
                 del self._running[request_id]
 
     async def _choices(self, call: GenerateCall) -> AsyncGenerator[RequestOutput, None]:
-        """``n`` trajectories in parallel, merged as AsyncLLM merges samples: one output for FINAL_ONLY."""
-        queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
+        """``n`` trajectories in parallel, merged as AsyncLLM merges samples: one output for FINAL_ONLY.
+
+        A reader that does not read holds them up."""
+        queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue(call.params.n)
 
         async def run(choice: int) -> None:
             try:
                 async with aclosing(self._choice(call, choice)) as outputs:
                     async for output in outputs:
-                        queue.put_nowait(output)
+                        await queue.put(output)
+                await queue.put(None)
             except Exception as error:  # raised again by the reader below
-                queue.put_nowait(error)
-            finally:
-                queue.put_nowait(None)
+                await queue.put(error)
 
         tasks = [asyncio.create_task(run(choice)) for choice in range(call.params.n)]
         running = unfinished = len(tasks)
@@ -209,6 +211,8 @@ class RecursiveEngine:
             if self._tracing is not None:
                 spans = self._tracing.start_cycles(state.model, index, call.options.get("trace_headers"))
             is_one_request, probe_every = fits_one_request(call, server), self._probe_every(call)
+            # Entries are told apart by step.
+            separates_logprobs = call.parses_reasoning and call.params.logprobs is not None
             cycles = VllmCycles(
                 self._inner,
                 server,
@@ -219,7 +223,7 @@ class RecursiveEngine:
                 cutoff,
                 spans,
                 stops_at_cycle_end=not is_one_request,
-                in_pieces=probe_every is not None,
+                in_pieces=probe_every is not None or separates_logprobs,
             )
             one_request = OneRequestCycles(cycles, server, spans) if is_one_request else None
             engine = one_request or cycles
@@ -245,8 +249,10 @@ class RecursiveEngine:
                             trajectory = _with_discarded(_with_probes(event.trajectory, probing), one_request)
                             state.trajectories[index] = trajectory
                             server.metrics.observe(trajectory, max_cycles=call.limits.max_cycles)
-                        for output in writer.write(event):
+                        for number, output in enumerate(writer.write(event), 1):
                             yield output
+                            if number % _OUTPUTS_PER_TURN == 0:  # a long answer is released at once
+                                await asyncio.sleep(0)
             except CycleAborted as aborted:
                 for output in writer.abort(aborted.finish_reason):
                     yield output

@@ -227,7 +227,7 @@ async def test_no_delta_is_of_both_kinds():
     texts = [output.outputs[0].text for output in await all_of(stream)]
     assert state.trajectories[0].selected == 0
     assert "".join(texts).endswith(f"<answer>1</answer>\n{ANSWER_MARK}82")
-    assert [text.partition(ANSWER_MARK)[::2] for text in texts if ANSWER_MARK in text] == [("", "82")]
+    assert texts[-4:] == [ANSWER_MARK, "8", "2", ""]  # the last one has the end tag and the finish reason
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -340,7 +340,9 @@ async def test_tokens_are_counted_once_in_every_kind_of_output(kind):
 @pytest.mark.parametrize(("script", "answer"), [([WRONG], "25*7"), ([], None)])
 async def test_at_the_deadline_the_engine_is_stopped_and_what_there_is_comes_back(kind, script, answer):
     # Later calls arrive after the deadline: the engine ignores an abort before that.
-    llm = FakeEngine([*script, "x" * 10_000], size=1, arrival_seconds=0.1, token_seconds=0.001, num_instant=len(script))
+    llm = FakeEngine(
+        [*script, "x" * 10_000], size=1, arrival_seconds=0.08, token_seconds=0.001, num_instant=len(script)
+    )
     stream, state = ask(build(llm), rtap={"deadline_seconds": 0.05}, output_kind=kind, max_tokens=None)
     async with asyncio.timeout(5):
         outputs = await all_of(stream)

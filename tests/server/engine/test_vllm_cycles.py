@@ -5,9 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from rtap_core.format import RTAP, THINK
 from rtap_core.types import Cycle, Step
 from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.recursive_engine import RecursiveEngine
@@ -28,13 +31,18 @@ def engine_of(llm: FakeEngine, *, shows_cycle_end: bool = True) -> RecursiveEngi
     return build(llm, shows_cycle_end=shows_cycle_end)
 
 
-def told(outputs: list[RequestOutput]) -> tuple[str, list[int], list[Any], str | None]:
-    """Text, ids, log-probabilities and finish reason of what a client sees."""
+def told(outputs: list[RequestOutput], *, in_order: bool) -> tuple[str, list[int], list[Any], str | None]:
+    """Text, ids, log-probabilities of the content and finish reason of what a client sees.
+
+    in_order: of the ids. A stream has those of rejected answers after all thoughts."""
     parts = [output.outputs[0] for output in outputs]
+    ids = [i for part in parts for i in part.token_ids]
+    entries = [entry for part in parts for entry in part.logprobs or ()]
+    assert len(entries) == len(ids)
     return (
         "".join(part.text for part in parts),
-        [i for part in parts for i in part.token_ids],
-        [entry for part in parts for entry in part.logprobs or ()],
+        ids if in_order else sorted(ids),
+        [e for e in entries if next(iter(e.values())).decoded_token != ANSWER_MARK],
         parts[-1].finish_reason,
     )
 
@@ -66,7 +74,8 @@ async def test_what_is_told_is_what_several_requests_tell(text, rtap, max_tokens
         outputs = await all_of(stream)
         done = state.trajectories[0]
         cycles = [(c.think, c.answer, c.tokens, c.answer_tokens, c.oops_tokens, c.accepted) for c in done.cycles]
-        found.append((told(outputs), cycles, done.stop_reason, done.selected, len(llm.calls)))
+        shown = told(outputs, in_order=not split or kind is RequestOutputKind.FINAL_ONLY)
+        found.append((shown, cycles, done.stop_reason, done.selected, len(llm.calls)))
     assert found[0][:4] == found[1][:4]
     assert found[0][4] == 1
     if len(encode(FIRST)) < max_tokens and "<" in text:
@@ -204,6 +213,35 @@ async def test_stops_end_the_answer_at_their_token_however_it_arrives(wanted, co
     assert state.trajectories[0].answer == last
     (call,) = llm.calls
     assert (call.params.stop, call.params.stop_token_ids) == ([], [CLOSE])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.text(alphabet="ab \n<", max_size=12),
+    st.sets(st.sampled_from(["b", "ab", "ba", "aab", "a\n", " b", "<a"]), max_size=3).map(sorted),
+    st.sampled_from([RTAP, THINK]),
+    st.sampled_from([{"policy": "single"}, {"policy": "vote", "samples": 1}]),
+    st.sampled_from([RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY]),
+    st.integers(1, 3),
+    st.booleans(),
+)
+async def test_content_is_the_answer_up_to_the_first_stop(text, stops, fmt, rtap, kind, size, include):
+    """However it is streamed. "first" is that which is complete first."""
+    llm = FakeEngine([RTAP.render_cycle("t", text) if fmt is RTAP else THINK.render_cycle("t", text)], size=size)
+    stream, state = ask(
+        build(llm, format=fmt), rtap=rtap, output_kind=kind, options=SPLIT, stop=stops,
+        include_stop_str_in_output=include, logprobs=0,
+    )  # fmt: skip
+    parts = [output.outputs[0] for output in await all_of(stream)]
+    answer = text.lstrip()
+    end, stop = min(((answer.index(s) + len(s), s) for s in stops if s in answer), default=(len(answer), None))
+    wanted = answer[: end - (0 if include or stop is None else len(stop))]
+    content = "".join(part.text for part in parts).partition(ANSWER_MARK)[2]
+    assert content.strip() == wanted.strip()
+    assert fmt is THINK or content == wanted.strip()
+    assert (state.trajectories[0].answer or "") == wanted.strip()
+    assert sum(len(part.token_ids) for part in parts) == sum(len(part.logprobs or ()) for part in parts)
+    assert parts[-1].stop_reason == stop
 
 
 async def test_the_stop_that_is_reported_is_that_of_the_returned_answer():

@@ -109,9 +109,8 @@ def test_events_without_a_marker_pass_as_bytes():
 
 
 def test_responses_and_messages_get_the_object_in_their_last_event():
-    done = (
-        b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"output_tokens":30}}}\n\n'
-    )
+    response = b'{"id":"r","usage":{"output_tokens":30}}'
+    done = b'event: response.completed\ndata: {"type":"response.completed","response":' + response + b"}\n\n"
     out = _stream("/v1/responses").feed(done)
     reply = json.loads(out.split(b"data: ")[1])["response"]
     assert out.startswith(b"event: response.completed\n")
