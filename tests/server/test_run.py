@@ -20,7 +20,7 @@ from vllm.utils.gc_utils import freeze_gc_heap
 from rtap_server.__main__ import _parse
 from rtap_server.engine.server_state import Drain
 from rtap_server.engine.supervisor import SupervisedEngine, Supervisor
-from rtap_server.http.admission import Admission
+from rtap_server.http.admission import Admission, Demand
 from rtap_server.run import _SIGNALS, _config, _handled_signals, serve_app
 from rtap_server.telemetry.metrics import Metrics
 from tests.other_checkpoints import MODELS
@@ -123,7 +123,7 @@ async def test_a_signal_lets_the_running_request_finish(args, number):
         await may_end.wait()
 
     async with served(app, args, drain_seconds=20) as server:
-        with server.admission.admit(1):
+        with server.admission.admit(Demand()):
             running = asyncio.create_task(server.status("/slow"))
             await asyncio.sleep(0.1)
             os.kill(os.getpid(), number)

@@ -240,6 +240,7 @@ async def test_the_generators_cache_is_divided_too():
 
 
 async def test_without_keys_a_prompt_keeps_the_salt_it_has():
+    begin_request(RequestState())
     assert salted_prompt({"prompt_token_ids": [1]}) == {"prompt_token_ids": [1]}
     assert salted_prompt({"cache_salt": "own"}) == {"cache_salt": "own"}
 
