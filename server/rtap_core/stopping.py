@@ -10,20 +10,22 @@ def decide(
     limits: Limits,
     *,
     ended_turn: bool,
+    ended_text: bool,
     truncated: bool,
     no_room: bool,
     cut: StopReason | None,
 ) -> StopReason | None:
     """Reason to end the trajectory after ``cycles``; None to generate another cycle.
 
-    ended_turn: the model ended its turn. truncated: the token budget cut the last cycle.
-    no_room: the budget holds no further cycle; it counts only if one would follow. cut: reason of the Cutoff.
+    ended_turn: the model ended its turn. ended_text: a stop of the request ended the text, thoughts included.
+    truncated: the token budget cut the last cycle.
+    no_room: a budget holds no further cycle; it counts only if one would follow. cut: reason of the Cutoff.
     A good answer comes before a spent budget: the reason names what was reached.
     """
     last = cycles[-1]
     if limits.policy is Policy.CONFIDENCE and clears(last, limits.threshold):
         return StopReason.THRESHOLD
-    if limits.policy is Policy.MODEL and ended_turn:
+    if ended_text or (limits.policy is Policy.MODEL and ended_turn):
         return StopReason.MODEL
     if cut is not None:
         return cut

@@ -5,6 +5,7 @@ import random
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry
@@ -52,6 +53,8 @@ class FakeEngine:
     calls: arguments of each ``generate``. aborted: ids of requests that ``abort`` has ended.
     num_sampled: tokens so far. num_closed: generators closed before their end.
     """
+
+    model_config = SimpleNamespace(get_vocab_size=lambda: EOS + 1)
 
     script: Sequence[str] | Callable[[str], str]
     encode: Callable[[str], list[int]] = encode
@@ -163,6 +166,7 @@ def build(llm: FakeEngine, confidence: Any = None, *, tracing: Any = None, **ser
         settings=Settings(confidence_model="http://generator"), format=RTAP,
         confidence=confidence or ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
         generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=llm.encode,
+        decode=lambda token_ids, _: llm.decode(token_ids),
         end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None), drain=Drain(),
     )  # fmt: skip
     return RecursiveEngine(llm, replace(state, **server), tracing)  # type: ignore[arg-type]

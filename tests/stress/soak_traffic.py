@@ -29,7 +29,7 @@ _MOST_TOKENS = 160
 _LEAVE_SECONDS, _SHORT_SECONDS = 0.5, 0.03  # longest stay of a client that disconnects
 # Seconds of work with a generator; with and without one, on endpoints that have these fields.
 _LONG: Mapping[str, Any] = {"rtap": {"policy": "confidence", "threshold": 1.0, "max_cycles": 16}}
-_ENDLESS: Mapping[str, Any] = {**_LONG, "ignore_eos": True, "min_tokens": 900, "max_tokens": 900}
+_ENDLESS: Mapping[str, Any] = {**_LONG, "ignore_eos": True, "max_tokens": 900}
 _BAD: Sequence[tuple[str, bytes, int, str]] = (  # path, body, status, label of rtap_rejected_total
     (CHAT, b"{", 400, "invalid"),
     (MESSAGES, b"[" * 5000, 400, "invalid"),

@@ -203,6 +203,7 @@ def _server_state(
         generator=artifact,
         count_oops=OopsCounter(lexicon, encode).count,
         encode=encode,
+        decode=cast(Any, policy.renderer.tokenizer).decode,
         end_of_turn_ids=_end_of_turn_ids(policy),
         metrics=metrics,
         feedback=feedback,

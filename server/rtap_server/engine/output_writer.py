@@ -76,6 +76,8 @@ class OutputWriter:
         self._streams_answer = self._is_stream and stopping.streams_answer(
             call.limits, ends_with_turn=not fmt.has_answer_tags
         )
+        limits = call.limits  # a stop string may begin in any but the last step of an answer
+        self._num_waiting_characters = 0 if limits.include_stop else max(map(len, limits.stop), default=1) - 1
         self._first: RequestOutput | None = None
         self._last_cycle: Cycle | None = None
         self._answers: dict[int, list[_Piece]] = {}  # waiting steps by cycle
@@ -114,19 +116,34 @@ class OutputWriter:
 
     def _answer_step(self, event: StepEvent) -> Sequence[RequestOutput]:
         step, text = event.step, event.answer.replace(ANSWER_MARK, "")
-        if self._is_content and step.native is not None and self._is_complete(step.native, text):
+        passes_on = self._is_content and not step.finished and not self._num_waiting_characters
+        if passes_on and step.native is not None and self._is_complete(step.native, text):
             return (self._passed_on(step.native),)
         self._part.text += event.think.replace(ANSWER_MARK, "")
         outputs = self._emit() if self._part.text else ()
         logprobs = _content_logprobs(step.token_ids, self._logprobs(step, is_content=True), step.text, text)
         waiting = self._answers.setdefault(event.cycle_index, [])
+        _take_back(waiting, event.taken_back)
         waiting.append(_Piece(text, step.token_ids, logprobs, len(self._part.token_ids)))
         if not self._is_stream:
             self._append(step.token_ids, self._logprobs(step, is_content=False))  # until the answer is returned
         elif self._streams_answer and not step.finished and (text or self._is_content):
-            outputs = (*outputs, *self._release(waiting), *(self._emit() if self._part.text else ()))
-            waiting.clear()
+            ready = self._pop_ready(waiting)
+            if ready:
+                outputs = (*outputs, *self._release(ready), *(self._emit() if self._part.text else ()))
         return outputs
+
+    def _pop_ready(self, waiting: list[_Piece]) -> list[_Piece]:
+        """Remove and return the steps from which no stop string can take back anything."""
+        end, after = len(waiting), 0
+        while end and after < self._num_waiting_characters:
+            end -= 1
+            after += len(waiting[end].text)
+        if after < self._num_waiting_characters:
+            return []
+        ready = waiting[:end]
+        del waiting[:end]
+        return ready
 
     def _opened(self) -> Sequence[RequestOutput]:
         """An empty output for the first step, so that a chat stream starts before the first text."""
@@ -189,8 +206,10 @@ class OutputWriter:
         self._part.finish_reason = "length" if is_cut else "stop"
         if self._is_stream and not (self._has_output or self._part.text or self._part.token_ids):
             self._part.text = ANSWER_MARK  # vLLM drops a last chunk without text and tokens
-        if finish is not None and finish.ended_turn:  # not the loop's own stop token
-            self._part.stop_reason = finish.native.outputs[0].stop_reason
+        if self._call.parses_reasoning and trajectory.accepted is not None:
+            self._part.stop_reason = trajectory.accepted.stop
+        elif finish is not None:
+            self._part.stop_reason = finish.stop_reason
         yield from self._emit()
 
     def _returned(self, trajectory: Trajectory) -> Iterator[RequestOutput]:
@@ -281,6 +300,17 @@ def part_of(native: RequestOutput, text: str, tokens: slice, *, is_last: bool) -
         part.finish_reason, part.stop_reason, output.finished = None, None, False
     output.outputs = [part]
     return output
+
+
+def _take_back(pieces: list[_Piece], count: int) -> None:
+    """Remove the last ``count`` characters of an answer."""
+    for at in reversed(range(len(pieces))):
+        if not count:
+            break
+        text = pieces[at].text
+        kept = max(0, len(text) - count)
+        count -= len(text) - kept
+        pieces[at] = pieces[at]._replace(text=text[:kept])
 
 
 def _ids(part: CompletionOutput) -> list[int]:

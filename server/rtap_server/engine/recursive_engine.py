@@ -25,7 +25,15 @@ from rtap_core.types import Engine, Limits, Policy, Trajectory
 from rtap_server.engine.output_writer import GenerateCall, OutputWriter
 from rtap_server.engine.request_state import RequestState, current_request, salted_prompt
 from rtap_server.engine.server_state import ServerState
-from rtap_server.engine.vllm_cycles import CycleAborted, OneRequestCycles, VllmCycles, count_spent, fits_one_request
+from rtap_server.engine.vllm_compat import check_stop_token_ids
+from rtap_server.engine.vllm_cycles import (
+    CycleAborted,
+    OneRequestCycles,
+    VllmCycles,
+    count_spent,
+    fits_one_request,
+    limits_of_call,
+)
 from rtap_server.telemetry.logs import ERRORS
 
 # vLLM answers these with their own message, and not with 500.
@@ -63,6 +71,9 @@ class RecursiveEngine:
             return self._passed_through(state, prompt, sampling_params, request_id, options)
         if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
             raise VLLMValidationError("prompt embeddings are not supported: recursion continues on token ids")
+        if sampling_params.stop_token_ids:  # which may never reach the engine
+            check_stop_token_ids(sampling_params, self._inner.model_config)
+        parses_reasoning = options.get("reasoning_parser_kwargs") is not None
         call = GenerateCall(
             state=state,
             first_choice=state.reserve_choices(sampling_params.n),
@@ -70,8 +81,11 @@ class RecursiveEngine:
             params=sampling_params,
             request_id=request_id,
             options=options,
-            limits=replace(state.limits, max_tokens=_smaller(sampling_params.max_tokens, state.max_tokens)),
-            parses_reasoning=options.get("reasoning_parser_kwargs") is not None,
+            limits=replace(
+                limits_of_call(state.limits, sampling_params, parses_reasoning=parses_reasoning),
+                max_tokens=_smaller(sampling_params.max_tokens, state.max_tokens),
+            ),
+            parses_reasoning=parses_reasoning,
         )
         return self._choice(call, 0) if sampling_params.n == 1 else self._choices(call)
 
@@ -160,8 +174,10 @@ class RecursiveEngine:
         """Tokens between probes, when the request asks for them and a score can end its thoughts."""
         if call.limits.policy is not Policy.CONFIDENCE or self._server.confidence is None:
             return None
-        # A continued message may be past its thought; a grammar constrains the answer from a tag the model writes.
-        if call.state.prefix or call.params.structured_outputs is not None:
+        # A continued message may be past its thought; a grammar constrains the answer from a tag the model writes; the
+        # other two move the end of an answer.
+        params = call.params
+        if call.state.prefix or params.structured_outputs or params.min_tokens or call.limits.stops_answers:
             return None
         return call.limits.probe_every
 

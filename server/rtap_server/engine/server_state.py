@@ -1,6 +1,6 @@
 """State that all requests of a server share: settings, format, confidence, counters, graceful shutdown."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -56,7 +56,8 @@ class ServerState:
     """Shared by all requests, built once at start.
 
     confidence: None when no confidence source is configured. generator: artifact of the confidence generator.
-    count_oops: Oops tokens of a text. logprobs: the ``logprobs`` that confidence needs of each cycle.
+    count_oops: Oops tokens of a text. decode: text of token ids; the flag leaves out special tokens.
+    logprobs: the ``logprobs`` that confidence needs of each cycle.
     shows_cycle_end: the tag that ends a cycle is visible in generated text.
     """
 
@@ -66,6 +67,7 @@ class ServerState:
     generator: Artifact
     count_oops: Callable[[str], int]
     encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int], bool], str]
     end_of_turn_ids: frozenset[int]
     metrics: Metrics
     feedback: Feedback

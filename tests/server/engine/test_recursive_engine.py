@@ -18,7 +18,7 @@ from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.request_state import RequestState, begin_request, salted_prompt
 from rtap_server.engine.vllm_cycles import count_spent
 from rtap_server.telemetry.logs import ERRORS
-from tests.core.scripted import encode
+from tests.core.scripted import EOS, encode
 from tests.server.fake_engine import CLOSE, QUESTION, FakeEngine, all_of, ask, build
 
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"
@@ -171,6 +171,8 @@ def test_what_cannot_recurse_is_a_400_before_anything_is_generated():
     llm = FakeEngine([])
     with pytest.raises(VLLMValidationError, match="prompt embeddings are not supported"):
         ask(build(llm), prompt={"prompt_embeds": object()})
+    with pytest.raises(VLLMValidationError, match="out-of-vocab"):
+        ask(build(llm), stop_token_ids=[EOS + 1], options={"reasoning_parser_kwargs": {}})
     assert not llm.calls
 
 
@@ -338,7 +340,9 @@ async def test_tokens_are_counted_once_in_every_kind_of_output(kind):
 @pytest.mark.parametrize(("script", "answer"), [([WRONG], "25*7"), ([], None)])
 async def test_at_the_deadline_the_engine_is_stopped_and_what_there_is_comes_back(kind, script, answer):
     # Later calls arrive after the deadline: the engine ignores an abort before that.
-    llm = FakeEngine([*script, "x" * 10_000], size=1, arrival_seconds=0.08, token_seconds=0.001, num_instant=len(script))
+    llm = FakeEngine(
+        [*script, "x" * 10_000], size=1, arrival_seconds=0.08, token_seconds=0.001, num_instant=len(script)
+    )
     stream, state = ask(build(llm), rtap={"deadline_seconds": 0.05}, output_kind=kind, max_tokens=None)
     async with asyncio.timeout(5):
         outputs = await all_of(stream)

@@ -225,12 +225,21 @@ def test_names_that_routes_of_vllm_ask_of_the_engine(name):
     assert hasattr(AsyncLLM, name)
 
 
-def test_stop_token_ids_of_a_cycle_leave_the_requests_alone():
-    params = SamplingParams(stop_token_ids=[5])
+def test_stops_of_a_cycle_leave_the_requests_alone():
+    params = SamplingParams(stop=["x"], stop_token_ids=[5])
     cycle = copy.copy(params)
-    vllm_compat.add_stop_token_ids(cycle, [7])
-    assert (cycle._all_stop_token_ids, cycle.stop_token_ids) == ({5, 7}, [5, 7])
-    assert (params._all_stop_token_ids, params.stop_token_ids) == ({5}, [5])
+    vllm_compat.set_stops(cycle, ["y", "long"], [7])
+    assert (cycle.stop, cycle.stop_token_ids, cycle._all_stop_token_ids) == (["y", "long"], [7], {7})
+    assert cycle.output_text_buffer_length == 3
+    assert (params.stop, params.stop_token_ids, params._all_stop_token_ids) == (["x"], [5], {5})
+
+
+def test_stop_token_ids_outside_the_vocabulary_are_found():
+    config: Any = SimpleNamespace(get_vocab_size=lambda: 9)
+    vllm_compat.check_stop_token_ids(SamplingParams(stop_token_ids=[8]), config)
+    with pytest.raises(VLLMValidationError, match="out-of-vocab") as caught:
+        vllm_compat.check_stop_token_ids(SamplingParams(stop_token_ids=[9]), config)
+    assert caught.value.parameter == "stop_token_ids"
 
 
 async def test_each_message_of_an_engine_is_observed():
