@@ -3,7 +3,8 @@
     python -m tests.stress.fuzz
 
 No reply may be a 5xx, every error has OpenAI's shape and leaks no internals, and a good request still passes at the
-end. Bodies come from schemathesis. Exits 1 with the offending request when anything is found.
+end. Bodies come from schemathesis; hostile schemas, grammars, tools and extra arguments come from here. Exits 1 with the
+offending request when anything is found.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import hypothesis
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from hypothesis.strategies import SearchStrategy
 from prometheus_client.parser import text_string_to_metric_families
@@ -54,8 +56,25 @@ _QUESTIONS: Mapping[str, Mapping[str, Any]] = {
     "/v1/responses": {"input": _QUESTION},
 }
 _MOST: Mapping[str, int] = {"max_tokens": 64, "max_completion_tokens": 64, "max_output_tokens": 64, "n": 4}
-SERVED = "served"
-MODES = (GenerationMode.POSITIVE.value, GenerationMode.NEGATIVE.value, SERVED)
+SERVED, CONSTRAINED = "served", "constrained"  # the latter is the former with fields of `constraints`
+MODES = (GenerationMode.POSITIVE.value, GenerationMode.NEGATIVE.value, SERVED, CONSTRAINED)
+_WORDS = [f"word{number}" for number in range(3000)]
+_SCHEMAS: Sequence[Any] = (
+    {"$ref": "#"}, {"$ref": "#/nowhere"}, {"$ref": '#/a\n{"levelname": "ERROR"}'}, {"enum": []}, {"enum": _WORDS}, {"not": {}},
+    {"type": "object", "patternProperties": {"^C[": {}}}, {"type": "string", "pattern": "(?<=a)b\\1"}, True, False, {}, [],
+    {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, {"type": "array", "minItems": 10**18},
+    {"type": "integer", "minimum": 1e300}, {"type": "string", "format": "\x1b[2J"}, {"allOf": [{"$ref": "#"}, {"$ref": "#"}]},
+    {"type": "object", "properties": {word: {"type": "string"} for word in _WORDS[:300]}},
+)  # fmt: skip
+_TEXTS = (
+    "root ::= root", "root ::= (", "start: start", "start: /(/", "start: %json {}", "(a|b|.)?" * 50, "((a{1,99}){1,99}){1,99}",
+    "a{1,1000000}", "|".join(_WORDS), "\\", "\x00", "\ud800", "(" * 3000, "root ::= \"\"", "{", "null", "[]", '{"format": {}}',
+    '{"structures": [{"begin": "a", "schema": {"$ref": "#"}, "end": "b"}], "triggers": ["a"]}', "{}",
+)  # fmt: skip
+_KEYWORDS = (
+    "type", "properties", "required", "items", "anyOf", "oneOf", "allOf", "enum", "const", "$ref", "$defs", "pattern", "format",
+    "minItems", "maxItems", "minLength", "maxLength", "minimum", "multipleOf", "additionalProperties", "x-guidance",
+)  # fmt: skip
 _LONGEST_SECONDS = 20.0  # the client disconnects after it
 _INTERNALS = re.compile(
     r"0x[0-9a-f]{6,}|Traceback|File \"|/(?:tmp|usr|root|home|opt|var|proc|work|site-packages)/|\.py\b"
@@ -108,12 +127,12 @@ def fuzz(url: str, *, seconds: float, examples: int, seed: int, log_line: Callab
 def _targets(operations: Sequence[Operation]) -> Iterator[tuple[Operation, str]]:
     for operation in operations:
         if operation.path not in EXCLUDED:
-            modes = MODES if operation.path in RECURSIVE_PATHS else MODES[:2]
+            modes = MODES if operation.path in RECURSIVE_PATHS else MODES[:2]  # no question is known for the others
             yield from ((operation, mode) for mode in modes)
 
 
 def _run(operation: Operation, mode: str, examples: int, seed: int, report: Report) -> None:
-    generation = GenerationMode.POSITIVE if mode == SERVED else GenerationMode(mode)
+    generation = GenerationMode.POSITIVE if mode in (SERVED, CONSTRAINED) else GenerationMode(mode)
     cases: SearchStrategy[AnyCase] = cast(Any, operation).as_strategy(generation_mode=generation)
     settings = hypothesis.settings(
         max_examples=examples, phases=[Phase.generate], database=None, deadline=None,
@@ -122,10 +141,12 @@ def _run(operation: Operation, mode: str, examples: int, seed: int, report: Repo
 
     @hypothesis.seed(seed)
     @settings
-    @hypothesis.given(case=cases)
-    def each(case: AnyCase) -> None:
-        if mode == SERVED:
+    @hypothesis.given(case=cases, fields=constraints() if mode == CONSTRAINED else st.just({}))
+    def each(case: AnyCase, fields: dict[str, Any]) -> None:
+        if mode in (SERVED, CONSTRAINED):
             case.body = served(case.body, operation.path)
+        if mode == CONSTRAINED and isinstance(case.body, dict):
+            case.body = {**cast(dict[str, Any], case.body), **fields}
         _send_case(case, operation.label, mode, report)
 
     try:
@@ -141,6 +162,54 @@ def served(body: Any, path: str) -> Any:
     fields = {k: v for k, v in cast(dict[str, Any], body).items() if k not in _REFUSED}
     few = {k: max(1, min(v, most)) for k, most in _MOST.items() if isinstance(v := fields.get(k), int)}
     return {"max_tokens": 64, **fields, **few, "model": "rtap", **_QUESTIONS[path]}
+
+
+def constraints() -> SearchStrategy[dict[str, Any]]:
+    """Fields that constrain an output or pass through to the engine, of all four endpoints; each ignores the others'."""
+    texts = st.sampled_from(_TEXTS) | st.text(max_size=30)
+    scalars = texts | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.none()
+    schemas = st.recursive(
+        st.sampled_from(_SCHEMAS) | scalars,
+        lambda inner: st.dictionaries(st.sampled_from(_KEYWORDS), inner | st.lists(inner, max_size=3), max_size=5),
+        max_leaves=8,
+    )
+    formats = st.one_of(
+        st.fixed_dictionaries({"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"name": texts, "schema": schemas})}),
+        st.fixed_dictionaries({"type": st.just("json_schema"), "name": texts, "schema": schemas}),
+        st.fixed_dictionaries({"type": st.just("structural_tag"), "format": schemas}),
+        st.just({"type": "json_object"}),
+    )  # fmt: skip
+    function = st.fixed_dictionaries({"name": texts, "parameters": schemas})
+    tools = st.lists(
+        st.fixed_dictionaries({"type": st.just("function"), "function": function})
+        | st.fixed_dictionaries({"type": st.just("function"), "name": texts, "parameters": schemas})
+        | st.fixed_dictionaries({"name": texts, "input_schema": schemas}),
+        max_size=3,
+    )
+    structured = st.one_of(
+        *(st.fixed_dictionaries({kind: texts}) for kind in ("regex", "grammar", "structural_tag")),
+        st.fixed_dictionaries({"json": schemas | texts}),
+        st.fixed_dictionaries({"choice": st.lists(texts, max_size=3) | st.just(_WORDS)}),
+        st.fixed_dictionaries({"json_object": st.booleans()}),
+    )
+    names = st.sampled_from(
+        ["kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id", "rtap_threshold"]
+    )
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "response_format": formats,
+            "structured_outputs": structured,
+            "text": st.fixed_dictionaries({"format": formats}),
+            "output_config": st.fixed_dictionaries({"format": formats}),
+            "tools": tools,
+            "tool_choice": st.sampled_from(["auto", "none", "required", {"type": "any"}, {"type": "function", "name": "a\n"}]),
+            "vllm_xargs": st.dictionaries(names, scalars | st.lists(scalars, max_size=2) | schemas, max_size=2),
+            "chat_template_kwargs": st.dictionaries(
+                st.sampled_from(["enable_thinking", "thinking", "tools", "messages", "raise_exception"]) | texts, scalars
+            ),
+        },
+    )  # fmt: skip
 
 
 def _send_case(case: AnyCase, label: str, mode: str, report: Report) -> None:
