@@ -3,7 +3,7 @@
     python -m tests.stress.fuzz
 
 No reply may be a 5xx, every error has OpenAI's shape and leaks no internals, and a good request still passes at the
-end. Bodies come from schemathesis; hostile schemas, grammars, tools and extra arguments come from here. Exits 1 with the
+end. Bodies come from schemathesis, hostile schemas, grammars, tools and extra arguments from here. Exits 1 with the
 offending request when anything is found.
 """
 
@@ -60,20 +60,48 @@ SERVED, CONSTRAINED = "served", "constrained"  # the latter is the former with f
 MODES = (GenerationMode.POSITIVE.value, GenerationMode.NEGATIVE.value, SERVED, CONSTRAINED)
 _WORDS = [f"word{number}" for number in range(3000)]
 _SCHEMAS: Sequence[Any] = (
-    {"$ref": "#"}, {"$ref": "#/nowhere"}, {"$ref": '#/a\n{"levelname": "ERROR"}'}, {"enum": []}, {"enum": _WORDS}, {"not": {}},
-    {"type": "object", "patternProperties": {"^C[": {}}}, {"type": "string", "pattern": "(?<=a)b\\1"}, True, False, {}, [],
-    {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, {"type": "array", "minItems": 10**18},
-    {"type": "integer", "minimum": 1e300}, {"type": "string", "format": "\x1b[2J"}, {"allOf": [{"$ref": "#"}, {"$ref": "#"}]},
+    True,
+    {},
+    [],
+    {"$ref": "#"},
+    {"$ref": "#/nowhere"},
+    {"$ref": '#/a\n{"levelname": "ERROR"}'},
+    {"allOf": [{"$ref": "#"}, {"$ref": "#"}]},
+    {"enum": []},
+    {"enum": _WORDS},
+    {"not": {}},
+    {"type": "string", "pattern": "(?<=a)b\\1"},
+    {"type": "string", "format": "\x1b[2J"},
+    {"type": "integer", "minimum": 1e300},
+    {"type": "array", "minItems": 10**18},
+    {"type": "object", "patternProperties": {"^C[": {}}},
+    {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
     {"type": "object", "properties": {word: {"type": "string"} for word in _WORDS[:300]}},
-)  # fmt: skip
+)
 _TEXTS = (
-    "root ::= root", "root ::= (", "start: start", "start: /(/", "start: %json {}", "(a|b|.)?" * 50, "((a{1,99}){1,99}){1,99}",
-    "a{1,1000000}", "|".join(_WORDS), "\\", "\x00", "\ud800", "(" * 3000, "root ::= \"\"", "{", "null", "[]", '{"format": {}}',
-    '{"structures": [{"begin": "a", "schema": {"$ref": "#"}, "end": "b"}], "triggers": ["a"]}', "{}",
-)  # fmt: skip
+    "root ::= root",
+    "root ::= (",
+    'root ::= ""',
+    "start: start",
+    "start: /(/",
+    "start: %json {}",
+    "(a|b|.)?" * 50,
+    "((a{1,99}){1,99}){1,99}",
+    "a{1,1000000}",
+    "|".join(_WORDS),
+    "(" * 3000,
+    "\\",
+    "\x00",
+    "{",
+    "{}",
+    "null",
+    '{"format": {}}',
+    '{"structures": [{"begin": "a", "schema": {"$ref": "#"}, "end": "b"}], "triggers": ["a"]}',
+)
 _KEYWORDS = (
-    "type", "properties", "required", "items", "anyOf", "oneOf", "allOf", "enum", "const", "$ref", "$defs", "pattern", "format",
-    "minItems", "maxItems", "minLength", "maxLength", "minimum", "multipleOf", "additionalProperties", "x-guidance",
+    "type", "properties", "required", "items", "anyOf", "oneOf", "allOf", "enum", "const", "$ref", "$defs", "pattern",
+    "format", "minItems", "maxItems", "minLength", "maxLength", "minimum", "multipleOf", "additionalProperties",
+    "x-guidance",
 )  # fmt: skip
 _LONGEST_SECONDS = 20.0  # the client disconnects after it
 _INTERNALS = re.compile(
@@ -165,51 +193,53 @@ def served(body: Any, path: str) -> Any:
 
 
 def constraints() -> SearchStrategy[dict[str, Any]]:
-    """Fields that constrain an output or pass through to the engine, of all four endpoints; each ignores the others'."""
+    """Fields of all four endpoints that constrain an output or reach the engine; each ignores the others' fields."""
     texts = st.sampled_from(_TEXTS) | st.text(max_size=30)
-    scalars = texts | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.none()
+    numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    scalars = texts | numbers | st.booleans() | st.none()
     schemas = st.recursive(
         st.sampled_from(_SCHEMAS) | scalars,
         lambda inner: st.dictionaries(st.sampled_from(_KEYWORDS), inner | st.lists(inner, max_size=3), max_size=5),
         max_leaves=8,
     )
+
+    def fields(**values: Any) -> SearchStrategy[dict[str, Any]]:
+        found = {name: v if isinstance(v, SearchStrategy) else st.just(v) for name, v in values.items()}
+        return st.fixed_dictionaries(cast(dict[str, SearchStrategy[Any]], found))
+
     formats = st.one_of(
-        st.fixed_dictionaries({"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"name": texts, "schema": schemas})}),
-        st.fixed_dictionaries({"type": st.just("json_schema"), "name": texts, "schema": schemas}),
-        st.fixed_dictionaries({"type": st.just("structural_tag"), "format": schemas}),
-        st.just({"type": "json_object"}),
-    )  # fmt: skip
-    function = st.fixed_dictionaries({"name": texts, "parameters": schemas})
-    tools = st.lists(
-        st.fixed_dictionaries({"type": st.just("function"), "function": function})
-        | st.fixed_dictionaries({"type": st.just("function"), "name": texts, "parameters": schemas})
-        | st.fixed_dictionaries({"name": texts, "input_schema": schemas}),
-        max_size=3,
+        fields(type="json_schema", json_schema=fields(name=texts, schema=schemas)),
+        fields(type="json_schema", name=texts, schema=schemas),
+        fields(type="structural_tag", format=schemas),
+        fields(type="json_object"),
     )
-    structured = st.one_of(
-        *(st.fixed_dictionaries({kind: texts}) for kind in ("regex", "grammar", "structural_tag")),
-        st.fixed_dictionaries({"json": schemas | texts}),
-        st.fixed_dictionaries({"choice": st.lists(texts, max_size=3) | st.just(_WORDS)}),
-        st.fixed_dictionaries({"json_object": st.booleans()}),
+    tools = st.one_of(
+        fields(type="function", function=fields(name=texts, parameters=schemas)),
+        fields(type="function", name=texts, parameters=schemas),
+        fields(name=texts, input_schema=schemas),
     )
-    names = st.sampled_from(
-        ["kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id", "rtap_threshold"]
+    structured_outputs = st.one_of(
+        fields(json=schemas),
+        fields(regex=texts),
+        fields(grammar=texts),
+        fields(structural_tag=texts),
+        fields(choice=st.lists(texts, max_size=3) | st.just(_WORDS)),
+        fields(json_object=st.booleans()),
     )
-    return st.fixed_dictionaries(
-        {},
-        optional={
-            "response_format": formats,
-            "structured_outputs": structured,
-            "text": st.fixed_dictionaries({"format": formats}),
-            "output_config": st.fixed_dictionaries({"format": formats}),
-            "tools": tools,
-            "tool_choice": st.sampled_from(["auto", "none", "required", {"type": "any"}, {"type": "function", "name": "a\n"}]),
-            "vllm_xargs": st.dictionaries(names, scalars | st.lists(scalars, max_size=2) | schemas, max_size=2),
-            "chat_template_kwargs": st.dictionaries(
-                st.sampled_from(["enable_thinking", "thinking", "tools", "messages", "raise_exception"]) | texts, scalars
-            ),
-        },
-    )  # fmt: skip
+    choices = st.sampled_from(["auto", "none", "required", {"type": "any"}, {"type": "function", "name": "a\n"}])
+    arguments = st.sampled_from(["kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id"])
+    switches = st.sampled_from(["enable_thinking", "thinking", "tools", "messages", "raise_exception"])
+    optional = {
+        "response_format": formats,
+        "structured_outputs": structured_outputs,
+        "text": fields(format=formats),
+        "output_config": fields(format=formats),
+        "tools": st.lists(tools, max_size=3),
+        "tool_choice": choices,
+        "vllm_xargs": st.dictionaries(arguments, schemas | st.lists(scalars, max_size=2), max_size=2),
+        "chat_template_kwargs": st.dictionaries(switches | texts, scalars, max_size=2),
+    }
+    return st.fixed_dictionaries({}, optional=cast(dict[str, SearchStrategy[Any]], optional))
 
 
 def _send_case(case: AnyCase, label: str, mode: str, report: Report) -> None:

@@ -146,8 +146,8 @@ def _templates(request: Mapping[str, Any]) -> None:
         is_switch = isinstance(value, bool) or (name == "reasoning_effort" and value in _TEMPLATE_EFFORTS)
         if not is_switch or name in _TEMPLATE_VARIABLES or not name.isidentifier() or len(given) > _MAX_SWITCHES:
             raise InvalidRequest(
-                f"chat_template_kwargs.{name[:40]} is not allowed: requests may set switches of the template to true or "
-                "false, and reasoning_effort; the flag --allow-request-templates allows more",
+                f"chat_template_kwargs.{name[:40]} is not allowed: requests may set switches of the template to true "
+                "or false, and reasoning_effort; the flag --allow-request-templates allows more",
                 param="chat_template_kwargs",
             )
 

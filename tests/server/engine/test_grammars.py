@@ -1,17 +1,20 @@
-"""A grammar that cannot constrain a model is refused before the engine sees it; the engine's own refusal is a 400 too."""
+"""A grammar that constrains nothing is refused before the engine sees it; what the engine refuses is a 400 too."""
 
 import asyncio
 import copy
+import inspect
 import os
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import envs
 from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.tool_parsers.abstract_tool_parser import ToolParser
 
 from rtap_server.engine.grammars import check_grammar, use_guidance
 from tests.other_checkpoints import MODELS
@@ -120,3 +123,5 @@ def test_the_operators_backend_wins(monkeypatch, chosen, becomes):
     use_guidance(config)
     assert config.structured_outputs_config.backend == becomes
     assert os.environ.get("VLLM_ENFORCE_STRICT_TOOL_CALLING") == ("0" if becomes == "guidance" else None)
+    assert envs.VLLM_ENFORCE_STRICT_TOOL_CALLING is (becomes != "guidance")
+    assert "envs.VLLM_ENFORCE_STRICT_TOOL_CALLING" in inspect.getsource(ToolParser.get_structural_tag)

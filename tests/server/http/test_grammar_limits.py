@@ -95,7 +95,7 @@ def test_a_schema_is_refused_wherever_it_stands(place, sentence):
     ("constraint", "sentence"),
     [
         ({"choice": WORDS}, "choice has 1001 entries"),
-        ({"regex": "|".join(WORDS)}, "regex has 1000 alternatives"),
+        ({"regex": "|".join(WORDS) + "|x"}, "regex has 1001 alternatives"),
         ({"regex": "a" * 40_000}, "regex has 40000 characters"),
         ({"regex": "a\x00"}, r"control character '\x00'"),
         ({"grammar": RULES}, "grammar has 501 rules"),
@@ -105,12 +105,9 @@ def test_a_schema_is_refused_wherever_it_stands(place, sentence):
     ],
 )
 def test_a_grammar_is_refused(constraint, sentence):
-    sentence = sentence.replace("1000 alternatives", "1001 alternatives") if "|" in str(constraint) else sentence
-    if "regex" in constraint and "|" in constraint["regex"]:
-        constraint = {"regex": constraint["regex"] + "|x"}
-    for request, where in (({"structured_outputs": constraint}, ""), ({"structured_outputs": constraint}, "inside.")):
-        with pytest.raises(InvalidRequest, match="at most|remove|contains") as refused:
-            check_constraints(request, where)
+    for where in ("", "sampling_params."):
+        with pytest.raises(InvalidRequest) as refused:
+            check_constraints({"structured_outputs": constraint}, where)
         assert sentence in str(refused.value)
         assert refused.value.param == f"{where}structured_outputs"
 
