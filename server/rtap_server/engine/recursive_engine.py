@@ -22,6 +22,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from rtap_core.probing import Probing
 from rtap_core.recursion import CycleEvent, FinalEvent, Recursion
 from rtap_core.types import Engine, Limits, Policy, Trajectory
+from rtap_server.engine.grammars import constrained
 from rtap_server.engine.output_writer import GenerateCall, OutputWriter
 from rtap_server.engine.request_state import RequestState, current_request, salted_prompt
 from rtap_server.engine.server_state import ServerState
@@ -67,6 +68,20 @@ class RecursiveEngine:
         state = current_request()
         if isinstance(prompt, dict):
             prompt = salted_prompt(cast(dict[str, Any], prompt))
+        outputs = self._outputs(state, prompt, sampling_params, request_id, options)
+        if sampling_params.structured_outputs is None:
+            return outputs
+        backend = self._inner.vllm_config.structured_outputs_config.backend
+        return constrained(outputs, sampling_params.structured_outputs, backend)
+
+    def _outputs(
+        self,
+        state: RequestState,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
         if state.limits is None:
             return self._passed_through(state, prompt, sampling_params, request_id, options)
         if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:

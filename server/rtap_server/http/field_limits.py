@@ -11,6 +11,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter, ValidationError
 
 from rtap_core.errors import InvalidRequest
+from rtap_server.http.grammar_limits import check_constraints
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_LOGIT_BIASES, MAX_DEPTH = 16, 256, 1024, 64
 CHARACTERS_PER_TOKEN = 64
@@ -18,7 +19,16 @@ CHARACTERS_PER_TOKEN = 64
 MAX_CHARACTERS, MAX_CHARACTERS_ON_LOOP = 2**19, 2**15
 _LISTS = {"messages": "messages", "input": "items", "prompt": "prompts"}
 _IDS = ("prompt", "tokens", "token_ids")
-_TEMPLATES = ("chat_template", "chat_template_kwargs")
+# Template variables that requests may not set. The first line is what vLLM and the template set themselves.
+_TEMPLATE_VARIABLES = frozenset(
+    {"messages", "bos_token", "eos_token", "pad_token", "unk_token", "raise_exception", "strftime_now"}
+    | {"conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
+    | {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+    | {"return_assistant_tokens_mask"}
+)
+_TEMPLATE_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_MAX_SWITCHES = 16
+_TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
 _MEDIA = frozenset({"image_url", "audio_url", "video_url"})
 # Fields that describe tools and results: a URL in them is text and fetches nothing.
 _NO_MEDIA = frozenset(
@@ -50,16 +60,15 @@ class FieldLimits:
         for asked in (request, cast(dict[str, Any], params) if isinstance(params, dict) else {}):
             self._counts(asked)
             _stops(asked)
+            _transfers(asked)
         nested: dict[str, Any] = {name: value for name, value in request.items() if isinstance(value, _CONTAINERS)}
         if is_deeper(nested, MAX_DEPTH):
             raise InvalidRequest(f"the request body is nested more than {MAX_DEPTH} levels deep")
+        check_constraints(request)
+        if isinstance(params, dict):
+            check_constraints(cast(dict[str, Any], params), "sampling_params.")
         if not self.allows_templates:
-            for name in filter(request.get, _TEMPLATES):
-                raise InvalidRequest(
-                    f"{name} is not allowed in requests: a template is code that the server runs; start it with "
-                    "--allow-request-templates to accept it",
-                    param=name,
-                )
+            _templates(request)
         for name in nested.keys() - _NO_MEDIA:
             for address in _media_urls(nested[name]):
                 if address.partition(":")[0].lower() not in ("data", *self.media_schemes):
@@ -123,6 +132,38 @@ def _stops(request: Mapping[str, Any]) -> None:
             raise InvalidRequest(f"{name} has {len(stops)} entries; at most {MAX_STOPS} are allowed", param=name)
         if any(isinstance(stop, str) and len(stop) > MAX_STOP_CHARACTERS for stop in stops):
             raise InvalidRequest(f"an entry of {name} is longer than {MAX_STOP_CHARACTERS} characters", param=name)
+
+
+def _templates(request: Mapping[str, Any]) -> None:
+    """Refuse templates and their variables, but for switches such as ``enable_thinking``."""
+    if request.get("chat_template"):
+        raise InvalidRequest(
+            "chat_template is not allowed in requests: a template is code that the server runs; start it with "
+            "--allow-request-templates to accept it",
+            param="chat_template",
+        )
+    given: Any = request.get("chat_template_kwargs")
+    if not isinstance(given, dict):
+        return  # vLLM refuses what is neither an object nor null
+    given = cast(dict[str, Any], given)
+    for name, value in given.items():
+        is_switch = isinstance(value, bool) or (name == "reasoning_effort" and value in _TEMPLATE_EFFORTS)
+        if not is_switch or name in _TEMPLATE_VARIABLES or not name.isidentifier() or len(given) > _MAX_SWITCHES:
+            raise InvalidRequest(
+                f"chat_template_kwargs.{name[:40]} is not allowed: requests may set switches of the template to true "
+                "or false, and reasoning_effort; the flag --allow-request-templates allows more",
+                param="chat_template_kwargs",
+            )
+
+
+def _transfers(request: Mapping[str, Any]) -> None:
+    """Refuse transfer parameters of a wrong type inside dictionaries that vLLM passes to the engine unchecked."""
+    for field in ("vllm_xargs", "extra_args"):
+        entries: Any = request.get(field)
+        for name in _TRANSFERS if isinstance(entries, dict) else ():
+            value: Any = cast(dict[str, Any], entries).get(name)
+            if value is not None and not isinstance(value, dict):
+                raise InvalidRequest(f"{field}.{name}={str(value)[:40]!r} must be an object", param=field)
 
 
 def is_deeper(value: Any, depth: int) -> bool:

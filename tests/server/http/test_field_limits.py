@@ -1,6 +1,7 @@
 """What a request may ask for: refused with the field's name, at once, and without a copy of what was sent."""
 
 import contextlib
+import inspect
 import json
 import time
 import tracemalloc
@@ -8,6 +9,7 @@ import tracemalloc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 from rtap_core.errors import InvalidRequest
 from rtap_server.http.field_limits import (
@@ -53,6 +55,16 @@ def nested(depth):
         ({"metadata": nested(MAX_DEPTH)}, None, "nested more than 64 levels deep"),
         ({"chat_template": "{{ 1 }}"}, "chat_template", "a template is code"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "--allow-request-templates"),
+        ({"chat_template_kwargs": {"enable_thinking": "{{ x }}"}}, "chat_template_kwargs", "true or false"),
+        ({"chat_template_kwargs": {"messages": False}}, "chat_template_kwargs", "messages is not allowed"),
+        ({"chat_template_kwargs": {"reasoning_effort": "extreme"}}, "chat_template_kwargs", "reasoning_effort"),
+        ({"chat_template_kwargs": {"thinking": True, "a b": True}}, "chat_template_kwargs", "a b is not allowed"),
+        ({"chat_template_kwargs": {f"a{i}": True for i in range(17)}}, "chat_template_kwargs", "a0 is not allowed"),
+        ({"vllm_xargs": {"kv_transfer_params": "x"}}, "vllm_xargs", "kv_transfer_params='x' must be an object"),
+        ({"vllm_xargs": {"ec_transfer_params": [1]}}, "vllm_xargs", "ec_transfer_params='[1]' must be an object"),
+        ({"sampling_params": {"extra_args": {"kv_transfer_params": 1}}}, "extra_args", "must be an object"),
+        ({"structured_outputs": {"choice": ["a"] * 1001}}, "structured_outputs", "choice has 1001 entries"),
+        ({"sampling_params": {"structured_outputs": {"regex": "\0"}}}, "sampling_params.structured_outputs", "\\x00"),
         (said([IMAGE]), "messages", "--allowed-media-domains"),
         (said([{"type": "image_url", "image_url": "file:///etc/passwd"}]), "messages", "send a data: URL"),
         (said([{"type": "audio_url", "audio_url": {"url": "\\\\host/a"}}]), "messages", "send a data: URL"),
@@ -92,10 +104,20 @@ def test_too_much_is_refused_with_its_name(request_, param, sentence):
         said([{"type": "tool_use", "id": "1", "name": "show", "input": {"image_url": "https://x/a.png"}}]),
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {"image_url": "https://x"}}}]}]},
         {"metadata": {"image_url": "https://x/a.png"}},
+        {"chat_template_kwargs": {"enable_thinking": False, "thinking": True, "reasoning_effort": "high"}},
+        {"chat_template_kwargs": None, "vllm_xargs": None},
+        {"chat_template_kwargs": {}, "vllm_xargs": {"kv_transfer_params": None, "mine": "x"}},
     ],
 )
 def test_what_is_not_too_much_is_vllms_business(request_):
     LIMITS.check(request_)
+
+
+def test_no_argument_of_transformers_is_a_switch():
+    arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"self", "kwargs"}
+    for name in arguments:
+        with pytest.raises(InvalidRequest):
+            LIMITS.check({"chat_template_kwargs": {name: True}})
 
 
 def test_what_a_flag_allows_passes():
