@@ -71,8 +71,8 @@ class RecursiveEngine:
         outputs = self._outputs(state, prompt, sampling_params, request_id, options)
         if sampling_params.structured_outputs is None:
             return outputs
-        backend = self._inner.vllm_config.structured_outputs_config.backend
-        return constrained(outputs, sampling_params.structured_outputs, backend)
+        config = self._inner.vllm_config.structured_outputs_config
+        return constrained(outputs, sampling_params.structured_outputs, config)
 
     def _outputs(
         self,
