@@ -6,7 +6,6 @@ import httpx
 import openai
 import pytest
 
-from rtap_core.types import Confidence
 from rtap_server.settings import Settings
 from tests.core.scripted import ScriptedConfidence
 from tests.server.whole import Service, make_service
@@ -21,13 +20,10 @@ POLICIES = [
 
 @pytest.fixture(scope="module")
 def service() -> Service:
-    class Sure(ScriptedConfidence, Confidence): ...
-
-    service = make_service(
+    return make_service(
         None, Settings(confidence_model="http://generator"), "--enable-auto-tool-choice", "--tool-call-parser",
-        "hermes", confidence=Sure(lambda _: 0.9),
+        "hermes", confidence=ScriptedConfidence(lambda _: 0.9),
     )  # fmt: skip
-    return service
 
 
 def write(service: Service, answer: str, *, size: int | None) -> None:
@@ -84,9 +80,7 @@ async def test_content_and_its_log_probabilities_come_in_several_chunks(service,
 async def test_a_cut_response_is_incomplete(service, rtap, max_tokens, is_cut):
     """In the first thought, in the first answer."""
     write(service, "82 is " + "7+" * 30, size=1)
-    asked = {
-        "model": "rtap", "input": "82?", "max_output_tokens": max_tokens, "extra_body": {"rtap": rtap}
-    }  # fmt: skip
+    asked = {"model": "rtap", "input": "82?", "max_output_tokens": max_tokens, "extra_body": {"rtap": rtap}}
     whole = await client(service).responses.create(**asked)
     events = [event async for event in await client(service).responses.create(**asked, stream=True)]
     status = "incomplete" if is_cut else "completed"

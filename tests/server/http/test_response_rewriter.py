@@ -113,11 +113,8 @@ def test_a_chunk_has_one_entry_for_each_tool_call():
     def call(index, **function):
         return {"index": index, "function": function} | ({"id": f"call-{index}"} if "name" in function else {})
 
-    data = _sse(
-        _chunk({"tool_calls": [call(0, name="f"), call(0, arguments='{"x"'), call(1, name="g"), call(0, arguments=":1}")]
-        }),
-        _chunk({"tool_calls": [call(1, arguments="{}")]}),
-    )  # fmt: skip
+    first = [call(0, name="f"), call(0, arguments='{"x"'), call(1, name="g"), call(0, arguments=":1}")]
+    data = _sse(_chunk({"tool_calls": first}), _chunk({"tool_calls": [call(1, arguments="{}")]}))
     got = [chunk["choices"][0]["delta"]["tool_calls"] for chunk in _read(_stream().feed(data))]
     assert got == [
         [call(0, name="f", arguments='{"x":1}'), call(1, name="g")],
