@@ -6,6 +6,7 @@ conflict with vLLM's. The environments are installed once, into build/clients.""
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,18 @@ def environment() -> Callable[[str], list[str | Path]]:
                 _run("npm", "ci", "--no-audit", "--no-fund", cwd=folder, failure=failure)
             else:
                 _run(sys.executable, "-m", "venv", folder, failure=failure)
-                _run(interpreter, "-m", "pip", "install", "--quiet", "--no-deps", "-r", HERE / name, failure=failure)
+                _run(
+                    interpreter,
+                    "-m",
+                    "pip",
+                    "install",
+                    "-q",
+                    "--no-deps",
+                    "--no-compile",
+                    "-r",
+                    HERE / name,
+                    failure=failure,
+                )
             (folder / "complete").touch()
         if name == NODE:  # node finds packages from the folder of the script
             for script in HERE.glob("*.mjs"):
@@ -189,3 +201,14 @@ def test_litellm_passes_on_reasoning_usage_and_the_rtap_object_of_a_whole_reply(
     assert {name: whole[name] for name in ("text", "reasoning", "tokens")} == {
         name: stream[name] for name in ("text", "reasoning", "tokens")
     }
+
+
+def test_the_docs_have_the_tested_versions():
+    npm = json.loads((HERE / NODE).read_text())["dependencies"]
+    pinned = [(name, version) for name, version in npm.items() if name != "zod"]
+    for file in (NEWEST, OPENAI_2):
+        first_block = (HERE / file).read_text().split("\n\n")[0]
+        pinned += re.findall(r"(?m)^([\w-]+)(?:\[\w+\])?==(.+)$", first_block)
+    rows = [line for line in (ROOT / "docs" / "clients.md").read_text("utf-8").splitlines() if line.startswith("|")]
+    for name, version in pinned:
+        assert any(f"`{name}`" in row and version in row for row in rows), f"{name} {version}"

@@ -1,6 +1,7 @@
 """smolagents: OpenAIModel."""
 
 import json
+from typing import ClassVar
 
 import smolagents
 from smolagents.models import agglomerate_stream_deltas
@@ -9,7 +10,7 @@ from uses import DESCRIPTION, KEY, MODEL, QUESTION, SAMPLING, SCHEMA, TOOL, URL,
 
 class LookUp(smolagents.Tool):
     name, description, output_type = TOOL, DESCRIPTION, "string"
-    inputs = {
+    inputs: ClassVar = {
         "operation": {"type": "string", "description": "Operation.", "enum": ["sum", "product"]},
         "number": {"type": "integer", "description": "Number.", "enum": [7, 82]},
     }
