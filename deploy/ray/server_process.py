@@ -37,7 +37,8 @@ class ServerProcess:
     def __init__(self, process: asyncio.subprocess.Process, folder: tempfile.TemporaryDirectory[str]) -> None:
         self._process, self._folder = process, folder
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(_socket(folder), limit=0),
+            # A kept connection may be closed by a server that is well; a new one fails only when the server is lost.
+            connector=aiohttp.UnixConnector(_socket(folder), limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None),
             auto_decompress=False,
         )
