@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -174,7 +174,7 @@ async def attack_once(
     target: Target,
     good_key: str,
     find_processes: Callable[[], Sequence[psutil.Process]],
-    pool: ProcessPoolExecutor,
+    pool: Executor,
 ) -> Row:
     """Run an attack in ``pool``, wait for memory to return, and measure all the while."""
     before, began, outcome = resident(find_processes()), time.monotonic(), Outcome()
