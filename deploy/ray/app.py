@@ -27,7 +27,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
 from deploy.ray.gateway import Gateway, ReplicaLost
-from deploy.ray.server_process import ServerProcess, check_flags
+from deploy.ray.server_process import SERVE, ServerProcess, check_flags
 from deploy.ray.traffic import ForwardedRequest, ResponseStart
 from rtap_core.errors import Overloaded
 from rtap_server.http.api_keys import load_keys
@@ -66,8 +66,8 @@ class FleetArgs(BaseModel):
 class Replica:
     """A server process on a Ray actor."""
 
-    async def __init__(self, flags: Sequence[str], api_keys_file: Path | None) -> None:
-        self._server = await ServerProcess.start(flags, api_keys_file)
+    async def __init__(self, flags: Sequence[str], api_keys_file: Path | None, program: Sequence[str] = SERVE) -> None:
+        self._server = await ServerProcess.start(flags, api_keys_file, program)
         self._watching = asyncio.create_task(self._exit_with_server())
 
     async def _exit_with_server(self) -> None:

@@ -19,12 +19,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import psutil
 
 from benchmarks.harness import LOGS, READY_SECONDS, RESULTS, list_info, processes_of, run_info, write_report
@@ -210,7 +211,7 @@ async def abuse(
         rows = [Row("none", "–", time.monotonic() - began, watch, size, size, Outcome())]
         for attack in attacks:
             rows.append(await attack_once(attack, target, good_key, find_processes, pool))
-            log_line(f"{attack.name}: {'; '.join(rows[-1].problems) or 'kept'}")
+            log_line(f"{attack.name}: {'; '.join(rows[-1].problems) or 'kept'}"[:2000])
     return rows
 
 
@@ -251,7 +252,29 @@ def _one_line(text: str) -> str:
 
 def to_json(info: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """Every figure."""
-    return {"setting": info, "attacks": [{**asdict(row), "problems": row.problems} for row in rows]}
+    attacks = [
+        {
+            "attack": row.attack,
+            "seconds": round(row.seconds, 1),
+            "live": _summary(row.watch.live),
+            "good": _summary(row.watch.good),
+            "failures": row.watch.failures[:100],
+            "memory": [row.before, row.after],
+            "seen": row.outcome.replies,
+            "problems": row.problems,
+        }
+        for row in rows
+    ]
+    return {"setting": info, "attacks": attacks}
+
+
+def _summary(latencies: Sequence[float]) -> dict[str, float]:
+    if not latencies:
+        return {"count": 0}
+    return {
+        "count": len(latencies),
+        **{f"p{p} ms": round(1000 * float(np.percentile(latencies, p)), 1) for p in (50, 99, 100)},
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,17 +55,23 @@ class Outcome:
     replies: Counter[str] = field(default_factory=Counter[str])
     problems: list[str] = field(default_factory=list[str])
 
-    def reply(self, status: str | int, content: bytes, allowed: Collection[int] | None) -> None:
+    def reply(self, request: bytes, status: str | int, allowed: Collection[int] | None = None) -> None:
         """Count a reply. allowed: statuses; None: all but 5xx, and 503 for a full server."""
         self.replies[str(status)] += 1
         code = int(status)
         if code not in allowed if allowed is not None else code >= 500 and code != 503:
-            self.problem(f"{code}: {content[:200]!r}")
+            self.problem(f"{code} for {_shown(request)}")
 
     def problem(self, text: str) -> None:
         """Note a problem, once."""
         if text not in self.problems and len(self.problems) < 10:
             self.problems.append(text)
+
+
+def _shown(request: bytes) -> str:
+    """Beginning and end of a request."""
+    text = request.decode("latin-1")
+    return repr(text if len(text) < 300 else f"{text[:120]} … {text[-180:]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +107,11 @@ async def _post(
     try:
         async with asyncio.timeout(leave_after), session.post(path, data=data, headers=headers) as reply:
             content = await reply.read()
-            outcome.reply(reply.status, content, allowed)
+            outcome.reply(path.encode() + b" " + data, reply.status, allowed)
             return content if reply.status == 200 else b""
     except TimeoutError:
         if leave_after is None:
-            outcome.problem(f"no reply within {_REPLY_SECONDS:.0f} s: {data[:100]!r}")
+            outcome.problem(f"no reply within {_REPLY_SECONDS:.0f} s: {_shown(data)}")
         outcome.replies["left"] += 1
     except aiohttp.ClientError:  # a server may close a connection whose body it does not read
         outcome.replies["closed"] += 1
@@ -210,7 +216,7 @@ async def invalid_grammars(target: Target, outcome: Outcome) -> None:
                 for stream in (False, True):
                     content = await _post(session, outcome, path, make(**fields, stream=stream))
                     if any(_is_server_error(line) for line in content.splitlines()):
-                        outcome.problem(f"a stream failed: {json.dumps(fields)}: {content[-300:]!r}")
+                        outcome.problem(f"a 5xx in a stream of {path} for {json.dumps(fields)}")
 
 
 def _is_server_error(line: bytes) -> bool:
@@ -224,17 +230,23 @@ def _is_server_error(line: bytes) -> bool:
 async def forged_log_record(target: Target, outcome: Outcome) -> None:
     """A line break and a record inside a schema."""
     record = "\n" + json.dumps({"level": "ERROR", "message": _FORGED}) + "\n"
-    reference = {"$ref": f"#/{record}"}
-    schemas = (reference, {"type": "string", "pattern": f"({record}"}, {"type": record}, {"format": record})
+    schemas = [{"$ref": f"#/{record}"}, {"$ref": record}, {"type": "string", "pattern": f"({record}"}]
+    schemas += [{"type": record}, {"type": "string", "format": record}, {record: record}]
     async with _session(target) as session:
         for schema in schemas:
             await _post(session, outcome, CHAT, _chat(**_json_schema(schema)))
         for name, value in (("grammar", f"root ::= {record}"), ("regex", f"({record}")):
             await _post(session, outcome, CHAT, _chat(structured_outputs={name: value}))
         await _post(session, outcome, f"/v1/{_FORGED}\n{record}".replace("\n", "%0A"), b"{}")
+    for line in await _logged(target, 0):
+        if line.startswith(record.strip()):
+            outcome.problem(f"a forged line in the log: {line}")
+
+
+async def _logged(target: Target, start: int) -> list[str]:
+    """Lines of the log from an offset on; none without a log."""
     await asyncio.sleep(1)  # for output that is still on its way
-    lines = [] if target.log is None else target.log.read_text(errors="replace").splitlines()
-    outcome.problems += [f"a forged line in the log: {line}" for line in lines if line.startswith(record.strip())][:1]
+    return [] if target.log is None else target.log.read_bytes()[start:].decode(errors="replace").splitlines()
 
 
 async def spent_key(target: Target, outcome: Outcome) -> None:
@@ -312,7 +324,7 @@ async def _held(
                 reply = await loop.sock_recv(connection, 65536)
             status = reply[9:12].decode("latin-1")
             if status.isdigit():
-                outcome.reply(status, reply, None)
+                outcome.reply(next(parts()), status)
             else:
                 outcome.replies["closed"] += 1
         except ConnectionError:
@@ -408,22 +420,35 @@ async def _in_flight(session: aiohttp.ClientSession) -> float:
 
 
 async def invalid_bytes(target: Target, outcome: Outcome) -> None:
-    """0xFF in body, header, path and query: a 4xx, and the connection goes on."""
+    """0xFF in body, header, path and query: a 4xx, the connection goes on, no traceback in the log."""
+    start = 0 if target.log is None else target.log.stat().st_size
     good = _head("/live", {}, length=None, method="GET")
-    bodies = (b"\xff", b"\xff" * 1000, b'{"model": "rtap", "messages": "\xff"}', b"\xef\xbb\xbf{}", b'{"a": "\\ud800"}')
+    key = {name: value for name, value in target.headers.items() if name != "Content-Type"}
+    json_type, text, form = ({"Content-Type": type_} for type_ in ("application/json", "text/plain", "multipart/x"))
+    bodies = (
+        b"\xff",
+        b"\xff" * 1000,
+        b'{"model": "rtap", "messages": "\xff"}',
+        b"\xef\xbb\xbf{}",
+        b'{"a": "\\ud800"}',
+        b"[]",
+    )
     requests = [
-        _head(path, target.headers, length=len(body)) + body for path in (CHAT, TOKENIZE, SCORE) for body in bodies
+        _head(path, {**key, **type_}, length=len(body)) + body
+        for path in (CHAT, TOKENIZE, SCORE, "/v1/messages", "/v1/rtap/feedback")
+        for type_ in (json_type, dict[str, str](), text, form)
+        for body in bodies
     ]
-    requests += [_head(CHAT, {}, length=len(body)) + body for body in bodies]  # without Content-Type
     requests += [
-        _head("/v1/%ff", target.headers, length=None, method="GET"),
-        _head("/v1/models?x=%ff", target.headers, length=None, method="GET"),
-        _head("/v1/models", {**target.headers, "X-Header": "\xff"}, length=None, method="GET").replace(
-            b"\xc3\xbf", b"\xff"
-        ),
+        _head("/v1/%ff", key, length=None, method="GET"),
+        _head("/v1/models?x=%ff", key, length=None, method="GET"),
+        _head("/v1/models", {**key, "X-Header": "\xff"}, length=None, method="GET").replace(b"\xc3\xbf", b"\xff"),
     ]
     for request in requests:
         await asyncio.to_thread(_twice, target, outcome, request, good)
+    tracebacks = sum(line.startswith("Traceback") for line in await _logged(target, start))
+    if tracebacks:
+        outcome.problem(f"{tracebacks} tracebacks in the log")
 
 
 def _twice(target: Target, outcome: Outcome, request: bytes, good: bytes) -> None:
@@ -435,9 +460,9 @@ def _twice(target: Target, outcome: Outcome, request: bytes, good: bytes) -> Non
             reply = _read_reply(connection)
             if not reply:
                 outcome.replies["closed"] += 1
-                outcome.problem(f"the connection was closed: {request[-100:]!r}")
+                outcome.problem(f"the connection was closed after {_shown(request)}")
                 return
-            outcome.reply(reply[9:12].decode(), reply, None)
+            outcome.reply(sent, reply[9:12].decode())
 
 
 def _read_reply(connection: socket.socket) -> bytes:
