@@ -121,9 +121,8 @@ class GoodClient:
         # New connections, as a kubelet's: a server that accepts none is not alive.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(self._url, connector=connector, timeout=self._timeout) as self._session:
-            await asyncio.gather(
-                _every(_LIVE_EVERY, self._probe, self._watch), _every(_GOOD_EVERY, self._ask, self._watch)
-            )
+            clients = _every(_LIVE_EVERY, self._probe, self._watch), _every(_GOOD_EVERY, self._ask, self._watch)
+            await asyncio.gather(*clients, return_exceptions=True)  # once cancelled, both wait for their replies
 
     async def _probe(self, _: int) -> None:
         began = time.perf_counter()
