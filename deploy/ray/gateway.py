@@ -25,9 +25,10 @@ from deploy.ray.traffic import (
     merge_metrics,
     response_tokens,
 )
-from rtap_core.errors import BodyTooLarge, InvalidRequest, Overloaded, RtapError
+from rtap_core.errors import BodyTooLarge, BodyTooSlow, Overloaded, RtapError
 from rtap_server.engine.request_state import current_request
 from rtap_server.http.auth import PROBE_PATHS
+from rtap_server.http.body_limits import BodyMemory
 from rtap_server.http.errors import error_body, error_response
 from rtap_server.http.route_kinds import route_path
 
@@ -38,6 +39,7 @@ _ATTEMPTS = 2
 _NO_RETRY = {"x-should-retry": "false"}  # read by the OpenAI and Anthropic SDKs, which retry every other 502
 _READY_SECONDS = 1.0
 BODY_SECONDS = 30.0  # deadline for reading a request body
+_LARGEST_BODIES = 64  # bodies of the largest size that are in memory at the same time
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ class Gateway:
     ) -> None:
         self._fleet, self._registry = fleet, registry
         self._max_body_bytes, self._body_seconds = max_body_bytes, body_seconds
-        self._readiness = Readiness(fleet, clock)
+        self._memory, self._readiness = BodyMemory(_LARGEST_BODIES * max_body_bytes), Readiness(fleet, clock)
         self._retries = Counter(
             "rtap_gateway_retries", "Requests sent to another replica after one was lost.", registry=registry
         )
@@ -115,44 +117,57 @@ class Gateway:
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
         """The response; None when it was streamed, or when the client has left. Raises RtapError."""
-        path = route_path(scope)
-        if path in PROBE_PATHS and scope["method"] in ("GET", "HEAD"):  # anybody may send these: no body is read
-            return await self._probe(path)
-        request = await self._read(scope, path, receive)
-        if request is None:
-            return None
-        if path.rstrip("/") == "/metrics":
-            return await self._metrics(request)
-        if path.startswith(_BROADCAST_PATHS):
-            return await self._find(request)
-        return await self._forward(request, send)
+        path, method = route_path(scope), scope["method"]
+        if path in PROBE_PATHS:  # open to everybody
+            return await self._probe(path, method)
+        body: list[bytes] = []
+        try:
+            if method == "POST" and not await self._read(receive, body):
+                return None
+            body[:] = [b"".join(body)]
+            headers = [(k, v) for k, v in scope["headers"] if k not in _HOP_HEADERS]
+            headers.append((b"x-request-id", current_request().request_id.encode()))  # the same for both attempts
+            request = ForwardedRequest(method, path, scope["query_string"], tuple(headers), body[0])
+            if path.rstrip("/") == "/metrics":
+                return await self._metrics(request)
+            if path.startswith(_BROADCAST_PATHS):
+                return await self._find(request)
+            return await self._forward(request, send)
+        finally:
+            self._memory.resize(sum(map(len, body)), 0)
 
-    async def _probe(self, path: str) -> Response:
+    async def _probe(self, path: str, method: str) -> Response:
         """/live: always 200. /ready: 200 while at least one replica is ready."""
+        if method not in ("GET", "HEAD"):
+            return JSONResponse({"detail": None}, status_code=HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "GET"})
         if path == "/live":
             return JSONResponse({"status": "alive"})
         number = await self._readiness.count()
         status = "ready" if number else "not ready"
         return JSONResponse({"status": status, "replicas": number}, status_code=200 if number else 503)
 
-    async def _read(self, scope: Scope, path: str, receive: Receive) -> ForwardedRequest | None:
-        """The complete request; None when the client left before its end. Raises BodyTooLarge or InvalidRequest."""
-        body, more = bytearray(), True
+    async def _read(self, receive: Receive, body: list[bytes]) -> bool:
+        """Read a body in parts; False when the client left before its end.
+
+        Raises BodyTooLarge, BodyTooSlow and Overloaded."""
+        size, limit = 0, self._max_body_bytes
         try:
             async with asyncio.timeout(self._body_seconds):
-                while more:
+                while True:
                     message = await receive()
                     if message["type"] != "http.request":
-                        return None
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-                    if len(body) > self._max_body_bytes:
-                        raise BodyTooLarge(f"the request body is larger than {self._max_body_bytes} bytes; shorten it")
+                        return False
+                    part = message.get("body", b"")
+                    self._memory.resize(size, size + len(part))
+                    body.append(part)
+                    size += len(part)
+                    if size > limit:
+                        raise BodyTooLarge(f"the request body is larger than {limit} bytes; shorten it")
+                    if not message.get("more_body", False):
+                        return True
         except TimeoutError:
-            raise InvalidRequest(f"the request body was not complete after {self._body_seconds:g} s") from None
-        headers = [(k, v) for k, v in scope["headers"] if k not in _HOP_HEADERS]
-        headers.append((b"x-request-id", current_request().request_id.encode()))  # the same for both attempts
-        return ForwardedRequest(scope["method"], path, scope["query_string"], tuple(headers), bytes(body))
+            text = f"the request body did not arrive within {self._body_seconds:g} s; send it faster"
+            raise BodyTooSlow(text) from None
 
     async def _forward(self, request: ForwardedRequest, send: Send) -> Response | None:
         """Send a request to a replica, and to one other when that is lost before the client has received a byte.
@@ -175,7 +190,7 @@ class Gateway:
                 _logger.warning("request %s lost a replica: %s", current_request().request_id, error)
             finally:
                 await reply.aclose()
-        error = error_body("two replicas ended on this request", status=HTTPStatus.BAD_GATEWAY, type_="internal_error")
+        error = error_body("two replicas ended on this request", status=HTTPStatus.BAD_GATEWAY)
         return JSONResponse(error, status_code=HTTPStatus.BAD_GATEWAY, headers=_NO_RETRY)
 
     async def _stream(

@@ -22,11 +22,13 @@ from tests.stress.abuse_attacks import ATTACKS, MIB, Attack, Outcome, Target, ru
 
 
 @contextmanager
-def server(*, stall_seconds: float = 0, status: int = 400) -> Iterator[Target]:
-    """Answers every completion with ``status``, after blocking its event loop."""
+def server(*, stall_seconds: float = 0, status: int = 400, good_seconds: float = 0) -> Iterator[Target]:
+    """Answers every completion with ``status``, after blocking its event loop, and good requests after a while."""
 
     async def answer(request: Request) -> Response:
         body = await request.body()
+        if request.url.path == "/v1/chat/completions":
+            await asyncio.sleep(good_seconds)
         if request.url.path == "/v1/completions":
             time.sleep(stall_seconds)
         is_good = b"make 8" in body and request.url.path != "/v1/completions"
@@ -59,6 +61,13 @@ async def test_a_sound_server_keeps_everything():
     assert row.outcome.replies == {"400": 1}
     assert len(row.watch.live) > 2
     assert row.watch.good
+
+
+async def test_a_good_request_that_outlives_the_attack_is_waited_for():
+    with server(good_seconds=1) as target:
+        row = await row_of("multiplied-completion", target)
+    assert row.problems == []
+    assert max(row.watch.good) >= 1
 
 
 async def test_a_stalled_loop_is_seen_by_the_probe():

@@ -78,6 +78,6 @@ def test_a_request_that_ends_its_server_ends_two_of_them(fleet: httpx.Client, se
     assert fleet.get("/seen").status_code == 200
 
 
-def test_a_failure_of_the_gateway_shows_nothing_of_its_inside(fleet: httpx.Client) -> None:
+def test_errors_of_the_gateway_have_the_servers_shape(fleet: httpx.Client) -> None:
     reply = fleet.post("/echo", content=b"x" * 5000)
-    assert (reply.status_code, reply.json()["error"]["code"]) == (413, 413)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")

@@ -152,7 +152,7 @@ async def test_a_request_that_ends_two_replicas_is_sent_to_no_third(second: list
     assert len(fleet.requests) == fleet.closed == 2
     assert (reply.status_code, reply.headers["x-should-retry"]) == (502, "false")  # or SDKs send it twice more
     error = reply.json()["error"]
-    assert (set(error), error["code"], error["type"]) == ({"message", "type", "param", "code"}, 502, "internal_error")
+    assert (set(error), error["type"]) == ({"message", "type", "param", "code"}, "server_error")
     assert reply.headers["x-request-id"] in error["message"]
 
 
@@ -198,14 +198,40 @@ LEFT: Message = {"type": "http.disconnect"}
 
 
 @pytest.mark.parametrize("arrived", [[], [PART], [{**PART, "body": b""}], [{**PART, "body": b'{"a": 1}'}], [PART] * 3])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/rtap/feedback", "/metrics", "/ready", "/v1/models"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/rtap/feedback", "/metrics", "/v1/models"])
 async def test_an_incomplete_body_goes_nowhere(path: str, arrived: list[Message]) -> None:
     """The client left: nobody is there to answer. Silent past the deadline: an error in the server's shape."""
     fleet = ScriptedFleet()
     assert await send_raw(gateway(fleet), [*arrived, LEFT], path=path) == []
     start, body = await send_raw(gateway(fleet, body_seconds=0.01), arrived, path=path)
-    assert (start["status"], json.loads(body["body"])["error"]["type"]) == (400, "invalid_request_error")
+    assert (start["status"], json.loads(body["body"])["error"]["type"]) == (408, "timeout_error")
     assert fleet.requests == []
+
+
+LARGE: Message = {"type": "http.request", "body": b"x" * 600_000, "more_body": True}
+END: Message = {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def test_large_bodies_are_bounded_together_while_their_requests_run() -> None:
+    fleet = ScriptedFleet([EVENTS, EVENT])
+    fleet.hang = True
+    bare = bare_gateway(fleet, max_body_bytes=2**20)
+    bare._memory.limit = 2**20
+    app = RequestIdMiddleware(bare)
+    running = asyncio.create_task(send_raw(app, [LARGE, END]))
+    await asyncio.sleep(0.05)
+    start, body = await send_raw(app, [LARGE, END])
+    assert (start["status"], json.loads(body["body"])["error"]["type"]) == (503, "overloaded_error")
+    fleet.release.set()
+    assert (await running)[0]["status"] == 200
+    assert bare._memory.used == 0
+
+
+@pytest.mark.parametrize("rest", [[LEFT], [], [LARGE], [END]], ids=["left", "silent", "too large", "answered"])
+async def test_no_body_stays_counted(rest: list[Message]) -> None:
+    app = bare_gateway(ScriptedFleet([JSON, b"{}"]), max_body_bytes=2**20, body_seconds=0.01)
+    await send_raw(RequestIdMiddleware(app), [LARGE, *rest])
+    assert app._memory.used == 0
 
 
 @pytest.mark.parametrize("parts", [1, 5], ids=["at once", "in parts"])
@@ -213,14 +239,15 @@ async def test_a_body_that_is_too_large_goes_nowhere(parts: int) -> None:
     fleet = ScriptedFleet()
     sent = await send_raw(gateway(fleet), [{**PART, "body": b"x" * (5000 // parts)}] * parts)
     assert (sent[0]["status"], fleet.requests) == (413, [])
-    assert json.loads(sent[1]["body"])["error"]["code"] == 413
+    assert json.loads(sent[1]["body"])["error"]["code"] == "request_too_large"
 
 
 @pytest.mark.parametrize("path", ["/live", "/ready"])
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_a_probe_is_answered_without_its_body(method: str, path: str) -> None:
+@pytest.mark.parametrize(("method", "status"), [("GET", 200), ("HEAD", 200), ("POST", 405), ("PUT", 405)])
+async def test_no_body_is_read_without_a_key(method: str, path: str, status: int) -> None:
     fleet = ScriptedFleet(everyone={"r1": (JSON, b"{}")})
-    assert (await send_raw(gateway(fleet), [], method=method, path=path))[0]["status"] == 200
+    assert (await send_raw(gateway(fleet), [], method=method, path=path))[0]["status"] == status
+    assert all(request.method == "GET" for request in fleet.requests)
 
 
 @pytest.mark.parametrize("body", [b"[]," * 100_000, b'["",' * 60_000, b"[" * 100_000, b'{"a":' * 100_000])
