@@ -129,3 +129,17 @@ def test_a_failure_of_the_attack_is_a_problem():
 def test_attacks_have_names_and_expectations():
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) == 12
     assert all(attack.expected and attack.run.__doc__ for attack in ATTACKS)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_failure"),
+    [
+        (b'data: {"error": {"type": "server_error", "message": "x"}}', True),
+        (b'data: {"error": {"type": "invalid_request_error", "message": "x"}}', False),
+        (b'data: {"choices": []}', False),
+        (b"data: [DONE]", False),
+        (b"", False),
+    ],
+)
+def test_only_the_servers_own_failures_in_a_stream_count(line, is_failure):
+    assert abuse_attacks._is_server_error(line) is is_failure

@@ -220,11 +220,8 @@ async def invalid_grammars(target: Target, outcome: Outcome) -> None:
 
 
 def _is_server_error(line: bytes) -> bool:
-    """True for an error event of a stream with a 5xx."""
-    if not line.startswith(b'data: {"error"'):
-        return False
-    code: Any = json.loads(line[6:])["error"].get("code")
-    return not isinstance(code, int) or code >= 500
+    """True for an error event of a stream that is not the client's fault."""
+    return line.startswith(b'data: {"error"') and json.loads(line[6:])["error"]["type"] == "server_error"
 
 
 async def forged_log_record(target: Target, outcome: Outcome) -> None:
