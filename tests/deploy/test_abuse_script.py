@@ -63,6 +63,12 @@ async def test_a_sound_server_keeps_everything():
     assert row.watch.good
 
 
+async def test_large_bodies_are_sent_whole():
+    with server() as target:
+        outcome = await asyncio.to_thread(run_attack, "duplicate-content-types", target)
+    assert (outcome.problems, outcome.replies) == ([], {"400": 6})
+
+
 async def test_a_good_request_that_outlives_the_attack_is_waited_for():
     with server(good_seconds=1) as target:
         row = await row_of("multiplied-completion", target)

@@ -4,6 +4,7 @@ An attack runs in a process of its own, so that its work does not delay the clie
 """
 
 import asyncio
+import io
 import json
 import socket
 import time
@@ -105,7 +106,7 @@ async def _post(
     """Send a request, count its reply, return the body of a 200. leave_after: seconds until the client disconnects."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        async with asyncio.timeout(leave_after), session.post(path, data=data, headers=headers) as reply:
+        async with asyncio.timeout(leave_after), session.post(path, data=io.BytesIO(data), headers=headers) as reply:
             content = await reply.read()
             outcome.reply(path.encode() + b" " + data, reply.status, allowed)
             return content if reply.status == 200 else b""
