@@ -205,8 +205,12 @@ def constraints() -> SearchStrategy[dict[str, Any]]:
     )
 
     def fields(**values: Any) -> SearchStrategy[dict[str, Any]]:
-        found = {name: v if isinstance(v, SearchStrategy) else st.just(v) for name, v in values.items()}
-        return st.fixed_dictionaries(cast(dict[str, SearchStrategy[Any]], found))
+        return st.fixed_dictionaries(
+            {
+                name: cast(SearchStrategy[Any], v if isinstance(v, SearchStrategy) else st.just(v))
+                for name, v in values.items()
+            }
+        )
 
     formats = st.one_of(
         fields(type="json_schema", json_schema=fields(name=texts, schema=schemas)),
