@@ -63,6 +63,12 @@ async def test_a_sound_server_keeps_everything():
     assert row.watch.good
 
 
+async def test_large_bodies_are_sent_whole():
+    with server() as target:
+        outcome = await asyncio.to_thread(run_attack, "duplicate-content-types", target)
+    assert (outcome.problems, outcome.replies) == ([], {"400": 6})
+
+
 async def test_a_good_request_that_outlives_the_attack_is_waited_for():
     with server(good_seconds=1) as target:
         row = await row_of("multiplied-completion", target)
@@ -129,3 +135,17 @@ def test_a_failure_of_the_attack_is_a_problem():
 def test_attacks_have_names_and_expectations():
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) == 12
     assert all(attack.expected and attack.run.__doc__ for attack in ATTACKS)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_failure"),
+    [
+        (b'data: {"error": {"type": "server_error", "message": "x"}}', True),
+        (b'data: {"error": {"type": "invalid_request_error", "message": "x"}}', False),
+        (b'data: {"choices": []}', False),
+        (b"data: [DONE]", False),
+        (b"", False),
+    ],
+)
+def test_only_the_servers_own_failures_in_a_stream_count(line, is_failure):
+    assert abuse_attacks._is_server_error(line) is is_failure
