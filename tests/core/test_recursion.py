@@ -425,6 +425,8 @@ async def test_a_cycle_is_opened_only_where_the_one_before_is_closed(
 ):
     """Whatever the engine writes, wherever it ends, and whatever ends an answer. "$" ends the turn."""
     texts = [text.partition("$")[0] + "$" * ("$" in text) or "$" for text in script]
+    if fmt.answer_close:  # where the engine ends a cycle
+        texts = ["".join(text.partition(fmt.answer_close)[:2]) for text in texts]
     engine, scorer = ScriptedEngine(texts), ScriptedConfidence(lambda _: score)
     limits = Limits(
         policy=policy, threshold=0.5, max_cycles=4, samples=2, stop=stop, stop_token_ids=stop_ids,
