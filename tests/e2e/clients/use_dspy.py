@@ -68,7 +68,8 @@ def basic(rtap):
 async def stream(rtap):
     with _settings(rtap):
         pieces, prediction = await _streamed(Ask, [dspy.streaming.StreamListener("operation")])
-    assert "".join(piece.chunk for piece in pieces) == prediction.operation, pieces
+    # Not equal: dspy's listener leaves JSON's punctuation, and the field after it, around a value.
+    assert f'"{prediction.operation}"' in "".join(piece.chunk for piece in pieces), pieces
     return {"object": dict(prediction)}
 
 
