@@ -31,7 +31,7 @@ def server(*, stall_seconds: float = 0, status: int = 400, good_seconds: float =
             await asyncio.sleep(good_seconds)
         if request.url.path == "/v1/completions":
             time.sleep(stall_seconds)
-        is_good = b"make 8" in body and request.url.path != "/v1/completions"
+        is_good = b'"max_tokens": 96' in body
         return JSONResponse({}, 200 if is_good or request.method == "GET" else status)
 
     routes = [Route("/{path:path}", answer, methods=["GET", "POST"])]
