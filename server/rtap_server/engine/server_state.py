@@ -80,3 +80,8 @@ class ServerState:
         """The token that ends a cycle; empty when the format's closing tag is not exactly one token."""
         ids = self.encode(self.format.answer_close) if self.format.answer_close else []
         return ids if len(ids) == 1 else []
+
+    @property
+    def marks_answers(self) -> bool:
+        """A token begins the answer after a thought. Without one a grammar applies from the first token."""
+        return len(self.encode(self.format.answer_open or self.format.think_close)) == 1

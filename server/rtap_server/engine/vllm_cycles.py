@@ -85,9 +85,9 @@ class VllmCycles:
         params = self._params(index, max_tokens, prompt_token_ids, is_continued=not is_first)
         self._running.add(engine_id)
         try:
-            options: dict[str, Any] = (
-                {**call.options, "reasoning_ended": False} if call.parses_reasoning else call.options
-            )
+            options = call.options
+            if call.parses_reasoning:
+                options = {**options, "reasoning_ended": not self._server.marks_answers}
             if self._spans is not None:
                 options = {**options, "trace_headers": self._spans.headers(index)}
             outputs = self._inner.generate(cast(Any, prompt), params, engine_id, **options)

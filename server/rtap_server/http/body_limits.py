@@ -14,7 +14,7 @@ from rtap_server.engine.request_state import RequestState, current_request
 from rtap_server.engine.server_state import Drain
 from rtap_server.http.admission import Admission
 from rtap_server.http.errors import error_response, rejection_reason, shortened
-from rtap_server.http.field_limits import FieldLimits
+from rtap_server.http.field_limits import MAX_CHARACTERS, MAX_CHARACTERS_ON_LOOP, FieldLimits
 from rtap_server.http.route_kinds import (
     BLOCKED_PATHS,
     LIGHTWEIGHT_PATHS,
@@ -161,8 +161,11 @@ class BodyLimitsMiddleware:
         """The JSON object in the body, which is empty for a form, and for no body on a route that does not recurse."""
         fields = parse_json(body) if path not in MULTIPART_PATHS and (body or path in RECURSIVE_PATHS) else {}
         self._field_limits.check(fields)
+        most = None
         if path not in RECURSIVE_PATHS:
-            self._field_limits.check_length(fields, on_loop=path in TOKENISING_PATHS)
+            on_loop = path in TOKENISING_PATHS or fields.get("return_token_strs")
+            most = MAX_CHARACTERS_ON_LOOP if on_loop else MAX_CHARACTERS
+        self._field_limits.check_length(fields, most=most)
         return fields
 
     def _too_large(self) -> BodyTooLarge:

@@ -14,7 +14,7 @@ from rtap_core.errors import InvalidRequest
 from rtap_server.http.grammar_limits import check_constraints
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_LOGIT_BIASES, MAX_DEPTH = 16, 256, 1024, 64
-CHARACTERS_PER_TOKEN = 64
+CHARACTERS_PER_TOKEN = 16  # several times what text has on average
 # vLLM tokenises in threads, but lists tokens on the event loop, and on a few routes tokenises there: below 0.5 s.
 MAX_CHARACTERS, MAX_CHARACTERS_ON_LOOP = 2**19, 2**15
 _LISTS = {"messages": "messages", "input": "items", "prompt": "prompts"}
@@ -30,6 +30,9 @@ _TEMPLATE_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _MAX_SWITCHES = 16
 _TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
 _MEDIA = frozenset({"image_url", "audio_url", "video_url"})
+# Where a part of a message with one of these types has its media.
+_MEDIA_TYPES = frozenset({*_MEDIA, "input_image", "input_audio", "input_file", "file", "base64"})
+_MEDIA_DATA = frozenset({*_MEDIA, "input_audio", "file", "file_data", "data"})
 # Fields that describe tools and results: a URL in them is text and fetches nothing.
 _NO_MEDIA = frozenset(
     {"tools", "functions", "tool_choice", "response_format", "structured_outputs", "metadata", "text"}
@@ -44,9 +47,9 @@ class FieldLimits:
     """Upper bounds for one request.
 
     n: choices. messages: messages of a chat, items of an input, or prompts of a completion. token_ids: length of a
-    prompt of token ids; on routes where vLLM has no length limit, text may have CHARACTERS_PER_TOKEN times as many
-    characters, at most MAX_CHARACTERS. allows_templates: accept chat templates from requests. media_schemes: URL
-    schemes allowed for media besides ``data:``; vLLM checks the rest of the URL."""
+    prompt of token ids; text may have CHARACTERS_PER_TOKEN times as many characters. allows_templates: accept chat
+    templates from requests. media_schemes: URL schemes allowed for media besides ``data:``; vLLM checks the rest of
+    the URL."""
 
     n: int
     messages: int
@@ -78,16 +81,19 @@ class FieldLimits:
                         param=name,
                     )
 
-    def check_length(self, request: Mapping[str, Any], *, on_loop: bool = False) -> None:
-        """Raise InvalidRequest for more text than any prompt could have, on routes where vLLM has no limit.
+    def check_length(self, request: Mapping[str, Any], *, most: int | None = None) -> None:
+        """Raise InvalidRequest for more text than any prompt could have, because tokenising it would delay others.
 
-        on_loop: the route tokenises on the event loop."""
-        length = sum(len(text) for text in strings(request) if not text.startswith("data:"))
-        most = MAX_CHARACTERS_ON_LOOP if on_loop or request.get("return_token_strs") else MAX_CHARACTERS
-        limit = min(most, self.token_ids * CHARACTERS_PER_TOKEN)
+        most: characters at most, on routes where vLLM has no limit."""
+        length, limit = text_length(request), self.token_ids * CHARACTERS_PER_TOKEN
         if length > limit:
             raise InvalidRequest(
-                f"the request has {length} characters; at most {limit} are allowed on this route: divide the text"
+                f"the request has {length} characters, more than {CHARACTERS_PER_TOKEN} for each of {self.token_ids} "
+                "tokens, the length of the model's context; shorten it"
+            )
+        if most is not None and length > most:
+            raise InvalidRequest(
+                f"the request has {length} characters; at most {most} are allowed on this route: divide the text"
             )
 
     def _counts(self, request: Mapping[str, Any]) -> None:
@@ -180,13 +186,22 @@ def _levels(value: Any) -> Iterator[list[dict[str, Any] | list[Any]]]:
         level = [inner for values in inside for inner in values if isinstance(inner, _CONTAINERS)]
 
 
-def strings(value: Any) -> Iterator[str]:
-    """Every string among the values in ``value``, at any depth."""
-    if isinstance(value, str):
-        yield value
-    for level in _levels(value):
+def text_length(value: Any) -> int:
+    """Characters of all strings in ``value``, at any depth, except those of media, which nothing tokenises."""
+    length, level = 0, [value]
+    while level:
+        inside: list[Any] = []
         for part in level:
-            yield from (v for v in (part.values() if isinstance(part, dict) else part) if isinstance(v, str))
+            if isinstance(part, str):
+                length += len(part)
+            elif isinstance(part, list):
+                inside += cast(list[Any], part)
+            elif isinstance(part, dict):
+                fields = cast(dict[str, Any], part)
+                media = _MEDIA_DATA if fields.get("type") in _MEDIA_TYPES else _MEDIA
+                inside += [inner for name, inner in fields.items() if name not in media]
+        level = inside
+    return length
 
 
 def _media_urls(value: Any) -> Iterator[str]:

@@ -20,6 +20,7 @@ from rtap_server.http.field_limits import (
     FieldLimits,
     is_deeper,
     media_schemes,
+    text_length,
 )
 
 LIMITS = FieldLimits(16, 20, 1000, allows_templates=False)
@@ -192,3 +193,35 @@ def test_a_megabyte_is_looked_through_at_once_and_in_little_memory(request_):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * 2**20
+
+
+IMAGE = "data:image/png;base64," + "A" * 100_000
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": IMAGE}}, {"type": "input_image", "image_url": IMAGE},
+        {"type": "input_audio", "input_audio": {"data": IMAGE, "format": "wav"}},
+        {"type": "file", "file": {"file_data": IMAGE}},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": IMAGE}},
+    ],
+)  # fmt: skip
+def test_media_is_no_text(part):
+    assert text_length({"messages": [{"role": "user", "content": [part]}]}) < 100
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"prompt": IMAGE}, {"prompt": ["a", IMAGE]}, {"messages": [{"role": "user", "content": IMAGE}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": IMAGE}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": IMAGE, "image_url": "x"}]}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "description": IMAGE}}]},
+    ],
+)  # fmt: skip
+def test_text_that_no_prompt_could_have_is_refused_before_it_is_tokenised(request_):
+    limits = FieldLimits(16, 1024, 1024, allows_templates=False)
+    with pytest.raises(InvalidRequest, match="more than 16 for each of 1024 tokens, the length of the model's context"):
+        limits.check_length(request_)
+    FieldLimits(16, 1024, 10_000, allows_templates=False).check_length(request_)
