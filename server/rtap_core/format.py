@@ -96,7 +96,7 @@ class CycleParser:
         self._closing_tag = fmt.think_close if thought_open else ""
         self._think: list[str] = []
         self._answer: list[str] = []
-        self._untaken = ""  # text of the answer for the next take_answer
+        self._untaken: list[str] = []  # text of the answer for the next take_answer
         self._skips_space = False  # at the beginning of an answer that follows a tag
         self._waiting_space: list[str] = []  # at the end of an answer that a tag may end
         self._stop: Sequence[str] = ()
@@ -110,7 +110,7 @@ class CycleParser:
             self._pending = "" if self._has_begun else self._pending
             self._think.clear()
             self._answer.clear()
-            self._untaken, self._skips_space = "", False
+            self._untaken, self._skips_space = [], False
         self._stop = stop
 
     @property
@@ -157,7 +157,7 @@ class CycleParser:
         """Answer text since the last call, without the white space next to the format's tags.
 
         final: the cycle has ended; before that, white space waits if an end tag may follow it."""
-        text, self._untaken = self._untaken, ""
+        text, self._untaken = "".join(self._untaken), []
         if self._skips_space:
             text = text.lstrip()
             self._skips_space = not text
@@ -195,7 +195,7 @@ class CycleParser:
         answer = "".join(self._answer) + self._pending
         if not self._in_answer or self._answer_closed or not answer.strip() or not answer.endswith(text):
             return False
-        self._answer, self._untaken, self._pending = [answer], self._untaken + self._pending, ""
+        self._answer, self._untaken, self._pending = [answer], [*self._untaken, self._pending], ""
         self._end_answer(without=0 if self._include_stop else len(text))
         return True
 
@@ -265,7 +265,7 @@ class CycleParser:
             self._think.append(text)
             return text
         self._answer.append(text)
-        self._untaken += text
+        self._untaken.append(text)
         if self._stop:
             self._find_stop(text)
         return ""
@@ -289,9 +289,9 @@ class CycleParser:
         if self._format.has_answer_tags:
             answer = answer.rstrip()
         self._answer, self._answer_closed = [answer], True
-        rest = "".join(self._waiting_space) + self._untaken
+        rest = "".join([*self._waiting_space, *self._untaken])
         num_rest = len(rest) - (len(text) - len(answer))
-        self._untaken, self._waiting_space, self._taken_back = rest[: max(0, num_rest)], [], max(0, -num_rest)
+        self._untaken, self._waiting_space, self._taken_back = [rest[: max(0, num_rest)]], [], max(0, -num_rest)
 
 
 def parse_cycle(text: str, fmt: TrajectoryFormat, *, ended_by_model: bool = False) -> tuple[str, str | None]:
