@@ -96,7 +96,7 @@ class CycleParser:
         self._closing_tag = fmt.think_close if thought_open else ""
         self._think: list[str] = []
         self._answer: list[str] = []
-        self._untaken = list[str]()  # text of the answer for the next take_answer
+        self._untaken: list[str] = []  # text of the answer for the next take_answer
         self._skips_space = False  # at the beginning of an answer that follows a tag
         self._waiting_space: list[str] = []  # at the end of an answer that a tag may end
         self._stop: Sequence[str] = ()
@@ -289,7 +289,7 @@ class CycleParser:
         if self._format.has_answer_tags:
             answer = answer.rstrip()
         self._answer, self._answer_closed = [answer], True
-        rest = "".join((*self._waiting_space, *self._untaken))
+        rest = "".join([*self._waiting_space, *self._untaken])
         num_rest = len(rest) - (len(text) - len(answer))
         self._untaken, self._waiting_space, self._taken_back = [rest[: max(0, num_rest)]], [], max(0, -num_rest)
 

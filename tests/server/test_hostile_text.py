@@ -42,6 +42,7 @@ def in_deltas(fmt, step: int) -> Callable[[str], None]:
         parser = CycleParser(fmt)
         for at in range(0, len(text), step):
             parser.feed(text[at : at + step])
+            parser.take_answer(final=False)  # as the loop does
         parser.close(ended_by_model=True)
         assert len(parser.think) + len(parser.partial_answer or "") <= len(text)
 
