@@ -91,7 +91,7 @@ def restarts_generator(server: Running) -> None:
 
     def ask() -> dict:
         reply = httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=30).json()
-        assert reply["choices"][0]["message"]["content"] is not None
+        assert any(choice["message"]["content"] for choice in reply["choices"])  # a sample may end in its thought
         return reply["rtap"]
 
     assert ask()["degraded"] in ("error", "timeout", "restarting")

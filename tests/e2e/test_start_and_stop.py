@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from tests.e2e.conftest import ENVIRONMENT, ROOT, free_port, rtap_command
+from tests.e2e.conftest import ENVIRONMENT, ROOT, START_SECONDS, free_port, rtap_command
 from tests.e2e.test_faults import gone
 
 
@@ -52,15 +52,18 @@ def test_too_little_memory_ends_in_one_sentence():
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_while_loading_takes_the_engines_along(number):
-    process = subprocess.Popen(
+    with subprocess.Popen(
         rtap_command(free_port()), cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.DEVNULL
-    )
-    parent, began = psutil.Process(process.pid), time.monotonic()
-    while len(children := parent.children(recursive=True)) < 3:  # both engines and multiprocessing's own helper
-        assert time.monotonic() - began < 120
-        time.sleep(0.1)
-    process.send_signal(number)
-    assert process.wait(30) == (-number if number == signal.SIGKILL else 128 + number)
+    ) as process:
+        try:
+            parent, began = psutil.Process(process.pid), time.monotonic()
+            while len(children := parent.children(recursive=True)) < 3:  # both engines and multiprocessing's own helper
+                assert time.monotonic() - began < START_SECONDS
+                time.sleep(0.1)
+            process.send_signal(number)
+            assert process.wait(30) == (-number if number == signal.SIGKILL else 128 + number)
+        finally:
+            process.kill()
     # A killed server cannot kill its engines: they notice once they have imported vLLM.
     deadline = time.monotonic() + (60 if number == signal.SIGKILL else 10)
     while not gone(children):

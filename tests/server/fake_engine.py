@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry
+from vllm.config import StructuredOutputsConfig
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -55,6 +56,7 @@ class FakeEngine:
     """
 
     model_config = SimpleNamespace(get_vocab_size=lambda: EOS + 1)
+    vllm_config = SimpleNamespace(structured_outputs_config=StructuredOutputsConfig())
 
     script: Sequence[str] | Callable[[str], str]
     encode: Callable[[str], list[int]] = encode

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer
-from vllm.config import VllmConfig
+from vllm.config import StructuredOutputsConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import StructuredOutputsParams
@@ -41,18 +41,19 @@ def use_guidance(config: VllmConfig) -> None:
     structured_outputs = config.structured_outputs_config
     if structured_outputs.backend == "auto" and GuidanceBackend.is_tokenizer_supported(tokenizer_of(config)):
         structured_outputs.backend = "guidance"
+        structured_outputs.disable_additional_properties = True  # unless a schema allows them, as with xgrammar
         os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
 
 
 async def constrained(
-    outputs: AsyncGenerator[RequestOutput, None], params: StructuredOutputsParams, backend: str
+    outputs: AsyncGenerator[RequestOutput, None], params: StructuredOutputsParams, config: StructuredOutputsConfig
 ) -> AsyncGenerator[RequestOutput, None]:
     """``outputs`` of a request with a grammar.
 
     Raises VLLMValidationError (400) before the engine sees a bad one, and when the engine ends a request with an
     error: it could not compile or follow what the client wrote."""
-    if backend == "guidance":
-        await check_grammar(params)
+    if config.backend == "guidance":
+        await check_grammar(params, disable_additional_properties=config.disable_additional_properties)
     async with aclosing(outputs):
         async for output in outputs:
             if any(part.finish_reason == "error" for part in output.outputs):
@@ -60,22 +61,22 @@ async def constrained(
             yield output
 
 
-async def check_grammar(params: StructuredOutputsParams) -> None:
+async def check_grammar(params: StructuredOutputsParams, *, disable_additional_properties: bool) -> None:
     """Raise VLLMValidationError for a grammar that llguidance refuses, that takes long, or that matches no text."""
     if params.all_constraints_none():
         return
     kind, spec = get_structured_output_key(params)
-    problem = await asyncio.to_thread(_problem, kind, spec)
+    problem = await asyncio.to_thread(_problem, kind, spec, disable_additional_properties)
     if problem is not None:
         raise VLLMValidationError(f"this {_KINDS.get(kind, 'grammar')} cannot be used: {problem}")
 
 
 @lru_cache(maxsize=64)
-def _problem(kind: StructuredOutputOptions, spec: str) -> str | None:
+def _problem(kind: StructuredOutputOptions, spec: str, disable_additional_properties: bool) -> str | None:
     """Compiling for a tokenizer of bytes shows all faults but those of the vocabulary, and needs no vocabulary."""
     began = time.thread_time()
     try:
-        grammar = serialize_guidance_grammar(kind, spec)
+        grammar = serialize_guidance_grammar(kind, spec, disable_additional_properties=disable_additional_properties)
         error = LLMatcher.validate_grammar(grammar, None)
     except KeyError as missing:
         error = f"it has no {missing}"

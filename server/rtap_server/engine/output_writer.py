@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -70,7 +69,7 @@ class OutputWriter:
     """
 
     def __init__(self, call: GenerateCall, choice: int, fmt: TrajectoryFormat) -> None:
-        self._call, self._format = call, fmt
+        self._call, self._format, self._opening = call, fmt, fmt.answer_open or fmt.think_close
         self._is_stream = call.params.output_kind is RequestOutputKind.DELTA
         self._wants_logprobs = call.params.logprobs is not None
         self._streams_answer = self._is_stream and stopping.streams_answer(
@@ -121,7 +120,7 @@ class OutputWriter:
             return (self._passed_on(step.native),)
         self._part.text += event.think.replace(ANSWER_MARK, "")
         outputs = self._emit() if self._part.text else ()
-        logprobs = _content_logprobs(step.token_ids, self._logprobs(step, is_content=True), step.text, text)
+        logprobs = _content_logprobs(self._logprobs(step, is_content=True), step, text, self._opening)
         waiting = self._answers.setdefault(event.cycle_index, [])
         _take_back(waiting, event.taken_back)
         waiting.append(_Piece(text, step.token_ids, logprobs, len(self._part.token_ids)))
@@ -327,16 +326,23 @@ def _not_content(token_id: int) -> dict[int, Logprob]:
     return {token_id: Logprob(0.0, rank=1, decoded_token=ANSWER_MARK)}
 
 
-def _content_logprobs(token_ids: Sequence[int], entries: Sequence[Any], written: str, text: str) -> Sequence[Any]:
-    """``entries`` of one step without those of tags. written: its text. text: the part of it in the answer.
+def _content_logprobs(entries: Sequence[Any], step: Step, text: str, opening: str) -> Sequence[Any]:
+    """``entries`` of one step without those of tags. text: the part of it in the answer, which follows ``opening``.
 
     A step has several tokens when its reader was slow."""
-    if not entries or text == written or not written.strip() or text not in written:
+    written, text = step.text, text.strip()
+    if not entries or text == written.strip() or text not in written:
         return entries
-    begin, at = (written.find(text), 0) if text else (sys.maxsize, 0)
+    begin = end = at = 0
+    if text:
+        before, tag, _ = written.partition(opening)
+        begin = written.find(text, len(before + tag) if tag else 0)
+        if begin < 0:
+            return entries
+        end = len(written) - len(written[begin + len(text) :].lstrip())
+        begin = len(written[:begin].rstrip())
     kept: list[Any] = []
-    for token_id, entry in zip(token_ids, entries, strict=True):
-        end = at + len(entry[token_id].decoded_token or "")
-        kept.append(entry if at < begin + len(text) and end > begin else _not_content(token_id))
-        at = end
+    for token_id, entry in zip(step.token_ids, entries, strict=True):
+        begins, at = at, at + len(entry[token_id].decoded_token or "")
+        kept.append(entry if begins < end and at > begin else _not_content(token_id))
     return kept

@@ -71,8 +71,8 @@ class RecursiveEngine:
         outputs = self._outputs(state, prompt, sampling_params, request_id, options)
         if sampling_params.structured_outputs is None:
             return outputs
-        backend = self._inner.vllm_config.structured_outputs_config.backend
-        return constrained(outputs, sampling_params.structured_outputs, backend)
+        config = self._inner.vllm_config.structured_outputs_config
+        return constrained(outputs, sampling_params.structured_outputs, config)
 
     def _outputs(
         self,
@@ -226,8 +226,9 @@ class RecursiveEngine:
             if self._tracing is not None:
                 spans = self._tracing.start_cycles(state.model, index, call.options.get("trace_headers"))
             is_one_request, probe_every = fits_one_request(call, server), self._probe_every(call)
-            # Entries are told apart by step.
-            separates_logprobs = call.parses_reasoning and call.params.logprobs is not None
+            # Log-probabilities are sorted by step. A key with a token limit pays for a reply that it does not wait for.
+            sorts_logprobs = call.parses_reasoning and call.params.logprobs is not None
+            needs_steps = sorts_logprobs or state.tokens_per_minute is not None
             cycles = VllmCycles(
                 self._inner,
                 server,
@@ -238,7 +239,7 @@ class RecursiveEngine:
                 cutoff,
                 spans,
                 stops_at_cycle_end=not is_one_request,
-                in_pieces=probe_every is not None or separates_logprobs,
+                in_pieces=probe_every is not None or needs_steps,
             )
             one_request = OneRequestCycles(cycles, server, spans) if is_one_request else None
             engine = one_request or cycles

@@ -132,14 +132,15 @@ class _Response:
 
     async def receive(self) -> Message:
         if not self._is_gone:
-            self._receiver = asyncio.current_task()
+            self._receiver = task = asyncio.current_task()
             try:
                 return await self._receive()
             except asyncio.CancelledError:
                 if not self._is_own_cancellation():
                     raise
             finally:
-                self._receiver = None
+                if self._receiver is task:  # vLLM cancels its own listener while that of the stream has begun
+                    self._receiver = None
         return {"type": "http.disconnect"}
 
     def close(self) -> None:

@@ -182,6 +182,8 @@ class EventStream:
             if self._path == _CHAT:
                 _join_tool_calls(choice["delta"])
                 _keep_content(choice.get("logprobs"), "content")
+                if choice.get("logprobs") == {"content": []}:
+                    choice["logprobs"] = None
             self._num_finished += choice.get("finish_reason") is not None
         _complete_usage(chunk.get("usage"), self._path, self._state)
         if self._is_last(chunk):

@@ -6,7 +6,7 @@ import logging
 import time
 import weakref
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import pytest
@@ -307,6 +307,16 @@ async def test_a_key_pays_for_what_was_sampled_and_read_even_when_its_client_lea
     begin_request(plain := RequestState(owner=b"key"))
     await all_of(build(llm).generate({"prompt_token_ids": QUESTION}, SamplingParams(max_tokens=9), "plain"))
     assert plain.spent_tokens == len(QUESTION) + 9
+
+
+async def test_a_key_with_a_token_limit_pays_for_a_whole_reply_that_it_does_not_wait_for():
+    llm = FakeEngine(["<think>" + "x" * 10_000], size=1, token_seconds=0.001)
+    stream, state = ask(build(llm), owner=b"key", max_tokens=None)
+    state.tokens_per_minute = 1_000
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await all_of(stream)
+    assert state.spent_tokens - len(QUESTION) in range(1, llm.num_sampled + 1)
 
 
 async def test_without_api_keys_no_tokens_are_counted():

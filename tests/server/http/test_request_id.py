@@ -159,6 +159,7 @@ def test_streams_tell_caches_and_proxies_to_pass_each_event():
 
 @pytest.mark.parametrize("reads", [False, True])
 def test_a_client_that_reads_nothing_is_treated_as_gone_and_a_slow_one_is_not(reads, caplog):
+    caplog.set_level(logging.WARNING, "rtap.errors")
     seen, stop = {}, threading.Event()
 
     async def parts():
