@@ -85,7 +85,7 @@ class VllmCycles:
         params = self._params(index, max_tokens, prompt_token_ids, is_continued=not is_first)
         self._running.add(engine_id)
         try:
-            options = call.options
+            options: dict[str, Any] = call.options
             if call.parses_reasoning:
                 options = {**options, "reasoning_ended": not self._server.marks_answers}
             if self._spans is not None:
