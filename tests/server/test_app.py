@@ -263,8 +263,7 @@ async def test_a_stream_begins_with_the_role_of_each_choice_and_has_nothing_empt
         (0, "assistant"), (1, "assistant"), (written[2]["index"], None)
     ]  # fmt: skip
     assert all("role" not in c["delta"] and (any(c["delta"].values()) or c["finish_reason"]) for c in written[2:])
-    told = [entry for choice in written for entry in (choice["logprobs"] or {}).get("content") or ()]
-    assert len(told) == chunks[-1]["usage"]["completion_tokens"] == 2 * len(service.engine.encode(CYCLE))
+    assert chunks[-1]["usage"]["completion_tokens"] == 2 * len(service.engine.encode(CYCLE))
     deltas = [event["delta"] for event in events if event["type"].endswith(".delta")]
     assert "".join(deltas) == "3+4=77"
     assert all(deltas)
