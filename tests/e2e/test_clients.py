@@ -23,9 +23,9 @@ from tests.e2e.conftest import ROOT, free_port, rtap_command, running
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).with_name("clients")
-FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--tool-strict-level", "parameter")
-# The bundled model never learned JSON: see the module.
-COMPACT = ("--logits-processors", "tests.e2e.clients.compact_json:CompactJson")
+FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+# The bundled model never learned JSON.
+SHORT_JSON = ("--logits-processors", "tests.e2e.clients.short_json:ShortJson")
 POLICIES = {"single": {"policy": "single"}, "confidence": {"policy": "confidence", "threshold": 1.0, "max_cycles": 2}}
 USES = ("basic", "stream", "structured", "tool", "streamed_tool")
 
@@ -114,7 +114,9 @@ def environment() -> Callable[[str], list[str | Path]]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory):
     port = free_port()
-    with running(rtap_command(port, *FLAGS, *COMPACT), port, "/ready", tmp_path_factory.mktemp("clients")) as started:
+    with running(
+        rtap_command(port, *FLAGS, *SHORT_JSON), port, "/ready", tmp_path_factory.mktemp("clients")
+    ) as started:
         yield started
 
 
