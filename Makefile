@@ -61,9 +61,10 @@ bench: ## run parity, overhead, latency breakdown and rivals on the bundled mode
 	$(VENV)/bin/python benchmarks/rivals.py
 	$(VENV)/bin/python benchmarks/report.py
 
-stress: ## fuzz for ten minutes, overload, and soak with faults for 40 minutes
+stress: ## fuzz for ten minutes, attack, overload, and soak with faults for 40 minutes
 	@$(SETUP) $(EXTRA) dev
 	$(VENV)/bin/python -m tests.stress.fuzz
+	-$(VENV)/bin/python -m tests.stress.abuse # exits with 1 when a bound is broken
 	$(VENV)/bin/python -m tests.stress.overload
 	$(VENV)/bin/python -m tests.stress.soak
 

@@ -19,7 +19,7 @@ from typing import Any, Union, cast, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from rtap_core.errors import RtapError
-from rtap_server.http.errors import STATUS
+from rtap_server.http.errors import STATUS, error_type
 from rtap_server.http.schema import EFFORTS, RtapOptions
 from rtap_server.settings import ALIASES, ENV_PREFIX, Settings
 
@@ -76,12 +76,17 @@ def efforts_table() -> str:
 
 
 def errors_table() -> str:
-    """Status, type and meaning of rtap's errors."""
+    """Status, type, code and meaning of rtap's errors."""
     rows = [
-        (str(status), f"`{type_}`", FAILED if kind is RtapError else (kind.__doc__ or "").split(". ")[0].rstrip("."))
-        for kind, (status, type_) in STATUS.items()
+        (
+            str(status),
+            f"`{error_type(status)}`",
+            "null" if code is None else f"`{code}`",
+            FAILED if kind is RtapError else (kind.__doc__ or "").split(". ")[0].rstrip("."),
+        )
+        for kind, (status, code) in STATUS.items()
     ]
-    return _grid(("status", "`error.type`", "when"), sorted(rows))
+    return _grid(("status", "`error.type`", "`error.code`", "when"), sorted(rows))
 
 
 def modules_table() -> str:

@@ -21,13 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
 from deploy.ray.gateway import Gateway, ReplicaLost
-from deploy.ray.server_process import ServerProcess, check_flags
+from deploy.ray.server_process import SERVE, ServerProcess, check_flags
 from deploy.ray.traffic import ForwardedRequest, ResponseStart
+from rtap_core.errors import Overloaded
 from rtap_server.http.api_keys import load_keys
 from rtap_server.http.auth import AuthMiddleware
 from rtap_server.http.request_id import RequestIdMiddleware
@@ -35,6 +37,7 @@ from rtap_server.telemetry.metrics import Metrics
 
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _BROADCAST_SECONDS = 4.0
+_EXIT_SECONDS = 2.0
 
 
 class FleetArgs(BaseModel):
@@ -63,8 +66,8 @@ class FleetArgs(BaseModel):
 class Replica:
     """A server process on a Ray actor."""
 
-    async def __init__(self, flags: Sequence[str], api_keys_file: Path | None) -> None:
-        self._server = await ServerProcess.start(flags, api_keys_file)
+    async def __init__(self, flags: Sequence[str], api_keys_file: Path | None, program: Sequence[str] = SERVE) -> None:
+        self._server = await ServerProcess.start(flags, api_keys_file, program)
         self._watching = asyncio.create_task(self._exit_with_server())
 
     async def _exit_with_server(self) -> None:
@@ -74,10 +77,15 @@ class Replica:
 
     async def send(self, request: ForwardedRequest) -> AsyncGenerator[ResponseStart | bytes]:
         """Forward a request. The reply names this replica in ``x-rtap-replica``."""
-        async for part in self._server.send(request):
-            if isinstance(part, ResponseStart):
-                part = ResponseStart(part.status, (*part.headers, (b"x-rtap-replica", _name().encode())))
-            yield part
+        try:
+            async for part in self._server.send(request):
+                if isinstance(part, ResponseStart):
+                    part = ResponseStart(part.status, (*part.headers, (b"x-rtap-replica", _name().encode())))
+                yield part
+        except ReplicaLost:
+            # Exit before the gateway retries: Ray then sends the retry to another replica.
+            await asyncio.wait([self._watching], timeout=_EXIT_SECONDS)
+            raise
 
     async def send_whole(self, request: ForwardedRequest) -> tuple[str, ResponseStart, bytes]:
         """This replica's name and its complete reply. Raises TimeoutError, so that no replica holds up the others."""
@@ -116,6 +124,8 @@ class RayFleet:
         try:
             async for part in reply:
                 yield part
+        except (BackPressureError, DeploymentUnavailableError) as error:
+            raise Overloaded("no replica is free; try again in a few seconds") from error
         except (RayActorError, RayServeException, TaskCancelledError) as error:
             raise ReplicaLost(str(error)) from error
         except RayTaskError as error:
@@ -150,7 +160,7 @@ class FleetGateway:
         keys = load_keys(self._api_keys_file, os.environ)
         if not keys.is_empty:
             app = AuthMiddleware(app, keys=keys, metrics=Metrics(registry), secret=secrets.token_bytes(32))
-        return RequestIdMiddleware(app)
+        return RequestIdMiddleware(ServerErrorMiddleware(app))  # without it Ray answers a failure with its traceback
 
 
 def build(args: FleetArgs) -> serve.Application:

@@ -1,14 +1,15 @@
 """ASGI gateway of a fleet: forward each request to a replica and its reply to the client.
 
-It runs inside ``AuthMiddleware``, which counts the limits of API keys for the whole fleet. When a replica dies, the
-request goes to another one as long as the client has received nothing. A ``Fleet`` chooses replicas; Ray is not used.
+It runs inside ``AuthMiddleware``, which counts the limits of API keys for the whole fleet. When a replica dies before
+the client has received anything, the request goes to one other replica. A ``Fleet`` chooses replicas; Ray is not used.
 """
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from http import HTTPStatus
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter
@@ -24,15 +25,23 @@ from deploy.ray.traffic import (
     merge_metrics,
     response_tokens,
 )
-from rtap_core.errors import BodyTooLarge, Overloaded
+from rtap_core.errors import BodyTooLarge, BodyTooSlow, Overloaded, RtapError
 from rtap_server.engine.request_state import current_request
+from rtap_server.http.auth import PROBE_PATHS
+from rtap_server.http.body_limits import BodyMemory
 from rtap_server.http.errors import error_body, error_response
 from rtap_server.http.route_kinds import route_path
 
 # Known to one replica only, so these go to all.
 _BROADCAST_PATHS = ("/v1/rtap/feedback", "/v1/responses/")
 _HOP_HEADERS = frozenset({b"host", b"connection", b"transfer-encoding", b"content-length", b"expect"})
+_ATTEMPTS = 2
+_NO_RETRY = {"x-should-retry": "false"}  # read by the OpenAI and Anthropic SDKs, which retry every other 502
+_READY_SECONDS = 1.0
+BODY_SECONDS = 30.0  # deadline for reading a request body
+_LARGEST_BODIES = 64  # bodies of the largest size that are in memory at the same time
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_logger = logging.getLogger(__name__)
 
 
 class ReplicaLost(Exception):
@@ -53,25 +62,40 @@ class Fleet(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """attempts: replicas tried for one request. pause_seconds: before the first retry, doubled before each further one.
+class Readiness:
+    """Number of ready replicas, asked at most once in ``_READY_SECONDS``: probes need no API key."""
 
-    ready_seconds: time limit of /ready."""
+    def __init__(self, fleet: Fleet, clock: Callable[[], float]) -> None:
+        self._fleet, self._clock = fleet, clock
+        self._asked_at = 0.0
+        self._asking: asyncio.Task[int] | None = None
 
-    attempts: int = 6
-    pause_seconds: float = 0.1
-    ready_seconds: float = 4.0
+    async def count(self) -> int:
+        """All probes that arrive while replicas are asked wait for the same answer."""
+        if self._asking is None or (self._asking.done() and self._clock() - self._asked_at >= _READY_SECONDS):
+            self._asked_at, self._asking = self._clock(), asyncio.create_task(self._ask())
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self) -> int:
+        replies = await self._fleet.broadcast(ForwardedRequest("GET", "/ready"))
+        return sum(start.status == HTTPStatus.OK for start, _ in replies.values())
 
 
 class Gateway:
     """The ASGI application."""
 
     def __init__(
-        self, fleet: Fleet, registry: CollectorRegistry, *, max_body_bytes: int, retry_policy: RetryPolicy | None = None
+        self,
+        fleet: Fleet,
+        registry: CollectorRegistry,
+        *,
+        max_body_bytes: int,
+        body_seconds: float = BODY_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._fleet, self._registry, self._max_body_bytes = fleet, registry, max_body_bytes
-        self._retry_policy = retry_policy or RetryPolicy()
+        self._fleet, self._registry = fleet, registry
+        self._max_body_bytes, self._body_seconds = max_body_bytes, body_seconds
+        self._memory, self._readiness = BodyMemory(_LARGEST_BODIES * max_body_bytes), Readiness(fleet, clock)
         self._retries = Counter(
             "rtap_gateway_retries", "Requests sent to another replica after one was lost.", registry=registry
         )
@@ -84,60 +108,90 @@ class Gateway:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008, "reason": "the gateway accepts HTTP only"})
             return
-        path = route_path(scope)
-        if path == "/live":
-            await JSONResponse({"status": "alive"})(scope, receive, send)
-            return
-        request = await self._read(scope, path, receive)
-        if request is None:
-            message = f"the request body is larger than {self._max_body_bytes} bytes; shorten it"
-            await error_response(BodyTooLarge(message))(scope, receive, send)
-        elif path.rstrip("/") == "/metrics":
-            await (await self._metrics(request))(scope, receive, send)
-        elif path == "/ready":
-            await (await self._ready(request))(scope, receive, send)
-        elif path.startswith(_BROADCAST_PATHS):
-            await (await self._find(request))(scope, receive, send)
-        else:
-            await self._forward(request, scope, receive, send)
+        try:
+            response = await self._respond(scope, receive, send)
+        except RtapError as error:
+            response = error_response(error)
+        if response is not None:
+            await response(scope, receive, send)
 
-    async def _read(self, scope: Scope, path: str, receive: Receive) -> ForwardedRequest | None:
-        """The complete request; None when its body is too large."""
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message["type"] == "http.request" and message.get("more_body", False)
-            if len(body) > self._max_body_bytes:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        """The response; None when it was streamed, or when the client has left. Raises RtapError."""
+        path, method = route_path(scope), scope["method"]
+        if path in PROBE_PATHS:  # open to everybody
+            return await self._probe(path, method)
+        body: list[bytes] = []
+        try:
+            if method == "POST" and not await self._read(receive, body):
                 return None
-        headers = [(k, v) for k, v in scope["headers"] if k not in _HOP_HEADERS]
-        headers.append((b"x-request-id", current_request().request_id.encode()))  # the same for every attempt
-        return ForwardedRequest(scope["method"], path, scope["query_string"], tuple(headers), bytes(body))
+            body[:] = [b"".join(body)]
+            headers = [(k, v) for k, v in scope["headers"] if k not in _HOP_HEADERS]
+            headers.append((b"x-request-id", current_request().request_id.encode()))  # the same for both attempts
+            request = ForwardedRequest(method, path, scope["query_string"], tuple(headers), body[0])
+            if path.rstrip("/") == "/metrics":
+                return await self._metrics(request)
+            if path.startswith(_BROADCAST_PATHS):
+                return await self._find(request)
+            return await self._forward(request, send)
+        finally:
+            self._memory.resize(sum(map(len, body)), 0)
 
-    async def _forward(self, request: ForwardedRequest, scope: Scope, receive: Receive, send: Send) -> None:
-        conversation, pause = conversation_key(request), self._retry_policy.pause_seconds
-        for attempt in range(self._retry_policy.attempts):
-            if attempt:
-                self._retries.inc()
-                await asyncio.sleep(pause)
-                pause *= 2
+    async def _probe(self, path: str, method: str) -> Response:
+        """/live: always 200. /ready: 200 while at least one replica is ready."""
+        if method not in ("GET", "HEAD"):
+            return JSONResponse({"detail": None}, status_code=HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "GET"})
+        if path == "/live":
+            return JSONResponse({"status": "alive"})
+        number = await self._readiness.count()
+        status = "ready" if number else "not ready"
+        return JSONResponse({"status": status, "replicas": number}, status_code=200 if number else 503)
+
+    async def _read(self, receive: Receive, body: list[bytes]) -> bool:
+        """Read a body in parts; False when the client left before its end.
+
+        Raises BodyTooLarge, BodyTooSlow and Overloaded."""
+        size, limit = 0, self._max_body_bytes
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return False
+                    part = message.get("body", b"")
+                    self._memory.resize(size, size + len(part))
+                    body.append(part)
+                    size += len(part)
+                    if size > limit:
+                        raise BodyTooLarge(f"the request body is larger than {limit} bytes; shorten it")
+                    if not message.get("more_body", False):
+                        return True
+        except TimeoutError:
+            text = f"the request body did not arrive within {self._body_seconds:g} s; send it faster"
+            raise BodyTooSlow(text) from None
+
+    async def _forward(self, request: ForwardedRequest, send: Send) -> Response | None:
+        """Send a request to a replica, and to one other when that is lost before the client has received a byte.
+
+        Never to a third: each may have been lost because of this request."""
+        conversation = conversation_key(request)
+        for attempt in range(_ATTEMPTS):
+            self._retries.inc(attempt)
             reply = self._fleet.send(request, conversation)
             try:
                 start = await anext(reply)
                 assert isinstance(start, ResponseStart)
                 if start.is_stream:
                     await self._stream(request.path, start, reply, send)
-                else:
-                    body = b"".join([part async for part in reply if isinstance(part, bytes)])
-                    _charge(response_tokens(body))
-                    await _respond(start, body)(scope, receive, send)
-                return
-            except (ReplicaLost, StopAsyncIteration):
-                continue
+                    return None
+                body = b"".join([part async for part in reply if isinstance(part, bytes)])
+                _charge(response_tokens(body))
+                return _whole_response(start, body)
+            except (ReplicaLost, StopAsyncIteration) as error:
+                _logger.warning("request %s lost a replica: %s", current_request().request_id, error)
             finally:
                 await reply.aclose()
-        error = Overloaded("no replica could answer this request; try again in a few seconds")
-        await error_response(error)(scope, receive, send)
+        error = error_body("two replicas ended on this request", status=HTTPStatus.BAD_GATEWAY)
+        return JSONResponse(error, status_code=HTTPStatus.BAD_GATEWAY, headers=_NO_RETRY)
 
     async def _stream(
         self, path: str, start: ResponseStart, reply: AsyncGenerator[ResponseStart | bytes], send: Send
@@ -173,18 +227,9 @@ class Gateway:
         texts = {name: body.decode() for name, (start, body) in replies.items() if start.status == 200}
         refused = [reply for reply in replies.values() if reply[0].status in (401, 403)]
         if refused and not texts:
-            return _respond(*refused[0])
+            return _whole_response(*refused[0])
         merged = merge_metrics({**texts, "gateway": generate_latest(self._registry).decode()})
         return Response(merged, media_type=_METRICS_TYPE)
-
-    async def _ready(self, request: ForwardedRequest) -> Response:
-        """200 while at least one replica is ready."""
-        number = 0
-        with contextlib.suppress(TimeoutError):
-            replies = await asyncio.wait_for(self._fleet.broadcast(request), self._retry_policy.ready_seconds)
-            number = sum(start.status == 200 for start, _ in replies.values())
-        status = "ready" if number else "not ready"
-        return JSONResponse({"status": status, "replicas": number}, status_code=200 if number else 503)
 
     async def _find(self, request: ForwardedRequest) -> Response:
         """The first reply that is not a 404, else any reply."""
@@ -192,7 +237,7 @@ class Gateway:
         if not replies:
             return error_response(Overloaded("no replica could answer this request; try again in a few seconds"))
         known = [reply for reply in replies if reply[0].status != 404]
-        return _respond(*(known or replies)[0])
+        return _whole_response(*(known or replies)[0])
 
 
 def _charge(tokens: int) -> None:
@@ -200,7 +245,7 @@ def _charge(tokens: int) -> None:
     current_request().spent_tokens += tokens
 
 
-def _respond(start: ResponseStart, body: bytes) -> Response:
+def _whole_response(start: ResponseStart, body: bytes) -> Response:
     """A complete reply of a replica, unchanged."""
     response = Response(body, status_code=start.status)
     headers = [(k, v) for k, v in start.headers if k != b"content-length"]
@@ -217,7 +262,7 @@ def _lost_event(path: str) -> bytes:
     if path == "/v1/responses":
         event = {"type": "error", "code": "overloaded_error", "message": message, "param": None}
         return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
-    error = error_body(message, status=503, type_="overloaded_error")
+    error = error_body(message, status=503, code="server_is_overloaded")
     return b"data: " + json.dumps(error).encode() + b"\n\ndata: [DONE]\n\n"
 
 

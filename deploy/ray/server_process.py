@@ -19,6 +19,7 @@ from deploy.ray.gateway import ReplicaLost
 from deploy.ray.traffic import ForwardedRequest, ResponseStart
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+SERVE = (sys.executable, "-m", "rtap_server")
 STOP_SECONDS = 10.0
 _HOP_HEADERS = frozenset({b"connection", b"transfer-encoding", b"keep-alive", b"date", b"server"})
 _OWNED_FLAGS = ("--host", "--port", "--uds", "--api-keys-file")
@@ -37,7 +38,8 @@ class ServerProcess:
     def __init__(self, process: asyncio.subprocess.Process, folder: tempfile.TemporaryDirectory[str]) -> None:
         self._process, self._folder = process, folder
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(_socket(folder), limit=0),
+            # A kept connection may be closed by a server that is well; a new one fails only when the server is lost.
+            connector=aiohttp.UnixConnector(_socket(folder), limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None),
             auto_decompress=False,
         )
@@ -47,7 +49,7 @@ class ServerProcess:
         cls,
         flags: Sequence[str],
         api_keys_file: Path | None = None,
-        program: Sequence[str] = (sys.executable, "-m", "rtap_server"),
+        program: Sequence[str] = SERVE,
     ) -> "ServerProcess":
         """Start a server and wait until it is ready. Raises ReplicaLost when it ends before."""
         folder = tempfile.TemporaryDirectory(prefix="rtap-replica-")

@@ -10,6 +10,9 @@ from typing import Any, cast
 
 import msgspec
 
+from rtap_core.errors import InvalidRequest
+from rtap_server.http.body_limits import parse_json
+
 _SESSION_HEADER = b"x-session-id"  # Ray Serve's name for it
 _END = b"\n\n"
 _DATA = b"data:"
@@ -57,12 +60,9 @@ def conversation_key(request: ForwardedRequest) -> str:
 def _beginning(body: bytes) -> bytes | None:
     """The part of a request body that a later turn repeats."""
     try:
-        decoded: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+        fields = parse_json(body)  # bounded: the gateway has one event loop for all clients
+    except InvalidRequest:
         return None  # the replica answers with the error
-    if not isinstance(decoded, dict):
-        return None
-    fields = cast(dict[str, Any], decoded)
     named = fields.get("prompt_cache_key")
     if isinstance(named, str) and named:
         return named.encode()

@@ -5,6 +5,8 @@ RtapError
 ├── InvalidRequest     400
 ├── Unauthorized       401
 ├── UnknownRequest     404
+├── UnknownModel       404
+├── BodyTooSlow        408
 ├── BodyTooLarge       413
 ├── RateLimited        429: a limit of this key
 ├── Overloaded         503: a limit of this server
@@ -33,8 +35,18 @@ class BodyTooLarge(RtapError):
     """A request body above the server's limit."""
 
 
+class BodyTooSlow(RtapError):
+    """A request body that did not arrive in time."""
+
+
 class UnknownRequest(RtapError):
     """A request id that this server does not know, no longer knows, or that belongs to another key."""
+
+
+class UnknownModel(RtapError):
+    """A model that this server does not have."""
+
+    param = "model"
 
 
 class Unauthorized(RtapError):

@@ -4,7 +4,7 @@ Works on text only; token ids are the engine's. Model output is hostile input, s
 the text is chunked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,16 +66,26 @@ def format_from_config(block: Mapping[str, Any] | None, *, override: str | None 
 class CycleParser:
     """Split the text of one cycle into thought and answer while it arrives.
 
-    ``feed`` returns thinking text once it cannot be part of a tag; ``close`` returns the rest. The answer is a
-    property, since nothing may show it before it is scored.
+    ``feed`` returns thinking text once it cannot be part of a tag; ``close`` returns the rest. ``take_answer`` returns
+    new text of the answer; the caller decides whether it may be shown before the answer is scored.
     thought_open: the prompt, or the loop, has already written ``think_open``.
     prefix: text that begins the cycle and was not generated. It sets the parser's state and is not part of its results.
+    stop: strings that end the answer where they occur in it; white space before it is no part of it. They are ignored
+        in the thought. include_stop: keep the string in the answer.
 
     Text outside every tag is thinking if the format has answer tags. Without them it is the answer, unless a thought
     comes first (a ``think`` model may answer at once). A tag in the wrong place is kept as text. No input raises.
     """
 
-    def __init__(self, fmt: TrajectoryFormat, *, thought_open: bool = False, prefix: str = "") -> None:
+    def __init__(
+        self,
+        fmt: TrajectoryFormat,
+        *,
+        thought_open: bool = False,
+        prefix: str = "",
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+    ) -> None:
         self._format = fmt
         self._longest_tag = max(map(len, fmt.tags))
         self._pending = ""  # text that may still become a tag
@@ -83,15 +93,25 @@ class CycleParser:
         self._has_begun = thought_open or fmt.has_answer_tags
         self._in_answer = False
         self._answer_closed = False
-        self._missing_close_tag = False
+        self._closing_tag = fmt.think_close if thought_open else ""
         self._think: list[str] = []
         self._answer: list[str] = []
+        self._untaken: list[str] = []  # text of the answer for the next take_answer
+        self._skips_space = False  # at the beginning of an answer that follows a tag
+        self._waiting_space: list[str] = []  # at the end of an answer that a tag may end
+        self._stop: Sequence[str] = ()
+        self._include_stop = include_stop
+        self._stop_tail = ""  # end of the answer, where a stop string may have begun
+        self._stopped_at: str | None = None
+        self._taken_back = 0
         if prefix:
             begun = prefix.rpartition(fmt.answer_close)[2] if fmt.answer_close else prefix  # after whole cycles
             self.feed(begun)
             self._pending = "" if self._has_begun else self._pending
             self._think.clear()
             self._answer.clear()
+            self._untaken, self._skips_space = [], False
+        self._stop = stop
 
     @property
     def in_answer(self) -> bool:
@@ -99,9 +119,22 @@ class CycleParser:
         return self._in_answer
 
     @property
-    def missing_close_tag(self) -> bool:
-        """True if the model ended its turn inside an answer, before the format's end tag."""
-        return self._missing_close_tag
+    def stopped_at(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._stopped_at
+
+    @property
+    def taken_back(self) -> int:
+        """Number of characters at the end of what ``take_answer`` has returned that a stop string took back."""
+        return self._taken_back
+
+    @property
+    def closing_tag(self) -> str:
+        """Tag that closes the thought or answer that is open; empty if none is."""
+        if self._in_answer and not self._format.has_answer_tags:  # the model may have opened a thought after its answer
+            begun = "".join(self._answer).rpartition(self._format.think_open)
+            return self._format.think_close if begun[1] and self._format.think_close not in begun[2] else ""
+        return self._closing_tag
 
     @property
     def think(self) -> str:
@@ -120,6 +153,21 @@ class CycleParser:
         """The answer so far, complete or not, stripped; None if there is none."""
         return "".join(self._answer).strip() or None
 
+    def take_answer(self, *, final: bool) -> str:
+        """Answer text since the last call, without the white space next to the format's tags.
+
+        final: the cycle has ended; before that, white space waits if an end tag may follow it."""
+        text, self._untaken = "".join(self._untaken), []
+        if self._skips_space:
+            text = text.lstrip()
+            self._skips_space = not text
+        if self._format.has_answer_tags and not (final and not self._answer_closed):
+            shown = text.rstrip()
+            waiting, self._waiting_space = self._waiting_space, [] if shown else self._waiting_space
+            self._waiting_space.append(text[len(shown) :])
+            return "".join(waiting) + shown if shown else ""
+        return "".join(self._waiting_space) + text
+
     def feed(self, text: str) -> str:
         """Consume the next piece of text. Returns the part now known to be thinking, without tags."""
         if self._has_begun and not self._pending and "<" not in text:  # fast path: nearly every token
@@ -137,9 +185,19 @@ class CycleParser:
             self._start(in_answer=True)
         think = self._consume(final=True)
         if ended_by_model and self._in_answer:
-            self._missing_close_tag = self._format.has_answer_tags and not self._answer_closed
             self._answer_closed = True
         return think
+
+    def stop_before(self, text: str) -> bool:
+        """End the answer before ``text``, the last piece of it (after it with ``include_stop``).
+
+        False, and nothing happens, if the answer does not end with ``text`` or is blank."""
+        answer = "".join(self._answer) + self._pending
+        if not self._in_answer or self._answer_closed or not answer.strip() or not answer.endswith(text):
+            return False
+        self._answer, self._untaken, self._pending = [answer], [*self._untaken, self._pending], ""
+        self._end_answer(without=0 if self._include_stop else len(text))
+        return True
 
     def _begin(self) -> None:
         """Decide whether the cycle starts with a thought, once there is enough text."""
@@ -190,16 +248,50 @@ class CycleParser:
         """Change state at a tag."""
         fmt = self._format
         if tag == fmt.answer_close:
-            self._answer_closed = True
-        elif tag == fmt.answer_open or (tag == fmt.think_close and fmt.answer_open is None):
-            self._in_answer = True
+            self._answer_closed, self._closing_tag = True, ""
+        elif tag == fmt.think_open:
+            self._closing_tag = fmt.think_close
+        elif tag == fmt.think_close:
+            self._closing_tag = ""
+        if tag == fmt.answer_open or (tag == fmt.think_close and fmt.answer_open is None):
+            self._in_answer = self._skips_space = True
+            self._closing_tag = fmt.answer_close or ""
 
     def _append(self, text: str) -> str:
         """Add text without tags to the thought or the answer. Returns it if it is thinking."""
         if self._answer_closed:
             return ""
-        (self._answer if self._in_answer else self._think).append(text)
-        return "" if self._in_answer else text
+        if not self._in_answer:
+            self._think.append(text)
+            return text
+        self._answer.append(text)
+        self._untaken.append(text)
+        if self._stop:
+            self._find_stop(text)
+        return ""
+
+    def _find_stop(self, text: str) -> None:
+        """End the answer at the stop string that is complete first; ``text`` is its new end."""
+        seen = self._stop_tail + text
+        if not self._stop_tail:
+            seen = seen.lstrip()
+        found = [(seen.index(stop) + len(stop), stop) for stop in self._stop if stop in seen]
+        if not found:
+            self._stop_tail = seen[-max(map(len, self._stop)) :]
+            return
+        end, self._stopped_at = min(found, key=lambda match: match[0])
+        self._end_answer(without=len(seen) - (end if self._include_stop else end - len(self._stopped_at)))
+
+    def _end_answer(self, *, without: int) -> None:
+        """Close the answer before its last ``without`` characters, and before white space there as at an end tag."""
+        text = "".join(self._answer)
+        answer = text[: len(text) - without]
+        if self._format.has_answer_tags:
+            answer = answer.rstrip()
+        self._answer, self._answer_closed = [answer], True
+        rest = "".join([*self._waiting_space, *self._untaken])
+        num_rest = len(rest) - (len(text) - len(answer))
+        self._untaken, self._waiting_space, self._taken_back = [rest[: max(0, num_rest)]], [], max(0, -num_rest)
 
 
 def parse_cycle(text: str, fmt: TrajectoryFormat, *, ended_by_model: bool = False) -> tuple[str, str | None]:

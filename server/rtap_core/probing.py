@@ -138,7 +138,7 @@ class Probing:
             return Probe(tuple(steps), num_tokens, None, None)
         opening = self.encode(self.format.cycle_open)
         injected = opening if index and prompt[-len(opening) :] == opening else []  # the prompt ends with it
-        closing = self.encode(self.format.answer_close or "") if parser.missing_close_tag else []
+        closing = self.encode(parser.closing_tag)
         written = [i for i in thought.token_ids if i not in self.end_of_turn_ids]
         context = prompt[: len(prompt) - len(injected)]
         judged = Judged(self.question, [*injected, *written, *closing], context, thought.logprobs, self.request)

@@ -14,7 +14,7 @@ from typing import Any
 
 from rtap_core import stopping
 from rtap_core.cutoff import Cutoff
-from rtap_core.draft import Draft, StepEvent, thought_is_open
+from rtap_core.draft import Draft, StepEvent, num_thought_tokens, thought_is_open
 from rtap_core.errors import ConfidenceError
 from rtap_core.format import CycleParser, TrajectoryFormat
 from rtap_core.types import (
@@ -104,7 +104,7 @@ class Recursion:
     async def _recurse(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         """Cycles of one trajectory; each continues on all earlier ones."""
         state = _State(limits.policy, limits, list(question), self.clock())
-        draft = self._first_draft(question)
+        draft = self._first_draft(question, limits)
         postponed: CycleEvent | None = None  # policy model: it may still end its turn, which makes that cycle the last
         while True:
             async with aclosing(self._write(draft, state)) as events:
@@ -123,8 +123,10 @@ class Recursion:
             state.cycles.append(await self._judge(draft, question, state))
             if state.degraded is not None:  # without confidences the model decides
                 state.limits = replace(state.limits, policy=Policy.MODEL, select=Select.LAST)
+            if state.limits.policy is Policy.MODEL:  # which continues what it wrote as it is
+                draft.closing = []
             self._continue_after(draft, state)
-            stop = self._decide(draft, state)
+            stop = self._decide(draft, question, state)
             if stop is not None:
                 break
             self._count_closing(draft, state)
@@ -133,7 +135,9 @@ class Recursion:
             else:
                 yield CycleEvent(state.cycles[-1], None)
                 if draft.closing:
-                    yield self._injected(draft, draft.closing, self.format.answer_close or "", in_answer=True)
+                    yield self._injected(
+                        draft, draft.closing, draft.parser.closing_tag, in_answer=draft.parser.in_answer
+                    )
             draft = self._next_draft(state)
         final = self._conclude(state, stopping.choose(state.cycles, state.limits.select), stop, draft)
         yield CycleEvent(final.trajectory.cycles[-1], stop)
@@ -144,7 +148,7 @@ class Recursion:
         state = _State(limits.policy, limits, list(question), self.clock())
 
         async def sample(index: int) -> tuple[list[StepEvent], Cycle, Draft]:
-            draft = self._first_draft(question, index)
+            draft = self._first_draft(question, limits, index)
             events = [event async for event in self._write(draft, state)]
             return events, await self._judge(draft, question, state), draft
 
@@ -171,17 +175,22 @@ class Recursion:
         draft = drafts[-1 if selected is None else selected]
         yield self._conclude(state, selected, self.cutoff.reason or StopReason.VOTE, draft)
 
-    def _first_draft(self, question: Sequence[int], index: int = 0) -> Draft:
+    def _first_draft(self, question: Sequence[int], limits: Limits, index: int = 0) -> Draft:
         """A cycle that begins the turn; the client or the chat template may have begun it. ``index``: of a sample."""
         opened = thought_is_open(question, self.engine, self.format)
-        parser = CycleParser(self.format, thought_open=opened, prefix=self.prefix)
-        return Draft(index, parser, question, [], "", self.clock())
+        parser = self._parser(limits, thought_open=opened, prefix=self.prefix)
+        return Draft(index, parser, question, [], "", self.clock(), limits.stop_token_ids)
 
     def _next_draft(self, state: _State) -> Draft:
         """A further cycle of the trajectory."""
-        opening, parser = self._opening(state), CycleParser(self.format, thought_open=True)
+        opening, parser = self._opening(state), self._parser(state.limits, thought_open=True)
         text = self.format.cycle_open if opening else ""
-        return Draft(len(state.cycles), parser, state.prompt, opening, text, self.clock())
+        return Draft(len(state.cycles), parser, state.prompt, opening, text, self.clock(), state.limits.stop_token_ids)
+
+    def _parser(self, limits: Limits, *, thought_open: bool, prefix: str = "") -> CycleParser:
+        return CycleParser(
+            self.format, thought_open=thought_open, prefix=prefix, stop=limits.stop, include_stop=limits.include_stop
+        )
 
     def _opening(self, state: _State) -> list[int]:
         """Tag that makes the model write one more cycle; nothing if the model decides by itself."""
@@ -195,9 +204,11 @@ class Recursion:
         async with aclosing(self.engine.cycle(draft.prompt, index=draft.index, max_tokens=left)) as steps:
             async for step in steps:
                 yield draft.add(step)
+                if draft.is_stopped:
+                    break
         draft.seconds = self.clock() - draft.started
-        if draft.parser.missing_close_tag:
-            draft.closing = self.engine.encode(self.format.answer_close or "")
+        if draft.parser.closing_tag:
+            draft.closing = self.engine.encode(draft.parser.closing_tag)
 
     def _injected(self, draft: Draft, token_ids: list[int], text: str, *, in_answer: bool) -> StepEvent:
         return StepEvent(draft.index, Step.injected(token_ids, text), "", in_answer)
@@ -230,6 +241,7 @@ class Recursion:
             seconds=draft.seconds + (seconds or 0.0),
             confidence_seconds=seconds,
             confidence_tokens=0 if score is None else score.tokens,
+            stop=None if draft.last is None else draft.last.stop_reason,
         )
 
     async def _score(self, scorer: Confidence, draft: Draft, question: Sequence[int]) -> Score | None:
@@ -248,18 +260,26 @@ class Recursion:
         state.prompt = state.prompt + draft.complete_ids(self.engine.end_of_turn_ids)
         state.spent += len(draft.token_ids) + len(draft.closing)
 
-    def _decide(self, draft: Draft, state: _State) -> StopReason | None:
+    def _decide(self, draft: Draft, question: Sequence[int], state: _State) -> StopReason | None:
         return stopping.decide(
             state.cycles,
             state.limits,
             ended_turn=draft.ended_turn,
+            ended_text=draft.ended_text,
             truncated=draft.truncated,
-            no_room=state.tokens_left(len(self._opening(state))) == 0,
+            no_room=state.tokens_left(len(self._opening(state))) == 0 or self._has_thought_enough(question, state),
             cut=self.cutoff.reason,
         )
 
+    def _has_thought_enough(self, question: Sequence[int], state: _State) -> bool:
+        """True when the thoughts so far have used up their budget."""
+        budget = state.limits.thinking_tokens
+        if budget is None:
+            return False
+        return num_thought_tokens(question, state.prompt, self.engine, self.format) >= budget
+
     def _count_closing(self, draft: Draft, state: _State) -> None:
-        """Count the injected end tag, which only a further cycle needs."""
+        """Count the injected closing tag, which only a further cycle needs."""
         num_tokens = len(draft.closing)
         state.add_to_last(tokens=num_tokens, answer_tokens=num_tokens if draft.parser.answer else 0)
 

@@ -10,20 +10,22 @@ def decide(
     limits: Limits,
     *,
     ended_turn: bool,
+    ended_text: bool,
     truncated: bool,
     no_room: bool,
     cut: StopReason | None,
 ) -> StopReason | None:
     """Reason to end the trajectory after ``cycles``; None to generate another cycle.
 
-    ended_turn: the model ended its turn. truncated: the token budget cut the last cycle.
-    no_room: the budget holds no further cycle; it counts only if one would follow. cut: reason of the Cutoff.
+    ended_turn: the model ended its turn. ended_text: a stop of the request ended the text, thoughts included.
+    truncated: the token budget cut the last cycle.
+    no_room: a budget holds no further cycle; it counts only if one would follow. cut: reason of the Cutoff.
     A good answer comes before a spent budget: the reason names what was reached.
     """
     last = cycles[-1]
     if limits.policy is Policy.CONFIDENCE and clears(last, limits.threshold):
         return StopReason.THRESHOLD
-    if limits.policy is Policy.MODEL and ended_turn:
+    if ended_text or (limits.policy is Policy.MODEL and ended_turn):
         return StopReason.MODEL
     if cut is not None:
         return cut
@@ -46,6 +48,15 @@ def needs_score(limits: Limits) -> bool:
 def max_cycles(limits: Limits) -> int:
     """Upper bound on the cycles of a trajectory: 1 for ``single``, whatever the request says."""
     return 1 if limits.policy is Policy.SINGLE else limits.max_cycles
+
+
+def streams_answer(limits: Limits, *, ends_with_turn: bool) -> bool:
+    """True if the first answer is the returned one, so that it can be shown while it is written.
+
+    ends_with_turn: a cycle ends with the turn (formats without answer tags)."""
+    if limits.policy is Policy.VOTE:
+        return False
+    return max_cycles(limits) == 1 or (limits.policy is Policy.MODEL and ends_with_turn)
 
 
 def clears(cycle: Cycle, threshold: float) -> bool:

@@ -3,7 +3,7 @@
 Sources: R-TAP (Recursive Think-Answer Process, arXiv 2603.02099). Values only: no I/O, no engine.
 """
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
@@ -54,7 +54,10 @@ class Limits:
     patience: cycles in a row without a new highest confidence before the trajectory ends; None: unlimited.
     deadline_seconds: enforced by ``cutoff.Cutoff``, which the caller of the loop starts.
     max_tokens: budget over all cycles, injected tags included (``vote``: per sample); None: the engine's own limit.
+    thinking_tokens: budget over the thoughts of all cycles (``vote``: per sample); None: only ``max_tokens``.
     probe_every: tokens of a thought between probes (``probing.py``), policy ``confidence`` only; None: no probes.
+    stop, stop_token_ids: strings and token ids that end the answer of a cycle. Thoughts ignore them.
+    include_stop: keep the string, or the token's text, in the answer.
     """
 
     policy: Policy = Policy.CONFIDENCE
@@ -65,7 +68,16 @@ class Limits:
     patience: int | None = None
     deadline_seconds: float | None = None
     max_tokens: int | None = None
+    thinking_tokens: int | None = None
     probe_every: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Set[int] = frozenset()
+    include_stop: bool = False
+
+    @property
+    def stops_answers(self) -> bool:
+        """True if something besides the model ends the answer of a cycle."""
+        return bool(self.stop or self.stop_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,7 @@ class Cycle:
     prompt_tokens, cached_tokens: length of the cycle's prompt, and the part of it found in the prefix cache.
     seconds: writing and scoring. confidence_seconds: the scoring part; None if nothing was scored.
     confidence_tokens: tokens that the confidence generator read.
+    stop: string or token id at which the request, and not the model, ended the cycle.
     """
 
     index: int
@@ -97,6 +110,7 @@ class Cycle:
     seconds: float
     confidence_seconds: float | None
     confidence_tokens: int
+    stop: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +177,12 @@ class Step(NamedTuple):  # one per token: a frozen dataclass takes five times as
 
     token_ids: new ids, usually one. finished: last step of the cycle.
     truncated: the token limit cut the cycle.
-    ended_turn: the model, or a stop string of the user's, ended the turn (False at the format's own end of a cycle).
+    ended_turn: the model, or a stop of the request, ended the turn (False at the format's own end of a cycle).
+    ended_text: a stop of the request ended the whole text, thoughts included: no cycle follows.
     prompt_tokens, cached_tokens: as in Cycle.
     native: the engine's own output object, passed through for the caller of the loop, which may modify it.
     logprobs: one mapping per token id, if the engine was asked for log-probabilities.
+    stop_reason: as vLLM's: string or token id at which the cycle ended, if that is no end of turn or cycle.
     """
 
     text: str
@@ -178,6 +194,8 @@ class Step(NamedTuple):  # one per token: a frozen dataclass takes five times as
     cached_tokens: int
     native: Any
     logprobs: Sequence[Mapping[int, Any]] | None = None
+    ended_text: bool = False
+    stop_reason: str | int | None = None
 
     @classmethod
     def injected(cls, token_ids: Sequence[int], text: str) -> "Step":

@@ -16,17 +16,19 @@ from rtap_core.errors import ConfigError
 from rtap_server.doctor import engine_check, engine_package, has_nvidia_gpu
 from rtap_server.http.api_keys import KeyRing, load_keys
 from rtap_server.settings import REMOVED, Settings, add_flags, closest_match, load_settings
-from rtap_server.telemetry.logs import announce, use_json
+from rtap_server.telemetry.logs import announce, drop_unwritable_output, use_json
 
 _MAX_HEADER_BYTES = 2**16  # uvicorn's own default; vLLM's is 4 MiB
 _HELP = "`rtap serve --help=R-TAP` lists the R-TAP flags, `--help=all` all flags"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code: 0 after a clean stop, 1 after a failure, 2 for invalid
-    settings."""
+    """Serve until SIGTERM, SIGINT or SIGHUP. Returns the exit code: 0 after a clean stop, 1 after a failure, 2 for
+    invalid settings."""
+    drop_unwritable_output()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as `vllm serve` does
     try:
         args, settings, bundled = _parse(sys.argv[1:] if argv is None else argv)
         return _run(args, settings, bundled=bundled)
@@ -140,7 +142,7 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     try:
         address, sock = setup_server(args, reuse_port=False)
     except (OSError, OverflowError) as error:
-        raise ConfigError(_cannot_listen(args.host, args.port, error)) from error
+        raise ConfigError(_cannot_listen(args.host, args.port, args.uds, error)) from error
     exit_on_signals()
     with sock:
         engine = engine_check(engine_package(), has_gpu=has_nvidia_gpu())
@@ -153,13 +155,17 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     return 0 if failure is None else 1
 
 
-def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> str:
+def _cannot_listen(host: str, port: int, uds: str | None, error: OSError | OverflowError) -> str:
     """Error message that names the flag to change."""
     if isinstance(error, OverflowError):
         return f"cannot listen on port {port}: choose a --port from 0 to 65535"
+    reason = error.strerror or str(error)
+    if uds is not None:
+        stale = "if no server uses the file, delete it, or " if error.errno == errno.EADDRINUSE else ""
+        return f"cannot listen on the unix socket {uds}: {reason}; {stale}choose another --uds"
     is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
     other = "--host (127.0.0.1: this machine only, 0.0.0.0: all interfaces)" if is_host else "--port"
-    return f"cannot listen on {host}:{port}: {error.strerror}; choose another {other}"
+    return f"cannot listen on {host}:{port}: {reason}; choose another {other}"
 
 
 async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str, keys: KeyRing) -> str | None:

@@ -24,7 +24,7 @@ from rtap_server.engine.server_state import ServerState
 from rtap_server.http.admission import Admission
 from rtap_server.http.api_keys import KeyRing
 from rtap_server.http.auth import PROBE_PATHS, AuthMiddleware
-from rtap_server.http.body_limits import BodyLimitsMiddleware
+from rtap_server.http.body_limits import BodyLimitsMiddleware, BodyMemory
 from rtap_server.http.errors import install_handlers
 from rtap_server.http.field_limits import FieldLimits, media_schemes
 from rtap_server.http.recursion_fields import RecursionMiddleware
@@ -33,6 +33,7 @@ from rtap_server.http.request_log import RequestLogMiddleware
 from rtap_server.http.route_kinds import BLOCKED_PATHS, BLOCKED_WITH_KEYS
 from rtap_server.http.schema import describe_rtap
 from rtap_server.routes import page
+from rtap_server.routes.models import models_router
 from rtap_server.routes.ops import ops_router
 from rtap_server.routes.rtap import ChatRenderer, rtap_router
 
@@ -63,13 +64,14 @@ async def create_app(
     tokenizer = cast(ChatRenderer, engine.renderer.tokenizer)
     app.include_router(ops_router(engine, server.drain))
     app.include_router(rtap_router(server, tokenizer, names))
+    app.include_router(models_router(app.state.openai_serving_models))
     app.include_router(page.page_router())
     install_handlers(app)
     describe_rtap(app, server.settings)
     # vLLM's authentication leaves most routes open and knows one key; its request id middleware runs too far inside.
     replaced: list[object] = [AuthenticationMiddleware, XRequestIdMiddleware]
     app.user_middleware = [m for m in app.user_middleware if cast(object, m.cls) not in replaced]
-    app.user_middleware += _middleware(args, server, keys, admission, tracing, engine.model_config.max_model_len)
+    app.user_middleware += _middleware(app, args, server, keys, admission, tracing, engine.model_config.max_model_len)
     _keep_http_series(app)
     # build_app has built a stack already, without ours.
     app.middleware_stack = RequestIdMiddleware(app.build_middleware_stack())
@@ -77,6 +79,7 @@ async def create_app(
 
 
 def _middleware(
+    app: FastAPI,
     args: Namespace,
     server: ServerState,
     keys: KeyRing,
@@ -107,7 +110,10 @@ def _middleware(
         *layers,
         Middleware(
             BodyLimitsMiddleware,
+            routes=app.routes,
             max_body_bytes=settings.max_body_bytes,
+            body_timeout_seconds=settings.body_timeout_seconds,
+            memory=BodyMemory(settings.max_body_bytes * max(1, settings.max_in_flight_requests // 8)),
             field_limits=field_limits,
             admission=admission,
             drain=server.drain,

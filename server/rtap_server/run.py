@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 from argparse import Namespace
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 import uvicorn
@@ -25,7 +25,7 @@ from rtap_server.engine.server_state import Drain
 from rtap_server.engine.supervisor import Supervisor, kill, process_tree
 from rtap_server.http.admission import Admission
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _FLUSH_SECONDS = 5  # for the last bytes of responses after the drain
 _POLL_SECONDS = 0.05
 # Python's defaults of 700 and 10 scan the objects of running requests again and again, 5 % of a busy server's time.
@@ -61,7 +61,8 @@ async def serve_app(
 
     Raises exceptions of the web server and the supervisor, after the drain."""
     server = _Server(_config(app, args))
-    app.state.server = server  # vLLM's error handlers stop it when the engine is dead
+    # vLLM's error handlers end this "server" when the engine is dead. The real one ends after the drain.
+    app.state.server = SimpleNamespace(should_exit=False)
     refresher = _ssl_refresher(args, server.config)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     stop, supervising = asyncio.Event(), asyncio.create_task(supervisor.run())
@@ -107,7 +108,7 @@ def _set_on_signals(stop: asyncio.Event) -> None:
             exit_now(number, None)
         stop.set()
 
-    for number in _SIGNALS:
+    for number in _handled_signals():
         loop.add_signal_handler(number, handle, number)
 
 
@@ -120,8 +121,14 @@ def exit_now(number: int, _: FrameType | None) -> None:
 
 def exit_on_signals() -> None:
     """Exit at the first signal, while engines are loading and no request is in flight."""
-    for number in _SIGNALS:
+    for number in _handled_signals():
         signal.signal(number, exit_now)
+
+
+def _handled_signals() -> list[signal.Signals]:
+    """The signals that stop the server. Under ``nohup`` SIGHUP stays ignored."""
+    is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in _SIGNALS if not (is_nohup and number is signal.SIGHUP)]
 
 
 def _keep_alive_seconds() -> int:

@@ -138,6 +138,9 @@ class Settings(BaseSettings):
         default="text", description="json: each log line is an object, one for each request"
     )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="larger request bodies are answered with 413")
+    body_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="a request body that is not complete after this long is answered with 408"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -131,6 +131,55 @@ def test_a_cycle_that_somebody_else_began_is_read_from_there(fmt, prefix, text, 
     assert (parser.think, parser.answer) == read
 
 
+@given(st.lists(st.sampled_from([*_FRAGMENTS, "ab", "b"]), max_size=14), st.sampled_from([RTAP, THINK]), st.booleans())
+def test_a_stop_string_ends_the_answer_wherever_it_is_split_and_nothing_else(pieces, fmt, include):
+    """Against a search of the whole answer of a parser without stops."""
+    stops = ("7b", "b7", "<", "aba", "\n", "think")
+    plain, stopped = CycleParser(fmt), CycleParser(fmt, stop=stops, include_stop=include)
+    for piece in pieces:
+        plain.feed(piece)
+        if stopped.stopped_at is None:
+            stopped.feed(piece)
+    for parser in (plain, stopped):
+        parser.close(ended_by_model=True)
+    answer = "".join(plain._answer).lstrip()
+    found = min((answer.index(s) + len(s), stops.index(s)) for s in stops if s in answer) if any(
+        s in answer for s in stops) else None  # fmt: skip
+    if found is None:
+        assert (stopped.stopped_at, stopped.answer) == (None, plain.answer)
+        return
+    end, stop = found[0], stops[found[1]]
+    kept = answer[:end] if include else answer[: end - len(stop)]
+    assert (stopped.stopped_at, stopped.answer) == (stop, kept.strip() or None)
+    assert plain.think.startswith(stopped.think)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "text", "tag"),
+    [
+        (RTAP, "", ""),
+        (RTAP, "no tags", ""),
+        (RTAP, "<think>a", "</think>"),
+        (RTAP, "<think>a</answer>", "</think>"),
+        (RTAP, "<think>a</think>b", ""),
+        (RTAP, "<think>a</think><think>b", "</think>"),
+        (RTAP, "<think>a<answer>b", "</answer>"),
+        (RTAP, "<think>a</think><answer>b</ans", "</answer>"),
+        (RTAP, "<think>a</think><answer>b</answer>", ""),
+        (THINK, "a", ""),
+        (THINK, "<think>a", "</think>"),
+        (THINK, "<think>a</think>b", ""),
+        (THINK, "<think>a</think>b<think>c", "</think>"),
+        (THINK, "<think>a</think>b<think>c</think>d", ""),
+    ],
+)
+def test_what_is_open_at_the_end_of_a_cycle_has_a_closing_tag(fmt, text, tag):
+    parser = CycleParser(fmt)
+    parser.feed(text)
+    parser.close(ended_by_model=True)
+    assert parser.closing_tag == tag
+
+
 def test_text_after_the_answer_is_dropped():
     assert parse_cycle("<think>a</think><answer>1</answer>junk<answer>2</answer>", RTAP) == ("a", "1")
 

@@ -1,12 +1,17 @@
 """The Think–Answer loop over a scripted engine."""
 
 import asyncio
+import re
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rtap_core.cutoff import Cutoff
+from rtap_core.draft import num_thought_tokens
 from rtap_core.format import RTAP, THINK
 from rtap_core.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
 from rtap_core.types import Limits, Policy, Select, StopReason
@@ -384,3 +389,128 @@ async def test_samples_of_a_vote_are_in_order_whatever_order_they_end_in():
     assert [e.cycle.index for e in events if isinstance(e, CycleEvent)] == [1, 0]
     assert [c.index for c in done.cycles] == [0, 1]
     assert done.answer == "7"  # a tie goes to the first sample, not to the first to end
+
+
+def _is_closed(text: str, fmt) -> bool:
+    """True if every thought and answer of ``text`` is closed, read tag by tag."""
+    where = "outside"
+    for tag in re.findall("</?(?:think|answer)>", text):
+        if where == "answer" and fmt.has_answer_tags:
+            where = "outside" if tag == fmt.answer_close else where
+        elif tag == fmt.think_open:
+            where = "thought"
+        elif tag == fmt.answer_open:
+            where = "answer"
+        elif tag == fmt.think_close:
+            where = "outside"
+    return where == "outside"
+
+
+_PIECES = st.lists(
+    st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "a", "7", "x", " ", "\n", "<", "$"]), max_size=10
+).map("".join)
+
+
+@given(
+    st.lists(_PIECES, min_size=4, max_size=4),
+    st.sampled_from([RTAP, THINK]),
+    st.sampled_from(list(Policy)),
+    st.sampled_from([(), ("7",), ("ax", "7\n"), ("<",)]),
+    st.sampled_from([frozenset(), frozenset(encode("x</think>"))]),
+    st.sampled_from([None, 0, 2]),
+    st.sampled_from([0.1, -1.0]),
+)
+async def test_a_cycle_is_opened_only_where_the_one_before_is_closed(
+    script, fmt, policy, stop, stop_ids, thinking_tokens, score
+):
+    """Whatever the engine writes, wherever it ends, and whatever ends an answer. "$" ends the turn."""
+    texts = [text.partition("$")[0] + "$" * ("$" in text) or "$" for text in script]
+    if fmt.answer_close:  # where the engine ends a cycle
+        texts = ["".join(text.partition(fmt.answer_close)[:2]) for text in texts]
+    engine, scorer = ScriptedEngine(texts), ScriptedConfidence(lambda _: score)
+    limits = Limits(
+        policy=policy, threshold=0.5, max_cycles=4, samples=2, stop=stop, stop_token_ids=stop_ids,
+        thinking_tokens=thinking_tokens,
+    )  # fmt: skip
+    events, done = await _run(engine, limits, scorer, fmt=fmt)
+    opening = encode(fmt.cycle_open)
+    if policy is Policy.CONFIDENCE and done.degraded is None:
+        for prompt in engine.prompts[1:]:
+            assert prompt[-len(opening) :] == opening
+            assert _is_closed(decode(prompt[len(QUESTION) : -len(opening)]), fmt)
+    if policy is not Policy.VOTE:
+        for before, after in pairwise(engine.prompts):
+            assert after[: len(before)] == before
+    assert sum(c.tokens for c in done.cycles) == sum(len(e.step.token_ids) for e in events if isinstance(e, StepEvent))
+    for cycle in done.cycles:
+        assert cycle.answer is None or not any(s in cycle.answer for s in stop)
+
+
+@pytest.mark.parametrize(
+    ("limits", "stop", "answer", "with_stop"),
+    [
+        (Limits(stop=("7",)), "7", "25*", "25*7"),
+        (Limits(stop=("none", "*7")), "*7", "25", "25*7"),
+        (Limits(stop_token_ids=frozenset(encode("*"))), ord("*"), "25", "25*"),
+        (Limits(stop_token_ids=frozenset(encode("7\n</think><answer>"))), ord("7"), "25*", "25*7"),
+    ],
+)
+async def test_a_stop_ends_the_answer_and_the_work_on_it_but_no_thought(limits, stop, answer, with_stop):
+    """The thought, the tags and the white space before the answer have them too."""
+    text = "<think>25*7=175</think><answer>\n25*7 and so on</answer>"
+    engine, scorer = ScriptedEngine([text, text.removeprefix("<think>")]), ScriptedConfidence(lambda _: 0.1)
+    _, done = await _run(engine, replace(limits, max_cycles=2), scorer)
+    assert engine.closed == 2
+    assert [(c.think, c.answer) for c in done.cycles] == [("25*7=175", answer)] * 2
+    cycle = text[: text.index(with_stop, text.index("\n")) + len(with_stop)] + "</answer>"
+    assert decode(engine.prompts[1]) == "make 82?" + cycle + "<think>"
+    assert [decode(judged.cycle_token_ids) for judged in scorer.judged] == [cycle, cycle]
+    assert [c.stop for c in done.cycles] == [stop, stop]
+    engine = ScriptedEngine([text])
+    _, done = await _run(engine, replace(limits, policy=Policy.MODEL, select=Select.LAST, include_stop=True))
+    assert (done.stop_reason, done.answer) == (StopReason.MODEL, with_stop)
+
+
+async def test_a_stop_before_the_first_word_leaves_no_answer():
+    for limits in (Limits(stop=("so",)), Limits(stop_token_ids=frozenset(encode("s")))):
+        _, done = await _run(ScriptedEngine(["\nso be it$"]), replace(limits, policy=Policy.SINGLE), fmt=THINK)
+        assert (done.answer, done.partial_answer) == (None, None)
+
+
+async def test_a_stop_of_the_whole_text_ends_the_trajectory():
+    class Stopped(ScriptedEngine):
+        async def cycle(self, prompt_token_ids, *, index, max_tokens):
+            async for step in super().cycle(prompt_token_ids, index=index, max_tokens=max_tokens):
+                yield step._replace(ended_text=step.finished, stop_reason="7" if step.finished else None)
+
+    for text, answer in (("<think>25*7$", None), ("<think>a</think><answer>25*7$", "25*7")):
+        engine = Stopped([text])
+        _, done = await _run(engine, Limits(threshold=0.5), ScriptedConfidence(lambda _: 0.1))
+        assert (done.stop_reason, done.answer, len(engine.prompts)) == (StopReason.MODEL, answer, 1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "cycles"), [("confidence", 9, 2), ("confidence", 8, 1), ("confidence", 0, 1), ("model", 8, 1)]
+)
+async def test_no_cycle_follows_a_spent_thinking_budget(policy, budget, cycles):
+    engine = ScriptedEngine([WRONG, DOUBT if policy == "confidence" else "<think>" + DOUBT])  # 8 tokens in the first
+    limits = Limits(policy=Policy(policy), thinking_tokens=budget, max_cycles=5, select=Select.LAST)
+    _, done = await _run(engine, limits, ScriptedConfidence(lambda _: 0.1))
+    assert (done.stop_reason, len(done.cycles)) == (StopReason.MAX_TOKENS, cycles)
+
+
+@pytest.mark.parametrize(
+    ("question", "written", "count"),
+    [
+        ("q", "", 0),
+        ("q", "<think>abc</think>", 3),
+        ("q", "<think>abc</think>7<think>de</think>", 5),
+        ("q", "<think>abc</think>7<think>Wait", 3),  # vLLM counts that of the running cycle itself
+        ("q", "no thought", 0),
+        ("q<think>", "abc</think>7", 3),
+        ("<think>q</think>", "<think>abc</think>7", 3),
+    ],
+)
+def test_tokens_of_closed_thoughts_are_counted(question, written, count):
+    ids = encode(question)
+    assert num_thought_tokens(ids, ids + encode(written), ScriptedEngine([]), RTAP) == count

@@ -9,7 +9,7 @@ from rtap_core import stopping
 from rtap_core.types import Cycle, Limits, Policy, Select, StopReason
 
 _BASE = Cycle(0, "t", "1", None, False, 10, 3, 0, 20, 0, 0.1, None, 0)
-_NEVER = {"ended_turn": False, "truncated": False, "no_room": False, "cut": None}
+_NEVER = {"ended_turn": False, "ended_text": False, "truncated": False, "no_room": False, "cut": None}
 
 
 def _cycles(*scores: float | None, answers: str | None = None) -> list[Cycle]:
@@ -89,5 +89,5 @@ def test_no_room_for_another_cycle_matters_only_where_another_would_follow():
 def test_patience_does_not_end_a_trajectory_without_scores():
     limits = Limits(policy=Policy.MODEL, max_cycles=8, patience=2, select=Select.LAST)
     unscored = _cycles(None, None, None, None)
-    reason = stopping.decide(unscored, limits, ended_turn=False, truncated=False, no_room=False, cut=None)
+    reason = stopping.decide(unscored, limits, **_NEVER)
     assert reason is None

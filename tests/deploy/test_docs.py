@@ -59,7 +59,7 @@ CHECKED: Sequence[tuple[tuple[str, ...], str]] = (
     (("serve", "run"), "needs that Ray; tests/deploy/test_ray_app.py reads the file"),
     (("python", "scripts/docs_reference.py"), "writes the tables that this file checks"),
     (("python", "benchmarks/"), "minutes to hours"),
-    (("python", "tests/stress/"), "minutes; tests/e2e/test_fuzz.py does the same for less"),
+    (("python", "-m", "tests.stress.fuzz"), "minutes; tests/e2e/test_fuzz.py does the same for less"),
     (("python", "-m", "pytest"), "these tests run with this one"),
     (("rtap", "serve"), "serves until it is stopped; tests/e2e starts it"),
     (("rtap", "eval"), "minutes; tests/training/test_evaluate_command.py, tests/e2e/test_own_model.py"),
@@ -118,6 +118,8 @@ def check(words: tuple[str, ...]) -> None:
             parse(train_parser(), [w if w != "SUITE" else "suite.yaml" for w in rest], needs=("--output", "x"))
         case ("rtap", "eval", *rest):
             parse(evaluate._parser(), rest, needs=("--questions", "x"))
+        case ("python", "-m", module, *rest) if module.startswith("tests."):
+            assert {w for w in rest if w.startswith("--")} - flags_of(f"{module.replace('.', '/')}.py") == set()
         case ("python", script, *rest) if script.endswith(".py"):
             assert {w for w in rest if w.startswith("--")} - flags_of(script) == set()
         case _:

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from rtap_server.http.errors import error_type
 from tests.server.live import serving
 from tests.stress import fuzz
 
@@ -15,7 +16,9 @@ ID = {"x-request-id": "1"}
 
 
 def error(message: str, status: int = 400, **more) -> bytes:
-    return json.dumps({"error": {"message": message, "type": "t", "param": None, "code": status} | more}).encode()
+    return json.dumps(
+        {"error": {"message": message, "type": error_type(status), "param": None, "code": None} | more}
+    ).encode()
 
 
 @pytest.mark.parametrize(
@@ -30,8 +33,10 @@ def error(message: str, status: int = 400, **more) -> bytes:
         (500, ID, error("sorry", 500), "a server error"),
         (404, ID, b'{"detail": "Not Found"}', "no error object"),
         (404, ID, b"<html>", "no error object"),
-        (400, ID, error("n is 17", hint="x"), "not OpenAI's shape"),
-        (400, ID, error("n is 17", 422), "not OpenAI's shape"),
+        (400, ID, error("n is 17", hint="x"), "no API's shape"),
+        (400, ID, error("n is 17", code=400), "no API's shape"),
+        (400, ID, b'{"type": "error", "error": {"type": "t", "message": "m"}, "request_id": "1"}', None),
+        (400, ID, b'{"type": "error", "error": {"type": "t", "message": "m"}}', "no API's shape"),
         (400, ID, error("<Request object at 0x7f1f0a580210>"), "leaks internals"),
         (400, ID, error("no such file /usr/lib/x"), "leaks internals"),
         (400, ID, error('Traceback (most recent call last)'), "leaks internals"),

@@ -67,3 +67,12 @@ print(json.dumps([rtap_client.__file__, rtap_core.__file__, str(BUNDLED_MODELS),
         str(unpacked / name) for name in ("rtap_client/__init__.py", "rtap_core/__init__.py", "rtap_core/models")
     ]
     assert architecture.endswith("ForCausalLM")
+
+
+def test_an_editable_installation_copies_nothing(tmp_path: Path) -> None:
+    """A copy of the models would be older than the checkout's after the next training."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel:editable", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (built,) = tmp_path.glob("rtap-*.whl")
+    names = zipfile.ZipFile(built).namelist()
+    assert [name for name in names if ".dist-info/" not in name] == ["_rtap.pth"]

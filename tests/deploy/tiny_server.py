@@ -50,7 +50,9 @@ if __name__ == "__main__":
     if "--fail" in sys.argv:
         sys.exit(2)
     app = web.Application()
-    app.add_routes([web.get("/ready", ready), web.post("/echo", echo), web.post("/stream", stream)])
+    app.add_routes(
+        [web.get("/ready", ready), web.get("/live", ready), web.post("/echo", echo), web.post("/stream", stream)]
+    )
     app.add_routes([web.get("/seen", seen), web.post("/die", die)])
     path = sys.argv[sys.argv.index("--uds") + 1]
     web.run_app(app, path=path, handler_cancellation=True, print=None)

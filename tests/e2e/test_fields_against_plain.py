@@ -161,16 +161,10 @@ FIELDS = {
     "top_p": {"temperature": 1, "top_p": 0.7, "seed": 2},
     "top_k": {"temperature": 1, "top_k": 3, "seed": 4},
     "min_p": {"temperature": 1, "min_p": 0.2, "seed": 5},
-    "stop string while thinking": {"stop": "="},
-    "stop strings": {"stop": ["nothing of this", "7="]},
-    "stop string in the answer": {"stop": "answer>25"},
-    "stop at a tag": {"stop": "</think>"},
-    "include_stop_str_in_output": {"stop": "=", "include_stop_str_in_output": True},
-    "stop_token_ids at a tag": {"stop_token_ids": [446]},
-    "stop_token_ids": {"stop_token_ids": [445], "include_stop_str_in_output": True},
+    "stop string in the answer": {"stop": ["nothing of this", "25*3+"]},
+    "include_stop_str_in_output": {"stop": "3+", "include_stop_str_in_output": True},
     "max_completion_tokens": {"max_completion_tokens": 9},
     "max_tokens in the answer": {"max_tokens": 30},
-    "min_tokens": {"min_tokens": 70, "max_tokens": 90},
     "logit_bias": {"logit_bias": {"2": 100}},
     "logit_bias and ignore_eos": {"logit_bias": {"2": 100}, "ignore_eos": True, "max_tokens": 6},
     "skip_special_tokens": {
@@ -200,7 +194,17 @@ CHAT_FIELDS = FIELDS | {
     "add_generation_prompt": {"add_generation_prompt": False, "max_tokens": 40},
     "truncate_prompt_tokens": {"truncate_prompt_tokens": 12, "return_token_ids": True},
 }  # fmt: skip
-COMPLETION_FIELDS = FIELDS | {
+# Stops in a thought, where a reply of chat goes on.
+TEXT_STOPS = {
+    "stop string": {"stop": "="},
+    "stop strings": {"stop": ["nothing of this", "7="]},
+    "stop string in the answer": {"stop": "answer>25"},
+    "stop at a tag": {"stop": "</think>"},
+    "include_stop_str_in_output": {"stop": "=", "include_stop_str_in_output": True},
+    "stop_token_ids at a tag": {"stop_token_ids": [446]},
+    "stop_token_ids": {"stop_token_ids": [445], "include_stop_str_in_output": True},
+}
+COMPLETION_FIELDS = FIELDS | TEXT_STOPS | {
     "logprobs": {"logprobs": 3},
     "logprobs 0": {"logprobs": 0},
     "echo": {"echo": True},
@@ -244,8 +248,7 @@ def test_completions(server, plain, fields, stream):
 # Fields that /v1/responses has too.
 COMMON = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "logit_bias and ignore_eos", "skip_special_tokens",
           "presence_penalty", "frequency_penalty", "repetition_penalty", "cache_salt", "user", "priority",
-          "stop string while thinking", "stop strings", "stop at a tag", "stop_token_ids at a tag",
-          "stop_token_ids")  # fmt: skip
+          "stop string in the answer", "include_stop_str_in_output")  # fmt: skip
 RESPONSE_FIELDS = {name: {k: v for k, v in FIELDS[name].items() if k != "max_tokens"} for name in COMMON} | {
     "max_output_tokens": {"max_output_tokens": 9},
     "instructions": {"instructions": "Be brief."},
@@ -257,7 +260,7 @@ RESPONSE_FIELDS = {name: {k: v for k, v in FIELDS[name].items() if k != "max_tok
 MESSAGE_FIELDS = {
     "nothing else": {},
     "max_tokens": {"max_tokens": 9},
-    "stop_sequences": {"stop_sequences": ["nothing of this", "="]},
+    "stop_sequences": {"stop_sequences": ["nothing of this", "25*3+"]},
     "system": {"system": "Be brief."},
     "top_k 1": {"temperature": 1, "top_k": 1},
     "metadata": {"metadata": {"user_id": "someone"}},
@@ -307,19 +310,21 @@ def test_responses_and_messages_refuse_equally(server, plain, path, wrong):
 
 
 @pytest.mark.parametrize(
-    ("name", "finish_reason", "stop_reason"),
+    ("path", "name", "finish_reason", "stop_reason"),
     [
-        ("stop string while thinking", "stop", "="),
-        ("stop strings", "stop", "7="),
-        ("stop at a tag", "stop", "</think>"),
-        ("stop_token_ids at a tag", "stop", 446),
-        ("stop_token_ids", "stop", 445),
-        ("max_completion_tokens", "length", None),
-        ("logit_bias and ignore_eos", "length", None),
+        (CHAT, "stop string in the answer", "stop", "25*3+"),
+        (CHAT, "max_completion_tokens", "length", None),
+        (CHAT, "logit_bias and ignore_eos", "length", None),
+        (COMPLETIONS, "stop string", "stop", "="),
+        (COMPLETIONS, "stop strings", "stop", "7="),
+        (COMPLETIONS, "stop at a tag", "stop", "</think>"),
+        (COMPLETIONS, "stop_token_ids at a tag", "stop", 446),
+        (COMPLETIONS, "stop_token_ids", "stop", 445),
     ],
 )
-def test_stops_and_limits_take_effect(server, plain, name, finish_reason, stop_reason):
-    for reply in _both(server, plain, CHAT, _chat(**CHAT_FIELDS[name])):
+def test_stops_and_limits_take_effect(server, plain, path, name, finish_reason, stop_reason):
+    body = _chat(**CHAT_FIELDS[name]) if path == CHAT else _completion(**COMPLETION_FIELDS[name])
+    for reply in _both(server, plain, path, body):
         choice = _seen(reply)["choices"][0]
         assert (choice["finish_reason"], choice["stop_reason"]) == (finish_reason, stop_reason)
 
@@ -371,6 +376,7 @@ WRONG = {
     "stop empty": {"stop": ""},
     "stop list": {"stop": ["a", 5]},
     "stop_token_ids": {"stop_token_ids": "x"},
+    "stop_token_ids unknown": {"stop_token_ids": [99999]},
     "logit_bias key": {"logit_bias": {"x": 1}},
     "logit_bias id": {"logit_bias": {"99999": 1}},
     "allowed_token_ids": {"allowed_token_ids": []},

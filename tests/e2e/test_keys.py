@@ -106,4 +106,4 @@ def test_keys_do_not_share_the_prefix_cache(operated):
     reply = httpx.get(f"{operated.url}/v1/models", headers={"x-api-key": "key-other"})
     assert reply.status_code == 401
     assert "key-other" not in operated.log.read_text()
-    assert json.loads(reply.text)["error"]["code"] == 401
+    assert json.loads(reply.text)["error"]["code"] == "invalid_api_key"

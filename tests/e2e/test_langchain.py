@@ -21,9 +21,9 @@ EAGER = {"threshold": 1.0, "max_cycles": 3}  # no confidence reaches 1.0, so thr
 class TestStandard(ChatModelIntegrationTests):
     """Properties that are False here make LangChain skip the tests which need them."""
 
-    has_tool_calling = False  # the bundled model calls no tools, and its server runs without a tool parser
+    has_tool_calling = False  # the bundled model calls no tools by itself (by a grammar: test_clients)
     has_tool_choice = False  # as has_tool_calling
-    has_structured_output = False  # asks for a joke as JSON; the model has no words (grammars: test_chat)
+    has_structured_output = False  # asks for a joke as JSON; the model has no words (by a grammar: test_clients)
     supports_json_mode = False  # as has_structured_output
     supports_image_inputs = False  # the bundled model reads text alone (pictures: test_pictures)
     supports_image_tool_message = False  # neither pictures nor tools

@@ -18,7 +18,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from rtap_core.types import Cycle, Policy, StopReason, Trajectory
-from rtap_server.http.errors import error_body
 from rtap_server.http.schema import cycle_object, trajectory_object
 from rtap_server.routes.page import page_router
 
@@ -98,7 +97,8 @@ def stream_of(
 
 
 def refusal(status: int, message: str, type_: str, **headers: str) -> Response:
-    return JSONResponse(error_body(message, status=status, type_=type_), status_code=status, headers=headers)
+    body = {"error": {"message": message, "type": type_, "param": None, "code": None}}
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
 @dataclass

@@ -5,9 +5,11 @@ import random
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry
+from vllm.config import StructuredOutputsConfig
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -26,7 +28,6 @@ from tests.core.scripted import EOS, ScriptedConfidence, decode, encode
 
 QUESTION = encode("make 82?")
 CLOSE = encode("</answer>")[0]
-LOGPROB = Logprob(logprob=-0.5, rank=1, decoded_token="x")
 
 
 class Call(NamedTuple):
@@ -53,6 +54,9 @@ class FakeEngine:
     calls: arguments of each ``generate``. aborted: ids of requests that ``abort`` has ended.
     num_sampled: tokens so far. num_closed: generators closed before their end.
     """
+
+    model_config = SimpleNamespace(get_vocab_size=lambda: EOS + 1)
+    vllm_config = SimpleNamespace(structured_outputs_config=StructuredOutputsConfig())
 
     script: Sequence[str] | Callable[[str], str]
     encode: Callable[[str], list[int]] = encode
@@ -153,7 +157,7 @@ class FakeEngine:
         shown = ids if stop is None or params.include_stop_str_in_output else ids[:-1]
         return CompletionOutput(
             index=0, text=self.decode(shown), token_ids=ids, cumulative_logprob=None,
-            logprobs=None if params.logprobs is None else [{token_id: LOGPROB} for token_id in ids],
+            logprobs=None if params.logprobs is None else [{i: Logprob(-0.5, 1, self.decode([i]))} for i in ids],
             finish_reason=reason, stop_reason=stop,
         )  # fmt: skip
 
@@ -164,6 +168,7 @@ def build(llm: FakeEngine, confidence: Any = None, *, tracing: Any = None, **ser
         settings=Settings(confidence_model="http://generator"), format=RTAP,
         confidence=confidence or ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
         generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=llm.encode,
+        decode=lambda token_ids, _: llm.decode(token_ids),
         end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None), drain=Drain(),
     )  # fmt: skip
     return RecursiveEngine(llm, replace(state, **server), tracing)  # type: ignore[arg-type]

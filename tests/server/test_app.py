@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import re
 
 import pytest
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ from rtap_server.http.route_kinds import (
     RECURSIVE_PATHS,
 )
 from rtap_server.settings import Settings
+from tests.error_shapes import error_of
 from tests.server.whole import CYCLE, Service, make_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -37,7 +39,7 @@ def routes_of(app: FastAPI) -> list[tuple[str, str]]:
     """(method, path) of everything that is mounted; a path's own parameters are called x."""
     found = []
     for route in app.routes:
-        path = route.path.replace("{response_id}", "x")  # type: ignore[attr-defined]
+        path = re.sub("{.*}", "x", route.path)  # type: ignore[attr-defined]
         assert isinstance(route, Mount | Route), route
         found += [(method, path) for method in (["GET"] if isinstance(route, Mount) else sorted(route.methods or []))]
     return found
@@ -94,8 +96,83 @@ async def test_every_post_is_capped(service):
         before = service.rejected("invalid")
         for body, status in bodies:
             reply = await service.ask(path, "key-vllm", **body)
-            assert (reply.status_code, set(reply.json()["error"])) == (status, {"message", "type", "param", "code"})
+            assert (reply.status_code, bool(error_of(path, reply.json()))) == (status, True)
         assert service.rejected("invalid") - before == len(bodies) - 1, path
+
+
+async def test_methods_that_send_a_body_have_a_post_route_or_none(service):
+    """BodyLimitsMiddleware reads the bodies of POST routes only; another method's route would get none."""
+    assert {method for method, _ in routes_of(service.app)} <= {"GET", "HEAD", "POST"}
+
+
+@pytest.mark.parametrize("key", [None, "key-a"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"])
+async def test_open_paths_take_get_and_head_only(service, method, key):
+    for path in ("/live", "/ready", *PAGE_PATHS):
+        reply = await service.ask(path, key, method, content=b"1" * 100_000)
+        assert (reply.status_code, error_of(path, reply.json())["message"]) == (405, "Method Not Allowed")
+        assert "GET" in reply.headers["allow"]
+
+
+async def test_without_a_content_type_a_body_is_json(service):
+    for path in ("/v1/chat/completions", "/v1/messages", "/tokenize"):
+        body = json.dumps(CHAT).encode() if path != "/tokenize" else b'{"model": "rtap", "prompt": "3"}'
+        for headers in ({}, {"content-type": "application/json ; charset=utf-8"}):
+            reply = await service.ask(path, "key-a", content=body, headers=headers)
+            assert reply.status_code == 200, reply.text
+        empty = await service.ask(path, "key-a", content=b"")
+        assert empty.status_code == 400
+        assert error_of(path, empty.json())
+
+
+async def test_a_model_can_be_looked_up(service):
+    listed = (await service.ask("/v1/models", "key-a", "GET")).json()["data"][0]
+    found = (await service.ask("/v1/models/rtap", "key-a", "GET")).json()
+    assert {**found, "created": 0, "permission": []} == {**listed, "created": 0, "permission": []}
+    for unknown in ("gpt-4", "org/model", "rtap/x"):
+        reply = await service.ask(f"/v1/models/{unknown}", "key-a", "GET")
+        error = error_of("/v1/models", reply.json())
+        assert (reply.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+        assert f"the model '{unknown}' does not exist; this server has rtap" in error["message"]
+    models = service.app.state.openai_serving_models
+    models.base_model_paths[0].name = "org/rtap"
+    try:
+        assert (await service.ask("/v1/models/org/rtap", "key-a", "GET")).json()["id"] == "org/rtap"
+        assert (await service.ask("/v1/models/org%2Frtap", "key-a", "GET")).json()["id"] == "org/rtap"
+    finally:
+        models.base_model_paths[0].name = "rtap"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+async def test_errors_of_vllm_have_the_types_and_codes_of_their_api(service, path):
+    long = {"prompt": "3 " * 3000, "input": "3 " * 3000, "messages": [{"role": "user", "content": "3 " * 3000}]}
+    body = BODIES[path] | {name: value for name, value in long.items() if name in BODIES[path]}
+    for more, status, type_, code in (
+        (body, 400, "invalid_request_error", "context_length_exceeded"),
+        (BODIES[path] | {"model": "gpt"}, 404, "not_found_error", "model_not_found"),
+        (BODIES[path] | {"temperature": "hot"}, 400, "invalid_request_error", None),
+        (BODIES[path] | {"n": 1000}, 400, "invalid_request_error", None),
+    ):
+        reply = await service.ask(path, "key-a", json=more)
+        error = error_of(path, reply.json())
+        assert (reply.status_code, error["type"], error.get("code", code)) == (status, type_, code), error
+    for key, status, type_, code in ((None, 401, "authentication_error", "invalid_api_key"),):
+        error = error_of(path, (await service.ask(path, key, json=BODIES[path])).json())
+        assert (error["type"], error.get("code", code)) == (type_, code), status
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_a_failure_that_vllm_answers_itself_is_logged_under_the_request_id(service, path, caplog, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("lost /dev/gpu0")
+
+    serving = {"/v1/messages": "anthropic_serving_messages", "/v1/chat/completions": "openai_serving_chat"}[path]
+    monkeypatch.setattr(getattr(service.app.state, serving).online_renderer, "preprocess_chat", broken)
+    reply = await service.ask(path, "key-a", json=CHAT, headers={"x-request-id": "id-7"})
+    assert (reply.status_code, "gpu0" in reply.text) == (500, False)
+    assert error_of(path, reply.json())["message"].endswith("under request id id-7")
+    (record,) = [record for record in caplog.records if record.name == "rtap.errors"]
+    assert record.getMessage().startswith("request id-7 failed")
 
 
 OURS = ["AuthMiddleware", "BodyLimitsMiddleware", "RecursionMiddleware"]
@@ -170,9 +247,11 @@ async def test_tokens_that_were_sampled_and_read_are_charged_to_the_key(service,
 
 
 async def test_a_stream_begins_with_the_role_of_each_choice_and_has_nothing_empty(service):
-    """The engine's first output, for a tag, has no text: vLLM sends the role with it and no chunk of its own."""
+    """The engine's first output, for a tag, has no text: vLLM sends the role with it and no chunk of its own.
+
+    Without log-probabilities: with them vLLM sends a chunk for every output."""
     service.engine.size = 1
-    chat = CHAT | {"stream": True, "n": 2, "logprobs": True, "stream_options": {"include_usage": True}}
+    chat = CHAT | {"stream": True, "n": 2, "stream_options": {"include_usage": True}}
     answer = BODIES["/v1/responses"] | {"stream": True}
     replies = [await service.ask(path, "key-a", json=body) for path, body in
                (("/v1/chat/completions", chat), ("/v1/responses", answer))]  # fmt: skip
@@ -184,8 +263,7 @@ async def test_a_stream_begins_with_the_role_of_each_choice_and_has_nothing_empt
         (0, "assistant"), (1, "assistant"), (written[2]["index"], None)
     ]  # fmt: skip
     assert all("role" not in c["delta"] and (any(c["delta"].values()) or c["finish_reason"]) for c in written[2:])
-    told = [entry for choice in written for entry in (choice["logprobs"] or {}).get("content") or ()]
-    assert len(told) == chunks[-1]["usage"]["completion_tokens"] == 2 * len(service.engine.encode(CYCLE))
+    assert chunks[-1]["usage"]["completion_tokens"] == 2 * len(service.engine.encode(CYCLE))
     deltas = [event["delta"] for event in events if event["type"].endswith(".delta")]
     assert "".join(deltas) == "3+4=77"
     assert all(deltas)

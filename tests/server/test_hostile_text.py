@@ -42,6 +42,7 @@ def in_deltas(fmt, step: int) -> Callable[[str], None]:
         parser = CycleParser(fmt)
         for at in range(0, len(text), step):
             parser.feed(text[at : at + step])
+            parser.take_answer(final=False)  # as the loop does
         parser.close(ended_by_model=True)
         assert len(parser.think) + len(parser.partial_answer or "") <= len(text)
 
@@ -70,7 +71,9 @@ def as_a_body(text: str) -> None:
 def as_an_error(text: str) -> None:
     """Of somebody's who repeats it all: it is cut before it is looked through."""
     body = msgspec.json.encode({"error": {"message": text, "type": "BadRequestError", "param": None, "code": 400}})
-    assert len(shape_error(400, body, "id") or b"") < 2**14
+    shaped = shape_error(400, body, "id", "/v1/models")
+    assert shaped is not None
+    assert len(shaped.body) < 2**14
 
 
 PARSERS: dict[str, Callable[[str], object]] = {

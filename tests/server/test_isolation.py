@@ -12,6 +12,7 @@ import pytest
 from rtap_core.errors import ConfigError
 from rtap_core.types import Judged, Score
 from rtap_server.settings import Settings
+from tests.error_shapes import error_of
 from tests.server.whole import CYCLE, Service, make_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -229,9 +230,7 @@ async def test_a_bad_request_is_a_4xx_in_openais_shape(service, log, path, body,
     whole = body_of(path, CANARY, stream=stream) | body if path in PATHS else body
     reply = await service.ask(path, "key-a", json=whole)
     assert reply.status_code in (400, 404), reply.text
-    shown = json.loads(reply.text)["error"]
-    assert set(shown) == {"message", "type", "param", "code"}
-    assert shown["message"]
+    assert error_of(path, reply.json())
     assert "key-a" not in reply.text + log.getvalue() + service.metrics()
     assert "CANARY" not in service.metrics()
 
@@ -253,8 +252,7 @@ async def test_a_failure_of_the_engine_shows_nothing_but_the_request_id(service,
         assert secret not in reply.text, reply.text
     if not (stream and path == "/v1/responses"):  # there vLLM cuts the stream off
         text = next(line[6:] for line in reply.text.splitlines() if '"error":' in line) if stream else reply.text
-        error = json.loads(text)["error"]
-        assert set(error) == {"message", "type", "param", "code"}
+        error = error_of(path, json.loads(text))
         assert error["message"].startswith("the server failed on this request")
         assert error["message"].endswith("under request id id-7")
     written = log.getvalue()

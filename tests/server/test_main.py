@@ -91,6 +91,11 @@ def test_a_port_in_use_is_one_sentence(monkeypatch, capsys):
             "Cannot assign requested address; choose another --host (127.0.0.1: this machine",
         ),
         (["--host", "no.such.host.invalid"], "; choose another --host (127.0.0.1: this machine only"),
+        (
+            ["--uds", "/no/such/folder/rtap.sock"],
+            "socket /no/such/folder/rtap.sock: No such file or directory; choose another --uds",
+        ),
+        (["--uds", "/tmp/" + "x" * 200], "AF_UNIX path too long; choose another --uds"),
     ],
 )
 def test_an_address_that_cannot_be_had_says_what_to_change(flags, sentence, monkeypatch, capsys):
@@ -98,3 +103,17 @@ def test_an_address_that_cannot_be_had_says_what_to_change(flags, sentence, monk
     assert main(flags) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("rtap serve: "))
     assert sentence in line
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_socket_file_of_a_server_that_is_gone_says_so_and_blames_no_port(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    stale = tmp_path / "rtap.sock"
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(stale))
+    assert main(["--uds", str(stale)]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("rtap serve: "))
+    assert line == (
+        f"rtap serve: cannot listen on the unix socket {stale}: Address already in use; if no server uses the file, "
+        "delete it, or choose another --uds"
+    )

@@ -126,8 +126,8 @@ def make_service(file: Path | None, settings: Settings, *flags: str, confidence:
         registry = CollectorRegistry()
         server = ServerState(
             settings=settings, format=RTAP, confidence=confidence, generator=Artifact(), count_oops=len,
-            encode=engine.encode, end_of_turn_ids=frozenset(), metrics=Metrics(registry), feedback=Feedback(),
-            drain=Drain(),
+            encode=engine.encode, decode=lambda token_ids, _: engine.decode(token_ids), end_of_turn_ids=frozenset(),
+            metrics=Metrics(registry), feedback=Feedback(), drain=Drain(),
         )  # fmt: skip
         admission = Admission(
             settings.max_in_flight_requests, settings.max_in_flight_tokens, settings.trajectories_limit

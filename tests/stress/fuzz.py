@@ -3,7 +3,8 @@
     python -m tests.stress.fuzz
 
 No reply may be a 5xx, every error has OpenAI's shape and leaks no internals, and a good request still passes at the
-end. Bodies come from schemathesis. Exits 1 with the offending request when anything is found.
+end. Bodies come from schemathesis, hostile schemas, grammars, tools and extra arguments from here. Exits 1 with the
+offending request when anything is found.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import hypothesis
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from hypothesis.strategies import SearchStrategy
 from prometheus_client.parser import text_string_to_metric_families
@@ -33,6 +35,7 @@ from schemathesis import APIOperation, Case, GenerationMode
 
 from rtap_server.http.route_kinds import BLOCKED_PATHS, RECURSIVE_PATHS
 from rtap_training.evaluation.server_process import running_server, serve_command
+from tests.error_shapes import error_of
 
 Operation = APIOperation[Any, Any, Any, Any]
 AnyCase = Case[Any]
@@ -54,8 +57,53 @@ _QUESTIONS: Mapping[str, Mapping[str, Any]] = {
     "/v1/responses": {"input": _QUESTION},
 }
 _MOST: Mapping[str, int] = {"max_tokens": 64, "max_completion_tokens": 64, "max_output_tokens": 64, "n": 4}
-SERVED = "served"
-MODES = (GenerationMode.POSITIVE.value, GenerationMode.NEGATIVE.value, SERVED)
+SERVED, CONSTRAINED = "served", "constrained"  # the latter is the former with fields of `constraints`
+MODES = (GenerationMode.POSITIVE.value, GenerationMode.NEGATIVE.value, SERVED, CONSTRAINED)
+_WORDS = [f"word{number}" for number in range(3000)]
+_SCHEMAS: Sequence[Any] = (
+    True,
+    {},
+    [],
+    {"$ref": "#"},
+    {"$ref": "#/nowhere"},
+    {"$ref": '#/a\n{"levelname": "ERROR"}'},
+    {"allOf": [{"$ref": "#"}, {"$ref": "#"}]},
+    {"enum": []},
+    {"enum": _WORDS},
+    {"not": {}},
+    {"type": "string", "pattern": "(?<=a)b\\1"},
+    {"type": "string", "format": "\x1b[2J"},
+    {"type": "integer", "minimum": 1e300},
+    {"type": "array", "minItems": 10**18},
+    {"type": "object", "patternProperties": {"^C[": {}}},
+    {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    {"type": "object", "properties": {word: {"type": "string"} for word in _WORDS[:300]}},
+)
+_TEXTS = (
+    "root ::= root",
+    "root ::= (",
+    'root ::= ""',
+    "start: start",
+    "start: /(/",
+    "start: %json {}",
+    "(a|b|.)?" * 50,
+    "((a{1,99}){1,99}){1,99}",
+    "a{1,1000000}",
+    "|".join(_WORDS),
+    "(" * 3000,
+    "\\",
+    "\x00",
+    "{",
+    "{}",
+    "null",
+    '{"format": {}}',
+    '{"structures": [{"begin": "a", "schema": {"$ref": "#"}, "end": "b"}], "triggers": ["a"]}',
+)
+_KEYWORDS = (
+    "type", "properties", "required", "items", "anyOf", "oneOf", "allOf", "enum", "const", "$ref", "$defs", "pattern",
+    "format", "minItems", "maxItems", "minLength", "maxLength", "minimum", "multipleOf", "additionalProperties",
+    "x-guidance",
+)  # fmt: skip
 _LONGEST_SECONDS = 20.0  # the client disconnects after it
 _INTERNALS = re.compile(
     r"0x[0-9a-f]{6,}|Traceback|File \"|/(?:tmp|usr|root|home|opt|var|proc|work|site-packages)/|\.py\b"
@@ -108,12 +156,12 @@ def fuzz(url: str, *, seconds: float, examples: int, seed: int, log_line: Callab
 def _targets(operations: Sequence[Operation]) -> Iterator[tuple[Operation, str]]:
     for operation in operations:
         if operation.path not in EXCLUDED:
-            modes = MODES if operation.path in RECURSIVE_PATHS else MODES[:2]
+            modes = MODES if operation.path in RECURSIVE_PATHS else MODES[:2]  # no question is known for the others
             yield from ((operation, mode) for mode in modes)
 
 
 def _run(operation: Operation, mode: str, examples: int, seed: int, report: Report) -> None:
-    generation = GenerationMode.POSITIVE if mode == SERVED else GenerationMode(mode)
+    generation = GenerationMode.POSITIVE if mode in (SERVED, CONSTRAINED) else GenerationMode(mode)
     cases: SearchStrategy[AnyCase] = cast(Any, operation).as_strategy(generation_mode=generation)
     settings = hypothesis.settings(
         max_examples=examples, phases=[Phase.generate], database=None, deadline=None,
@@ -122,10 +170,12 @@ def _run(operation: Operation, mode: str, examples: int, seed: int, report: Repo
 
     @hypothesis.seed(seed)
     @settings
-    @hypothesis.given(case=cases)
-    def each(case: AnyCase) -> None:
-        if mode == SERVED:
+    @hypothesis.given(case=cases, fields=constraints() if mode == CONSTRAINED else st.just({}))
+    def each(case: AnyCase, fields: dict[str, Any]) -> None:
+        if mode in (SERVED, CONSTRAINED):
             case.body = served(case.body, operation.path)
+        if mode == CONSTRAINED and isinstance(case.body, dict):
+            case.body = {**cast(dict[str, Any], case.body), **fields}
         _send_case(case, operation.label, mode, report)
 
     try:
@@ -141,6 +191,60 @@ def served(body: Any, path: str) -> Any:
     fields = {k: v for k, v in cast(dict[str, Any], body).items() if k not in _REFUSED}
     few = {k: max(1, min(v, most)) for k, most in _MOST.items() if isinstance(v := fields.get(k), int)}
     return {"max_tokens": 64, **fields, **few, "model": "rtap", **_QUESTIONS[path]}
+
+
+def constraints() -> SearchStrategy[dict[str, Any]]:
+    """Fields of all four endpoints that constrain an output or reach the engine; each ignores the others' fields."""
+    texts = st.sampled_from(_TEXTS) | st.text(max_size=30)
+    numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    scalars = texts | numbers | st.booleans() | st.none()
+    schemas = st.recursive(
+        st.sampled_from(_SCHEMAS) | scalars,
+        lambda inner: st.dictionaries(st.sampled_from(_KEYWORDS), inner | st.lists(inner, max_size=3), max_size=5),
+        max_leaves=8,
+    )
+
+    def fields(**values: Any) -> SearchStrategy[dict[str, Any]]:
+        return st.fixed_dictionaries(
+            {
+                name: cast(SearchStrategy[Any], v if isinstance(v, SearchStrategy) else st.just(v))
+                for name, v in values.items()
+            }
+        )
+
+    formats = st.one_of(
+        fields(type="json_schema", json_schema=fields(name=texts, schema=schemas)),
+        fields(type="json_schema", name=texts, schema=schemas),
+        fields(type="structural_tag", format=schemas),
+        fields(type="json_object"),
+    )
+    tools = st.one_of(
+        fields(type="function", function=fields(name=texts, parameters=schemas)),
+        fields(type="function", name=texts, parameters=schemas),
+        fields(name=texts, input_schema=schemas),
+    )
+    structured_outputs = st.one_of(
+        fields(json=schemas),
+        fields(regex=texts),
+        fields(grammar=texts),
+        fields(structural_tag=texts),
+        fields(choice=st.lists(texts, max_size=3) | st.just(_WORDS)),
+        fields(json_object=st.booleans()),
+    )
+    choices = st.sampled_from(["auto", "none", "required", {"type": "any"}, {"type": "function", "name": "a\n"}])
+    arguments = st.sampled_from(["kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id"])
+    switches = st.sampled_from(["enable_thinking", "thinking", "tools", "messages", "raise_exception"])
+    optional = {
+        "response_format": formats,
+        "structured_outputs": structured_outputs,
+        "text": fields(format=formats),
+        "output_config": fields(format=formats),
+        "tools": st.lists(tools, max_size=3),
+        "tool_choice": choices,
+        "vllm_xargs": st.dictionaries(arguments, schemas | st.lists(scalars, max_size=2), max_size=2),
+        "chat_template_kwargs": st.dictionaries(switches | texts, scalars, max_size=2),
+    }
+    return st.fixed_dictionaries({}, optional=cast(dict[str, SearchStrategy[Any]], optional))
 
 
 def _send_case(case: AnyCase, label: str, mode: str, report: Report) -> None:
@@ -184,24 +288,24 @@ def problem_of(status: int, headers: Mapping[str, str], content: bytes, request:
         return "no x-request-id"
     if status < 400:
         errors = [line for line in content.splitlines() if line.startswith(b'data: {"error"')]
-        return next((f"a stream failed: {line[:300]!r}" for line in errors if _code(line[6:]) >= 500), None)
+        return next((f"a stream failed: {line[:300]!r}" for line in errors if _is_failure(line[6:])), None)
     if status >= 500:
         return f"a server error: {content[:300]!r}"
     try:
-        error = json.loads(content)["error"]
-    except (ValueError, TypeError, KeyError):
+        body = json.loads(content)
+        error = error_of("/v1/messages" if body.get("type") == "error" else "/", body)
+    except (ValueError, TypeError, KeyError, AttributeError):
         return f"no error object: {content[:300]!r}"
-    if set(error) != {"message", "type", "param", "code"} or error["code"] != status or not error["message"]:
-        return f"not OpenAI's shape: {content[:300]!r}"
+    except AssertionError:
+        return f"no API's shape: {content[:300]!r}"
     internals = _INTERNALS.search(error["message"])
     if internals is None or internals[0] in request:
         return None
     return f"leaks internals ({internals[0]!r}): {error['message'][:300]!r}"
 
 
-def _code(event: bytes) -> int:
-    code = json.loads(event)["error"].get("code")
-    return code if isinstance(code, int) else 500
+def _is_failure(event: bytes) -> bool:
+    return json.loads(event)["error"].get("type") in ("server_error", "api_error", "overloaded_error", "timeout_error")
 
 
 def _shown(case: AnyCase) -> str:

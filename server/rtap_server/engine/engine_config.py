@@ -20,7 +20,7 @@ from vllm.usage.usage_lib import UsageContext
 from rtap_core.artifact import Artifact, is_classifier, read_artifact
 from rtap_core.errors import ConfigError
 from rtap_core.format import TrajectoryFormat
-from rtap_server.engine.checkpoint_safety import check_folder, load_format, refuse_custom_code
+from rtap_server.engine.checkpoint_safety import check_folder, load_format
 from rtap_server.engine.vllm_compat import tokenizer_of
 from rtap_server.settings import Settings
 
@@ -87,17 +87,20 @@ def engine_config(engine_args: AsyncEngineArgs, model: str, *, allows_pickles: b
                 "is merged into it first (PEFT's merge_and_unload), because vLLM loads no classification head from one"
             )
         raise ConfigError(f"no model at {model}: give a folder with a config.json, or a Hugging Face name")
-    given, trusts_code = str(engine_args.load_format), engine_args.trust_remote_code
-    check_folder(model, given, allows_pickles=allows_pickles, trusts_code=trusts_code)
+    given = str(engine_args.load_format)
+    check_folder(model, given, allows_pickles=allows_pickles)
     engine_args.load_format = load_format(given, allows_pickles=allows_pickles)
     try:
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        tokenizer_of(config)
     except Exception as error:  # vLLM, transformers and the hub raise many classes; the user needs one sentence
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{model} needs Python code of its checkpoint (auto_map): allow it with --trust-remote-code"
+            ) from error
         raise ConfigError(
             f"cannot start {model}: {_reason(error)}; run `rtap doctor {model}` to check its files and this machine"
         ) from error
-    if not trusts_code:
-        refuse_custom_code(model, config.model_config.hf_config.to_dict())
     return config
 
 

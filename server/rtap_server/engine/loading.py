@@ -35,11 +35,18 @@ from rtap_server.engine.engine_config import (
     generator_args,
     rtap_block,
 )
+from rtap_server.engine.grammars import use_guidance
 from rtap_server.engine.server_state import Drain, ServerState
 from rtap_server.engine.supervisor import SupervisedEngine
-from rtap_server.engine.vllm_compat import disable_envs_cache, enable_envs_cache, tokenizer_of
+from rtap_server.engine.vllm_compat import (
+    disable_envs_cache,
+    enable_envs_cache,
+    isolate_engines,
+    tokenizer_of,
+)
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
+from rtap_server.telemetry.logs import captured_stderr
 from rtap_server.telemetry.metrics import Metrics
 
 
@@ -55,11 +62,19 @@ class Engines:
 @asynccontextmanager
 async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[Engines]:
     """Both engines, loaded in parallel and stopped together at the end. Raises ConfigError."""
+    with captured_stderr():
+        async with _started_engines(args, settings) as engines:
+            yield engines
+
+
+@asynccontextmanager
+async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerator[Engines]:
     policy_args = AsyncEngineArgs.from_cli_args(args)
     allows_pickles = settings.allow_pickled_weights
     for adapter in args.lora_modules or ():
-        check_folder(adapter.path, "auto", allows_pickles=allows_pickles, trusts_code=args.trust_remote_code)
+        check_folder(adapter.path, "auto", allows_pickles=allows_pickles)
     policy_config = engine_config(policy_args, args.model, allows_pickles=allows_pickles)
+    use_guidance(policy_config)
     if is_classifier(policy_config.model_config.hf_config.to_dict()):
         raise ConfigError(
             f"{args.model} is a classifier and generates no text: give a generating model, and this one as "
@@ -81,6 +96,7 @@ async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[E
     generator: SupervisedEngine | None = None
     loading: asyncio.Task[AsyncLLM] | None = None
     client = httpx.AsyncClient()
+    isolate_engines()
     try:
         remote = await _remote(settings, policy_config, client)
         # Only loading is parallel: vLLM keeps the current config in a global while one is made.
@@ -197,6 +213,7 @@ def _server_state(
         generator=artifact,
         count_oops=OopsCounter(lexicon, encode).count,
         encode=encode,
+        decode=cast(Any, policy.renderer.tokenizer).decode,
         end_of_turn_ids=_end_of_turn_ids(policy),
         metrics=metrics,
         feedback=feedback,

@@ -1,17 +1,19 @@
-"""Convert trajectory events to vLLM RequestOutputs (delta, cumulative or final)."""
+"""Convert trajectory events to vLLM RequestOutputs, streamed or whole."""
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from rtap_core import stopping
 from rtap_core.format import TrajectoryFormat
 from rtap_core.recursion import CycleEvent, Event, StepEvent
-from rtap_core.types import Cycle, Limits, StopReason, Trajectory
+from rtap_core.types import Cycle, Limits, Step, StopReason, Trajectory
 from rtap_server.engine.request_state import RequestState
 
 REASONING_PARSER = "rtap"  # registered name of our vLLM reasoning parser
@@ -45,52 +47,102 @@ class GenerateCall:
         return {**rest, "prompt_token_ids": list(token_ids)}
 
 
-class OutputWriter:
-    """Outputs of one choice.
+class _Piece(NamedTuple):
+    """One step of an answer. text: its part of the answer. start: number of tokens before it in a whole output."""
 
-    With a reasoning parser: thinking is streamed; an answer is held until it is scored, then written as reasoning or,
-    after ANSWER_MARK, as content. Without one (``/v1/completions``): all text unchanged, tags included.
-    Every token id is passed on exactly once, so that vLLM's usage counts are right.
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[Any]
+    start: int
+
+
+class OutputWriter:
+    """Outputs of one choice: a stream of deltas, or one output at the end.
+
+    With a reasoning parser: thinking is streamed. Steps of an answer wait for the end of the trajectory; then those of
+    the returned answer follow ANSWER_MARK, one output per step, so that vLLM's parsers see what the model wrote step by
+    step. A rejected answer becomes reasoning. Where nothing can reject the answer (``stopping.streams_answer``), its
+    steps do not wait. Without a reasoning parser (``/v1/completions``): all text unchanged, tags included.
+
+    Every token id is passed on exactly once, so that vLLM's usage counts are right. Tokens outside the returned answer
+    have the log-probability entry of ``_not_content``, which ResponseRewriter removes.
     """
 
     def __init__(self, call: GenerateCall, choice: int, fmt: TrajectoryFormat) -> None:
-        self._call, self._format = call, fmt
-        self._kind = call.params.output_kind
-        self._is_stream = self._kind is RequestOutputKind.DELTA
+        self._call, self._format, self._opening = call, fmt, fmt.answer_open or fmt.think_close
+        self._is_stream = call.params.output_kind is RequestOutputKind.DELTA
         self._wants_logprobs = call.params.logprobs is not None
+        self._streams_answer = self._is_stream and stopping.streams_answer(
+            call.limits, ends_with_turn=not fmt.has_answer_tags
+        )
+        limits = call.limits  # a stop string may begin in any but the last step of an answer
+        self._num_waiting_characters = 0 if limits.include_stop else max(map(len, limits.stop), default=1) - 1
         self._first: RequestOutput | None = None
-        self._held: Cycle | None = None
+        self._last_cycle: Cycle | None = None
+        self._answers: dict[int, list[_Piece]] = {}  # waiting steps by cycle
+        self._is_content = False  # ANSWER_MARK has been written
         self._part = self._new_part(choice)
-        self._total = self._new_part(choice)
         self._has_output = False  # any text or token
 
-    def write(self, event: Event) -> Sequence[RequestOutput]:
+    def write(self, event: Event) -> Iterable[RequestOutput]:
         """Outputs for one event, possibly none."""
         if isinstance(event, StepEvent):
             is_first = self._first is None
             return self._step(event) or (self._opened() if is_first else ())
         if isinstance(event, CycleEvent):
             if event.stop is not None:
-                self._held = event.cycle  # the trajectory decides whether it is returned
+                self._last_cycle = event.cycle  # the trajectory decides whether it is returned
             elif self._reject(event.cycle):
                 return self._emit()
             return ()
         return self._final(event.trajectory)
 
     def _step(self, event: StepEvent) -> Sequence[RequestOutput]:
-        native: RequestOutput | None = event.step.native
+        step, native = event.step, cast(RequestOutput | None, event.step.native)
         if self._first is None:
             self._first = native
-        text = event.think.replace(ANSWER_MARK, "") if self._call.parses_reasoning else event.step.text
-        if self._call.parses_reasoning and event.in_answer:
-            outputs = self._emit_text(text) if text else ()  # the answer's token ids wait for its score
-            self._append(event, native)
-            return outputs
-        if self._is_stream and native is not None and self._is_complete(native, text):
+        if not self._call.parses_reasoning:
+            text = step.text
+        elif event.in_answer:
+            return self._answer_step(event)
+        else:
+            text = event.think.replace(ANSWER_MARK, "")
+        if native is not None and self._is_complete(native, text):
             return (self._passed_on(native),)
-        self._append(event, native)
+        self._append(step.token_ids, self._logprobs(step, is_content=not self._call.parses_reasoning))
         self._part.text += text
         return self._emit() if self._part.text else ()
+
+    def _answer_step(self, event: StepEvent) -> Sequence[RequestOutput]:
+        step, text = event.step, event.answer.replace(ANSWER_MARK, "")
+        passes_on = self._is_content and not step.finished and not self._num_waiting_characters
+        if passes_on and step.native is not None and self._is_complete(step.native, text):
+            return (self._passed_on(step.native),)
+        self._part.text += event.think.replace(ANSWER_MARK, "")
+        outputs = self._emit() if self._part.text else ()
+        logprobs = _content_logprobs(self._logprobs(step, is_content=True), step, text, self._opening)
+        waiting = self._answers.setdefault(event.cycle_index, [])
+        _take_back(waiting, event.taken_back)
+        waiting.append(_Piece(text, step.token_ids, logprobs, len(self._part.token_ids)))
+        if not self._is_stream:
+            self._append(step.token_ids, self._logprobs(step, is_content=False))  # until the answer is returned
+        elif self._streams_answer and not step.finished and (text or self._is_content):
+            ready = self._pop_ready(waiting)
+            if ready:
+                outputs = (*outputs, *self._release(ready), *(self._emit() if self._part.text else ()))
+        return outputs
+
+    def _pop_ready(self, waiting: list[_Piece]) -> list[_Piece]:
+        """Remove and return the steps from which no stop string can take back anything."""
+        end, after = len(waiting), 0
+        while end and after < self._num_waiting_characters:
+            end -= 1
+            after += len(waiting[end].text)
+        if after < self._num_waiting_characters:
+            return []
+        ready = waiting[:end]
+        del waiting[:end]
+        return ready
 
     def _opened(self) -> Sequence[RequestOutput]:
         """An empty output for the first step, so that a chat stream starts before the first text."""
@@ -100,8 +152,10 @@ class OutputWriter:
 
     def _is_complete(self, native: RequestOutput, text: str) -> bool:
         """True when the engine's own output can be passed on, as for nearly all tokens."""
-        is_waiting = bool(self._part.text or self._part.token_ids)
-        return bool(text) and not native.finished and not is_waiting and native.outputs[0].text == text
+        if not self._is_stream or not text or native.finished or self._part.text or self._part.token_ids:
+            return False
+        is_returned = self._is_content or not self._call.parses_reasoning
+        return native.outputs[0].text == text and (is_returned or not self._wants_logprobs)
 
     def _passed_on(self, native: RequestOutput) -> RequestOutput:
         """The engine's output with the request's id, choice index, prompt and logprobs."""
@@ -116,12 +170,20 @@ class OutputWriter:
         native.num_cache_creation_tokens = self._first.num_cache_creation_tokens
         return native
 
-    def _append(self, event: StepEvent, native: RequestOutput | None) -> None:
-        _ids(self._part).extend(event.step.token_ids)
+    def _logprobs(self, step: Step, *, is_content: bool) -> Sequence[Any]:
+        """One entry per token, none unless the request wants them."""
+        if not self._wants_logprobs:
+            return ()
+        if not is_content:
+            return [_not_content(token_id) for token_id in step.token_ids]
+        if step.native is None:  # certain, because the loop chose them
+            return [{token_id: Logprob(0.0, rank=1)} for token_id in step.token_ids]
+        return step.native.outputs[0].logprobs or ()
+
+    def _append(self, token_ids: Sequence[int], logprobs: Sequence[Any]) -> None:
+        _ids(self._part).extend(token_ids)
         if self._wants_logprobs:
-            # Certain, because the loop chose them; vLLM's responses need an entry for every token id.
-            injected: list[Any] = [{token_id: Logprob(0.0, rank=1)} for token_id in event.step.token_ids]
-            _logprobs(self._part).extend(injected if native is None else native.outputs[0].logprobs or ())
+            _entries(self._part).extend(logprobs)
 
     def _reject(self, cycle: Cycle) -> bool:
         """Append a rejected answer to the reasoning. False when there is none."""
@@ -131,56 +193,75 @@ class OutputWriter:
         self._part.text += f"\n{self._format.answer_open or ''}{answer}{self._format.answer_close or ''}\n"
         return True
 
-    def _final(self, trajectory: Trajectory) -> Sequence[RequestOutput]:
-        outputs: Sequence[RequestOutput] = ()
+    def _final(self, trajectory: Trajectory) -> Iterator[RequestOutput]:
         if self._call.parses_reasoning:
-            if self._held is not None and not self._held.accepted:
-                self._reject(self._held)
-            answer = trajectory.answer or trajectory.partial_answer
-            if answer is not None:
-                outputs = self._emit() if self._part.text else ()  # a delta is reasoning or content
-                self._part.text = ANSWER_MARK + answer.replace(ANSWER_MARK, "")
+            yield from self._returned(trajectory)
         finish = trajectory.finish
-        cut = trajectory.stop_reason is StopReason.MAX_TOKENS or (finish is not None and finish.truncated)
-        is_cut = trajectory.stop_reason in (StopReason.DEADLINE, StopReason.DRAINED)
-        is_unanswered = is_cut and trajectory.selected is None
-        self._part.finish_reason = "length" if cut or is_unanswered else "stop"
+        is_cut = trajectory.stop_reason is StopReason.MAX_TOKENS or (finish is not None and finish.truncated)
+        if trajectory.selected is None:
+            is_cut = is_cut or trajectory.stop_reason in (StopReason.DEADLINE, StopReason.DRAINED)
+        elif self._call.parses_reasoning:
+            is_cut = False  # the answer is whole; without a parser the text is returned
+        self._part.finish_reason = "length" if is_cut else "stop"
         if self._is_stream and not (self._has_output or self._part.text or self._part.token_ids):
             self._part.text = ANSWER_MARK  # vLLM drops a last chunk without text and tokens
-        if finish is not None and finish.ended_turn:  # not the loop's own stop token
-            self._part.stop_reason = finish.native.outputs[0].stop_reason
-        return (*outputs, *self._emit())
+        if self._call.parses_reasoning and trajectory.accepted is not None:
+            self._part.stop_reason = trajectory.accepted.stop
+        elif finish is not None:
+            self._part.stop_reason = finish.stop_reason
+        yield from self._emit()
 
-    def abort(self, finish_reason: str) -> Sequence[RequestOutput]:
+    def _returned(self, trajectory: Trajectory) -> Iterator[RequestOutput]:
+        """The returned answer, complete or cut, after all that is reasoning."""
+        last = self._last_cycle
+        if last is not None and not last.accepted:
+            self._reject(last)
+        pieces = self._answers.pop((trajectory.accepted or trajectory.cycles[-1]).index, None)
+        self._give_up_waiting()
+        if pieces is None:
+            return
+        if self._is_stream:
+            yield from self._release(pieces)
+            return
+        self._part.text += ANSWER_MARK + "".join(piece.text for piece in pieces)
+        if self._wants_logprobs:
+            for piece in pieces:
+                _entries(self._part)[piece.start : piece.start + len(piece.logprobs)] = piece.logprobs
+
+    def _release(self, pieces: Iterable[_Piece]) -> Iterator[RequestOutput]:
+        """Outputs of an answer's steps but the last, which waits for a finish reason.
+
+        A step without text, such as a tag, joins the next one."""
+        if not self._is_content:
+            self._is_content = True
+            if self._part.text:  # a delta is reasoning or content
+                yield from self._emit()
+            self._part.text = ANSWER_MARK
+        for piece in pieces:
+            if self._part.text:
+                yield from self._emit()
+            self._append(piece.token_ids, piece.logprobs)
+            self._part.text = piece.text
+
+    def _give_up_waiting(self) -> None:
+        """Pass on the tokens of answers that are not returned."""
+        for piece in itertools.chain.from_iterable(self._answers.values() if self._is_stream else ()):
+            self._append(piece.token_ids, [_not_content(i) for i in piece.token_ids] if self._wants_logprobs else ())
+        self._answers.clear()
+
+    def abort(self, finish_reason: str) -> Iterable[RequestOutput]:
         """The output so far, with the finish reason of an aborted cycle."""
+        self._give_up_waiting()
         self._part.finish_reason = finish_reason
         return self._emit()
 
-    def _emit_text(self, text: str) -> Sequence[RequestOutput]:
-        """Output ``text`` while token ids are held back."""
-        held, self._part = self._part, self._new_part(self._part.index)
-        self._part.text = text
-        outputs = self._emit()
-        self._part = held
-        return outputs
-
     def _emit(self) -> tuple[RequestOutput, ...]:
-        """The collected text and tokens, in the caller's output kind."""
+        """The collected text and tokens: in a stream at once, else at the end."""
+        if not self._is_stream and self._part.finish_reason is None:
+            return ()
         part, self._part = self._part, self._new_part(self._part.index)
         self._has_output = self._has_output or bool(part.text or part.token_ids)
-        if self._is_stream:
-            return (self._wrap(part),)
-        total = self._total
-        total.text += part.text
-        _ids(total).extend(part.token_ids)
-        if self._wants_logprobs:
-            _logprobs(total).extend(part.logprobs or ())
-        total.finish_reason, total.stop_reason = part.finish_reason, part.stop_reason
-        if self._kind is RequestOutputKind.FINAL_ONLY and part.finish_reason is None:
-            return ()
-        shown = copy.copy(total)
-        shown.token_ids = list(total.token_ids)
-        return (self._wrap(shown),)
+        return (self._wrap(part),)
 
     def _new_part(self, choice: int) -> CompletionOutput:
         return CompletionOutput(
@@ -220,10 +301,48 @@ def part_of(native: RequestOutput, text: str, tokens: slice, *, is_last: bool) -
     return output
 
 
+def _take_back(pieces: list[_Piece], count: int) -> None:
+    """Remove the last ``count`` characters of an answer."""
+    for at in reversed(range(len(pieces))):
+        if not count:
+            break
+        text = pieces[at].text
+        kept = max(0, len(text) - count)
+        count -= len(text) - kept
+        pieces[at] = pieces[at]._replace(text=text[:kept])
+
+
 def _ids(part: CompletionOutput) -> list[int]:
     """The mutable list behind our own part; a copy for each token would be quadratic."""
     return cast(list[int], part.token_ids)
 
 
-def _logprobs(part: CompletionOutput) -> list[Any]:
+def _entries(part: CompletionOutput) -> list[Any]:
     return cast(list[Any], part.logprobs)
+
+
+def _not_content(token_id: int) -> dict[int, Logprob]:
+    """Log-probability entry of a token that is not in the returned answer."""
+    return {token_id: Logprob(0.0, rank=1, decoded_token=ANSWER_MARK)}
+
+
+def _content_logprobs(entries: Sequence[Any], step: Step, text: str, opening: str) -> Sequence[Any]:
+    """``entries`` of one step without those of tags. text: the part of it in the answer, which follows ``opening``.
+
+    A step has several tokens when its reader was slow."""
+    written, text = step.text, text.strip()
+    if not entries or text == written.strip() or text not in written:
+        return entries
+    begin = end = at = 0
+    if text:
+        before, tag, _ = written.partition(opening)
+        begin = written.find(text, len(before + tag) if tag else 0)
+        if begin < 0:
+            return entries
+        end = len(written) - len(written[begin + len(text) :].lstrip())
+        begin = len(written[:begin].rstrip())
+    kept: list[Any] = []
+    for token_id, entry in zip(step.token_ids, entries, strict=True):
+        begins, at = at, at + len(entry[token_id].decoded_token or "")
+        kept.append(entry if begins < end and at > begin else _not_content(token_id))
+    return kept

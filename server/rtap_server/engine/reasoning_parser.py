@@ -48,8 +48,8 @@ class RecursiveReasoningParser(ReasoningParser):
 
     @override
     def extract_reasoning(self, model_output: str, request: Any) -> tuple[str | None, str | None]:
-        reasoning, _, content = model_output.partition(ANSWER_MARK)
-        return reasoning or None, content or None
+        reasoning, mark, content = model_output.partition(ANSWER_MARK)
+        return reasoning or None, content if mark else None
 
     @override
     def extract_reasoning_streaming(

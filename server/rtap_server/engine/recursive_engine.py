@@ -22,15 +22,25 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from rtap_core.probing import Probing
 from rtap_core.recursion import CycleEvent, FinalEvent, Recursion
 from rtap_core.types import Engine, Limits, Policy, Trajectory
+from rtap_server.engine.grammars import constrained
 from rtap_server.engine.output_writer import GenerateCall, OutputWriter
 from rtap_server.engine.request_state import RequestState, current_request, salted_prompt
 from rtap_server.engine.server_state import ServerState
-from rtap_server.engine.vllm_cycles import CycleAborted, OneRequestCycles, VllmCycles, count_spent, fits_one_request
+from rtap_server.engine.vllm_compat import check_stop_token_ids
+from rtap_server.engine.vllm_cycles import (
+    CycleAborted,
+    OneRequestCycles,
+    VllmCycles,
+    count_spent,
+    fits_one_request,
+    limits_of_call,
+)
 from rtap_server.telemetry.logs import ERRORS
 
 # vLLM answers these with their own message, and not with 500.
 _CLIENT_ERRORS = (VLLMClientError, GracefulHTTPError, ValueError, TypeError, OverflowError)
 _logger = logging.getLogger(ERRORS)
+_OUTPUTS_PER_TURN = 16
 
 if TYPE_CHECKING:
     from rtap_server.telemetry.tracing import Tracing
@@ -58,10 +68,27 @@ class RecursiveEngine:
         state = current_request()
         if isinstance(prompt, dict):
             prompt = salted_prompt(cast(dict[str, Any], prompt))
+        outputs = self._outputs(state, prompt, sampling_params, request_id, options)
+        if sampling_params.structured_outputs is None:
+            return outputs
+        config = self._inner.vllm_config.structured_outputs_config
+        return constrained(outputs, sampling_params.structured_outputs, config)
+
+    def _outputs(
+        self,
+        state: RequestState,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
         if state.limits is None:
             return self._passed_through(state, prompt, sampling_params, request_id, options)
         if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
             raise VLLMValidationError("prompt embeddings are not supported: recursion continues on token ids")
+        if sampling_params.stop_token_ids:  # which may never reach the engine
+            check_stop_token_ids(sampling_params, self._inner.model_config)
+        parses_reasoning = options.get("reasoning_parser_kwargs") is not None
         call = GenerateCall(
             state=state,
             first_choice=state.reserve_choices(sampling_params.n),
@@ -69,8 +96,11 @@ class RecursiveEngine:
             params=sampling_params,
             request_id=request_id,
             options=options,
-            limits=replace(state.limits, max_tokens=_smaller(sampling_params.max_tokens, state.max_tokens)),
-            parses_reasoning=options.get("reasoning_parser_kwargs") is not None,
+            limits=replace(
+                limits_of_call(state.limits, sampling_params, parses_reasoning=parses_reasoning),
+                max_tokens=_smaller(sampling_params.max_tokens, state.max_tokens),
+            ),
+            parses_reasoning=parses_reasoning,
         )
         return self._choice(call, 0) if sampling_params.n == 1 else self._choices(call)
 
@@ -117,18 +147,19 @@ class RecursiveEngine:
                 del self._running[request_id]
 
     async def _choices(self, call: GenerateCall) -> AsyncGenerator[RequestOutput, None]:
-        """``n`` trajectories in parallel, merged as AsyncLLM merges samples: one output for FINAL_ONLY."""
-        queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
+        """``n`` trajectories in parallel, merged as AsyncLLM merges samples: one output for FINAL_ONLY.
+
+        A reader that does not read holds them up."""
+        queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue(call.params.n)
 
         async def run(choice: int) -> None:
             try:
                 async with aclosing(self._choice(call, choice)) as outputs:
                     async for output in outputs:
-                        queue.put_nowait(output)
+                        await queue.put(output)
+                await queue.put(None)
             except Exception as error:  # raised again by the reader below
-                queue.put_nowait(error)
-            finally:
-                queue.put_nowait(None)
+                await queue.put(error)
 
         tasks = [asyncio.create_task(run(choice)) for choice in range(call.params.n)]
         running = unfinished = len(tasks)
@@ -158,8 +189,10 @@ class RecursiveEngine:
         """Tokens between probes, when the request asks for them and a score can end its thoughts."""
         if call.limits.policy is not Policy.CONFIDENCE or self._server.confidence is None:
             return None
-        # A continued message may be past its thought; a grammar constrains the answer from a tag the model writes.
-        if call.state.prefix or call.params.structured_outputs is not None:
+        # A continued message may be past its thought; a grammar constrains the answer from a tag the model writes; the
+        # other two move the end of an answer.
+        params = call.params
+        if call.state.prefix or params.structured_outputs or params.min_tokens or call.limits.stops_answers:
             return None
         return call.limits.probe_every
 
@@ -193,6 +226,9 @@ class RecursiveEngine:
             if self._tracing is not None:
                 spans = self._tracing.start_cycles(state.model, index, call.options.get("trace_headers"))
             is_one_request, probe_every = fits_one_request(call, server), self._probe_every(call)
+            # Log-probabilities are sorted by step. A key with a token limit pays for a reply that it does not wait for.
+            sorts_logprobs = call.parses_reasoning and call.params.logprobs is not None
+            needs_steps = sorts_logprobs or state.tokens_per_minute is not None
             cycles = VllmCycles(
                 self._inner,
                 server,
@@ -203,7 +239,7 @@ class RecursiveEngine:
                 cutoff,
                 spans,
                 stops_at_cycle_end=not is_one_request,
-                in_pieces=probe_every is not None,
+                in_pieces=probe_every is not None or needs_steps,
             )
             one_request = OneRequestCycles(cycles, server, spans) if is_one_request else None
             engine = one_request or cycles
@@ -229,8 +265,10 @@ class RecursiveEngine:
                             trajectory = _with_discarded(_with_probes(event.trajectory, probing), one_request)
                             state.trajectories[index] = trajectory
                             server.metrics.observe(trajectory, max_cycles=call.limits.max_cycles)
-                        for output in writer.write(event):
+                        for number, output in enumerate(writer.write(event), 1):
                             yield output
+                            if number % _OUTPUTS_PER_TURN == 0:  # a long answer is released at once
+                                await asyncio.sleep(0)
             except CycleAborted as aborted:
                 for output in writer.abort(aborted.finish_reason):
                     yield output

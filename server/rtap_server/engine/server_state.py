@@ -1,6 +1,6 @@
 """State that all requests of a server share: settings, format, confidence, counters, graceful shutdown."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -56,7 +56,8 @@ class ServerState:
     """Shared by all requests, built once at start.
 
     confidence: None when no confidence source is configured. generator: artifact of the confidence generator.
-    count_oops: Oops tokens of a text. logprobs: the ``logprobs`` that confidence needs of each cycle.
+    count_oops: Oops tokens of a text. decode: text of token ids; the flag leaves out special tokens.
+    logprobs: the ``logprobs`` that confidence needs of each cycle.
     shows_cycle_end: the tag that ends a cycle is visible in generated text.
     """
 
@@ -66,6 +67,7 @@ class ServerState:
     generator: Artifact
     count_oops: Callable[[str], int]
     encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int], bool], str]
     end_of_turn_ids: frozenset[int]
     metrics: Metrics
     feedback: Feedback
@@ -78,3 +80,8 @@ class ServerState:
         """The token that ends a cycle; empty when the format's closing tag is not exactly one token."""
         ids = self.encode(self.format.answer_close) if self.format.answer_close else []
         return ids if len(ids) == 1 else []
+
+    @property
+    def marks_answers(self) -> bool:
+        """A token begins the answer after a thought. Without one a grammar applies from the first token."""
+        return len(self.encode(self.format.answer_open or self.format.think_close)) == 1

@@ -127,8 +127,12 @@ class Supervisor:
         while True:
             await asyncio.sleep(wait)
             wait = min(2 * wait, longest)
-            with suppress(Exception):  # vLLM has logged why; the next attempt may succeed
+            try:
                 engine = await _load_in_thread(load)
+            except Exception as error:  # any class; vLLM has logged why, and the next attempt may succeed
+                cause = type(error.__cause__ or error).__name__
+                self._announce(f"the {supervised.name} engine failed to start ({cause}); next attempt in {wait:g} s")
+            else:
                 self._metrics.count_restart(supervised.name)
                 return engine
 

@@ -3,23 +3,53 @@
 The extras ``cpu`` and ``cuda`` pin the minor version of vLLM that these tests run against.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import zmq
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config  # pyright: ignore[reportUnknownVariableType]
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.coordinator import DPCoordinatorProc
+from vllm.v1.engine.core import EngineCoreProc
+
+from rtap_server.engine.engine_process import isolate
 
 __all__ = ["disable_envs_cache", "enable_envs_cache"]
 
+# What vLLM's processes run. A forked process finds the replaced attributes below.
+_run_engine_core = cast(Callable[..., None], EngineCoreProc.run_engine_core)  # pyright: ignore[reportUnknownMemberType]
+_run_coordinator = cast(Callable[..., None], DPCoordinatorProc.run_coordinator)  # pyright: ignore[reportUnknownMemberType]
 
-def add_stop_token_ids(params: SamplingParams, token_ids: Iterable[int]) -> None:
-    """Make generation stop at ``token_ids`` too, without changing the ``params`` that this is a shallow copy of."""
-    params._all_stop_token_ids = {*params._all_stop_token_ids, *token_ids}  # pyright: ignore[reportPrivateUsage]
-    params.stop_token_ids = [*(params.stop_token_ids or ()), *token_ids]
+
+def isolate_engines() -> None:
+    """Isolate the processes that vLLM starts from now on (``engine_process.isolate``)."""
+    EngineCoreProc.run_engine_core = staticmethod(run_isolated_engine)
+    DPCoordinatorProc.run_coordinator = staticmethod(run_isolated_coordinator)
+
+
+def run_isolated_engine(*args: Any, **options: Any) -> None:
+    isolate()
+    _run_engine_core(*args, **options)
+
+
+def run_isolated_coordinator(*args: Any, **options: Any) -> None:
+    isolate()
+    _run_coordinator(*args, **options)
+
+
+def set_stops(params: SamplingParams, stop: list[str], token_ids: list[int]) -> None:
+    """Make generation stop at these only, without changing the ``params`` that this is a shallow copy of."""
+    params.stop, params.stop_token_ids = stop, token_ids
+    params._all_stop_token_ids = set(token_ids)  # pyright: ignore[reportPrivateUsage]
+    params.output_text_buffer_length = max(map(len, stop), default=1) - 1
+
+
+def check_stop_token_ids(params: SamplingParams, config: ModelConfig) -> None:
+    """Raise VLLMValidationError for an id outside the vocabulary."""
+    params._validate_stop_token_ids(config)  # pyright: ignore[reportPrivateUsage]
 
 
 def tokenizer_of(config: VllmConfig) -> Any:

@@ -2,8 +2,9 @@
 
 import asyncio
 import copy
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence, Set
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.engine.protocol import EngineClient
@@ -13,11 +14,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from rtap_core import stopping
 from rtap_core.cutoff import Cutoff
-from rtap_core.types import Policy, Step, StopReason
+from rtap_core.draft import num_thought_tokens
+from rtap_core.types import Limits, Policy, Step, StopReason
 from rtap_server.engine.output_writer import GenerateCall, part_of
 from rtap_server.engine.request_state import RequestState
 from rtap_server.engine.server_state import ServerState
-from rtap_server.engine.vllm_compat import add_stop_token_ids
+from rtap_server.engine.vllm_compat import set_stops
 
 if TYPE_CHECKING:
     from rtap_server.telemetry.tracing import CycleSpans
@@ -55,13 +57,19 @@ class VllmCycles:
     ) -> None:
         """engine_id: makes a unique id of the route's. running: engine ids in flight, kept up to date here.
 
-        in_pieces: yield steps as they are sampled, even if the request wants one output."""
+        in_pieces: yield steps as they are sampled, even if the request wants one output. Stops of answers need it."""
         self._inner, self._server, self._call, self._choice = inner, server, call, choice
         self._engine_id, self._running, self._cutoff, self._spans = engine_id, running, cutoff, spans
         self._aborts: set[asyncio.Task[None]] = set()
-        self._in_pieces = in_pieces or not stops_at_cycle_end
+        self._in_pieces = in_pieces or not stops_at_cycle_end or call.limits.stops_answers
         self._end_ids = server.cycle_end_ids if stops_at_cycle_end else []
         self._end_text = server.format.answer_close if stops_at_cycle_end else None
+        self._text_stops: Set[str | int] = frozenset()
+        if not call.parses_reasoning:
+            stops = _as_list(call.params.stop)
+            self._text_stops = frozenset((*stops, *(call.params.stop_token_ids or ())))
+            if stops and server.shows_cycle_end:  # as text, because vLLM searches no stop token for stop strings
+                self._end_ids = []
         self.end_of_turn_ids = server.end_of_turn_ids
 
     def encode(self, text: str) -> list[int]:
@@ -74,12 +82,12 @@ class VllmCycles:
         is_first = len(prompt_token_ids) == len(call.prompt["prompt_token_ids"])
         prompt = call.prompt if is_first else call.prompt_with(prompt_token_ids)
         engine_id = self._engine_id(call.request_id)
-        params = self._params(index, max_tokens, is_continued=not is_first)
+        params = self._params(index, max_tokens, prompt_token_ids, is_continued=not is_first)
         self._running.add(engine_id)
         try:
-            options: dict[str, Any] = (
-                {**call.options, "reasoning_ended": False} if call.parses_reasoning else call.options
-            )
+            options: dict[str, Any] = call.options
+            if call.parses_reasoning:
+                options = {**options, "reasoning_ended": not self._server.marks_answers}
             if self._spans is not None:
                 options = {**options, "trace_headers": self._spans.headers(index)}
             outputs = self._inner.generate(cast(Any, prompt), params, engine_id, **options)
@@ -89,7 +97,12 @@ class VllmCycles:
                 async with aclosing(outputs):
                     async for output in outputs:
                         part = output.outputs[0]
-                        yield self._step(output, part) if part.finish_reason is None else self._last(output, part)
+                        step = self._step(output, part) if part.finish_reason is None else self._last(output, part)
+                        if call.limits.stops_answers and len(step.token_ids) > 1:
+                            for piece in self._token_by_token(step):
+                                yield piece
+                        else:
+                            yield step
         finally:
             self._running.discard(engine_id)
 
@@ -103,14 +116,33 @@ class VllmCycles:
         if reason is not None and reason not in ("stop", "length") and not self._is_cut(reason):
             raise CycleAborted(reason)
         end_ids, end_text = self._end_ids, self._end_text
-        cycle_ended = part.stop_reason in end_ids or (not end_ids and part.stop_reason == end_text is not None)
+        ended_text = part.stop_reason in self._text_stops
+        at_end_tag = part.stop_reason in end_ids or (not end_ids and part.stop_reason == end_text is not None)
+        cycle_ended = at_end_tag and not ended_text
         is_hidden = cycle_ended and not self._call.params.include_stop_str_in_output
         return self._step(output, part)._replace(
             text=part.text + (end_text or "") if is_hidden else part.text,
             finished=True,
             truncated=reason == "length",
             ended_turn=reason == "stop" and not cycle_ended,
+            ended_text=ended_text,
+            stop_reason=None if cycle_ended else part.stop_reason,
         )
+
+    def _token_by_token(self, step: Step) -> Iterator[Step]:
+        """``step`` in steps of one token, so that a stop ends the answer at its own token.
+
+        A step has several tokens when its reader was slow."""
+        ids, begin = list(step.token_ids), 0
+        shown = ids[:-1] if step.ended_turn else ids  # the end of turn has no text
+        for at in range(1, len(ids) + 1):
+            rest = self._server.decode(shown[at:], self._call.params.skip_special_tokens) if at < len(ids) else ""
+            end, tokens, is_last = max(begin, len(step.text) - len(rest)), slice(at - 1, at), at == len(ids)
+            text, begin = step.text[begin:end], end
+            piece = _piece(step, text, tokens, part_of(step.native, text, tokens, is_last=is_last))
+            if not is_last:
+                piece = piece._replace(finished=False, truncated=False, ended_turn=False, stop_reason=None)
+            yield piece
 
     def _is_cut(self, finish_reason: str) -> bool:
         """True when the engine aborted the cycle because the trajectory must end.
@@ -133,8 +165,12 @@ class VllmCycles:
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
 
-    def _params(self, index: int, max_tokens: int | None, *, is_continued: bool) -> SamplingParams:
-        """Sampling parameters of one cycle: its own seed, the remaining budget, the format's end of a cycle."""
+    def _params(
+        self, index: int, max_tokens: int | None, prompt: Sequence[int], *, is_continued: bool
+    ) -> SamplingParams:
+        """Sampling parameters of one cycle: its own seed, the remaining budgets, the format's end of a cycle.
+
+        Stops of answers are the loop's: vLLM knows no answers."""
         call, end_ids = self._call, self._end_ids
         params = copy.copy(call.params)
         params.n, params.max_tokens = 1, max_tokens
@@ -144,16 +180,36 @@ class VllmCycles:
             params.min_tokens, params.prompt_logprobs, params.skip_reading_prefix_cache = 0, None, False
         elif params.max_tokens is not None:
             params.min_tokens = min(params.min_tokens, params.max_tokens)
-        add_stop_token_ids(params, end_ids)
-        if not end_ids and self._end_text:
-            params.stop = [*_as_list(params.stop), self._end_text]
-            params.output_text_buffer_length = max(len(s) for s in params.stop) - 1
+        if params.thinking_token_budget is not None:
+            question = call.prompt["prompt_token_ids"]
+            spent = num_thought_tokens(question, prompt, self, self._server.format)
+            params.thinking_token_budget = max(0, params.thinking_token_budget - spent)
+        end_texts = [self._end_text] if self._end_text and not end_ids else []
+        if call.parses_reasoning:
+            set_stops(params, end_texts, end_ids)
+        else:
+            set_stops(params, [*_as_list(params.stop), *end_texts], [*(params.stop_token_ids or ()), *end_ids])
         whole = params.output_kind is RequestOutputKind.FINAL_ONLY and not self._in_pieces
         params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
         # logprobs=-1 already returns the whole vocabulary.
         if self._server.logprobs is not None and stopping.needs_score(call.limits) and params.logprobs != -1:
             params.logprobs = max(self._server.logprobs, params.logprobs or 0)
         return params
+
+
+def limits_of_call(limits: Limits, params: SamplingParams, *, parses_reasoning: bool) -> Limits:
+    """``limits`` with the stops and the thinking budget of the sampling parameters.
+
+    Stops end what the client sees: the answer where a reasoning parser separates it, else the whole text."""
+    limits = replace(limits, thinking_tokens=params.thinking_token_budget)
+    if not parses_reasoning:
+        return limits
+    return replace(
+        limits,
+        stop=tuple(_as_list(params.stop)),
+        stop_token_ids=frozenset(params.stop_token_ids or ()),
+        include_stop=params.include_stop_str_in_output,
+    )
 
 
 def fits_one_request(call: GenerateCall, server: ServerState) -> bool:
@@ -165,7 +221,8 @@ def fits_one_request(call: GenerateCall, server: ServerState) -> bool:
     model_decides = (
         limits.policy is Policy.MODEL and not stopping.needs_score(limits) and stopping.max_cycles(limits) > 1
     )
-    is_plain = params.detokenize and not params.stop and not params.min_tokens and params.structured_outputs is None
+    has_limits = params.stop or params.stop_token_ids or params.min_tokens or params.thinking_token_budget is not None
+    is_plain = params.detokenize and not has_limits and params.structured_outputs is None
     return model_decides and is_plain and server.shows_cycle_end and bool(server.cycle_end_ids)
 
 

@@ -67,6 +67,13 @@ def read_recursion_fields(state: RequestState, path: str, server: ServerState) -
     for name, reason in _UNSUPPORTED.items():
         if fields.get(name):
             raise InvalidRequest(reason, param=name)
+    min_tokens = lax_int(fields.get("min_tokens"))
+    if server.format.has_answer_tags and min_tokens is not None and min_tokens > 0:
+        raise InvalidRequest(
+            f"min_tokens={min_tokens} would force the model past the end of its answer, which it marks with "
+            f"{server.format.answer_close}; leave out min_tokens",
+            param="min_tokens",
+        )
     options = parse_options(fields, server.settings)
     state.limits = resolve_limits(
         options, server.settings, server.generator, has_confidence=server.confidence is not None, effort=effort(fields)

@@ -24,13 +24,16 @@ _CHAT, _COMPLETIONS, _RESPONSES, _MESSAGES = (
     "/v1/responses",
     "/v1/messages",
 )
-# An event that matches has a finish reason or usage to complete. A model's text cannot match: its quotes are escaped.
+# An event that matches has something to complete or to correct. A model's text cannot match: its quotes are escaped.
 _NEEDS_REWRITE: Mapping[str, re.Pattern[bytes]] = {
-    _CHAT: re.compile(b'"finish_reason":"|"usage":{'),
+    _CHAT: re.compile(rb'"finish_reason":"|"usage":{|"logprobs":{|"tool_calls":\[{'),
     _COMPLETIONS: re.compile(b'"finish_reason":"|"usage":{'),
-    _RESPONSES: re.compile(b'"response.(?:completed|incomplete)"'),
+    _RESPONSES: re.compile(rb'"response.(?:completed|incomplete)"|"logprobs":\[{'),
     _MESSAGES: re.compile(b'"message_(?:start|delta)"'),
 }
+# Held back until the next event shows whether the response was cut in this item.
+_ITEM_DONE = b"event: response.output_item.done\n"
+_MARK_BYTES = list(ANSWER_MARK.encode())
 _NEVER = re.compile(b"(?!)")  # for requests that do not recurse
 
 
@@ -53,8 +56,9 @@ class ResponseRewriter:
         elif message["type"] != "http.response.body" or (self._stream is None and self._start is None):
             await self._send(message)
         elif self._stream is not None:
-            body = self._stream.feed(message.get("body", b""))
-            if body or not message.get("more_body", False):
+            is_last = not message.get("more_body", False)
+            body = self._stream.feed(message.get("body", b"")) + (self._stream.close() if is_last else b"")
+            if body or is_last:
                 await self._send({**message, "body": body})
         else:
             await self._collect(message)
@@ -101,8 +105,17 @@ def annotate_body(body: bytes, path: str, state: RequestState, feedback: Feedbac
             message[REASONING_CONTENT] = message[REASONING]
         if len(state.trajectories) > 1 and choice["index"] in state.trajectories:
             choice["rtap"] = _trajectory(state, choice["index"])
+        if path == _CHAT:
+            _keep_content(choice.get("logprobs"), "content")
+            if choice.get("finish_reason") == "tool_calls" and not choice["message"].get("tool_calls"):
+                choice["finish_reason"] = "stop"  # vLLM says so of every answer to tool_choice "required"
+    if path == _RESPONSES:
+        _correct_items(fields)
+    has_call = any(block.get("type") == "tool_use" for block in fields.get("content") or ())
+    if path == _MESSAGES and fields.get("stop_reason") == "tool_use" and not has_call:
+        fields["stop_reason"] = "end_turn"
     _complete_usage(fields.get("usage"), path, state)
-    fields["rtap"] = _trajectory(state, 0)
+    _attach(fields, state)
     feedback.remember(fields["id"], state.trajectories, state.owner)
     return msgspec.json.encode(fields)
 
@@ -116,6 +129,7 @@ class EventStream:
         self._buffer = bytearray()
         self._chunk_head: dict[str, Any] | None = None
         self._num_finished = 0
+        self._done_item = b""
         self._message_id = ""
         options = state.fields.get("stream_options")
         self._has_usage_chunk = isinstance(options, dict) and bool(cast(dict[str, Any], options).get("include_usage"))
@@ -133,35 +147,66 @@ class EventStream:
         del self._buffer[: end + 2]
         return b"".join(self._event(event) for event in events.split(b"\n\n"))
 
+    def close(self) -> bytes:
+        """The rest, when no further event comes."""
+        done, self._done_item = self._done_item, b""
+        return done
+
     def _event(self, event: bytes) -> bytes:
+        if event.startswith(_ITEM_DONE):
+            done, self._done_item = self._done_item, self._rewritten(event) + b"\n\n"
+            return done
         cycles = self._cycle_events(event) if self._state.cycles else b""
         if event.startswith(_ERROR):
             event = _DATA + shape_error_event(event[len(_DATA) :], self._state.request_id)
         elif self._path == _MESSAGES and event.startswith(_NAMED_ERROR):
             event = _NAMED_ERROR + shape_error_event(event[len(_NAMED_ERROR) :], self._state.request_id)
-        elif event != _DONE and self._needs_rewrite.search(event):
-            event = self._rewrite(event)
-        return cycles + event + b"\n\n"
+        elif event != _DONE:
+            event = self._rewritten(event)
+        return self.close() + cycles + event + b"\n\n"
 
-    def _rewrite(self, event: bytes) -> bytes:
+    def _rewritten(self, event: bytes) -> bytes:
+        if not self._needs_rewrite.search(event):
+            return event
         start = event.find(_DATA) + len(_DATA)
         chunk: dict[str, Any] = msgspec.json.decode(event[start:])
-        if self._path in (_CHAT, _COMPLETIONS):
-            for choice in chunk.get("choices") or ():
-                if choice.get("text") == ANSWER_MARK:  # the last chunk of a choice without text
-                    choice["text"] = ""
-                self._num_finished += choice.get("finish_reason") is not None
-            _complete_usage(chunk.get("usage"), self._path, self._state)
-            if self._is_last(chunk):
-                self._attach(chunk)
-        elif chunk["type"] == "message_start":
-            self._message_id = chunk["message"]["id"]
+        rewrite = {_RESPONSES: self._rewrite_response_event, _MESSAGES: self._rewrite_message_event}
+        rewrite.get(self._path, self._rewrite_chunk)(chunk)
+        name = b"event: " + chunk["type"].encode() + b"\n" if event.startswith(b"event: ") else b""
+        return name + _DATA + msgspec.json.encode(chunk)
+
+    def _rewrite_chunk(self, chunk: dict[str, Any]) -> None:
+        for choice in chunk.get("choices") or ():
+            if choice.get("text") == ANSWER_MARK:  # the last chunk of a choice without text
+                choice["text"] = ""
+            if self._path == _CHAT:
+                _join_tool_calls(choice["delta"])
+                _keep_content(choice.get("logprobs"), "content")
+                if choice.get("logprobs") == {"content": []}:
+                    choice["logprobs"] = None
+            self._num_finished += choice.get("finish_reason") is not None
+        _complete_usage(chunk.get("usage"), self._path, self._state)
+        if self._is_last(chunk):
+            self._attach(chunk, chunk["id"])
+
+    def _rewrite_message_event(self, event: dict[str, Any]) -> None:
+        if event["type"] == "message_start":
+            self._message_id = event["message"]["id"]
         else:
-            response = chunk.get("response", chunk)
-            _complete_usage(response.get("usage"), self._path, self._state)
-            response["rtap"] = _trajectory(self._state, 0)
-            self._remember(response.get("id", self._message_id))
-        return event[:start] + msgspec.json.encode(chunk)
+            self._attach(event, self._message_id)
+
+    def _rewrite_response_event(self, event: dict[str, Any]) -> None:
+        item: dict[str, Any] = event.get("item") or {}
+        for part in (event, event.get("part"), *(item.get("content") or ())):
+            _keep_content(part, "logprobs")
+        response = event.get("response")
+        if response is None:
+            return
+        if _correct_items(response):
+            event["type"] = "response.incomplete"
+            self._done_item = _cut_item(self._done_item)
+        _complete_usage(response.get("usage"), self._path, self._state)
+        self._attach(response, response["id"])
 
     def _is_last(self, chunk: dict[str, Any]) -> bool:
         if self._has_usage_chunk:
@@ -169,13 +214,8 @@ class EventStream:
         is_end = any(choice.get("finish_reason") for choice in chunk.get("choices") or ())
         return is_end and self._num_finished == max(1, self._state.num_choices)
 
-    def _attach(self, chunk: dict[str, Any]) -> None:
-        chunk["rtap"] = _trajectory(self._state, 0)
-        if len(self._state.trajectories) > 1:
-            chunk["rtap_choices"] = [_trajectory(self._state, i) for i in sorted(self._state.trajectories)]
-        self._remember(chunk["id"])
-
-    def _remember(self, response_id: str) -> None:
+    def _attach(self, shown: dict[str, Any], response_id: str) -> None:
+        _attach(shown, self._state)
         self._feedback.remember(response_id, self._state.trajectories, self._state.owner)
 
     def _cycle_events(self, event: bytes) -> bytes:
@@ -204,6 +244,55 @@ class EventStream:
 def _trajectory(state: RequestState, choice: int) -> dict[str, Any] | None:
     trajectory = state.trajectories.get(choice)
     return None if trajectory is None else trajectory_object(trajectory, with_think=state.return_cycles)
+
+
+def _attach(shown: dict[str, Any], state: RequestState) -> None:
+    """Add the trajectory of the first choice and, if there are several, all of them."""
+    shown["rtap"] = _trajectory(state, 0)
+    if len(state.trajectories) > 1:
+        shown["rtap_choices"] = [_trajectory(state, i) for i in sorted(state.trajectories)]
+
+
+def _keep_content(fields: Any, name: str) -> None:
+    """Remove log-probabilities of tokens that are not in the content."""
+    if isinstance(fields, dict) and (entries := cast(dict[str, Any], fields).get(name)):
+        fields[name] = [e for e in entries if e.get("token") != ANSWER_MARK and e.get("bytes") != _MARK_BYTES]
+
+
+def _join_tool_calls(delta: dict[str, Any]) -> None:
+    """One entry for each tool call: clients read only one for an index in a chunk.
+
+    vLLM's parsers send two when one output has the name and the beginning of the arguments."""
+    joined: dict[int, dict[str, Any]] = {}
+    for call in delta.get("tool_calls") or ():
+        first = joined.setdefault(call["index"], call)
+        if first is not call:
+            function, more = first["function"], call["function"]
+            function["arguments"] = (function.get("arguments") or "") + (more.get("arguments") or "")
+    if joined:
+        delta["tool_calls"] = list(joined.values())
+
+
+def _correct_items(response: dict[str, Any]) -> bool:
+    """True if a response was cut. vLLM says of its last item, which is cut too, that it is complete."""
+    is_cut = response.get("status") == "incomplete"
+    output = response.get("output") or ()
+    if is_cut and output:
+        output[-1]["status"] = "incomplete"
+    for item in output:
+        for part in item.get("content") or ():
+            _keep_content(part, "logprobs")
+    return is_cut
+
+
+def _cut_item(event: bytes) -> bytes:
+    """The event that ends an item which was cut."""
+    start = event.find(_DATA) + len(_DATA)
+    if start < len(_DATA):
+        return event
+    chunk: dict[str, Any] = msgspec.json.decode(event[start:])
+    chunk["item"]["status"] = "incomplete"
+    return event[:start] + msgspec.json.encode(chunk) + b"\n\n"
 
 
 def _complete_usage(usage: Any, path: str, state: RequestState) -> None:

@@ -3,6 +3,9 @@
 A test walks the app's routes and fails on a POST route that is in none of these tables.
 """
 
+from collections.abc import Iterable
+
+from starlette.routing import BaseRoute, Route
 from starlette.types import Scope
 
 RECURSIVE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
@@ -25,6 +28,12 @@ GENERATING_PATHS = {
     "/v1/embeddings": False,
     "/v2/embed": False,
 }
+
+# Routes whose body is a form with a file; all others take JSON.
+MULTIPART_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
+
+# Routes where vLLM tokenises on the event loop.
+TOKENISING_PATHS = frozenset({"/generative_scoring", "/v1/systemone"})
 
 LIGHTWEIGHT_PATHS = frozenset(
     {
@@ -57,6 +66,18 @@ BLOCKED_PATHS = {
 }
 _ABORT = "request ids are shared by all API keys; close the connection of the request to abort"
 BLOCKED_WITH_KEYS = {"/abort_requests": _ABORT, "/inference/v1/abort_requests": _ABORT}
+
+
+class PostRoutes:
+    """Paths that have a POST route. The router matches a superset of these, so that no body reaches any other path."""
+
+    def __init__(self, routes: Iterable[BaseRoute]) -> None:
+        posts = [route for route in routes if isinstance(route, Route) and "POST" in (route.methods or ())]
+        self._paths = frozenset(route.path for route in posts)
+        self._patterns = [route.path_regex for route in posts if route.param_convertors]
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._paths or any(pattern.match(path) for pattern in self._patterns)
 
 
 def route_path(scope: Scope) -> str:

@@ -1,5 +1,6 @@
 """Routes under ``/v1/rtap``: score an existing answer, accept feedback on answers, report the configuration."""
 
+import asyncio
 from typing import Any, Protocol, cast
 
 from fastapi import APIRouter
@@ -66,20 +67,20 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
     """Build the router. tokenizer: the policy's. model_names: as served."""
     router, settings = APIRouter(prefix="/v1/rtap", tags=["rtap"]), server.settings
 
+    def encode(request: ScoreRequest) -> Judged:
+        messages = [{"role": "user", "content": request.question}]
+        prompt = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        question = server.encode(prompt)
+        return Judged(question, server.encode(server.format.render_cycle(request.think, request.answer)), question)
+
     @router.post("/score")
     async def score(request: ScoreRequest) -> ScoreResponse:  # pyright: ignore[reportUnusedFunction]
         kind = settings.confidence_kind
         if server.confidence is None or kind == "logprob":
             raise InvalidRequest(f"this server cannot score an existing answer: its confidence is '{kind}'")
-        prompt = cast(
-            str,
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": request.question}], tokenize=False, add_generation_prompt=True
-            ),
-        )
-        question, cycle = server.encode(prompt), server.format.render_cycle(request.think, request.answer)
+        judged = await asyncio.to_thread(encode, request)  # a long text takes seconds
         try:
-            result = await server.confidence.score(Judged(question, server.encode(cycle), question))
+            result = await server.confidence.score(judged)
         except ConfidenceError as error:
             if error.reason == "too_long":
                 raise InvalidRequest(str(error)) from error

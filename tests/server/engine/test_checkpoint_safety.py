@@ -1,24 +1,27 @@
 """Checkpoints that would run something are refused in one sentence, unless a flag asks for them."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
 
 from rtap_core.errors import ConfigError
-from rtap_server.engine.checkpoint_safety import check_folder, load_format, refuse_custom_code
+from rtap_server.engine.checkpoint_safety import check_folder, load_format
+from rtap_server.engine.engine_config import engine_config
 from tests.other_checkpoints import MODELS
 
 
-def checkpoint(folder: Path, *names: str, **config: object) -> str:
-    for name in names:
+def checkpoint(folder: Path, *names: str) -> str:
+    for name in (*names, "config.json"):
         (folder / name).write_bytes(b"x")
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     return str(folder)
 
 
-def check(model: str, given: str = "auto", *, pickles: bool = False, code: bool = False) -> None:
-    check_folder(model, given, allows_pickles=pickles, trusts_code=code)
+def check(model: str, given: str = "auto", *, pickles: bool = False) -> None:
+    check_folder(model, given, allows_pickles=pickles)
 
 
 @pytest.mark.parametrize(
@@ -51,25 +54,55 @@ def test_vllm_is_told_to_load_nothing_else(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
-def test_code_of_a_checkpoint_is_refused_unless_asked_for(tmp_path, file):
-    model = checkpoint(tmp_path, "model.safetensors")
-    (tmp_path / file).write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Config"}}), "utf-8")
+CODE = """
+from pathlib import Path
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+Path(r"{marker}").write_text("the checkpoint's code has run")
+class Config(PretrainedConfig):
+    model_type = "custom"
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+AUTO_MAPS: dict[str, dict[str, Any]] = {
+    "config.json": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    "tokenizer_config.json": {"AutoTokenizer": ["code.Tokenizer", None]},
+    "processor_config.json": {"AutoProcessor": "code.Processor"},
+    "preprocessor_config.json": {"AutoImageProcessor": "code.Processor"},
+}
+
+
+def checkpoint_with_code(folder: Path, **config: Any) -> tuple[str, Path]:
+    """The bundled policy with ``auto_map`` in all files, and the file that its code writes."""
+    shutil.copytree(MODELS / "policy", folder / "model")
+    marker = folder / "marker"
+    (folder / "model" / "code.py").write_text(CODE.format(marker=marker), "utf-8")
+    for name, auto_map in AUTO_MAPS.items():
+        path = folder / "model" / name
+        fields = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        fields |= {"auto_map": auto_map, **(config if name == "config.json" else {})}
+        path.write_text(json.dumps(fields), "utf-8")
+    return str(folder / "model"), marker
+
+
+def load(model: str, **flags: Any) -> None:
+    engine_config(AsyncEngineArgs(model=model, kv_cache_memory_bytes=2**20, **flags), model, allows_pickles=False)
+
+
+def test_code_that_a_checkpoint_has_but_does_not_need_is_not_run(tmp_path):
+    """Many checkpoints on the Hub are older than their model's support in transformers and vLLM."""
+    model, marker = checkpoint_with_code(tmp_path)
+    load(model)
+    assert not marker.exists()
+
+
+def test_code_that_a_checkpoint_needs_is_refused_unless_asked_for(tmp_path):
+    model, marker = checkpoint_with_code(tmp_path, model_type="custom", architectures=["CustomForCausalLM"])
     with pytest.raises(ConfigError) as refused:
-        check(model)
-    assert f"auto_map in its {file}" in str(refused.value)
-    assert "--trust-remote-code" in str(refused.value)
-    assert "\n" not in str(refused.value)
-    check(model, code=True)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "null", '{"auto_map": null}', "\udcff"])
-def test_a_broken_config_is_vllms_to_refuse(tmp_path, text):
-    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    check(str(tmp_path))
-
-
-def test_a_configuration_from_the_hub_is_looked_at_too():
-    with pytest.raises(ConfigError, match="has custom Python code"):
-        refuse_custom_code("some/hub-name", {"auto_map": {"AutoModel": "a.B"}})
-    refuse_custom_code("some/hub-name", {"model_type": "qwen3"})
+        load(model)
+    assert str(refused.value) == (
+        f"{model} needs Python code of its checkpoint (auto_map): allow it with --trust-remote-code"
+    )
+    assert not marker.exists()
+    with pytest.raises(ConfigError):  # vLLM has no such model, but it has looked at the code
+        load(model, trust_remote_code=True)
+    assert marker.exists()

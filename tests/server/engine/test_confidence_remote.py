@@ -4,10 +4,12 @@ import asyncio
 
 import httpx
 import pytest
+from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest
 
 from rtap_core.errors import ConfidenceError
 from rtap_core.types import Judged, Score
 from rtap_server.engine.confidence.remote import RemoteConfidence
+from rtap_server.engine.request_state import RequestState, begin_request
 
 JUDGED = Judged([1, 2], [3], [1, 2])
 
@@ -45,3 +47,17 @@ async def test_its_answer_is_waited_for_as_long_as_the_setting_says_and_no_less(
 async def test_a_wrong_answer_is_no_score(reply):
     with pytest.raises(ConfidenceError):
         await score(lambda _: reply)
+
+
+async def test_the_prefix_caches_of_keys_are_kept_apart_on_the_remote_server():
+    salts = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        salts.append(ClassificationCompletionRequest.model_validate_json(request.content).cache_salt)
+        return httpx.Response(200, json={"data": [{"probs": [0.9]}]})
+
+    for owner in (b"", b"one", b"two", b"one"):
+        begin_request(RequestState(owner=owner))
+        await score(answer)
+    assert salts[0] is None
+    assert salts[1] == salts[3] != salts[2]

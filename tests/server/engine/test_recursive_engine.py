@@ -6,7 +6,7 @@ import logging
 import time
 import weakref
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.request_state import RequestState, begin_request, salted_prompt
 from rtap_server.engine.vllm_cycles import count_spent
 from rtap_server.telemetry.logs import ERRORS
-from tests.core.scripted import encode
+from tests.core.scripted import EOS, encode
 from tests.server.fake_engine import CLOSE, QUESTION, FakeEngine, all_of, ask, build
 
 WRONG = "<think>25*7=175</think><answer>25*7</answer>"
@@ -171,6 +171,8 @@ def test_what_cannot_recurse_is_a_400_before_anything_is_generated():
     llm = FakeEngine([])
     with pytest.raises(VLLMValidationError, match="prompt embeddings are not supported"):
         ask(build(llm), prompt={"prompt_embeds": object()})
+    with pytest.raises(VLLMValidationError, match="out-of-vocab"):
+        ask(build(llm), stop_token_ids=[EOS + 1], options={"reasoning_parser_kwargs": {}})
     assert not llm.calls
 
 
@@ -225,7 +227,7 @@ async def test_no_delta_is_of_both_kinds():
     texts = [output.outputs[0].text for output in await all_of(stream)]
     assert state.trajectories[0].selected == 0
     assert "".join(texts).endswith(f"<answer>1</answer>\n{ANSWER_MARK}82")
-    assert [text.partition(ANSWER_MARK)[::2] for text in texts if ANSWER_MARK in text] == [("", "82")]
+    assert texts[-4:] == [ANSWER_MARK, "8", "2", ""]  # the last one has the end tag and the finish reason
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -307,6 +309,16 @@ async def test_a_key_pays_for_what_was_sampled_and_read_even_when_its_client_lea
     assert plain.spent_tokens == len(QUESTION) + 9
 
 
+async def test_a_key_with_a_token_limit_pays_for_a_whole_reply_that_it_does_not_wait_for():
+    llm = FakeEngine(["<think>" + "x" * 10_000], size=1, token_seconds=0.001)
+    stream, state = ask(build(llm), owner=b"key", max_tokens=None)
+    state.tokens_per_minute = 1_000
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await all_of(stream)
+    assert state.spent_tokens - len(QUESTION) in range(1, llm.num_sampled + 1)
+
+
 async def test_without_api_keys_no_tokens_are_counted():
     stream, state = ask(build(FakeEngine([WRONG, DOUBT])))
     await all_of(stream)
@@ -338,7 +350,9 @@ async def test_tokens_are_counted_once_in_every_kind_of_output(kind):
 @pytest.mark.parametrize(("script", "answer"), [([WRONG], "25*7"), ([], None)])
 async def test_at_the_deadline_the_engine_is_stopped_and_what_there_is_comes_back(kind, script, answer):
     # Later calls arrive after the deadline: the engine ignores an abort before that.
-    llm = FakeEngine([*script, "x" * 10_000], size=1, arrival_seconds=0.1, token_seconds=0.001, num_instant=len(script))
+    llm = FakeEngine(
+        [*script, "x" * 10_000], size=1, arrival_seconds=0.08, token_seconds=0.001, num_instant=len(script)
+    )
     stream, state = ask(build(llm), rtap={"deadline_seconds": 0.05}, output_kind=kind, max_tokens=None)
     async with asyncio.timeout(5):
         outputs = await all_of(stream)

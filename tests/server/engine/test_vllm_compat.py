@@ -5,6 +5,7 @@ import asyncio
 import copy
 import inspect
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
@@ -36,10 +37,13 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.coordinator import DPCoordinator, DPCoordinatorProc
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, MPClient
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor import Executor
+from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 import rtap_server
@@ -221,12 +225,21 @@ def test_names_that_routes_of_vllm_ask_of_the_engine(name):
     assert hasattr(AsyncLLM, name)
 
 
-def test_stop_token_ids_of_a_cycle_leave_the_requests_alone():
-    params = SamplingParams(stop_token_ids=[5])
+def test_stops_of_a_cycle_leave_the_requests_alone():
+    params = SamplingParams(stop=["x"], stop_token_ids=[5])
     cycle = copy.copy(params)
-    vllm_compat.add_stop_token_ids(cycle, [7])
-    assert (cycle._all_stop_token_ids, cycle.stop_token_ids) == ({5, 7}, [5, 7])
-    assert (params._all_stop_token_ids, params.stop_token_ids) == ({5}, [5])
+    vllm_compat.set_stops(cycle, ["y", "long"], [7])
+    assert (cycle.stop, cycle.stop_token_ids, cycle._all_stop_token_ids) == (["y", "long"], [7], {7})
+    assert cycle.output_text_buffer_length == 3
+    assert (params.stop, params.stop_token_ids, params._all_stop_token_ids) == (["x"], [5], {5})
+
+
+def test_stop_token_ids_outside_the_vocabulary_are_found():
+    config: Any = SimpleNamespace(get_vocab_size=lambda: 9)
+    vllm_compat.check_stop_token_ids(SamplingParams(stop_token_ids=[8]), config)
+    with pytest.raises(VLLMValidationError, match="out-of-vocab") as caught:
+        vllm_compat.check_stop_token_ids(SamplingParams(stop_token_ids=[9]), config)
+    assert caught.value.parameter == "stop_token_ids"
 
 
 async def test_each_message_of_an_engine_is_observed():
@@ -248,6 +261,18 @@ async def test_each_message_of_an_engine_is_observed():
     await asyncio.gather(engine.output_handler, return_exceptions=True)
     assert seen == [1, 1]
     assert inspect.iscoroutinefunction(AsyncMPClient.get_output_async)
+
+
+def test_vllm_starts_its_processes_by_the_functions_that_are_replaced(monkeypatch):
+    for owner, name in ((EngineCoreProc, "run_engine_core"), (DPCoordinatorProc, "run_coordinator")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # restores it
+    vllm_compat.isolate_engines()
+    assert pickle.loads(pickle.dumps(EngineCoreProc.run_engine_core)) is vllm_compat.run_isolated_engine
+    assert pickle.loads(pickle.dumps(DPCoordinatorProc.run_coordinator)) is vllm_compat.run_isolated_coordinator
+    assert "target=EngineCoreProc.run_engine_core" in inspect.getsource(CoreEngineProcManager.__init__)
+    assert "target=DPCoordinatorProc.run_coordinator" in inspect.getsource(DPCoordinator.__init__)
+    # A worker process of an engine ends with the engine by vLLM's own means.
+    assert "death_pipe.recv()" in inspect.getsource(WorkerProc.monitor_death_pipe)
 
 
 def test_engine_processes_and_the_sockets_context():

@@ -1,6 +1,7 @@
 """What a request may ask for: refused with the field's name, at once, and without a copy of what was sent."""
 
 import contextlib
+import inspect
 import json
 import time
 import tracemalloc
@@ -8,6 +9,7 @@ import tracemalloc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 from rtap_core.errors import InvalidRequest
 from rtap_server.http.field_limits import (
@@ -18,6 +20,7 @@ from rtap_server.http.field_limits import (
     FieldLimits,
     is_deeper,
     media_schemes,
+    text_length,
 )
 
 LIMITS = FieldLimits(16, 20, 1000, allows_templates=False)
@@ -53,6 +56,16 @@ def nested(depth):
         ({"metadata": nested(MAX_DEPTH)}, None, "nested more than 64 levels deep"),
         ({"chat_template": "{{ 1 }}"}, "chat_template", "a template is code"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "--allow-request-templates"),
+        ({"chat_template_kwargs": {"enable_thinking": "{{ x }}"}}, "chat_template_kwargs", "true or false"),
+        ({"chat_template_kwargs": {"messages": False}}, "chat_template_kwargs", "messages is not allowed"),
+        ({"chat_template_kwargs": {"reasoning_effort": "extreme"}}, "chat_template_kwargs", "reasoning_effort"),
+        ({"chat_template_kwargs": {"thinking": True, "a b": True}}, "chat_template_kwargs", "a b is not allowed"),
+        ({"chat_template_kwargs": {f"a{i}": True for i in range(17)}}, "chat_template_kwargs", "a0 is not allowed"),
+        ({"vllm_xargs": {"kv_transfer_params": "x"}}, "vllm_xargs", "kv_transfer_params='x' must be an object"),
+        ({"vllm_xargs": {"ec_transfer_params": [1]}}, "vllm_xargs", "ec_transfer_params='[1]' must be an object"),
+        ({"sampling_params": {"extra_args": {"kv_transfer_params": 1}}}, "extra_args", "must be an object"),
+        ({"structured_outputs": {"choice": ["a"] * 1001}}, "structured_outputs", "choice has 1001 entries"),
+        ({"sampling_params": {"structured_outputs": {"regex": "\0"}}}, "sampling_params.structured_outputs", "\\x00"),
         (said([IMAGE]), "messages", "--allowed-media-domains"),
         (said([{"type": "image_url", "image_url": "file:///etc/passwd"}]), "messages", "send a data: URL"),
         (said([{"type": "audio_url", "audio_url": {"url": "\\\\host/a"}}]), "messages", "send a data: URL"),
@@ -92,10 +105,20 @@ def test_too_much_is_refused_with_its_name(request_, param, sentence):
         said([{"type": "tool_use", "id": "1", "name": "show", "input": {"image_url": "https://x/a.png"}}]),
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {"image_url": "https://x"}}}]}]},
         {"metadata": {"image_url": "https://x/a.png"}},
+        {"chat_template_kwargs": {"enable_thinking": False, "thinking": True, "reasoning_effort": "high"}},
+        {"chat_template_kwargs": None, "vllm_xargs": None},
+        {"chat_template_kwargs": {}, "vllm_xargs": {"kv_transfer_params": None, "mine": "x"}},
     ],
 )
 def test_what_is_not_too_much_is_vllms_business(request_):
     LIMITS.check(request_)
+
+
+def test_no_argument_of_transformers_is_a_switch():
+    arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"self", "kwargs"}
+    for name in arguments:
+        with pytest.raises(InvalidRequest):
+            LIMITS.check({"chat_template_kwargs": {name: True}})
 
 
 def test_what_a_flag_allows_passes():
@@ -170,3 +193,35 @@ def test_a_megabyte_is_looked_through_at_once_and_in_little_memory(request_):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * 2**20
+
+
+IMAGE = "data:image/png;base64," + "A" * 100_000
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": IMAGE}}, {"type": "input_image", "image_url": IMAGE},
+        {"type": "input_audio", "input_audio": {"data": IMAGE, "format": "wav"}},
+        {"type": "file", "file": {"file_data": IMAGE}},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": IMAGE}},
+    ],
+)  # fmt: skip
+def test_media_is_no_text(part):
+    assert text_length({"messages": [{"role": "user", "content": [part]}]}) < 100
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"prompt": IMAGE}, {"prompt": ["a", IMAGE]}, {"messages": [{"role": "user", "content": IMAGE}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": IMAGE}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": IMAGE, "image_url": "x"}]}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "description": IMAGE}}]},
+    ],
+)  # fmt: skip
+def test_text_that_no_prompt_could_have_is_refused_before_it_is_tokenised(request_):
+    limits = FieldLimits(16, 1024, 1024, allows_templates=False)
+    with pytest.raises(InvalidRequest, match="more than 16 for each of 1024 tokens, the length of the model's context"):
+        limits.check_length(request_)
+    FieldLimits(16, 1024, 10_000, allows_templates=False).check_length(request_)

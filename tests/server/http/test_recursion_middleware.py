@@ -4,27 +4,36 @@ times as many requests as there is room for."""
 import asyncio
 import json
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from starlette.routing import Route
 
 from rtap_core.artifact import Artifact
-from rtap_core.format import RTAP
+from rtap_core.errors import InvalidRequest
+from rtap_core.format import RTAP, THINK
 from rtap_core.types import Policy
-from rtap_server.engine.request_state import current_request
+from rtap_server.engine.request_state import RequestState, current_request
 from rtap_server.engine.server_state import Drain, ServerState
 from rtap_server.http.admission import Admission
-from rtap_server.http.body_limits import BodyLimitsMiddleware
+from rtap_server.http.body_limits import BodyLimitsMiddleware, BodyMemory
 from rtap_server.http.field_limits import FieldLimits
-from rtap_server.http.recursion_fields import RecursionMiddleware, parse_options, resolve_limits
+from rtap_server.http.recursion_fields import (
+    RecursionMiddleware,
+    parse_options,
+    read_recursion_fields,
+    resolve_limits,
+)
 from rtap_server.http.request_id import RequestIdMiddleware
 from rtap_server.http.route_kinds import RECURSIVE_PATHS
 from rtap_server.http.schema import RtapOptions
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.metrics import Metrics
+from tests.error_shapes import error_of
 from tests.server.http.test_recursion_fields import _JSON, _OPTIONS, SETTINGS
 
 
@@ -35,7 +44,7 @@ class Sure:
 def server_state(metrics: Metrics) -> ServerState:
     return ServerState(
         settings=SETTINGS, format=RTAP, confidence=Sure(), generator=Artifact(), count_oops=len, encode=list,  # type: ignore[arg-type]
-        end_of_turn_ids=frozenset(), metrics=metrics, feedback=Feedback(), drain=Drain(),
+        decode=lambda _ids, _: "", end_of_turn_ids=frozenset(), metrics=metrics, feedback=Feedback(), drain=Drain(),
     )  # fmt: skip
 
 
@@ -57,8 +66,9 @@ class Service:
         limits = FieldLimits(16, 1024, 1024, allows_templates=False)
         self.app = RequestIdMiddleware(
             BodyLimitsMiddleware(
-                work, max_body_bytes=2**20, field_limits=limits, admission=self.admission, drain=Drain(),
-                metrics=metrics,
+                work, routes=[Route(path, print, methods=["POST"]) for path in RECURSIVE_PATHS],
+                max_body_bytes=2**20, body_timeout_seconds=30.0, memory=BodyMemory(2**24), field_limits=limits,
+                admission=self.admission, drain=Drain(), metrics=metrics,
             )
         )  # fmt: skip
 
@@ -89,9 +99,9 @@ def test_options_are_taken_out_or_refused_and_the_place_is_given_back(path, raw)
         assert body == {"model": "rtap", "stop": None}
         assert state.limits == limits_of(parse_options({"rtap": raw}, SETTINGS))
     else:
-        error = reply.json()["error"]
-        assert (reply.status_code, error["code"], error["type"]) == (400, 400, "invalid_request_error")
-        assert (error["param"] or "rtap").startswith("rtap")  # NaN is no JSON, and no field of it
+        error = error_of(path, reply.json())
+        assert (reply.status_code, error["type"]) == (400, "invalid_request_error")
+        assert (error.get("param") or "rtap").startswith("rtap")  # NaN is no JSON, and no field of it
         assert not SERVICE.taken
 
 
@@ -101,6 +111,17 @@ async def test_what_would_escape_the_recursion_is_refused(field):
     reply = await SERVICE.ask("/v1/responses", json.dumps({"model": "rtap", field: True}).encode())
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
     assert not SERVICE.taken
+
+
+def test_min_tokens_is_refused_where_it_would_mask_the_end_of_an_answer():
+    server = server_state(Metrics(CollectorRegistry()))
+    for value in (3, "3", 1.0):
+        state = RequestState(fields={"min_tokens": value})
+        with pytest.raises(InvalidRequest, match=r"min_tokens=\d .* </answer>; leave out"):
+            read_recursion_fields(state, "/v1/completions", server)
+        read_recursion_fields(state, "/v1/completions", replace(server, format=THINK))
+    for value in (0, None, -1, "x"):  # the last two are vLLM's to refuse
+        read_recursion_fields(RequestState(fields={"min_tokens": value}), "/v1/completions", server)
 
 
 async def test_options_among_the_xargs_count_for_places_cycles_and_the_reply_alike():

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.request_state import RequestState
 from rtap_server.http.response_rewriter import EventStream, ResponseRewriter, annotate_body
 from rtap_server.telemetry.feedback import Feedback
+from tests.error_shapes import error_of
 from tests.server.http.test_recursion_fields import CYCLE, _trajectory
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -100,6 +102,95 @@ def test_several_choices_end_with_all_their_objects():
     got = _read(_stream(state=state).feed(_sse(_chunk({}, "stop", 1), _chunk({}, "stop", 0))))
     assert "rtap" not in got[0]
     assert [t.get("degraded") for t in got[1]["rtap_choices"]] == [None, "timeout"]
+    choices = [{"index": index, "message": {}} for index in range(2)]
+    whole = json.loads(annotate_body(json.dumps({"id": "r", "choices": choices}).encode(), CHAT, state, Feedback()))
+    assert whole["rtap_choices"] == got[1]["rtap_choices"] == [choice["rtap"] for choice in whole["choices"]]
+
+
+def test_a_chunk_has_one_entry_for_each_tool_call():
+    """openai's stream helper, instructor and llama-index read only one entry for an index."""
+
+    def call(index, **function):
+        return {"index": index, "function": function} | ({"id": f"call-{index}"} if "name" in function else {})
+
+    first = [call(0, name="f"), call(0, arguments='{"x"'), call(1, name="g"), call(0, arguments=":1}")]
+    data = _sse(_chunk({"tool_calls": first}), _chunk({"tool_calls": [call(1, arguments="{}")]}))
+    got = [chunk["choices"][0]["delta"]["tool_calls"] for chunk in _read(_stream().feed(data))]
+    assert got == [
+        [call(0, name="f", arguments='{"x":1}'), call(1, name="g")],
+        [call(1, arguments="{}")],
+    ]
+
+
+def _entry(token: str) -> dict:
+    return {"token": token, "logprob": -0.5, "bytes": list(token.encode()), "top_logprobs": []}
+
+
+# With return_tokens_as_token_ids the token is no text, but the bytes are.
+OF_A_THOUGHT = [_entry(ANSWER_MARK), _entry(ANSWER_MARK) | {"token": "token_id:7"}]
+
+
+def test_log_probabilities_are_those_of_the_content():
+    choices = [{"index": 0, "message": {"content": "1"}, "logprobs": {"content": [*OF_A_THOUGHT, _entry("1")]}}]
+    whole = json.loads(annotate_body(json.dumps({"id": "r", "choices": choices}).encode(), CHAT, _state(), Feedback()))
+    assert whole["choices"][0]["logprobs"] == {"content": [_entry("1")]}
+    data = _sse(*(
+        _chunk({}) | {"choices": [{"index": 0, "delta": {}, "finish_reason": None, "logprobs": {"content": [e]}}]}
+        for e in (*OF_A_THOUGHT, _entry("1"))
+    ))  # fmt: skip
+    got = [chunk["choices"][0]["logprobs"] for chunk in _read(_stream().feed(data))]
+    assert got == [None, None, {"content": [_entry("1")]}]
+
+
+def _event(name: str, **fields) -> bytes:
+    return f"event: {name}\ndata: {json.dumps({'type': name} | fields, separators=(',', ':'))}\n\n".encode()
+
+
+@pytest.mark.parametrize("status", ["completed", "incomplete"])
+def test_a_response_ends_as_its_status_says(status):
+    """vLLM ends every stream with response.completed, and every item as completed."""
+    items = [
+        {"type": kind, "status": "completed", "content": [{"type": "output_text", "logprobs": logprobs}]}
+        for kind, logprobs in (("reasoning", None), ("message", [*OF_A_THOUGHT, _entry("1")]))
+    ]
+    response = {"id": "r", "status": status, "output": items, "usage": {}}
+    data = b"".join((
+        _event("response.output_item.done", item=items[0]), _event("response.output_item.added", item=items[1]),
+        _event("response.output_item.done", item=items[1]), _event("response.completed", response=response),
+    ))  # fmt: skip
+    stream = _stream("/v1/responses")
+    parts = [stream.feed(data[at : at + 100]) for at in range(0, len(data), 100)]
+    events = b"".join([*parts, stream.close()]).decode().removesuffix("\n\n").split("\n\n")
+    read = [json.loads(event.partition("data: ")[2]) for event in events]
+    assert [event.partition("\n")[0] for event in events] == [f"event: {one['type']}" for one in read]
+    names = [one["type"].removeprefix("response.") for one in read]
+    assert names == ["output_item.done", "output_item.added", "output_item.done", status]
+    assert (read[0]["item"]["status"], read[2]["item"]["status"]) == ("completed", status)
+    whole = json.loads(annotate_body(json.dumps(response).encode(), "/v1/responses", _state(), Feedback()))
+    for shown in (read[3]["response"], whole):
+        assert [item["status"] for item in shown["output"]] == ["completed", status]
+        assert shown["output"][1]["content"][0]["logprobs"] == [_entry("1")]
+        assert shown["rtap"]["confidence"] == 0.75
+
+
+def test_an_item_that_is_the_last_event_is_not_lost():
+    stream, done = _stream("/v1/responses"), _event("response.output_item.done", item={})
+    assert stream.feed(done) + stream.close() == done
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "reason"),
+    [
+        (CHAT, {"message": {"tool_calls": []}, "finish_reason": "tool_calls"}, "stop"),
+        (CHAT, {"message": {"tool_calls": [{}]}, "finish_reason": "tool_calls"}, "tool_calls"),
+        ("/v1/messages", {"content": [{"type": "text"}], "stop_reason": "tool_use"}, "end_turn"),
+        ("/v1/messages", {"content": [{"type": "tool_use"}], "stop_reason": "tool_use"}, "tool_use"),
+    ],
+)  # fmt: skip
+def test_no_reply_promises_a_call_that_it_has_not(path, fields, reason):
+    body = json.dumps({"id": "r"} | ({"choices": [{"index": 0} | fields]} if path == CHAT else fields)).encode()
+    got = json.loads(annotate_body(body, path, _state(), Feedback()))
+    assert reason == (got["choices"][0]["finish_reason"] if path == CHAT else got["stop_reason"])
 
 
 def test_events_without_a_marker_pass_as_bytes():
@@ -108,9 +199,8 @@ def test_events_without_a_marker_pass_as_bytes():
 
 
 def test_responses_and_messages_get_the_object_in_their_last_event():
-    done = (
-        b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"output_tokens":30}}}\n\n'
-    )
+    response = b'{"id":"r","usage":{"output_tokens":30}}'
+    done = b'event: response.completed\ndata: {"type":"response.completed","response":' + response + b"}\n\n"
     out = _stream("/v1/responses").feed(done)
     reply = json.loads(out.split(b"data: ")[1])["response"]
     assert out.startswith(b"event: response.completed\n")
@@ -167,8 +257,10 @@ def test_an_error_in_a_stream_tells_nothing_of_the_inside(path, event):
     assert out.startswith(event[: event.index(b"{")])
     error = json.loads(out[out.index(b"{") :])
     assert (error.get("type") == "error") == (path == "/v1/messages")
-    assert error["error"]["code"] == 500
-    assert error["error"]["message"] == "the server failed on this request; its log has the cause under request id id-1"
+    assert (
+        error_of(path, error)["message"]
+        == "the server failed on this request; its log has the cause under request id id-1"
+    )
 
 
 @pytest.mark.parametrize("path", ["/inference/v1/generate", "/v1/audio/transcriptions"])

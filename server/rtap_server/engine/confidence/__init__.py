@@ -4,7 +4,8 @@ Each implements ``rtap_core.types.Confidence`` and raises ConfidenceError when i
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Generator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rtap_core.errors import ConfidenceError
@@ -27,6 +28,34 @@ async def within_timeout(work: Awaitable[Result], timeout_seconds: float, late: 
         raise
     except Exception as error:
         raise ConfidenceError(f"{failed}: {type(error).__name__}") from error
+
+
+class CircuitBreaker:
+    """Keep requests from waiting one by one for a generator that does not answer.
+
+    After a timeout, until an attempt ends in another way, only one attempt at a time waits; the others fail at once."""
+
+    def __init__(self) -> None:
+        self._is_open = self._is_trying = False
+
+    @contextmanager
+    def attempt(self) -> Generator[None]:
+        """Surround one attempt to score. Raises ConfidenceError while another one finds out."""
+        is_trial = self._is_open
+        if is_trial and self._is_trying:
+            raise ConfidenceError("the generator does not answer", reason="timeout")
+        if is_trial:
+            self._is_trying = True
+        try:
+            yield
+        except ConfidenceError as error:
+            self._is_open = error.reason == "timeout"
+            raise
+        else:
+            self._is_open = False
+        finally:
+            if is_trial:
+                self._is_trying = False
 
 
 def refuse_images(judged: Judged) -> None:

@@ -11,7 +11,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from rtap_core.artifact import Fusion
 from rtap_core.errors import ConfidenceError
 from rtap_core.types import Confidence, Judged, Score
-from rtap_server.engine.confidence import LOGPROB_FLOOR, refuse_images, within_timeout
+from rtap_server.engine.confidence import LOGPROB_FLOOR, CircuitBreaker, refuse_images, within_timeout
 from rtap_server.engine.request_state import salted_prompt
 from rtap_server.engine.supervisor import SupervisedEngine
 
@@ -26,7 +26,7 @@ class PoolingConfidence:
     def __init__(self, supervised: SupervisedEngine, timeout_seconds: float, max_model_len: int) -> None:
         """supervised: the generator's engine; there is no score while it restarts."""
         self._supervised, self._timeout_seconds, self._max_model_len = supervised, timeout_seconds, max_model_len
-        self._numbers = itertools.count()
+        self._numbers, self._breaker = itertools.count(), CircuitBreaker()
 
     async def score(self, judged: Judged) -> Score:
         """One forward pass over question + cycle."""
@@ -37,9 +37,9 @@ class PoolingConfidence:
                 f"{len(token_ids)} tokens are above the generator's context of {self._max_model_len}", reason="too_long"
             )
         late, failed = "the generator timed out", "the generator failed"
-        return Score(
-            await within_timeout(self._classify(token_ids), self._timeout_seconds, late, failed), len(token_ids)
-        )
+        with self._breaker.attempt():
+            score = await within_timeout(self._classify(token_ids), self._timeout_seconds, late, failed)
+        return Score(score, len(token_ids))
 
     async def _classify(self, token_ids: list[int]) -> float:
         engine = self._supervised.engine

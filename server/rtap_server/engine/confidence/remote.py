@@ -8,8 +8,9 @@ import httpx
 
 from rtap_core.errors import ConfidenceError, ConfigError
 from rtap_core.types import Judged, Score
-from rtap_server.engine.confidence import refuse_images
+from rtap_server.engine.confidence import CircuitBreaker, refuse_images
 from rtap_server.engine.output_writer import GenerateCall
+from rtap_server.engine.request_state import salted_prompt
 
 # Text that tokenizers encode differently: tags, digits, spaces, a letter outside ASCII.
 PROBE = "<think>12 * 9 = 108 é</think><answer>108</answer>"
@@ -20,17 +21,23 @@ class RemoteConfidence:
 
     def __init__(self, address: str, timeout_seconds: float, client: httpx.AsyncClient) -> None:
         self._address, self._timeout_seconds, self._client = address.rstrip("/"), timeout_seconds, client
+        self._breaker = CircuitBreaker()
 
     async def score(self, judged: Judged) -> Score:
         """One request to the remote server."""
         refuse_images(judged)
         token_ids = [*judged.question_token_ids, *judged.cycle_token_ids]
+        with self._breaker.attempt():
+            probability = await self._classify(token_ids, _trace_headers(judged.request))
+        return Score(probability, len(token_ids))
+
+    async def _classify(self, token_ids: list[int], headers: dict[str, str]) -> float:
         try:
             async with asyncio.timeout(self._timeout_seconds):  # httpx's timeouts are per read
                 reply = await self._client.post(
                     f"{self._address}/classify",
-                    json={"input": [token_ids]},
-                    headers=_trace_headers(judged.request),
+                    json=salted_prompt({"input": [token_ids]}),
+                    headers=headers,
                     timeout=None,
                 )
             reply.raise_for_status()
@@ -41,7 +48,7 @@ class RemoteConfidence:
             raise ConfidenceError(f"the remote generator failed: {type(error).__name__}") from error
         if not 0.0 <= probability <= 1.0:
             raise ConfidenceError(f"the remote generator sent {probability}, which is not a probability")
-        return Score(probability, len(token_ids))
+        return probability
 
     async def check(self, encode_ids: Sequence[int]) -> None:
         """Raise ConfigError unless the server answers and tokenises like the policy. encode_ids: of PROBE."""
