@@ -129,7 +129,7 @@ class Settings(BaseSettings):
         default=1024, ge=1, description="ceiling for messages of a chat, items of an input, prompts of a completion"
     )
     allow_request_templates: bool = Field(
-        default=False, description="accept chat_template and chat_template_kwargs in requests"
+        default=False, description="accept chat_template and any chat_template_kwargs in requests; switches always pass"
     )
     allow_pickled_weights: bool = Field(
         default=False, description="load pickled weights (.bin, .pt) when there are no safetensors"
