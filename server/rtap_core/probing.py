@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from rtap_core.answers import normalise_answer
+from rtap_core.answers import same_answer
 from rtap_core.draft import thought_is_open
 from rtap_core.errors import ConfidenceError
 from rtap_core.format import CycleParser, TrajectoryFormat
@@ -109,8 +109,7 @@ class Probing:
     def _agree(self, last: Probe | None, probe: Probe) -> bool:
         if last is None or last.answer is None or probe.answer is None or probe.confidence is None:
             return False
-        same = normalise_answer(last.answer) == normalise_answer(probe.answer)
-        return same and probe.confidence >= self.threshold
+        return same_answer(last.answer, probe.answer) and probe.confidence >= self.threshold
 
     async def _probe(self, prompt: list[int], index: int, thought: "_Thought") -> Probe:
         """Sample and score an answer after ``thought``.

@@ -30,7 +30,7 @@ from rtap_core.types import (
     StopReason,
     Trajectory,
 )
-from rtap_core.voting import majority
+from rtap_core.voting import candidates, is_decided, majority, wave_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,36 +144,55 @@ class Recursion:
         yield final
 
     async def _vote(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
-        """Independent single cycles, generated concurrently. Their events come sample by sample, as samples finish."""
+        """Independent single cycles in waves, each wave generated concurrently, until the leading answer is certain."""
         state = _State(limits.policy, limits, list(question), self.clock())
+        drafts, stop = dict[int, Draft](), StopReason.SAMPLES
+        size = wave_size([], limits.threshold, limits.samples)
+        while size:
+            async with aclosing(self._wave(question, state, drafts, size)) as events:
+                async for event in events:
+                    yield event
+            # Samples finish in any order; sorted, the seed determines the outcome, ties included.
+            state.cycles.sort(key=lambda c: c.index)
+            ranked, left = candidates(state.cycles), limits.samples - len(state.cycles)
+            if self.cutoff.reason is not None:
+                stop = self.cutoff.reason
+                break
+            if left and is_decided(ranked, limits.threshold, left):
+                stop = StopReason.AGREEMENT
+                break
+            size = wave_size(ranked, limits.threshold, left)
+        if any(c.answer is not None and c.confidence is None for c in state.cycles):  # weights need all confidences
+            state.cycles = [replace(c, confidence=None) for c in state.cycles]
+        selected = majority(state.cycles)
+        draft = drafts[max(drafts) if selected is None else selected]
+        yield self._conclude(state, selected, stop, draft)
+
+    async def _wave(
+        self, question: Sequence[int], state: _State, drafts: dict[int, Draft], size: int
+    ) -> AsyncGenerator[Event, None]:
+        """The next ``size`` samples, added to ``state`` and ``drafts``. Their events come sample by sample, as samples
+        finish."""
 
         async def sample(index: int) -> tuple[list[StepEvent], Cycle, Draft]:
-            draft = self._first_draft(question, limits, index)
+            draft = self._first_draft(question, state.limits, index)
             events = [event async for event in self._write(draft, state)]
             return events, await self._judge(draft, question, state), draft
 
-        tasks = [asyncio.create_task(sample(i)) for i in range(limits.samples)]
-        drafts = list[Draft]()
+        first = len(state.cycles)
+        tasks = [asyncio.create_task(sample(index)) for index in range(first, first + size)]
         try:
             for done in asyncio.as_completed(tasks):
                 events, cycle, draft = await done
                 for event in events:
                     yield event
                 state.cycles.append(cycle)
-                drafts.append(draft)
+                drafts[cycle.index] = draft
                 yield CycleEvent(cycle, None)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        # Samples finish in any order; sorted, the seed determines the outcome, ties included.
-        state.cycles.sort(key=lambda c: c.index)
-        drafts.sort(key=lambda d: d.index)
-        if any(c.answer is not None and c.confidence is None for c in state.cycles):  # weights need all confidences
-            state.cycles = [replace(c, confidence=None) for c in state.cycles]
-        selected = majority(state.cycles)
-        draft = drafts[-1 if selected is None else selected]
-        yield self._conclude(state, selected, self.cutoff.reason or StopReason.VOTE, draft)
 
     def _first_draft(self, question: Sequence[int], limits: Limits, index: int = 0) -> Draft:
         """A cycle that begins the turn; the client or the chat template may have begun it. ``index``: of a sample."""

@@ -16,7 +16,8 @@ class Policy(StrEnum):
     """Rule that ends a trajectory.
 
     confidence: a cycle's confidence reaches the threshold. model: the model ends its turn (R-TAP's own inference).
-    single: after one cycle. vote: independent samples, the majority answer wins.
+    single: after one cycle. vote: independent samples in waves, until the posterior of the leading answer reaches the
+    threshold.
     """
 
     CONFIDENCE = "confidence"
@@ -42,7 +43,8 @@ class StopReason(StrEnum):
     DEADLINE = "deadline"
     DRAINED = "drained"
     NO_GAIN = "no_gain"
-    VOTE = "vote"
+    SAMPLES = "samples"
+    AGREEMENT = "agreement"
 
 
 @dataclass(frozen=True, slots=True)

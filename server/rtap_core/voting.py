@@ -64,16 +64,28 @@ def count_posterior(leader: int, second: int) -> float:
     return sum(math.comb(draws, k) for k in range(leader + 1)) / 2**draws
 
 
-def wave_size(leader: int, second: int, threshold: float, samples_left: int) -> int:
-    """Samples to draw next: the fewest with which the leader could reach ``threshold``, at most ``samples_left``.
+def is_decided(ranked: Sequence[Candidate], threshold: float, samples_left: int) -> bool:
+    """True if the leader's posterior reaches ``threshold``, or no further samples could change the majority.
 
-    A threshold of 1 is never reached, so all samples are drawn at once."""
+    A threshold of 1 draws all samples."""
+    if not ranked or threshold >= 1:
+        return False
+    leader, second = ranked[0], ranked[1] if len(ranked) > 1 else None
+    is_count = leader.weight == leader.votes
+    lead = leader.votes - (second.votes if second is not None else 0)
+    return leader.posterior >= threshold or (is_count and lead > samples_left)
+
+
+def wave_size(ranked: Sequence[Candidate], threshold: float, samples_left: int) -> int:
+    """Samples to draw next: the fewest with which the leader's count could reach ``threshold``, at most
+    ``samples_left``. A threshold of 1 is never reached, so all samples are drawn at once."""
     if threshold >= 1:
         return samples_left
-    needed = 1
-    while needed < samples_left and count_posterior(leader + needed, second) < threshold:
-        needed += 1
-    return min(needed, samples_left)
+    leader, second = (*(one.votes for one in ranked), 0, 0)[:2]
+    size = min(1, samples_left)
+    while size < samples_left and count_posterior(leader + size, second) < threshold:
+        size += 1
+    return size
 
 
 def _posteriors_of_counts(votes: Sequence[int]) -> list[float]:

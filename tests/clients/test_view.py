@@ -93,7 +93,7 @@ def test_a_vote_counts_samples_and_marks_those_that_agree_with_the_answer():
     reply = LiveReply("vote", None, 8)
     assert "sample 1 · vote · 1.0 s" in printed(render(reply, 1.0))
     cycles = [{**CYCLE, "index": i, "answer": a, "accepted": i == 0} for i, a in enumerate(("4", "5", "4"))]
-    rtap = Trajectory.construct(**{**RTAP, "policy": "vote", "stop_reason": "vote", "cycles": cycles})
+    rtap = Trajectory.construct(**{**RTAP, "policy": "vote", "stop_reason": "samples", "cycles": cycles})
     reply.observe(DoneEvent("id", "4", "stop", rtap, (rtap,), None))
     shown = printed(render(reply, 0.5))
     assert re.findall(r"^\d ([✓✗])", shown, re.MULTILINE) == ["✓", "✗", "✓"]

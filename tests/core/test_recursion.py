@@ -209,7 +209,7 @@ async def test_the_first_answer_of_a_vote_is_that_of_the_sample_that_finishes_fi
     clock = _Clock()
     script = [f"<think>{'x' * size}</think><answer>{size}</answer>" for size in (60, 10, 30)]
     loop = Recursion(clock.engine(script), RTAP, None, lambda _: 0, clock=lambda: clock.now)
-    events = [event async for event in loop.run(QUESTION, Limits(policy=Policy.VOTE, samples=3))]
+    events = [event async for event in loop.run(QUESTION, Limits(policy=Policy.VOTE, threshold=1.0, samples=3))]
     done = events[-1].trajectory
     assert [e.cycle.index for e in events if isinstance(e, CycleEvent)] == [1, 2, 0]
     assert (done.first_answer_seconds, done.seconds, done.answer) == (1.0, 3.0, "60")
@@ -287,7 +287,7 @@ async def test_a_vote_that_is_cut_counts_the_samples_that_are_whole():
     engine.cutoff = cutoff
     loop = Recursion(engine, RTAP, None, lambda _: 0, cutoff=cutoff)
     asyncio.get_running_loop().call_later(0.3, cutoff.cut, StopReason.DRAINED)
-    *_, last = [event async for event in loop.run(QUESTION, Limits(policy=Policy.VOTE, samples=3))]
+    *_, last = [event async for event in loop.run(QUESTION, Limits(policy=Policy.VOTE, threshold=1.0, samples=3))]
     assert (last.trajectory.stop_reason, last.trajectory.answer) == (StopReason.DRAINED, "25*7")
 
 
@@ -332,21 +332,47 @@ async def test_a_reader_that_is_cancelled_at_every_await_leaves_nothing_running(
 async def test_vote_returns_the_majority_of_independent_samples():
     texts = [f"<think>t</think><answer>{a}</answer>" for a in ("7", "8", "8")]
     engine = ScriptedEngine(texts)
-    events, done = await _run(engine, Limits(policy=Policy.VOTE, samples=3))
-    assert (done.stop_reason, done.answer) == (StopReason.VOTE, "8")
+    events, done = await _run(engine, Limits(policy=Policy.VOTE, threshold=1.0, samples=3))
+    assert (done.stop_reason, done.answer) == (StopReason.SAMPLES, "8")
     assert engine.prompts == [QUESTION] * 3
     assert sum(c.accepted for c in done.cycles) == 1
     num_tokens = sum(len(e.step.token_ids) for e in events if isinstance(e, StepEvent))
     assert num_tokens == sum(c.tokens for c in done.cycles)
 
 
+async def test_a_vote_ends_with_the_wave_in_which_its_leader_is_certain():
+    def texts(answers: str) -> list[str]:
+        return [f"<think>t</think><answer>so it is {a} apples</answer>" for a in answers]
+
+    limits = Limits(policy=Policy.VOTE, threshold=0.95, samples=16)
+    for answers, samples, stop in (
+        ("7777" + "8" * 12, 4, StopReason.AGREEMENT),  # 1 - 2^-5
+        ("7778777" + "8" * 9, 7, StopReason.AGREEMENT),  # 3 more could decide, and did
+        ("78" * 8, 16, StopReason.SAMPLES),
+        ("777888" + "7" * 10, 12, StopReason.AGREEMENT),
+    ):
+        engine = ScriptedEngine(texts(answers))
+        _, done = await _run(engine, limits)
+        assert (len(done.cycles), done.stop_reason) == (samples, stop), answers
+        assert done.answer == "so it is 7 apples"
+        assert len(engine.prompts) == samples
+
+
+async def test_confidences_end_a_vote_earlier_or_later_than_counts():
+    texts = ["<think>t</think><answer>7</answer>"] * 16
+    limits = Limits(policy=Policy.VOTE, threshold=0.95, samples=16)
+    for confidence, samples in ((0.9, 4), (0.52, 16)):
+        _, done = await _run(ScriptedEngine(texts), limits, ScriptedConfidence(lambda _, c=confidence: c))
+        assert (len(done.cycles), done.answer) == (samples, "7")
+
+
 async def test_vote_is_weighted_and_falls_back_to_counting():
     texts = [f"<think>t</think><answer>{a}</answer>" for a in ("7", "8", "8")]
     sure = ScriptedConfidence(lambda text: 0.9 if ">7<" in text else 0.1)
-    _, done = await _run(ScriptedEngine(texts), Limits(policy=Policy.VOTE, samples=3), sure)
+    _, done = await _run(ScriptedEngine(texts), Limits(policy=Policy.VOTE, threshold=1.0, samples=3), sure)
     assert done.answer == "7"
     broken = ScriptedConfidence(lambda text: 0.9 if ">7<" in text else -1.0)
-    _, done = await _run(ScriptedEngine(texts), Limits(policy=Policy.VOTE, samples=3), broken)
+    _, done = await _run(ScriptedEngine(texts), Limits(policy=Policy.VOTE, threshold=1.0, samples=3), broken)
     assert (done.answer, done.degraded) == ("8", "error")
 
 
@@ -355,7 +381,7 @@ async def test_closing_a_vote_aborts_all_samples():
         ["<think>" + "x" * 1000] * 2 + ["<think>t</think><answer>1</answer>"], seconds_per_token=0.001
     )
     loop = Recursion(engine, RTAP, None, lambda _: 0)
-    async with aclosing(loop.run(QUESTION, Limits(policy=Policy.VOTE, samples=3))) as events:
+    async with aclosing(loop.run(QUESTION, Limits(policy=Policy.VOTE, threshold=1.0, samples=3))) as events:
         async for _ in events:
             break
     assert engine.closed == 2
@@ -385,7 +411,7 @@ async def test_a_prompt_whose_thought_is_closed_starts_with_the_answer():
 
 async def test_samples_of_a_vote_are_in_order_whatever_order_they_end_in():
     slow_first = ["<think>" + "x" * 50 + "</think><answer>7</answer>", "<think>t</think><answer>8</answer>"]
-    events, done = await _run(ScriptedEngine(slow_first), Limits(policy=Policy.VOTE, samples=2))
+    events, done = await _run(ScriptedEngine(slow_first), Limits(policy=Policy.VOTE, threshold=1.0, samples=2))
     assert [e.cycle.index for e in events if isinstance(e, CycleEvent)] == [1, 0]
     assert [c.index for c in done.cycles] == [0, 1]
     assert done.answer == "7"  # a tie goes to the first sample, not to the first to end

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtap_core.types import Cycle
-from rtap_core.voting import candidates, count_posterior, majority, wave_size
+from rtap_core.voting import Candidate, candidates, count_posterior, is_decided, majority, wave_size
 
 _BASE = Cycle(0, "t", "1", None, False, 10, 3, 0, 20, 0, 0.1, None, 0)
 CONFIDENCES = st.none() | st.floats(0, 1)
@@ -72,11 +72,15 @@ def test_the_posterior_of_one_sample_is_its_confidence_and_agreement_raises_it(c
     assert candidates(_cycles(high, high, answers="ab"))[0].posterior < high
 
 
-@given(st.integers(0, 20), st.integers(0, 20), st.floats(0.5, 1), st.integers(1, 32))
+def _ranked(*votes: int) -> list[Candidate]:
+    return candidates(_cycles(*[None] * sum(votes), answers="".join(a * n for a, n in zip("abc", votes, strict=False))))
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.floats(0.5, 1), st.integers(0, 32))
 def test_a_wave_is_the_fewest_samples_that_could_end_the_vote(leader, second, threshold, left):
     second = min(leader, second)
-    size = wave_size(leader, second, threshold, left)
-    assert 1 <= size <= left
+    size = wave_size(_ranked(leader, second), threshold, left)
+    assert min(1, left) <= size <= left
     if threshold < 1 and size < left:
         assert count_posterior(leader + size, second) >= threshold
     if threshold < 1 and size > 1:
@@ -84,6 +88,15 @@ def test_a_wave_is_the_fewest_samples_that_could_end_the_vote(leader, second, th
 
 
 def test_waves_at_the_default_and_at_one():
-    assert wave_size(0, 0, 0.95, 16) == 4
-    assert wave_size(3, 1, 0.95, 12) == 3
-    assert wave_size(0, 0, 1.0, 16) == 16
+    assert wave_size([], 0.95, 16) == 4
+    assert wave_size(_ranked(3, 1), 0.95, 12) == 3
+    assert wave_size([], 1.0, 16) == 16
+
+
+@given(VOTES, st.floats(0.5, 1), st.lists(st.sampled_from("abc"), max_size=8))
+def test_a_vote_that_counts_alone_decide_early_has_the_winner_of_all_samples(votes, threshold, more):
+    given_answers = "".join(a for _, a in votes)
+    ranked = candidates(_cycles(*[None] * len(votes), answers=given_answers))
+    if ranked and ranked[0].posterior < threshold and is_decided(ranked, threshold, len(more)):
+        everything = given_answers + "".join(more)
+        assert majority(_cycles(*[None] * len(everything), answers=everything)) == ranked[0].first

@@ -140,8 +140,11 @@ def test_policies(server):
     model = _ask(server, rtap={"policy": "model"}, seed=1)
     assert model.rtap["stop_reason"] in ("model", "max_cycles")
     assert model.choices[0].message.content == model.rtap["cycles"][-1]["answer"]
-    vote = _ask(server, rtap={"policy": "vote", "samples": 5}, seed=1)
-    assert (len(vote.rtap["cycles"]), vote.rtap["stop_reason"]) == (5, "vote")
+    vote = _ask(server, rtap={"policy": "vote", "samples": 5, "threshold": 1.0}, seed=1)
+    assert (len(vote.rtap["cycles"]), vote.rtap["stop_reason"]) == (5, "samples")
+    assert sum(one["votes"] for one in vote.rtap["candidates"]) == sum(
+        c["answer"] is not None for c in vote.rtap["cycles"]
+    )
     assert vote.choices[0].message.content in [c["answer"] for c in vote.rtap["cycles"]]
 
 

@@ -256,7 +256,7 @@ def _traffic(server: Running, votes: int) -> None:
     """Requests that give every series a value: cycles, verdicts, a vote's many first cycles, a refusal."""
     question = [{"role": "user", "content": "make 82 from 3, 7, 25"}]
     asked = [{"threshold": 1.0, "max_cycles": 4}, {"threshold": 0.0}, {"policy": "model"}]
-    asked += [{"policy": "vote", "samples": 32}] * votes
+    asked += [{"policy": "vote", "samples": 32, "threshold": 1.0}] * votes
     with httpx.Client(base_url=server.url, timeout=120) as client:
         for rtap in asked:
             reply = client.post("/v1/chat/completions", json={"model": "rtap", "messages": question, "rtap": rtap})

@@ -20,7 +20,7 @@ ONE_PASS = [cycle(0, "25+7=32 32*3=96", "(25+7)*3", None, accepted=True)]
 def three_ways(body):
     policy = body["rtap"].get("policy", "confidence")
     if policy == "vote":
-        return stream_of(VOTE, Policy.VOTE, StopReason.VOTE)
+        return stream_of(VOTE, Policy.VOTE, StopReason.SAMPLES)
     return stream_of(ONE_PASS, Policy.SINGLE, StopReason.MAX_CYCLES) if policy == "single" else stream_of(MENDED)
 
 
@@ -186,7 +186,7 @@ def test_a_server_without_a_generator_offers_no_confidence(visit, server):
 
 
 def test_a_vote_is_told_in_sample_order_with_its_tally(visit, server):
-    events = list(stream_of([VOTE[n] for n in (1, 0, 2, 3, 5, 4, 7, 6)], Policy.VOTE, StopReason.VOTE))
+    events = list(stream_of([VOTE[n] for n in (1, 0, 2, 3, 5, 4, 7, 6)], Policy.VOTE, StopReason.SAMPLES))
     events[-2]["rtap"]["cycles"].sort(key=lambda c: c["index"])
     server.answers = lambda _: events
     page = visit()
@@ -242,6 +242,7 @@ SENTENCES = [
     (StopReason.DEADLINE, MENDED, "The deadline was reached after 2 cycles; the best answer so far"),
     (StopReason.DRAINED, MENDED, "The server is shutting down, so the run ended after 2 cycles; the best answer"),
     (StopReason.NO_GAIN, MENDED, "Confidence stopped rising, so the run ended after 2 cycles"),
+    (StopReason.AGREEMENT, VOTE[:4], "agreed well enough; the leading answer is returned."),
 ]
 
 
@@ -251,7 +252,7 @@ def test_every_stop_reason_is_a_sentence(visit, server):
         server.answers = lambda _, stop=stop, cycles=cycles: stream_of(cycles, stop=stop)
         ask(page)
         expect(page.locator(".sentence")).to_contain_text(sentence)
-    assert {stop for stop, _, _ in SENTENCES} | {StopReason.THRESHOLD, StopReason.VOTE} == set(StopReason)
+    assert {stop for stop, _, _ in SENTENCES} | {StopReason.THRESHOLD, StopReason.SAMPLES} == set(StopReason)
 
 
 def test_raw_events_are_what_came(visit, server):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from rtap_core.answers import normalise_answer
+from rtap_core.answers import answer_key
 from rtap_core.errors import InvalidRequest
 from rtap_core.format import RTAP, THINK, CycleParser, split_cycles
 from rtap_core.lexicon import load_lexicon
@@ -84,7 +84,7 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "stream": through_a_stream,
     "body": as_a_body,
     "lexicon": load_lexicon().find,
-    "answer": normalise_answer,
+    "answer": answer_key,
     "error text": as_an_error,
 }
 

@@ -18,7 +18,9 @@ Policy = Literal["confidence", "model", "single", "vote"]
 """When to stop: at a confidence, when the model ends its turn, after one cycle, or by a vote of samples."""
 Select = Literal["best", "last"]
 """Which complete answer to return: the one with the highest confidence, or the last."""
-StopReason = Literal["threshold", "model", "max_cycles", "max_tokens", "deadline", "no_gain", "vote", "drained"]
+StopReason = Literal[
+    "threshold", "model", "max_cycles", "max_tokens", "deadline", "no_gain", "samples", "agreement", "drained"
+]
 """Why the trajectory ended."""
 
 
@@ -75,6 +77,16 @@ class Cycle(BaseModel):
     """Of this, time of scoring."""
 
 
+class Candidate(BaseModel):
+    """A distinct answer of a vote."""
+
+    answer: str
+    votes: int
+    """Number of samples with this answer."""
+    posterior: float
+    """Probability that it is right, or without confidences that it is the model's most frequent answer."""
+
+
 class Probes(BaseModel):
     """Probes for an answer inside a thought."""
 
@@ -101,6 +113,8 @@ class Trajectory(BaseModel):
     """Sampled tokens that belong to no cycle, such as those of unused probes; not in usage."""
     probes: Optional[Probes] = None
     """None if there were no probes."""
+    candidates: Optional[list[Candidate]] = None
+    """Distinct answers of a vote, the leader first; None without a vote."""
     degraded: str | None = None
     """Why the confidence generator could not be used; None if it could."""
 

@@ -28,7 +28,8 @@ STOP_PHRASES: dict[StopReason, str] = {
     "max_tokens": "token limit reached",
     "deadline": "deadline reached",
     "no_gain": "confidence stopped rising",
-    "vote": "majority",
+    "samples": "majority",
+    "agreement": "agreement",
     "drained": "the server is shutting down",
 }
 
@@ -96,7 +97,7 @@ def summary(reply: LiveReply, seconds: float) -> str:
     rtap = None if done is None else done.rtap
     if rtap is not None:
         reason = STOP_PHRASES.get(rtap.stop_reason, rtap.stop_reason)
-        link = "of" if rtap.stop_reason == "vote" else "after"
+        link = "of" if rtap.stop_reason in ("samples", "agreement") else "after"
         parts.append(f"{reason} {link} {count(len(rtap.cycles), reply.noun)}")
         if rtap.confidence is not None:
             threshold = "" if reply.threshold is None else f" (threshold {reply.threshold:.2f})"

@@ -14,7 +14,8 @@ export type StopReason =
   | 'max_tokens'
   | 'deadline'
   | 'no_gain'
-  | 'vote'
+  | 'samples'
+  | 'agreement'
   | 'drained';
 
 /** The `rtap` object of a request. Omitted fields and null take the server's default. */
@@ -65,6 +66,15 @@ export interface Cycle {
   confidence_seconds: number | null;
 }
 
+/** A distinct answer of a vote. */
+export interface Candidate {
+  answer: string;
+  /** Number of samples with this answer. */
+  votes: number;
+  /** Probability that it is right, or without confidences that it is the model's most frequent answer. */
+  posterior: number;
+}
+
 /** The `rtap` object of a reply: the cycles behind the answer and why they ended. */
 export interface Trajectory {
   policy: Policy;
@@ -81,6 +91,8 @@ export interface Trajectory {
   discarded_tokens: number;
   /** Probes for an answer inside a thought; absent if there were none. */
   probes?: { asked: number; thoughts_ended: number };
+  /** Distinct answers of a vote, the leader first; absent without a vote. */
+  candidates?: Candidate[];
   /** Why the confidence generator could not be used; absent if it could. */
   degraded?: string;
 }

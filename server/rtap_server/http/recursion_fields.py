@@ -22,6 +22,7 @@ from rtap_server.http.schema import EFFORTS, RtapOptions
 from rtap_server.settings import Settings
 
 _XARGS_PREFIX = "rtap_"
+AGREEMENT = 0.95  # default threshold of a vote (Adaptive-Consistency)
 _EXPECTED_TOKENS = 4096  # of a trajectory without max_tokens; it may generate more
 _LAX_BOOL = TypeAdapter(bool)  # as vLLM's requests parse a boolean
 _UNSUPPORTED = {
@@ -125,7 +126,8 @@ def _validated(raw: Any, settings: Settings, *, where: str) -> RtapOptions:
 def resolve_limits(
     options: RtapOptions, settings: Settings, generator: Artifact, *, has_confidence: bool, effort: str | None = None
 ) -> Limits:
-    """Limits of one request: its options, else its effort's, else the server's, else those of the generator's artifact.
+    """Limits of one request: its options, else its effort's, else the server's, else those of the generator's artifact
+    (of a vote: AGREEMENT).
 
     ``max_tokens`` is left to the engine, which knows vLLM's default for it. An unknown effort is vLLM's to refuse.
     Raises InvalidRequest when the policy needs a confidence generator and none is loaded."""
@@ -139,7 +141,8 @@ def resolve_limits(
         )
     default_select = Select.BEST if policy is Policy.CONFIDENCE else Select.LAST
     level = EFFORTS.get(effort or "", EFFORTS["medium"])
-    threshold = next(v for v in (settings.threshold, generator.threshold, 0.5) if v is not None)
+    of_policy = AGREEMENT if policy is Policy.VOTE else generator.threshold
+    threshold = next(v for v in (settings.threshold, of_policy, 0.5) if v is not None)
     max_cycles = min(max(1, round(settings.max_cycles * level.max_cycles_factor)), settings.max_cycles_limit)
     return Limits(
         policy=policy,

@@ -7,7 +7,9 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
+from rtap_core.answers import extract_answer
 from rtap_core.types import Cycle, Policy, Select, Trajectory
+from rtap_core.voting import candidates
 from rtap_server.http.route_kinds import RECURSIVE_PATHS
 from rtap_server.settings import Settings
 
@@ -46,14 +48,18 @@ class RtapOptions(BaseModel):
     policy: Policy | None = Field(
         default=None,
         description="who decides to stop: `confidence` (clears `threshold`), `model` (ends its own turn, as in the "
-        "R-TAP paper), `single` (one pass), `vote` (majority of `samples`, weighted by confidence)",
+        "R-TAP paper), `single` (one pass), `vote` (samples in waves until one answer leads for certain)",
     )
     threshold: float | None = Field(
-        default=None, ge=0.0, le=1.0, strict=True, description="confidence that is good enough"
+        default=None,
+        ge=0.0,
+        le=1.0,
+        strict=True,
+        description="confidence that is good enough; of a vote: posterior of the leading answer, 1 draws all `samples`",
     )
     max_cycles: int | None = Field(default=None, ge=1, strict=True, description="cycles at most")
     samples: int | None = Field(
-        default=None, ge=1, strict=True, description="samples of a vote; each may use `max_tokens`"
+        default=None, ge=1, strict=True, description="samples of a vote at most; each may use `max_tokens`"
     )
     select: Select | None = Field(default=None, description="return the `best` or the `last` complete answer")
     patience: int | None = Field(
@@ -73,7 +79,8 @@ class RtapOptions(BaseModel):
 
 def cycle_object(cycle: Cycle, *, with_think: bool) -> dict[str, Any]:
     """One entry of ``rtap.cycles``. Seconds are rounded to microseconds."""
-    shown: dict[str, Any] = {"index": cycle.index, "answer": cycle.answer}
+    answer = None if cycle.answer is None else extract_answer(cycle.answer)
+    shown: dict[str, Any] = {"index": cycle.index, "answer": answer}
     if with_think:
         shown["think"] = cycle.think
     return shown | {
@@ -100,6 +107,11 @@ def trajectory_object(trajectory: Trajectory, *, with_think: bool) -> dict[str, 
         "confidence_tokens": trajectory.confidence_tokens,
         "discarded_tokens": trajectory.discarded_tokens,
     }
+    if trajectory.policy is Policy.VOTE:
+        shown["candidates"] = [
+            {"answer": shown["cycles"][one.first]["answer"], "votes": one.votes, "posterior": one.posterior}
+            for one in candidates(trajectory.cycles)
+        ]
     if trajectory.num_probes:
         shown["probes"] = {"asked": trajectory.num_probes, "thoughts_ended": trajectory.num_stopped}
     if trajectory.degraded is not None:

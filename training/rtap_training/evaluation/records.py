@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rtap_core.answers import normalise_answer
+from rtap_core.answers import answer_key
 from rtap_training.evaluation.rules import CONFIDENCE, GENERATOR, LOGPROB, MAJORITY, OWN_SERVER, SINGLE, VOTE
 from rtap_training.evaluation.statistics import majority
 
@@ -39,8 +39,9 @@ class RunSpec:
     def request(self, *, max_cycles: int | None) -> dict[str, Any]:
         """The ``rtap`` request field of this rule."""
         field: dict[str, Any] = {"policy": CONFIDENCE if self.rule in OWN_SERVER else self.rule}
-        if self.threshold is not None:
-            field["threshold"] = self.threshold
+        threshold = 1.0 if self.rule == VOTE else self.threshold  # a vote here is the plain majority of all samples
+        if threshold is not None:
+            field["threshold"] = threshold
         if self.samples is not None:
             field["samples"] = self.samples
         if max_cycles is not None and self.rule not in (SINGLE, VOTE):
@@ -90,7 +91,7 @@ class Outcome:
     def majority_of(self, samples: int) -> "Outcome":
         """Plain majority over the first ``samples`` samples of this vote: exact tokens, unknown time."""
         cycles = self.cycles[:samples]
-        keys = [None if cycle.answer is None else normalise_answer(cycle.answer) for cycle in cycles]
+        keys = [None if cycle.answer is None else answer_key(cycle.answer) for cycle in cycles]
         winner = majority(keys)
         standing = None if winner is None else cycles[keys.index(winner)]
         return replace(

@@ -160,3 +160,8 @@ def sample_split(task: Task, rng: Random, split: Split) -> Problem:
         problem = task.sample(rng)
         if split_of(problem.canonical) is split:
             return problem
+
+
+def normalised(text: str) -> str:
+    """Key of a text: white space, letter case and a final full stop do not matter."""
+    return "".join(text.split()).casefold().removesuffix(".")

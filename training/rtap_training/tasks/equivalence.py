@@ -20,8 +20,8 @@ from threading import Lock
 from time import monotonic
 from typing import Any, cast
 
-from rtap_core.answers import normalise_answer
 from rtap_core.errors import ConfigError
+from rtap_training.tasks.base import normalised
 
 LIMIT_SECONDS = 5.0
 MAX_LENGTH = 500
@@ -70,7 +70,7 @@ class Counts:
 
 def plain(answer: str) -> str:
     """The answer without typesetting."""
-    return normalise_answer(_TEXT.sub(r"\1", answer.replace("\\$", "").replace("$", "")))
+    return normalised(_TEXT.sub(r"\1", answer.replace("\\$", "").replace("$", "")))
 
 
 def names_in(answer: str) -> frozenset[str]:

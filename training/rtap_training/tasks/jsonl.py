@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from rtap_core.answers import normalise_answer
 from rtap_core.errors import ConfigError
-from rtap_training.tasks.base import PicturedQuestion, Question, Split, split_of
+from rtap_training.tasks.base import PicturedQuestion, Question, Split, normalised, split_of
 
 logger = logging.getLogger(__name__)
 MAX_PATH = 1024  # longer text is base64, not a path
@@ -19,7 +18,7 @@ MAX_PATH = 1024  # longer text is base64, not a path
 
 def question_split(question: str) -> Split:
     """Split of a question outside the bundled tasks, by its text without spaces and case."""
-    return split_of(f"question:{normalise_answer(question)}")
+    return split_of(f"question:{normalised(question)}")
 
 
 def distinct(questions: Iterable[Question], *, source: str) -> list[Question]:
@@ -28,7 +27,7 @@ def distinct(questions: Iterable[Question], *, source: str) -> list[Question]:
     total = 0
     for question in questions:
         total += 1
-        found.setdefault(normalise_answer(question.identity), question)
+        found.setdefault(normalised(question.identity), question)
     if total > len(found):
         logger.warning("%s: %d duplicate questions; only the first of each is used", source, total - len(found))
     return list(found.values())

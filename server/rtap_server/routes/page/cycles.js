@@ -1,7 +1,7 @@
 /** Timeline with one row per cycle: answer, thinking, and confidence against the threshold. */
 
 import { confidence, count, h, plural, seconds, setText } from "./dom.js";
-import { changes, cyclesOf, isVote, tally } from "./run.js";
+import { acceptedAnswer, changes, isVote, voteKey } from "./run.js";
 
 /** Row of one cycle, or of one sample of a vote. */
 export class Row {
@@ -78,8 +78,7 @@ function statusOf(run, cycle) {
     case "vote": {
       if (!isDone) return ["rejected", ""];
       if (cycle.accepted) return ["accepted", "returned for the majority"];
-      const agrees = tally(cyclesOf(run)).find((entry) => entry.answer === cycle.answer)?.answer === run.content.trim();
-      return ["rejected", agrees ? "agrees" : "differs"];
+      return ["rejected", voteKey(cycle.answer) === voteKey(acceptedAnswer(run)) ? "agrees" : "differs"];
     }
     case "confidence":
       if (cycle.accepted) return ["accepted", reaches ? "accepted" : "returned: the best answer"];

@@ -144,7 +144,9 @@ function reason(run) {
       return `The server is shutting down, so the run ended after ${plural(n, noun(run))}; ${kept}.`;
     case "no_gain":
       return `Confidence stopped rising, so the run ended after ${plural(n, "cycle")}; ${best}.`;
-    case "vote": {
+    case "agreement":
+      return `${plural(n, "sample")} agreed well enough; the leading answer is returned.`;
+    case "samples": {
       const weighted = cyclesOf(run).some((cycle) => cycle.confidence !== null) ? ", weighted by confidence" : "";
       return `The majority of ${plural(n || samples, "sample")}${weighted}.`;
     }
@@ -153,12 +155,18 @@ function reason(run) {
   }
 }
 
+/** Answers with the same key count as equal. */
+export const voteKey = (answer) => answer.replace(/\s+/g, "").toLowerCase().replace(/\.$/, "");
+
+/** The answer of the returned cycle, as the cycles list it; empty if there is none. */
+export const acceptedAnswer = (run) => cyclesOf(run).find((cycle) => cycle.accepted)?.answer ?? "";
+
 /** Count the votes: {answer, votes, weight}, highest weight first. */
 export function tally(cycles) {
   const found = new Map();
   for (const cycle of cycles) {
     if (cycle.answer === null) continue;
-    const key = cycle.answer.replace(/\s+/g, "").toLowerCase().replace(/\.$/, "");
+    const key = voteKey(cycle.answer);
     const entry = found.get(key) ?? { answer: cycle.answer, votes: 0, weight: 0 };
     entry.votes += 1;
     entry.weight += cycle.confidence ?? 1;
