@@ -42,7 +42,8 @@ from tests.stress.overload_clients import Clients, Load, open_session, p99_of, r
 
 TIMES = 5  # offered load over capacity
 _NEAR_THE_BEST = 0.97  # share of the best rate that counts as capacity
-MOST_P99_RATIO, LEAST_RATE_RATIO, MOST_REFUSAL_MS, MOST_LEAVING_SECONDS = 1.5, 1.0, 50.0, 1.0
+MOST_P99_RATIO, LEAST_RATE_RATIO, MOST_LEAVING_SECONDS = 1.5, 0.9, 1.0
+MOST_REFUSAL_MS = {50: 50.0, 99: 250.0}  # by percentile
 _LEAVERS = 16
 
 
@@ -147,14 +148,23 @@ class Goal:
 
 
 def goals_of(found: Found) -> list[Goal]:
-    """Goals with their measured values. A rate meets its bound when its interval reaches it."""
-    refused = float(np.percentile(found.pooled("refused"), 99))
+    """Goals with their measured values."""
     wrong, leaving, p99, rate = found.pooled("wrong"), max(found.leaving), found.p99, found.rate
-    answer, late = f"<= {MOST_REFUSAL_MS:g}", f"<= {MOST_LEAVING_SECONDS:g}"
+    late = f"<= {MOST_LEAVING_SECONDS:g}"
+    refusals = [
+        Goal(f"refusal (503, Retry-After), p{percent} ms", f"{took:.1f}", f"<= {most:g}", took <= most)
+        for percent, most in MOST_REFUSAL_MS.items()
+        for took in [float(np.percentile(found.pooled("refused"), percent))]
+    ]
     return [
         Goal("p99 of admitted, over that at capacity", interval_text(p99), "<= 1.5", p99.value <= MOST_P99_RATIO),
-        Goal("completed/s, over that at capacity", interval_text(rate), ">= 1", rate.high >= LEAST_RATE_RATIO),
-        Goal("refusal (503, Retry-After), p99 ms", f"{refused:.1f}", answer, refused <= MOST_REFUSAL_MS),
+        Goal(
+            "completed/s, over that at capacity",
+            interval_text(rate),
+            f">= {LEAST_RATE_RATIO:g}",
+            rate.value >= LEAST_RATE_RATIO,
+        ),
+        *refusals,
         Goal("wrong replies", str(len(wrong)), "0", not wrong),
         Goal(
             "seconds from disconnect to an idle engine, most", f"{leaving:.2f}", late, leaving <= MOST_LEAVING_SECONDS
