@@ -103,10 +103,10 @@ def test_a_row_that_is_never_right_has_all_cycles_and_no_end() -> None:
 
 
 def test_an_early_end_of_turn_is_dropped_and_the_loop_goes_on() -> None:
-    """The thought ends the turn without an answer: the next cycle must not see that."""
+    """The thought ends the turn without an answer: the next cycle must not see that, and the thought is closed."""
     (row,), asked = play([["<think>t$", again("8")]])
     assert END not in asked[1][0].prompt_ids
-    assert decode(row.completion_ids) == f"<think>t{cycle('8')}$"
+    assert decode(row.completion_ids) == f"<think>t</think>{cycle('8')}$"
     assert row.cycles[0].answer is None
     assert decode(row.cycles[0].ids) == "<think>t"
 
