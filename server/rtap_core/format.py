@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rtap_core.errors import ConfigError
+from rtap_core.types import Continuation
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,17 @@ def format_from_config(block: Mapping[str, Any] | None, *, override: str | None 
     preset = PRESETS[name]
     cycle_open = declared.get("cycle_open")
     return replace(preset, cycle_open=cycle_open) if isinstance(cycle_open, str) else preset
+
+
+def default_recursion(block: Mapping[str, Any] | None) -> Continuation:
+    """``recursion`` in the ``rtap`` block of a checkpoint's ``config.json``; without it a model that has the block was
+    trained to continue, and for any other model further cycles are fresh.
+
+    Raises ConfigError for an unknown value."""
+    name = (block or {}).get("recursion", Continuation.CONTINUE if block else Continuation.FRESH)
+    if name not in list(Continuation):
+        raise ConfigError(f"unknown recursion {name!r} in config.json; use one of {sorted(Continuation)}")
+    return Continuation(name)
 
 
 class CycleParser:

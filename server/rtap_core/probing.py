@@ -74,7 +74,8 @@ class Probing:
     ) -> AsyncGenerator[Step, None]:
         """The wrapped engine's cycle, which a probe may end early."""
         prompt = list(prompt_token_ids)
-        thought = _Thought(self.format, has_begun=index > 0 or thought_is_open(prompt, self, self.format))
+        is_open = self._is_continued(prompt, index) or thought_is_open(prompt, self, self.format)
+        thought = _Thought(self.format, has_begun=is_open)
         last: Probe | None = None
         task: asyncio.Task[Probe] | None = None
         next_at = self.every
@@ -106,6 +107,11 @@ class Probing:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
+    def _is_continued(self, prompt: Sequence[int], index: int) -> bool:
+        """True if the loop has opened the cycle, at the end of the prompt."""
+        opening = self.encode(self.format.cycle_open)
+        return index > 0 and list(prompt[-len(opening) :]) == opening
+
     def _agree(self, last: Probe | None, probe: Probe) -> bool:
         if last is None or last.answer is None or probe.answer is None or probe.confidence is None:
             return False
@@ -135,8 +141,7 @@ class Probing:
         num_tokens = len(forced) + sum(len(step.token_ids) for step in steps)
         if parser.answer is None:
             return Probe(tuple(steps), num_tokens, None, None)
-        opening = self.encode(self.format.cycle_open)
-        injected = opening if index and prompt[-len(opening) :] == opening else []  # the prompt ends with it
+        injected = self.encode(self.format.cycle_open) if self._is_continued(prompt, index) else []
         closing = self.encode(parser.closing_tag)
         written = [i for i in thought.token_ids if i not in self.end_of_turn_ids]
         context = prompt[: len(prompt) - len(injected)]

@@ -19,6 +19,7 @@ from rtap_core.errors import ConfidenceError
 from rtap_core.format import CycleParser, TrajectoryFormat
 from rtap_core.types import (
     Confidence,
+    Continuation,
     Cycle,
     Engine,
     Judged,
@@ -66,6 +67,7 @@ class _State:
     cycles: list[Cycle] = field(default_factory=list[Cycle])
     spent: int = 0
     degraded: str | None = None
+    is_fresh_fallback: bool = False
     first_answer_seconds: float | None = None
 
     def tokens_left(self, reserved: int) -> int | None:
@@ -102,7 +104,7 @@ class Recursion:
         return (self._vote if limits.policy is Policy.VOTE else self._recurse)(question_token_ids, limits)
 
     async def _recurse(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
-        """Cycles of one trajectory; each continues on all earlier ones."""
+        """Cycles one after the other; each continues on all earlier ones, or starts on the question alone."""
         state = _State(limits.policy, limits, list(question), self.clock())
         draft = self._first_draft(question, limits)
         postponed: CycleEvent | None = None  # policy model: it may still end its turn, which makes that cycle the last
@@ -126,19 +128,22 @@ class Recursion:
             if state.limits.policy is Policy.MODEL:  # which continues what it wrote as it is
                 draft.closing = []
             self._continue_after(draft, state)
+            if draft.opening and not draft.has_content:  # a model that was not trained to continue
+                state.limits, state.is_fresh_fallback = replace(state.limits, recursion=Continuation.FRESH), True
             stop = self._decide(draft, question, state)
             if stop is not None:
                 break
-            self._count_closing(draft, state)
+            if not _is_fresh(state.limits):
+                self._count_closing(draft, state)
             if state.limits.policy is Policy.MODEL:
                 postponed = CycleEvent(state.cycles[-1], None)
             else:
                 yield CycleEvent(state.cycles[-1], None)
-                if draft.closing:
+                if draft.closing and not _is_fresh(state.limits):
                     yield self._injected(
                         draft, draft.closing, draft.parser.closing_tag, in_answer=draft.parser.in_answer
                     )
-            draft = self._next_draft(state)
+            draft = self._next_draft(question, state)
         final = self._conclude(state, stopping.choose(state.cycles, state.limits.select), stop, draft)
         yield CycleEvent(final.trajectory.cycles[-1], stop)
         yield final
@@ -200,8 +205,10 @@ class Recursion:
         parser = self._parser(limits, thought_open=opened, prefix=self.prefix)
         return Draft(index, parser, question, [], "", self.clock(), limits.stop_token_ids)
 
-    def _next_draft(self, state: _State) -> Draft:
+    def _next_draft(self, question: Sequence[int], state: _State) -> Draft:
         """A further cycle of the trajectory."""
+        if _is_fresh(state.limits):
+            return self._first_draft(question, state.limits, len(state.cycles))
         opening, parser = self._opening(state), self._parser(state.limits, thought_open=True)
         text = self.format.cycle_open if opening else ""
         return Draft(len(state.cycles), parser, state.prompt, opening, text, self.clock(), state.limits.stop_token_ids)
@@ -212,8 +219,10 @@ class Recursion:
         )
 
     def _opening(self, state: _State) -> list[int]:
-        """Tag that makes the model write one more cycle; nothing if the model decides by itself."""
-        return [] if state.limits.policy is Policy.MODEL else self.engine.encode(self.format.cycle_open)
+        """Tag that makes the model write one more cycle; nothing if the model decides by itself, or starts again."""
+        if state.limits.policy is Policy.MODEL or _is_fresh(state.limits):
+            return []
+        return self.engine.encode(self.format.cycle_open)
 
     async def _write(self, draft: Draft, state: _State) -> AsyncGenerator[StepEvent, None]:
         """Generate one cycle: its injected opening, then every step of the engine."""
@@ -325,5 +334,11 @@ class Recursion:
             seconds=self.clock() - state.started,
             finish=draft.last,
             partial_answer=draft.parser.partial_answer if selected is None else None,
+            is_fresh_fallback=state.is_fresh_fallback,
         )
         return FinalEvent(trajectory)
+
+
+def _is_fresh(limits: Limits) -> bool:
+    """True if the next cycle starts on the question alone."""
+    return limits.recursion is Continuation.FRESH and limits.policy is not Policy.MODEL

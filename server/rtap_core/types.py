@@ -26,6 +26,13 @@ class Policy(StrEnum):
     VOTE = "vote"
 
 
+class Continuation(StrEnum):
+    """Start of a further cycle: after all earlier ones (``continue``), or on the question alone (``fresh``)."""
+
+    CONTINUE = "continue"
+    FRESH = "fresh"
+
+
 class Select(StrEnum):
     """Cycle whose answer is returned: the most confident (``best``) or the last complete one (``last``)."""
 
@@ -53,6 +60,7 @@ class Limits:
 
     threshold: confidence in [0, 1] that ends a ``confidence`` trajectory.
     samples: number of samples of a ``vote``.
+    recursion: start of further cycles under ``confidence``.
     patience: cycles in a row without a new highest confidence before the trajectory ends; None: unlimited.
     deadline_seconds: enforced by ``cutoff.Cutoff``, which the caller of the loop starts.
     max_tokens: budget over all cycles, injected tags included (``vote``: per sample); None: the engine's own limit.
@@ -67,6 +75,7 @@ class Limits:
     max_cycles: int = 8
     samples: int = 8
     select: Select = Select.BEST
+    recursion: Continuation = Continuation.CONTINUE
     patience: int | None = None
     deadline_seconds: float | None = None
     max_tokens: int | None = None
@@ -128,6 +137,7 @@ class Trajectory:
     seconds: from the start of the trajectory to its end.
     finish: the engine's last step of the last cycle (``vote``: of the returned sample), for ``finish_reason``.
     partial_answer: text of an incomplete answer if no cycle has a complete one; else None.
+    is_fresh_fallback: a continued cycle was empty, and the next ones were fresh.
     discarded_tokens: sampled, but in no cycle and not returned (probes, or beyond the end of the last cycle).
     num_probes, num_stopped: probes of thoughts, and thoughts that a probe ended.
     probe_confidence_tokens: tokens that the confidence generator read for probes.
@@ -142,6 +152,7 @@ class Trajectory:
     seconds: float
     finish: "Step | None"
     partial_answer: str | None
+    is_fresh_fallback: bool = False
     discarded_tokens: int = 0
     probe_confidence_tokens: int = 0
     num_probes: int = 0

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from rtap_core.errors import ConfigError
-from rtap_core.types import Policy, Select
+from rtap_core.types import Continuation, Policy, Select
 
 ENV_PREFIX = "RTAP_"
 SECRETS = ("RTAP_API_KEYS",)  # no flag: other users can read a command line
@@ -50,6 +50,11 @@ class Settings(BaseSettings):
     samples: int = Field(default=8, ge=1, description="default for samples of a request under policy vote")
     select: Select | None = Field(
         default=None, description="which cycle's answer is returned; default: best under confidence, last under model"
+    )
+    recursion: Continuation | None = Field(
+        default=None,
+        description="a further cycle continues the trajectory or is a fresh attempt; default: the checkpoint's own, "
+        "else fresh",
     )
     patience: int | None = Field(
         default=None, ge=1, description="stop after this many cycles without a new highest confidence"

@@ -10,10 +10,15 @@ import pytest
 import rtap_client
 from rtap_client import types
 from rtap_core import types as server_types
-from rtap_core.types import Policy, Select, StopReason
+from rtap_core.types import Continuation, Policy, Select, StopReason
 from rtap_server.http import schema
 
-LITERALS = {Policy: types.Policy, Select: types.Select, StopReason: types.StopReason}
+LITERALS = {
+    Policy: types.Policy,
+    Select: types.Select,
+    Continuation: types.Continuation,
+    StopReason: types.StopReason,
+}
 
 
 def members(hint: Any) -> Any:

@@ -14,7 +14,7 @@ from rtap_core.cutoff import Cutoff
 from rtap_core.draft import num_thought_tokens
 from rtap_core.format import RTAP, THINK
 from rtap_core.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
-from rtap_core.types import Limits, Policy, Select, StopReason
+from rtap_core.types import Continuation, Limits, Policy, Select, StopReason
 from tests.core.scripted import EOS, ScriptedConfidence, ScriptedEngine, decode, encode
 
 QUESTION = encode("make 82?")
@@ -340,6 +340,29 @@ async def test_vote_returns_the_majority_of_independent_samples():
     assert num_tokens == sum(c.tokens for c in done.cycles)
 
 
+async def test_fresh_cycles_start_on_the_question_and_inject_nothing():
+    texts = [f"<think>t</think><answer>{a}</answer>$" for a in ("7", "8", "9")]
+    engine, scorer = ScriptedEngine(texts), ScriptedConfidence(lambda text: 0.9 if ">9<" in text else 0.1)
+    limits = Limits(threshold=0.5, recursion=Continuation.FRESH)
+    events, done = await _run(engine, limits, scorer)
+    assert engine.prompts == [QUESTION] * 3
+    assert (done.answer, done.stop_reason, [c.index for c in done.cycles]) == ("9", StopReason.THRESHOLD, [0, 1, 2])
+    num_tokens = sum(len(e.step.token_ids) for e in events if isinstance(e, StepEvent))
+    assert num_tokens == len(encode("".join(text.removesuffix("$") for text in texts))) + 3
+    assert not done.is_fresh_fallback
+    assert {len(judged.context_token_ids) for judged in scorer.judged} == {len(QUESTION)}
+
+
+async def test_after_an_empty_continued_cycle_the_next_ones_are_fresh():
+    texts = ["<think>t</think><answer>7</answer>$", "</think>\n$", "<think>t</think><answer>9</answer>$"]
+    engine, scorer = ScriptedEngine(texts), ScriptedConfidence(lambda text: 0.9 if ">9<" in text else 0.1)
+    events, done = await _run(engine, Limits(threshold=0.5), scorer)
+    assert [prompt == QUESTION for prompt in engine.prompts] == [True, False, True]
+    assert (done.answer, done.is_fresh_fallback) == ("9", True)
+    assert [c.answer for c in done.cycles] == ["7", None, "9"]
+    assert sum(c.tokens for c in done.cycles) == sum(len(e.step.token_ids) for e in events if isinstance(e, StepEvent))
+
+
 async def test_a_vote_ends_with_the_wave_in_which_its_leader_is_certain():
     def texts(answers: str) -> list[str]:
         return [f"<think>t</think><answer>so it is {a} apples</answer>" for a in answers]
@@ -462,10 +485,11 @@ async def test_a_cycle_is_opened_only_where_the_one_before_is_closed(
     opening = encode(fmt.cycle_open)
     if policy is Policy.CONFIDENCE and done.degraded is None:
         for prompt in engine.prompts[1:]:
-            assert prompt[-len(opening) :] == opening
-            assert _is_closed(decode(prompt[len(QUESTION) : -len(opening)]), fmt)
+            is_fresh = done.is_fresh_fallback and prompt == QUESTION
+            assert is_fresh or prompt[-len(opening) :] == opening
+            assert is_fresh or _is_closed(decode(prompt[len(QUESTION) : -len(opening)]), fmt)
     if policy is not Policy.VOTE:
-        for before, after in pairwise(engine.prompts):
+        for before, after in pairwise(prompt for prompt in engine.prompts if prompt != QUESTION):
             assert after[: len(before)] == before
     assert sum(c.tokens for c in done.cycles) == sum(len(e.step.token_ids) for e in events if isinstance(e, StepEvent))
     for cycle in done.cycles:

@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast, get_args
 import openai
 
 from rtap_client.client import DEFAULT_URL, RTAP
-from rtap_client.types import Policy, RtapOptions, Select
+from rtap_client.types import Continuation, Policy, RtapOptions, Select
 
 FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130  # exit codes; 0 is success
 EXIT_CODES = (
@@ -51,6 +51,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     rtap.add_argument("--max-cycles", type=int, metavar="N", help="maximum number of cycles")
     rtap.add_argument("--samples", type=int, metavar="N", help="number of samples in a vote")
     rtap.add_argument("--select", choices=get_args(Select), help="return the best or the last complete answer")
+    rtap.add_argument("--recursion", choices=get_args(Continuation), help="start of further cycles")
     rtap.add_argument("--patience", type=int, metavar="N", help="stop after N cycles without a higher confidence")
     rtap.add_argument("--deadline", type=float, metavar="SECONDS", help="return the best answer so far after this time")
     rtap.add_argument("--probe-every", type=int, metavar="TOKENS", help="probe for an answer inside a thought")
@@ -63,7 +64,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
 
 def rtap_options(args: argparse.Namespace) -> RtapOptions:
     """Return the ``rtap`` object of the flags that were given."""
-    names = ("policy", "threshold", "max_cycles", "samples", "select", "patience", "probe_every")
+    names = ("policy", "threshold", "max_cycles", "samples", "select", "recursion", "patience", "probe_every")
     given: dict[str, Any] = {name: getattr(args, name) for name in names} | {"deadline_seconds": args.deadline}
     return cast(RtapOptions, {name: value for name, value in given.items() if value is not None})
 

@@ -18,6 +18,8 @@ Policy = Literal["confidence", "model", "single", "vote"]
 """When to stop: at a confidence, when the model ends its turn, after one cycle, or by a vote of samples."""
 Select = Literal["best", "last"]
 """Which complete answer to return: the one with the highest confidence, or the last."""
+Continuation = Literal["continue", "fresh"]
+"""Start of a further cycle: after all earlier ones, or on the question alone."""
 StopReason = Literal[
     "threshold", "model", "max_cycles", "max_tokens", "deadline", "no_gain", "samples", "agreement", "drained"
 ]
@@ -40,6 +42,8 @@ class RtapOptions(TypedDict, total=False):
     """Number of samples in a vote."""
     select: Select | None
     """Return the best or the last complete answer."""
+    recursion: Continuation | None
+    """Continue the trajectory in further cycles, or make fresh attempts."""
     patience: int | None
     """Stop after this many cycles without a higher confidence."""
     deadline_seconds: float | None
@@ -203,6 +207,7 @@ class Defaults(BaseModel):
     max_cycles: int
     samples: int
     select: Select
+    recursion: Continuation
     patience: int | None = None
     deadline_seconds: float | None = None
 

@@ -6,6 +6,8 @@ import type OpenAI from 'openai';
 export type Policy = 'confidence' | 'model' | 'single' | 'vote';
 /** Which complete answer to return: the one with the highest confidence, or the last. */
 export type Select = 'best' | 'last';
+/** Start of a further cycle: after all earlier ones, or on the question alone. */
+export type Continuation = 'continue' | 'fresh';
 /** Why the trajectory ended. */
 export type StopReason =
   | 'threshold'
@@ -30,6 +32,8 @@ export interface RtapOptions {
   samples?: number | null;
   /** Return the best or the last complete answer. */
   select?: Select | null;
+  /** Continue the trajectory in further cycles, or make fresh attempts. */
+  recursion?: Continuation | null;
   /** Stop after this many cycles without a higher confidence. */
   patience?: number | null;
   /** Return the best answer so far after this time. */
@@ -150,6 +154,7 @@ export interface ServerConfig {
     max_cycles: number;
     samples: number;
     select: Select;
+    recursion: Continuation;
     patience: number | null;
     deadline_seconds: number | null;
   };

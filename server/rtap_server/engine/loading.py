@@ -18,7 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from rtap_core.artifact import Artifact, is_classifier, read_artifact_file
 from rtap_core.errors import ConfigError
-from rtap_core.format import TrajectoryFormat, format_from_config
+from rtap_core.format import TrajectoryFormat, default_recursion, format_from_config
 from rtap_core.lexicon import DEFAULT_PATH, Lexicon, OopsCounter, load_lexicon
 from rtap_core.types import Confidence
 from rtap_server import __version__
@@ -89,6 +89,8 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
             "the flag out"
         )
     fmt = format_from_config(rtap_block(policy_config), override=settings.trajectory_format)
+    if settings.recursion is None:
+        settings = settings.model_copy(update={"recursion": default_recursion(rtap_block(policy_config))})
     check_tags(fmt, policy_config)
     if generator_config is not None:
         check_same_tokenizer(policy_config, generator_config)

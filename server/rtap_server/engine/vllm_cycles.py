@@ -15,7 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rtap_core import stopping
 from rtap_core.cutoff import Cutoff
 from rtap_core.draft import num_thought_tokens
-from rtap_core.types import Limits, Policy, Step, StopReason
+from rtap_core.types import Continuation, Limits, Policy, Step, StopReason
 from rtap_server.engine.output_writer import GenerateCall, part_of
 from rtap_server.engine.request_state import RequestState
 from rtap_server.engine.server_state import ServerState
@@ -202,6 +202,8 @@ def limits_of_call(limits: Limits, params: SamplingParams, *, parses_reasoning: 
 
     Stops end what the client sees: the answer where a reasoning parser separates it, else the whole text."""
     limits = replace(limits, thinking_tokens=params.thinking_token_budget)
+    if params.temperature == 0 and limits.recursion is Continuation.FRESH and limits.policy is Policy.CONFIDENCE:
+        limits = replace(limits, max_cycles=1)  # every attempt would be the same
     if not parses_reasoning:
         return limits
     return replace(

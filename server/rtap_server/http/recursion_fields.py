@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rtap_core.artifact import Artifact
 from rtap_core.errors import InvalidRequest, RtapError
-from rtap_core.types import Limits, Policy, Select
+from rtap_core.types import Continuation, Limits, Policy, Select
 from rtap_server.engine.request_state import RequestState, current_request
 from rtap_server.engine.server_state import ServerState
 from rtap_server.http.admission import Admission, Demand
@@ -152,6 +152,7 @@ def resolve_limits(
         max_cycles=options.max_cycles or max_cycles,
         samples=options.samples or settings.samples,
         select=options.select or settings.select or default_select,
+        recursion=options.recursion or settings.recursion or Continuation.CONTINUE,
         patience=options.patience or settings.patience,
         deadline_seconds=options.deadline_seconds or settings.deadline_seconds or settings.deadline_seconds_limit,
         probe_every=options.probe_every or settings.probe_every,

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from rtap_core.answers import extract_answer
-from rtap_core.types import Cycle, Policy, Select, Trajectory
+from rtap_core.types import Continuation, Cycle, Policy, Select, Trajectory
 from rtap_core.voting import candidates
 from rtap_server.http.route_kinds import RECURSIVE_PATHS
 from rtap_server.settings import Settings
@@ -62,6 +62,11 @@ class RtapOptions(BaseModel):
         default=None, ge=1, strict=True, description="samples of a vote at most; each may use `max_tokens`"
     )
     select: Select | None = Field(default=None, description="return the `best` or the `last` complete answer")
+    recursion: Continuation | None = Field(
+        default=None,
+        description="a further cycle under `confidence`: `continue` the trajectory with the earlier cycles in view, or "
+        "make a `fresh` attempt on the question alone",
+    )
     patience: int | None = Field(
         default=None, ge=1, strict=True, description="stop after this many cycles without a new highest confidence"
     )

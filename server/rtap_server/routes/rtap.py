@@ -117,6 +117,7 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
                 "max_cycles": limits.max_cycles,
                 "samples": limits.samples,
                 "select": limits.select,
+                "recursion": limits.recursion,
                 "patience": limits.patience,
                 "deadline_seconds": limits.deadline_seconds,
             },

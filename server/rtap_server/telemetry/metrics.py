@@ -55,6 +55,9 @@ class Metrics:
         self._cached = counter("rtap_cached_tokens", "Prompt tokens of cycles found in the prefix cache.")
         self._recomputed = counter("rtap_recomputed_tokens", "Prompt tokens of cycles computed again.")
         self._degraded = counter("rtap_degraded", "Trajectories that continued without the generator.", "reason")
+        self._fresh_fallbacks = counter(
+            "rtap_fresh_fallbacks", "Trajectories with fresh attempts after a continued cycle that was empty."
+        )
         self._rejected = counter("rtap_rejected", "Requests refused before generation.", "reason")
         # Series that alerts use exist from the start: a counter has no rate before its second sample.
         for reason in self.REJECTED:
@@ -150,6 +153,7 @@ class Metrics:
             self._first_accepted.inc()
         if trajectory.degraded is not None:
             self._degraded.labels(trajectory.degraded).inc()
+        self._fresh_fallbacks.inc(trajectory.is_fresh_fallback)
         if trajectory.stop_reason is StopReason.THRESHOLD:
             self._avoided.inc(max(0, max_cycles - len(trajectory.cycles)))
         self._discarded.inc(trajectory.discarded_tokens)
