@@ -2,8 +2,9 @@
 
     python benchmarks/adaptive_vote.py MODEL QUESTIONS.jsonl
 
-Each line of QUESTIONS has ``question`` and ``answer``, and perhaps ``split``, of which only ``test`` is asked. Rounds of
-questions alternate between the rules on one server, with the same seeds. Writes docs/results/adaptive-vote/NAME.{json,md}.
+Each line of QUESTIONS has ``question`` and ``answer``, and perhaps ``split``, of which only ``test`` is asked. Rounds
+of questions alternate between the rules on one server, with the same seeds. Writes
+docs/results/adaptive-vote/NAME.{json,md}.
 """
 
 import argparse
