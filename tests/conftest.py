@@ -1,5 +1,6 @@
-"""Distribution of tests over the processes of ``pytest -n``."""
+"""Distribution of tests over the processes of ``pytest -n``, and signals of the processes that tests start."""
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -18,3 +19,9 @@ class ByFile(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable[..., None]) -> ByFile:
     return ByFile(config, log)
+
+
+def pytest_configure() -> None:
+    """Under nohup, servers that tests start would ignore SIGHUP too."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -235,8 +235,18 @@ def _streamed(stream: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("fields", "stream"), _cases(CHAT_FIELDS))
 def test_chat(server, plain, fields, stream):
-    ours, reference = _both(server, plain, CHAT, _chat(**fields, **_streamed(stream)))
-    _assert_close(_seen(ours), _seen(reference))
+    ours, reference = (_seen(reply) for reply in _both(server, plain, CHAT, _chat(**fields, **_streamed(stream))))
+    for index, choice in ours["choices"].items():
+        whole = reference["choices"][index]
+        whole["logprobs"] = _part_like(choice["logprobs"], whole["logprobs"])
+    _assert_close(ours, reference)
+
+
+def _part_like(ours: list[Any], reference: list[Any]) -> list[Any]:
+    """The entries of the content: plain vLLM has those of the thought and the tags too."""
+    tokens, length = [entry["token"] for entry in ours], len(ours)
+    parts = (reference[at : at + length] for at in range(len(reference) - length, -1, -1))
+    return next(part for part in parts if [entry["token"] for entry in part] == tokens)
 
 
 @pytest.mark.parametrize(("fields", "stream"), _cases(COMPLETION_FIELDS, slow="streamed"))

@@ -36,7 +36,7 @@ def test_a_run_shows_what_the_api_answers_and_takes_a_verdict(browser, server):
         page.get_by_text("Side by side").click()
         page.get_by_role("button", name="Ask", exact=True).click()
         expect(page.locator(".run[data-phase=done]")).to_have_count(3, timeout=60_000)
-        expect(page.locator(".cycles").last.locator("li")).to_have_count(8)
+        assert 1 <= page.locator(".cycles").last.locator("li").count() <= 8  # samples until they agree
     assert server.metrics()["rtap_feedback_total"] == before + 1
 
 

@@ -72,7 +72,7 @@ def inputs_of(processor: Any, shade: int, question: str = QUESTION) -> Any:
 
 
 def test_answers_about_images_are_those_of_transformers(trained: Path, serving: Running) -> None:
-    """Text, prompt length and log-probability of the first cycle; the last says that the image was seen."""
+    """Text, prompt length and log-probabilities of the first cycle, which show that the image was seen."""
     processor = AutoProcessor.from_pretrained(trained)
     model = LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32)
     scores: list[float] = []
@@ -83,13 +83,15 @@ def test_answers_about_images_are_those_of_transformers(trained: Path, serving: 
         inputs = inputs_of(processor, shade, UNSURE)
         length = inputs["input_ids"].shape[1]
         result = model.generate(
-            **inputs, max_new_tokens=len(tokens), do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+            **inputs, max_new_tokens=reply["usage"]["completion_tokens"], do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
         ids = result.sequences[0, length:]
         assert (processor.decode(ids), length) == (text, reply["usage"]["prompt_tokens"])
         logps = torch.cat(result.logits).log_softmax(-1).gather(-1, ids[:, None])
         scores.append(logps.sum().item())
-        assert sum(token["logprob"] for token in tokens) == pytest.approx(scores[-1], abs=5e-3)
+        of_content = logps[-1 - len(tokens) : -1].sum().item()  # before the end tag
+        assert sum(token["logprob"] for token in tokens) == pytest.approx(of_content, abs=5e-3)
     assert abs(scores[0] - scores[1]) > 0.05
 
 
