@@ -42,6 +42,7 @@ def use_guidance(config: VllmConfig) -> None:
     if structured_outputs.backend == "auto" and GuidanceBackend.is_tokenizer_supported(tokenizer_of(config)):
         structured_outputs.backend = "guidance"
         structured_outputs.disable_additional_properties = True  # unless a schema allows them, as with xgrammar
+        structured_outputs.disable_any_whitespace = True  # small models write white space until max_tokens
         os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
 
 

@@ -124,6 +124,7 @@ def test_the_operators_backend_wins(monkeypatch, chosen, becomes):
     use_guidance(config)
     assert config.structured_outputs_config.backend == becomes
     assert config.structured_outputs_config.disable_additional_properties is (becomes == "guidance")
+    assert config.structured_outputs_config.disable_any_whitespace is (becomes == "guidance")
     assert os.environ.get("VLLM_ENFORCE_STRICT_TOOL_CALLING") == ("0" if becomes == "guidance" else None)
     assert envs.VLLM_ENFORCE_STRICT_TOOL_CALLING is (becomes != "guidance")
     assert "envs.VLLM_ENFORCE_STRICT_TOOL_CALLING" in inspect.getsource(ToolParser.get_structural_tag)
