@@ -92,9 +92,11 @@ def test_cycle_events_come_as_cycles_end_and_before_any_content(server):
 
 
 def test_thinking_streams_token_by_token(server):
-    chunks = _stream(server, rtap={"policy": "single"}, temperature=0)
-    thoughts = [c for c in chunks if c.choices and getattr(c.choices[0].delta, "reasoning", None)]
-    assert len(thoughts) > 5
+    def num_thoughts() -> int:
+        chunks = _stream(server, rtap={"policy": "single"}, temperature=0)
+        return sum(bool(c.choices and getattr(c.choices[0].delta, "reasoning", None)) for c in chunks)
+
+    assert max(num_thoughts() for _ in range(3)) > 5  # vLLM joins tokens for a reader that a busy machine delays
 
 
 def test_the_same_seed_gives_the_same_trajectory_and_another_seed_another(server):
