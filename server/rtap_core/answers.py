@@ -25,7 +25,7 @@ _MIN_WORDS = 3  # of a sentence; a text with fewer is an answer by itself
 _WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
 _FRAC = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _NOISE = re.compile(
-    r"\\(?:left|right|,|!|;|:|quad|qquad|displaystyle|circ|degree|\(|\)|\[|\])|\^\{?\\circ\}?|\*\*|[$`°]|\\ "
+    r"\\(?:left|right|,|!|;|:|quad|qquad|displaystyle|circ|degree|\(|\)|\[|\])|\^\{?\\circ\}?|[$`°]|\\ "
 )
 _LATEX_WORDS = {
     r"\times": "×",
@@ -62,7 +62,7 @@ _LIST = re.compile(r"^([\[({])(.*)([\])}])$", re.DOTALL)
 
 
 def extract_answer(text: str) -> str:
-    """The final answer in the text of an answer. A text that is only an answer is returned as it is."""
+    """The final answer in the text of an answer. A text that is only an answer is returned unchanged."""
     text = text.strip()
     tail = text[-_TAIL:]
     tags = _ANSWER_TAG.findall(tail)
@@ -124,16 +124,13 @@ def _key(answer: str) -> str:
     plain = _plain(answer)
     if (choice := _CHOICE.match(plain)) is not None:
         return next(filter(None, choice.groups()))
-    value = _value(plain)
-    if value is not None:
-        return str(value)
     if (parts := _LIST.match(plain)) is not None:
         opening, inside, closing = parts.groups()
         keys = [_element_key(part) for part in inside.split(",")]
         if opening == "{" and closing == "}":
             keys = sorted(set(keys))
         return f"{opening}{','.join(keys)}{closing}"
-    return "".join(plain.split())
+    return _element_key(plain)
 
 
 def _element_key(text: str) -> str:

@@ -125,7 +125,7 @@ class Recursion:
             state.cycles.append(await self._judge(draft, question, state))
             if state.degraded is not None:  # without confidences the model decides
                 state.limits = replace(state.limits, policy=Policy.MODEL, select=Select.LAST)
-            if state.limits.policy is Policy.MODEL:  # which continues what it wrote as it is
+            if state.limits.policy is Policy.MODEL:  # it continues its own text unchanged
                 draft.closing = []
             self._continue_after(draft, state)
             if draft.opening and not draft.has_content:  # a model that was not trained to continue
@@ -133,13 +133,14 @@ class Recursion:
             stop = self._decide(draft, question, state)
             if stop is not None:
                 break
-            if not _is_fresh(state.limits):
-                self._count_closing(draft, state)
+            if _is_fresh(state.limits):
+                draft.closing = []  # nothing follows it
+            self._count_closing(draft, state)
             if state.limits.policy is Policy.MODEL:
                 postponed = CycleEvent(state.cycles[-1], None)
             else:
                 yield CycleEvent(state.cycles[-1], None)
-                if draft.closing and not _is_fresh(state.limits):
+                if draft.closing:
                     yield self._injected(
                         draft, draft.closing, draft.parser.closing_tag, in_answer=draft.parser.in_answer
                     )

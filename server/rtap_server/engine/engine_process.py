@@ -11,7 +11,7 @@ from rtap_server.telemetry.logs import drop_unwritable_output
 def isolate() -> None:
     """Prepare the running process, which multiprocessing has started, for its work as an engine.
 
-    In a session of its own it receives no signal that is sent to the server's process group: Ctrl-C, a closed terminal,
+    In its own session it receives no signal that is sent to the server's process group: Ctrl-C, a closed terminal,
     ``timeout``. vLLM would stop at the first one, with the requests that a graceful shutdown lets finish."""
     os.setsid()
     drop_unwritable_output()

@@ -26,7 +26,7 @@ class RequestState:
     key_name: name of the API key. owner: opaque id of that key, empty when the server has no keys.
     spent_tokens: tokens sampled, and read outside the prefix cache, so far.
     tokens_per_minute: the key's limit. reserve_tokens: takes tokens from it, or raises RateLimited or InvalidRequest.
-    max_tokens: upper bound for each trajectory beside the request's own. started: monotonic seconds.
+    max_tokens: upper bound for each trajectory, besides the request's own. started: monotonic seconds.
     body, fields: the raw body and its JSON object; ``fields`` is empty when the body is not JSON.
     limits: resolved recursion limits; None for a request that does not recurse.
     return_cycles: put the thinking of each cycle into the response.

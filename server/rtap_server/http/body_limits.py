@@ -231,7 +231,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def _problem(body: bytes, error: Exception) -> str:
-    """What is wrong with a body that ``error`` was raised for."""
+    """Describe why a body is not JSON. error: of the decoder."""
     if body.startswith(_BOM):
         return "it begins with a byte order mark; leave the mark out"
     try:

@@ -1,4 +1,4 @@
-"""HTTP responses for errors: one table of statuses, one shape for each API, whoever wrote the error."""
+"""HTTP responses for errors: one table of statuses, and one shape for each API."""
 
 import logging
 import re
@@ -117,7 +117,7 @@ _REJECTION_REASONS: dict[type[RtapError], str] = {
 
 
 class ShapedError(NamedTuple):
-    """An error body as it is sent. hidden: the message that it does not show, for the log."""
+    """An error body for the client. hidden: the message that it does not show, for the log."""
 
     body: bytes
     hidden: str | None

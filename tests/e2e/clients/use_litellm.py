@@ -25,27 +25,23 @@ def _streamed(rtap, **more):
     return litellm.stream_chunk_builder(list(litellm.completion(**_asked(rtap), stream=True, **more)))
 
 
-def basic(rtap):
-    reply = litellm.completion(**_asked(rtap))
+def _shown(reply):
     choice = reply.choices[0]
     return {
         "text": choice.message.content,
         "finish": choice.finish_reason,
         "reasoning": choice.message.reasoning_content,
         "tokens": reply.usage.completion_tokens,
-        "rtap": reply.rtap,
     }
+
+
+def basic(rtap):
+    reply = litellm.completion(**_asked(rtap))
+    return _shown(reply) | {"rtap": reply.rtap}
 
 
 def stream(rtap):
-    reply = _streamed(rtap, stream_options={"include_usage": True})
-    choice = reply.choices[0]
-    return {
-        "text": choice.message.content,
-        "finish": choice.finish_reason,
-        "reasoning": choice.message.reasoning_content,
-        "tokens": reply.usage.completion_tokens,
-    }
+    return _shown(_streamed(rtap, stream_options={"include_usage": True}))
 
 
 async def structured(rtap):
