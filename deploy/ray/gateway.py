@@ -25,10 +25,10 @@ from deploy.ray.traffic import (
     merge_metrics,
     response_tokens,
 )
-from rtap_core.errors import BodyTooLarge, BodyTooSlow, Overloaded, RtapError
+from rtap_core.errors import Overloaded, RtapError
 from rtap_server.engine.request_state import current_request
 from rtap_server.http.auth import PROBE_PATHS
-from rtap_server.http.body_limits import BodyMemory
+from rtap_server.http.body_limits import Body, BodyMemory, Disconnected
 from rtap_server.http.errors import error_body, error_response
 from rtap_server.http.route_kinds import route_path
 
@@ -120,21 +120,21 @@ class Gateway:
         path, method = route_path(scope), scope["method"]
         if path in PROBE_PATHS:  # open to everybody
             return await self._probe(path, method)
-        body: list[bytes] = []
+        body = Body(self._memory, self._max_body_bytes, self._body_seconds)
         try:
-            if method == "POST" and not await self._read(receive, body):
-                return None
-            body[:] = [b"".join(body)]
+            content = await body.read(receive) if method == "POST" else b""
             headers = [(k, v) for k, v in scope["headers"] if k not in _HOP_HEADERS]
             headers.append((b"x-request-id", current_request().request_id.encode()))  # the same for both attempts
-            request = ForwardedRequest(method, path, scope["query_string"], tuple(headers), body[0])
+            request = ForwardedRequest(method, path, scope["query_string"], tuple(headers), content)
             if path.rstrip("/") == "/metrics":
                 return await self._metrics(request)
             if path.startswith(_BROADCAST_PATHS):
                 return await self._find(request)
             return await self._forward(request, send)
+        except Disconnected:
+            return None
         finally:
-            self._memory.resize(sum(map(len, body)), 0)
+            body.release()
 
     async def _probe(self, path: str, method: str) -> Response:
         """/live: always 200. /ready: 200 while at least one replica is ready."""
@@ -145,29 +145,6 @@ class Gateway:
         number = await self._readiness.count()
         status = "ready" if number else "not ready"
         return JSONResponse({"status": status, "replicas": number}, status_code=200 if number else 503)
-
-    async def _read(self, receive: Receive, body: list[bytes]) -> bool:
-        """Read a body in parts; False when the client left before its end.
-
-        Raises BodyTooLarge, BodyTooSlow and Overloaded."""
-        size, limit = 0, self._max_body_bytes
-        try:
-            async with asyncio.timeout(self._body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        return False
-                    part = message.get("body", b"")
-                    self._memory.resize(size, size + len(part))
-                    body.append(part)
-                    size += len(part)
-                    if size > limit:
-                        raise BodyTooLarge(f"the request body is larger than {limit} bytes; shorten it")
-                    if not message.get("more_body", False):
-                        return True
-        except TimeoutError:
-            text = f"the request body did not arrive within {self._body_seconds:g} s; send it faster"
-            raise BodyTooSlow(text) from None
 
     async def _forward(self, request: ForwardedRequest, send: Send) -> Response | None:
         """Send a request to a replica, and to one other when that is lost before the client has received a byte.

@@ -39,7 +39,7 @@ _JSON, _FORM = b"application/json", b"multipart/form-data"
 _SMALL_BODY_BYTES = 2**16
 
 
-class _Disconnected(Exception):
+class Disconnected(Exception):
     """The client left before its body was complete."""
 
 
@@ -93,13 +93,14 @@ class BodyLimitsMiddleware:
         if scope["method"] != "POST" or (path not in self._posts and path not in self._blocked):
             await self._app(scope, replay(state, receive), send)
             return
-        body = _Body(self._memory)
+        flags = ("--max-body-bytes", "--body-timeout-seconds")
+        body = Body(self._memory, self._max_body_bytes, self._timeout_seconds, flags)
         try:
             try:
-                scope = self._check_head(scope, path)
-                state.body = await self._read(receive, body)
+                scope = self._check_head(scope, path, body)
+                state.body = await body.read(receive)
                 state.fields = self._check_body(state.body, path)
-            except _Disconnected:
+            except Disconnected:
                 return
             except RtapError as error:
                 self._metrics.count_rejected(rejection_reason(error))
@@ -113,7 +114,7 @@ class BodyLimitsMiddleware:
             # asyncio keeps a cancelled timer for a while, and with it the context that the state is in.
             state.body, state.fields = b"", {}
 
-    def _check_head(self, scope: Scope, path: str) -> Scope:
+    def _check_head(self, scope: Scope, path: str, body: "Body") -> Scope:
         """Refuse what needs no body for it. Returns the scope with the content type that the route expects."""
         headers = dict(scope["headers"])
         if self._drain.has_begun:
@@ -135,27 +136,8 @@ class BodyLimitsMiddleware:
             )
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
-            raise self._too_large()
+            raise body.too_large()
         return _with_content_type(scope, path, headers)
-
-    async def _read(self, receive: Receive, body: "_Body") -> bytes:
-        """The whole body. Raises BodyTooLarge, BodyTooSlow, Overloaded and _Disconnected."""
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        raise _Disconnected
-                    body.append(message.get("body", b""))
-                    if body.size > self._max_body_bytes:
-                        raise self._too_large()
-                    if not message.get("more_body", False):
-                        return b"".join(body.parts)
-        except TimeoutError:
-            raise BodyTooSlow(
-                f"the request body did not arrive within {self._timeout_seconds:g} s; send it faster, or raise "
-                "--body-timeout-seconds"
-            ) from None
 
     def _check_body(self, body: bytes, path: str) -> dict[str, Any]:
         """The JSON object in the body, which is empty for a form, and for no body on a route that does not recurse."""
@@ -168,28 +150,53 @@ class BodyLimitsMiddleware:
         self._field_limits.check_length(fields, most=most)
         return fields
 
-    def _too_large(self) -> BodyTooLarge:
-        limit = self._max_body_bytes
-        return BodyTooLarge(f"the request body is larger than {limit} bytes; shorten it or raise --max-body-bytes")
 
+class Body:
+    """A body that is being read, counted in a BodyMemory.
 
-class _Body:
-    """A body that is being read, counted in a BodyMemory."""
+    flags: of the command line that raise the limits of bytes and seconds, for the errors."""
 
-    def __init__(self, memory: BodyMemory) -> None:
-        self._memory = memory
-        self.parts: list[bytes] = []
-        self.size = 0
+    def __init__(
+        self, memory: BodyMemory, max_bytes: int, timeout_seconds: float, flags: tuple[str, str] | None = None
+    ) -> None:
+        self._memory, self._max_bytes, self._timeout_seconds, self._flags = memory, max_bytes, timeout_seconds, flags
+        self._parts: list[bytes] = []
+        self._size = 0
 
-    def append(self, part: bytes) -> None:
-        self._memory.resize(self.size, self.size + len(part))
-        self.parts.append(part)
-        self.size += len(part)
+    async def read(self, receive: Receive) -> bytes:
+        """The whole body. Raises BodyTooLarge, BodyTooSlow, Overloaded and Disconnected."""
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        raise Disconnected
+                    self._append(message.get("body", b""))
+                    if self._size > self._max_bytes:
+                        raise self.too_large()
+                    if not message.get("more_body", False):
+                        self._parts = [b"".join(self._parts)]
+                        return self._parts[0]
+        except TimeoutError:
+            advice = "" if self._flags is None else f", or raise {self._flags[1]}"
+            raise BodyTooSlow(
+                f"the request body did not arrive within {self._timeout_seconds:g} s; send it faster{advice}"
+            ) from None
+
+    def too_large(self) -> BodyTooLarge:
+        """The error for a body above the limit."""
+        advice = "" if self._flags is None else f" or raise {self._flags[0]}"
+        return BodyTooLarge(f"the request body is larger than {self._max_bytes} bytes; shorten it{advice}")
 
     def release(self) -> None:
         """Forget the parts and their count."""
-        self._memory.resize(self.size, 0)
-        self.parts, self.size = [], 0
+        self._memory.resize(self._size, 0)
+        self._parts, self._size = [], 0
+
+    def _append(self, part: bytes) -> None:
+        self._memory.resize(self._size, self._size + len(part))
+        self._parts.append(part)
+        self._size += len(part)
 
 
 def _with_content_type(scope: Scope, path: str, headers: Mapping[bytes, bytes]) -> Scope:
