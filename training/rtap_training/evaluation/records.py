@@ -53,8 +53,10 @@ class RunSpec:
 class CycleRecord:
     """One cycle or vote sample.
 
-    answer, confidence: None if the cycle has none. cached_tokens: None if the server does not report it. seconds:
-    including confidence_seconds of scoring.
+    answer: extracted from ``text``, the whole text after the thought; None if the cycle was cut before its end.
+    confidence: None if the cycle was not scored. cached_tokens: None if the server does not report it.
+    seconds: including confidence_seconds of scoring. logprobs: features of the log-probabilities, where
+    the server's confidence is made of them.
     """
 
     answer: str | None
@@ -66,6 +68,8 @@ class CycleRecord:
     cached_tokens: int | None
     seconds: float = 0.0
     confidence_seconds: float = 0.0
+    text: str | None = None
+    logprobs: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
