@@ -92,15 +92,17 @@ def replay(
     is_scored = bool(complete) and all(cycle.confidence is not None for cycle in complete)
     sizes = sorted({size for size in (1, *sizes, most) if size <= most})
     specs = [RunSpec(SINGLE), *(RunSpec(MAJORITY, samples=size) for size in sizes if size > 1)]
-    specs += [RunSpec(ADAPTIVE, t, most) for t in sorted(vote_thresholds)]
-    if is_scored:
+    if most > 1:
+        specs += [RunSpec(ADAPTIVE, t, most) for t in sorted(vote_thresholds)]
+    if most > 1 and is_scored:
         specs += [RunSpec(WEIGHTED, samples=size) for size in sizes if size > 1]
         specs += [RunSpec(CGES, t, most) for t in sorted(vote_thresholds)]
         specs += [RunSpec(CONFIDENCE, t, most) for t in thresholds]
     orders = {index: _orders(questions[index], samples) for index, samples in kept.items()}
     found = [_figures(spec, orders) for spec in specs]
     if any(sample.text_key != sample.key for samples in kept.values() for sample in samples):
-        found += [_figures(spec, orders, by_text=True) for spec in (RunSpec(SINGLE), RunSpec(MAJORITY, samples=most))]
+        by_text = [RunSpec(SINGLE), *([RunSpec(MAJORITY, samples=most)] if most > 1 else [])]
+        found += [_figures(spec, orders, by_text=True) for spec in by_text]
     return found
 
 
