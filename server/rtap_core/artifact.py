@@ -99,6 +99,11 @@ class Logistic(BaseModel):
         return Logistic(**weights | {"bias": weights["bias"] + platt.bias})
 
 
+# For confidence=logprob without a fitted one. Of Qwen2.5-Coder-0.5B-Instruct on sums: it ranks answers, and gives no
+# probabilities of other models and tasks.
+UNCALIBRATED = Logistic(bias=2.5, logprob_mean=4.0, logprob_lowest_tenth=0.5, logprob_answer=1.0, log_tokens=-0.3)
+
+
 class Artifact(BaseModel):
     """The ``rtap`` block.
 

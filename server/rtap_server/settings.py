@@ -85,8 +85,8 @@ class Settings(BaseSettings):
     )
     confidence_config: Path | None = Field(
         default=None,
-        description="JSON file of `rtap calibrate`, or config.json of a remote generator: threshold and calibration, in "
-        "place of a local generator's own",
+        description="JSON file of `rtap calibrate`, or config.json of a remote generator: threshold and calibration, "
+        "in place of a local generator's own",
     )
     confidence_timeout_seconds: float = Field(
         default=10.0, gt=0, description="on timeout the request continues without the generator"

@@ -17,14 +17,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rtap_core.artifact import Artifact, is_classifier, read_artifact_file
+from rtap_core.artifact import UNCALIBRATED, Artifact, is_classifier, read_artifact_file
 from rtap_core.errors import ConfigError
 from rtap_core.format import TrajectoryFormat, default_recursion, format_from_config
 from rtap_core.lexicon import DEFAULT_PATH, Lexicon, OopsCounter, load_lexicon
 from rtap_core.types import Confidence
 from rtap_server import __version__
 from rtap_server.engine.checkpoint_safety import check_folder
-from rtap_server.engine.confidence.logprob import UNCALIBRATED, LogisticConfidence, check_logistic
+from rtap_server.engine.confidence.logprob import LogisticConfidence, check_logistic
 from rtap_server.engine.confidence.pooling import PoolingConfidence
 from rtap_server.engine.confidence.remote import PROBE, RemoteConfidence
 from rtap_server.engine.confidence.yesno import YesNoConfidence, yes_no_ids
@@ -182,8 +182,8 @@ def _uncalibrated(settings: Settings, model: str) -> str:
     kind = settings.confidence_kind
     source = f"--confidence-model {settings.confidence_model}" if settings.confidence_model else f"--confidence {kind}"
     return (
-        f"confidence={kind} is not calibrated: its scores are no probabilities, and votes count answers instead; fit it "
-        f"with `rtap calibrate {model} --questions FILE -- {source}` and serve with --confidence-config"
+        f"confidence={kind} is not calibrated: its scores are no probabilities, so votes count answers; fit it with "
+        f"`rtap calibrate {model} --questions FILE -- {source}`, and serve with --confidence-config"
     )
 
 

@@ -44,11 +44,11 @@ class _Policy:
 
 
 def _entry(token_id, logprob):
-    return SimpleNamespace(logprob=logprob, decoded_token=str(token_id))
+    return SimpleNamespace(logprob=logprob, decoded_token=f" t{token_id}")
 
 
 def _expected(logistic, score, logprobs, answer=None):
-    return logistic.confidence(score, logprob_features([(str(i), v) for i, v in logprobs], answer))
+    return logistic.confidence(score, logprob_features([(f" t{i}", v) for i, v in logprobs], answer))
 
 
 SAMPLED = ((5, -0.2), (6, -1.0), (7, float("-inf")))
@@ -64,10 +64,10 @@ async def test_what_was_sampled_counts():
 
 async def test_log_probabilities_alone_are_scored_with_their_features():
     logistic = Logistic(bias=0.3, logprob_answer=2.0, log_tokens=-0.1)
-    judged = Judged([1], [5, 6, 7], [1], [(i, {i: _entry(i, v)}) for i, v in SAMPLED], answer="is \\boxed{6}")
+    judged = Judged([1], [5, 6, 7], [1], [(i, {i: _entry(i, v)}) for i, v in SAMPLED], answer="is \\boxed{t6}")
     confidence = LogisticConfidence(logistic, _Policy(), 1.0)
     score = await confidence.score(judged)
-    assert score.confidence == pytest.approx(_expected(logistic, None, SAMPLED, "6"))
+    assert score.confidence == pytest.approx(_expected(logistic, None, SAMPLED, "t6"))
     assert score.logprobs is not None
     assert (score.logprobs.answer, score.logprobs.tokens, score.tokens) == (-1.0, 3, 0)
     assert await FeaturesOnly(confidence).score(judged) == Score(None, 0, score.logprobs)

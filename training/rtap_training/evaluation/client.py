@@ -141,6 +141,7 @@ def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds
             cached_tokens=cycle["cached_tokens"],
             seconds=cycle["seconds"],
             confidence_seconds=cycle["confidence_seconds"] or 0.0,
+            logprobs=cycle.get("logprobs"),
         )
         # Samples of a vote are listed as they finish; a prefix in that order would favour short ones.
         for cycle in sorted(rtap["cycles"], key=lambda cycle: cycle["index"])

@@ -16,11 +16,6 @@ from rtap_core.types import Confidence, Judged, Score
 from rtap_server.engine.confidence import within_timeout
 from rtap_server.engine.request_state import salted_prompt
 
-# Fitted to Qwen2.5-Coder-0.5B-Instruct on sums of three numbers. They rank answers; they are no probabilities of another
-# model or task.
-UNCALIBRATED = Logistic(bias=2.5, logprob_mean=4.0, logprob_lowest_tenth=0.5, logprob_answer=1.0, log_tokens=-0.3)
-
-
 class LogisticConfidence:
     """``logistic`` on the score of ``source`` and on the policy's log-probabilities of the cycle's sampled tokens.
 
