@@ -162,11 +162,11 @@ def _other_rules(scored: str, plain: str, own: str, proxy: str | None, args: arg
     return rules
 
 
-def _ours(url: str, spec: RunSpec, args: argparse.Namespace, **load: int) -> Rule:
+def _ours(url: str, spec: RunSpec, args: argparse.Namespace, **load: Any) -> Rule:
     async def answer(questions: Sequence[Question], concurrency: int) -> Round:
         server = await RtapServer(url, api_key=None, timeout_seconds=300, concurrency=concurrency).connect()
         how = Load(concurrency, 1.0, args.seed, **load)
-        run = await server.run(questions[0].task, questions, spec, how, check, on_outcome=lambda _: None)
+        run = await server.run(questions[0].task, questions, spec, how, on_outcome=lambda _: None)
         return Round(
             tuple(outcome.is_correct for outcome in run.outcomes),
             sum(outcome.policy_tokens for outcome in run.answered),

@@ -14,9 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rtap_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rtap_training.evaluation.question_files import Question
+    from rtap_training.evaluation.records import CycleRecord, Run
 
 LOGPROB = "logprob"
 _CONFIDENCE_FLAGS = ("--confidence", "--confidence-model")
@@ -34,26 +38,27 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Where samples come from. kind: of confidence. logistic: calibration that the server applied, or None."""
+    """Where samples come from. kind: of confidence; None if unknown. logistic: calibration that the server applied."""
 
-    kind: str
+    kind: str | None
     samples: Sequence[Sample]
     logistic: Mapping[str, float] | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``rtap calibrate``. Returns 0; 2 for invalid arguments, servers or samples."""
+    from rtap_training.evaluation.records import write_atomically
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     at = arguments.index("--") if "--" in arguments else len(arguments)
     args = _parser().parse_args(arguments[:at])
     shown = [text.replace(args.api_key, "…") for text in arguments] if args.api_key else arguments
     try:
-        served = _read(args.from_samples) if args.from_samples else _sampled(args, arguments[at + 1 :])
+        served = _read(args.from_samples, args.split) if args.from_samples else _sampled(args, arguments[at + 1 :])
         block, report = fit(served)
-        if served.samples and not args.from_samples:
-            _write(args.output.with_suffix(".samples.jsonl"), "".join(_line(one) for one in served.samples))
         content = {"rtap": block, "command": shlex.join(["rtap", "calibrate", *shown])}
-        _write(args.output, json.dumps(content, indent=2) + "\n")
+        with _written(args.output):
+            write_atomically(args.output, json.dumps(content, indent=2) + "\n")
     except ConfigError as error:
         sys.stderr.write(f"rtap calibrate: {error}\n")
         return 2
@@ -82,10 +87,12 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
     rows = [one for one in served.samples if (one.logprobs if is_logprob else one.confidence) is not None]
     if not rows:
         what = "log-probability features" if is_logprob else "a confidence"
-        raise ConfigError(f"none of the {len(served.samples)} samples has {what}; sample with --confidence {served.kind}")
+        raise ConfigError(f"none of the {len(served.samples)} samples has {what}; sample a server with --confidence")
     try:
         known = [None if one.logprobs is None else LogprobFeatures.from_shown(one.logprobs) for one in rows]
-        inputs = [Logistic.inputs(None if is_logprob else one.confidence, f) for one, f in zip(rows, known, strict=True)]
+        inputs = [
+            Logistic.inputs(None if is_logprob else one.confidence, f) for one, f in zip(rows, known, strict=True)
+        ]
         features = np.array([[row[name] for name in names] for row in inputs])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the samples hold wrong features ({type(error).__name__}: {error})") from error
@@ -163,41 +170,34 @@ def _report(
 FIGURES = ("within_auroc", "ece", "brier")
 
 
-def _line(sample: Sample) -> str:
-    row = {"question": sample.question, "is_correct": sample.is_right}
-    return json.dumps(row | {"confidence": sample.confidence, "logprobs": sample.logprobs}, ensure_ascii=False) + "\n"
-
-
-def _read(path: Path) -> Served:
+def _read(path: Path, split: str | None) -> Served:
     """Samples of a JSONL file: ``question``, ``is_correct`` (or ``reference`` and ``answer``), ``confidence`` and
-    ``logprobs``, as ``rtap eval`` keeps them. Samples without an answer are left out."""
-    from rtap_training.tasks import check
+    ``logprobs``, as ``rtap eval`` and ``rtap calibrate`` keep them. Samples without an answer are left out."""
+    from rtap_training.evaluation.question_files import Question
+    from rtap_training.evaluation.records import whole_lines
 
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the samples file {path}: {error}") from error
+    if not path.is_file():
+        raise ConfigError(f"cannot read the samples file {path}: no such file")
     samples = list[Sample]()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             row = cast(dict[str, Any], json.loads(line))
-            question, answer = str(row["question"]), row.get("answer", "")
-            if answer is None:
+            answer = row.get("answer", "")
+            question = Question(row["question"], row.get("reference", ""), row.get("task", path.stem))
+            if answer is None or split not in (None, question.split):
                 continue
-            right = row["is_correct"] if "is_correct" in row else check(question, answer, row["reference"])
+            right = row["is_correct"] if "is_correct" in row else question.is_right(answer)
             confidence = None if row.get("confidence") is None else _share(row["confidence"])
-            samples.append(Sample(question, bool(right), confidence, row.get("logprobs")))
+            samples.append(Sample(question.text, bool(right), confidence, row.get("logprobs")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"{path}:{number}: not a sample ({type(error).__name__}: {error}); a line needs question, is_correct, "
                 "and logprobs or confidence"
             ) from error
     if not samples:
-        raise ConfigError(f"{path} has no samples; keep some with `rtap calibrate` or `rtap eval`")
+        raise ConfigError(f"{path} has no samples with an answer; keep some with `rtap calibrate` or `rtap eval`")
     has_logprobs = any(one.logprobs is not None for one in samples)
-    return Served(LOGPROB if has_logprobs else "remote", samples)
+    return Served(LOGPROB if has_logprobs else None, samples)
 
 
 def _share(value: Any) -> float:
@@ -208,14 +208,28 @@ def _share(value: Any) -> float:
 
 
 def _sampled(args: argparse.Namespace, serve_flags: Sequence[str]) -> Served:
-    """Sample the questions through a server."""
+    """Sample the questions through a server, and keep the samples."""
     from rtap_training.evaluation.question_files import load_questions
+    from rtap_training.evaluation.samples import write_samples
 
     if not args.questions:
         raise ConfigError("no questions: give --questions FILE, or --from-samples FILE of an earlier run")
-    questions = [one for rows in load_questions(args.questions, limit=args.limit).values() for one in rows]
+    questions = load_questions(args.questions, limit=args.limit, prompt=args.prompt, split=args.split)
+    kept = args.output.with_suffix(".samples.jsonl")
     with _address(args, serve_flags) as url:
-        return asyncio.run(_ask_all(args, url, questions))
+        source, runs = asyncio.run(_ask_all(args, url, questions))
+    with _written(kept):
+        write_samples(kept, runs, questions)
+    samples = [
+        Sample(questions[run.task][outcome.index].text, cycle.is_correct, cycle.confidence, cycle.logprobs)
+        for run in runs
+        for outcome in run.outcomes
+        for cycle in outcome.cycles
+        if cycle.answer is not None
+    ]
+    if not samples:
+        raise ConfigError(f"no sample has an answer ({kept} has the texts); raise --max-tokens")
+    return Served(source["kind"], samples, source.get("logistic"))
 
 
 @contextmanager
@@ -235,46 +249,48 @@ def _address(args: argparse.Namespace, serve_flags: Sequence[str]) -> Iterator[s
         yield url
 
 
-async def _ask_all(args: argparse.Namespace, url: str, questions: Sequence[Any]) -> Served:
-    """Each question ``args.samples`` times, one scored cycle a request."""
+async def _ask_all(
+    args: argparse.Namespace, url: str, questions: "Mapping[str, Sequence[Question]]"
+) -> "tuple[Mapping[str, Any], list[Run]]":
+    """(the server's confidence, the samples by task). A sample is one scored cycle of its own request."""
     from rtap_training.evaluation.client import Load, RtapServer
-    from rtap_training.evaluation.records import RunSpec
-    from rtap_training.tasks import check
+    from rtap_training.evaluation.records import Outcome, Run, RunSpec
+    from rtap_training.evaluation.rules import CONFIDENCE
 
     server = RtapServer(url, api_key=args.api_key, timeout_seconds=args.timeout, concurrency=args.concurrency)
     await server.connect()
     source: Mapping[str, Any] = server.config["confidence"]
     if source["kind"] == "none":
         raise ConfigError(f"the server at {url} has no confidence; start it with --confidence or --confidence-model")
+    spec, runs = RunSpec(CONFIDENCE, threshold=1.0), list[Run]()
     load = Load(args.concurrency, args.temperature, args.seed, max_cycles=1, max_tokens=args.max_tokens)
-    spec, samples, failures = RunSpec("confidence", threshold=1.0), list[Sample](), list[str]()
-    for number in range(args.samples):
-        part = replace(load, seed=load.seed + number)
-        run = await server.run("calibration", questions, spec, part, check, on_outcome=lambda _: None)
-        failures += [outcome.error for outcome in run.outcomes if outcome.error is not None]
-        samples += [
-            Sample(questions[outcome.index].text, cycle.is_correct, cycle.confidence, cycle.logprobs)
-            for outcome in run.answered
-            for cycle in outcome.cycles
-            if cycle.answer is not None
-        ]
-        sys.stderr.write(f"{number + 1} of {args.samples} samples of each question, {len(failures)} requests failed\n")
-    if not samples:
-        raise ConfigError(f"no sample has an answer{f': {failures[0]}' if failures else '; raise --max-tokens'}")
-    return Served(source["kind"], samples, source.get("logistic"))
+    for task, rows in questions.items():
+        found: list[list[CycleRecord]] = [[] for _ in rows]
+        for number in range(args.samples):
+            part = replace(load, seed=load.seed + number)
+            run = await server.run(task, rows, spec, part, on_outcome=lambda _: None)
+            if not run.answered:
+                raise ConfigError(f"every request failed: {run.outcomes[0].error}")
+            for outcome in run.answered:
+                found[outcome.index] += outcome.cycles
+            failed = len(run.outcomes) - len(run.answered)
+            sys.stderr.write(f"{task}: {number + 1} of {args.samples} samples of each question, {failed} failed\n")
+        outcomes = (Outcome(index, cycles=tuple(cycles)) for index, cycles in enumerate(found))
+        runs.append(Run(task, spec, tuple(outcomes), wall_seconds=None))
+    return source, runs
 
 
-def _write(path: Path, content: str) -> None:
-    from rtap_training.evaluation.records import write_atomically
-
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
     try:
-        write_atomically(path, content)
+        yield
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
     from rtap_training.evaluate import _positive, _temperature  # pyright: ignore[reportPrivateUsage]
+    from rtap_training.evaluation.question_files import SPLITS
 
     parser = argparse.ArgumentParser(
         prog="rtap calibrate",
@@ -285,7 +301,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="model to serve (default: the bundled one)")
-    parser.add_argument("--questions", type=Path, nargs="+", metavar="FILE", help="JSONL files of question and answer")
+    parser.add_argument(
+        "--questions", nargs="+", metavar="FILE", help="JSONL files of question and answer, or rg:NAME of reasoning-gym"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="prompt with {question} in it (default: as `rtap eval`)")
+    parser.add_argument("--split", choices=SPLITS, help="only this half of the questions (default: all)")
     parser.add_argument("--server", metavar="URL", help="address of a running rtap server, instead of MODEL")
     parser.add_argument("--from-samples", type=Path, metavar="FILE", help="samples of an earlier run, instead of both")
     parser.add_argument("--output", type=Path, default=Path("confidence.json"), help="file (default: %(default)s)")

@@ -75,6 +75,8 @@ class Cycle(BaseModel):
     """None if the cycle was cut before its answer was complete."""
     think: str | None = None
     """The thinking; only with ``return_cycles``."""
+    text: str | None = None
+    """The whole text of the answer; only with ``return_cycles``."""
     confidence: float | None = None
     """In 0..1; None if the cycle was not scored."""
     accepted: bool

@@ -40,7 +40,7 @@ export interface RtapOptions {
   deadline_seconds?: number | null;
   /** Probe for an answer inside a thought after every N tokens. */
   probe_every?: number | null;
-  /** Include each cycle's thinking in the reply. */
+  /** Include each cycle's thinking and whole answer in the reply. */
   return_cycles?: boolean;
 }
 
@@ -52,6 +52,8 @@ export interface Cycle {
   answer: string | null;
   /** The thinking; only with `return_cycles`. */
   think?: string;
+  /** The whole text of the answer; only with `return_cycles`. */
+  text?: string | null;
   /** In 0..1; null if the cycle was not scored. */
   confidence: number | null;
   /** True for the returned answer. In a cycle event: true if the cycle ended the request. */
