@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rtap_core.errors import ConfigError
+from rtap_core.features import logprob_features
 from rtap_core.format import RTAP
 from rtap_training.bundled.architecture import build_policy
 from rtap_training.bundled.tokenizer import TAGS, build_tokenizer

@@ -182,11 +182,11 @@ def _read(path: Path, split: str | None) -> Served:
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             row = cast(dict[str, Any], json.loads(line))
-            answer = row.get("answer", "")
-            question = Question(row["question"], row.get("reference", ""), row.get("task", path.stem))
-            if answer is None or split not in (None, question.split):
+            reference = "" if "is_correct" in row else row["reference"]
+            question = Question(row["question"], reference, row.get("task", path.stem))
+            if row.get("answer", "") is None or split not in (None, question.split):
                 continue
-            right = row["is_correct"] if "is_correct" in row else question.is_right(answer)
+            right = row["is_correct"] if "is_correct" in row else question.is_right(row["answer"])
             confidence = None if row.get("confidence") is None else _share(row["confidence"])
             samples.append(Sample(question.text, bool(right), confidence, row.get("logprobs")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -16,6 +16,7 @@ from rtap_core.types import Confidence, Judged, Score
 from rtap_server.engine.confidence import within_timeout
 from rtap_server.engine.request_state import salted_prompt
 
+
 class LogisticConfidence:
     """``logistic`` on the score of ``source`` and on the policy's log-probabilities of the cycle's sampled tokens.
 
