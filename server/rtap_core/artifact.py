@@ -101,7 +101,7 @@ class Logistic(BaseModel):
 
 # For confidence=logprob without a fitted one. Of Qwen2.5-Coder-0.5B-Instruct on sums: it ranks answers, and gives no
 # probabilities of other models and tasks.
-UNCALIBRATED = Logistic(bias=2.5, logprob_mean=4.0, logprob_lowest_tenth=0.5, logprob_answer=1.0, log_tokens=-0.3)
+UNCALIBRATED = Logistic(bias=1.5, logprob_mean=1.0, logprob_lowest_tenth=0.5, logprob_answer=4.0)
 
 
 class Artifact(BaseModel):
