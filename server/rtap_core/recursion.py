@@ -266,12 +266,13 @@ class Recursion:
             confidence_seconds=seconds,
             confidence_tokens=0 if score is None else score.tokens,
             stop=None if draft.last is None else draft.last.stop_reason,
+            logprobs=None if score is None else score.logprobs,
         )
 
     async def _score(self, scorer: Confidence, draft: Draft, question: Sequence[int]) -> Score | None:
         """The cycle's score; None if the cutoff comes first, which is no fault of the generator."""
         cycle = draft.complete_ids(self.engine.end_of_turn_ids)
-        judged = Judged(question, cycle, draft.context, draft.logprobs, self.request)
+        judged = Judged(question, cycle, draft.context, draft.logprobs, self.request, draft.parser.answer)
         try:
             async with asyncio.timeout(None) as timeout:
                 with self.cutoff.on_cut(lambda: timeout.reschedule(0)):

@@ -70,6 +70,19 @@ export interface Cycle {
   seconds: number;
   /** Of this, time of scoring. */
   confidence_seconds: number | null;
+  /** Features of the log-probabilities; only with confidence `logprob`. */
+  logprobs?: Logprobs;
+}
+
+/** Features of a cycle's log-probabilities. */
+export interface Logprobs {
+  mean: number;
+  lowest: number;
+  /** Mean of the least likely tenth of the tokens. */
+  lowest_tenth: number;
+  /** Mean over the tokens of the final answer. */
+  answer: number;
+  tokens: number;
 }
 
 /** A distinct answer of a vote. */
@@ -165,6 +178,8 @@ export interface ServerConfig {
   confidence: {
     kind: 'pooling' | 'remote' | 'yesno' | 'logprob' | 'none';
     timeout_seconds: number;
+    /** Confidences are probabilities, and votes weigh answers by them. */
+    is_calibrated: boolean;
     calibration: { reference: number[] };
   };
 }

@@ -97,6 +97,7 @@ def cycle_object(cycle: Cycle, *, with_think: bool) -> dict[str, Any]:
         "cached_tokens": cycle.cached_tokens,
         "seconds": round(cycle.seconds, 6),
         "confidence_seconds": None if cycle.confidence_seconds is None else round(cycle.confidence_seconds, 6),
+        **({} if cycle.logprobs is None else {"logprobs": cycle.logprobs.shown()}),
     }
 
 

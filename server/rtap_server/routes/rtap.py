@@ -71,13 +71,13 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
         messages = [{"role": "user", "content": request.question}]
         prompt = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         question = server.encode(prompt)
-        return Judged(question, server.encode(server.format.render_cycle(request.think, request.answer)), question)
+        cycle = server.encode(server.format.render_cycle(request.think, request.answer))
+        return Judged(question, cycle, question, answer=request.answer)
 
     @router.post("/score")
     async def score(request: ScoreRequest) -> ScoreResponse:  # pyright: ignore[reportUnusedFunction]
-        kind = settings.confidence_kind
-        if server.confidence is None or kind == "logprob":
-            raise InvalidRequest(f"this server cannot score an existing answer: its confidence is '{kind}'")
+        if server.confidence is None:
+            raise InvalidRequest("this server cannot score an existing answer: it has no confidence generator")
         judged = await asyncio.to_thread(encode, request)  # a long text takes seconds
         try:
             result = await server.confidence.score(judged)
@@ -86,6 +86,7 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
                 raise InvalidRequest(str(error)) from error
             raise
         current_request().spent_tokens += result.tokens
+        assert result.confidence is not None  # only votes have scores without one
         return ScoreResponse(confidence=result.confidence, confidence_tokens=result.tokens)
 
     @router.post("/feedback")
@@ -130,7 +131,9 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
             "confidence": {
                 "kind": settings.confidence_kind,
                 "timeout_seconds": settings.confidence_timeout_seconds,
+                "is_calibrated": server.generator.is_calibrated,
                 "calibration": server.generator.calibration.model_dump(),
+                "logistic": None if server.generator.logistic is None else server.generator.logistic.model_dump(),
             },
         }
 
