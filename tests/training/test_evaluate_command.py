@@ -51,7 +51,12 @@ class FakeServer:
     async def config(self, request: Request) -> Response:
         if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
             return JSONResponse({"error": {"message": "no key"}}, status_code=401)
-        return JSONResponse({"limits": {"max_cycles": 16, "samples": 16}, "confidence": {"kind": self.kind}})
+        return JSONResponse(
+            {
+                "limits": {"max_cycles": 16, "samples": 16},
+                "confidence": {"kind": self.kind, "is_calibrated": self.kind != "none"},
+            }
+        )
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": "fake"}]})

@@ -187,6 +187,19 @@ def test_samples_are_read_back_as_they_were_written_and_a_text_is_enough(tmp_pat
         read_samples([tmp_path / "missing"], 1)
 
 
+def test_a_calibration_computes_confidences_of_kept_log_probabilities(tmp_path: Path) -> None:
+    features = {"mean": -0.5, "lowest": -3.0, "lowest_tenth": -2.0, "answer": -0.1, "tokens": 9}
+    vote, questions = vote_of([[replace(record("4"), logprobs=features), replace(record(None), logprobs=features)]])
+    file, config = tmp_path / "samples.jsonl", tmp_path / "confidence.json"
+    write_samples(file, [vote], {"t": questions})
+    config.write_text(json.dumps({"rtap": {"logistic": {"bias": 1.0, "logprob_mean": 2.0}}}))
+    _, (again,) = read_samples([file], 2, confidence_config=config)
+    assert [cycle.confidence for cycle in again.outcomes[0].cycles] == [pytest.approx(0.5), None]
+    config.write_text(json.dumps({"rtap": {"logistic": {"bias": 1.0, "generator": 2.0}}}))
+    with pytest.raises(ConfigError, match="does not compute confidence from log-probabilities alone"):
+        read_samples([file], 2, confidence_config=config)
+
+
 def test_only_one_half_of_the_questions_on_request(tmp_path: Path) -> None:
     vote, questions = vote_of([[record("4")]] * 40)
     file = tmp_path / "samples.jsonl"

@@ -30,7 +30,9 @@ async def run_evaluation(config: EvaluationConfig, console: Console) -> Results:
     started = datetime.now(UTC)
     if config.kept:
         most = max(config.parameters.samples)
-        questions, runs = read_samples(config.kept, most, limit=config.limit, split=config.split)
+        questions, runs = read_samples(
+            config.kept, most, limit=config.limit, split=config.split, confidence_config=config.confidence_config
+        )
         return _results(config, started, None, questions, runs)
     questions = load_questions(config.sources, limit=config.limit, prompt=config.prompt, split=config.split)
     session = Session(questions, config.load, config.rounds, config.output, config.resume, console)
