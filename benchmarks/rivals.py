@@ -50,7 +50,7 @@ MAX_TOKENS = 512  # optillm asks for 4096 by default, more than the bundled mode
 OPTILLM_APPROACHES = ("self_consistency", "bon")
 POLICY, GENERATOR = str(MODELS / "policy"), str(MODELS / "confidence")
 FLAGS = ["--served-model-name", SERVED_NAME, "--kv-cache-memory-bytes", str(2**30)]
-LOGPROB_FLAGS = ["--confidence", "logprob", "--logprob-top-k", "1", *FLAGS]
+LOGPROB_FLAGS = ["--confidence", "logprob", *FLAGS]
 WAVES = 4  # of requests in a round: during the last one the concurrency falls
 
 
@@ -125,8 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-cycles", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--samples", type=int, nargs="*", default=[2, 4, 16], help="sizes of further plain majorities")
     parser.add_argument(
-        "--logprob-thresholds", type=float, nargs="*", default=[0.9, 0.95],
-        help="of the logprob rule: mean probability of the sampled tokens",
+        "--logprob-thresholds", type=float, nargs="*", default=[0.9, 0.95], help="of the logprob rule",
     )  # fmt: skip
     parser.add_argument("--probe-every", type=int, help="also probe thoughts every so many tokens")
     parser.add_argument("--optillm", type=Path, help="a Python that can import optillm")
@@ -163,11 +162,11 @@ def _other_rules(scored: str, plain: str, own: str, proxy: str | None, args: arg
     return rules
 
 
-def _ours(url: str, spec: RunSpec, args: argparse.Namespace, **load: int) -> Rule:
+def _ours(url: str, spec: RunSpec, args: argparse.Namespace, **load: Any) -> Rule:
     async def answer(questions: Sequence[Question], concurrency: int) -> Round:
         server = await RtapServer(url, api_key=None, timeout_seconds=300, concurrency=concurrency).connect()
         how = Load(concurrency, 1.0, args.seed, **load)
-        run = await server.run(questions[0].task, questions, spec, how, check, on_outcome=lambda _: None)
+        run = await server.run(questions[0].task, questions, spec, how, on_outcome=lambda _: None)
         return Round(
             tuple(outcome.is_correct for outcome in run.outcomes),
             sum(outcome.policy_tokens for outcome in run.answered),
@@ -256,7 +255,7 @@ def to_markdown(info: Mapping[str, Any], levels: Sequence[tuple[int, str, Sequen
         "",
         "The same questions for every rule, in turns, on servers that run at once; every rival samples from the same "
         "policy through the same vLLM. Ratios and differences are over a plain majority of 8 samples in one request to "
-        "a server without generator. logprob: the mean probability of the sampled tokens replaces the generator; "
+        "a server without generator. logprob: the log-probabilities of the sampled tokens replace the generator; "
         "model: the policy ends its turn itself, nothing is scored. Tokens are the policy's; time is wall-clock per "
         "question. Intervals cover the rounds of one start of the servers. optillm 0.4.0 with its defaults: "
         "self_consistency draws 5 samples in sequence and clusters similar answers; bon draws 3 and lets the model "

@@ -6,13 +6,14 @@ what a newer trainer wrote.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from rtap_core.errors import ConfigError
+from rtap_core.features import LogprobFeatures
 
 _IN_WHEEL, _IN_CHECKOUT = Path(__file__).with_name("models"), Path(__file__).resolve().parents[2] / "deploy" / "models"
 # Folders of the demo: policy, confidence generator, student, evaluation questions.
@@ -47,42 +48,69 @@ class Calibration(BaseModel):
     reference: tuple[float, ...] = ()
 
 
-class Fusion(BaseModel):
-    """Logistic regression that joins the generator's probability p with the policy's log-probabilities.
+class Logistic(BaseModel):
+    """Logistic regression: confidence = sigmoid(bias + Σ weight · feature). A weight of 0 leaves its feature out.
 
-    confidence = sigmoid(bias + generator · logit(p) + logprob_mean · mean + logprob_min · min), with mean and min over
-    the cycle's sampled tokens (nats, before temperature and truncation).
-    """
+    generator: weight of the logit of a generator's score; alone it is a Platt calibration. The others are weights of
+    the log-probability features (``features.py``)."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # Unknown weights are an error, unlike unknown keys elsewhere: without them every confidence would be wrong.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     bias: float
-    generator: float
-    logprob_mean: float
-    logprob_min: float
+    generator: float = 0.0
+    logprob_mean: float = 0.0
+    logprob_min: float = 0.0
+    logprob_lowest_tenth: float = 0.0
+    logprob_answer: float = 0.0
+    log_tokens: float = 0.0
 
     @staticmethod
-    def features(probability: float, mean: float, smallest: float) -> tuple[float, float, float, float]:
-        """Inputs of the regression, in the order of the weights: 1, logit(p), mean, min."""
-        p = min(max(probability, CERTAIN), 1.0 - CERTAIN)
-        return 1.0, math.log(p / (1.0 - p)), mean, smallest
+    def inputs(score: float | None, logprobs: LogprobFeatures | None) -> dict[str, float]:
+        """Features by the names of their weights. score: of the generator."""
+        known = {"bias": 1.0}
+        if score is not None:
+            p = min(max(score, CERTAIN), 1.0 - CERTAIN)
+            known["generator"] = math.log(p / (1.0 - p))
+        if logprobs is not None:
+            known |= {
+                "logprob_mean": logprobs.mean,
+                "logprob_min": logprobs.lowest,
+                "logprob_lowest_tenth": logprobs.lowest_tenth,
+                "logprob_answer": logprobs.answer,
+                "log_tokens": math.log(logprobs.tokens),
+            }
+        return known
 
-    def joined(self, probability: float, mean: float, smallest: float) -> float:
-        """Confidence in [0, 1] from the mean and the smallest log-probability."""
-        weights = (self.bias, self.generator, self.logprob_mean, self.logprob_min)
-        margin = sum(w * x for w, x in zip(weights, self.features(probability, mean, smallest), strict=True))
+    @property
+    def reads_logprobs(self) -> bool:
+        """True if it needs more than a generator's score."""
+        return any(weight for name, weight in self if name not in ("bias", "generator"))
+
+    def confidence(self, score: float | None, logprobs: LogprobFeatures | None) -> float:
+        """Confidence in [0, 1]. Every feature with a weight must be given."""
+        known = self.inputs(score, logprobs)
+        margin = sum(weight * known[name] for name, weight in self if weight)
         return 1.0 / (1.0 + math.exp(-max(-700.0, min(700.0, margin))))
 
-    def confidence(self, probability: float, logprobs: Sequence[float]) -> float:
-        """Confidence in [0, 1]. ``logprobs``: of the sampled tokens, at least one."""
-        return self.joined(probability, sum(logprobs) / len(logprobs), min(logprobs))
+    def then(self, platt: "Logistic") -> "Logistic":
+        """This regression followed by a Platt calibration of its result, as one."""
+        weights = {name: weight * platt.generator for name, weight in self}
+        return Logistic(**weights | {"bias": weights["bias"] + platt.bias})
+
+
+# For confidence=logprob without a fitted one. Of Qwen2.5-Coder-0.5B-Instruct on sums: it ranks answers, and gives no
+# probabilities of other models and tasks.
+UNCALIBRATED = Logistic(bias=1.5, logprob_mean=1.0, logprob_lowest_tenth=0.5, logprob_answer=4.0)
 
 
 class Artifact(BaseModel):
     """The ``rtap`` block.
 
     kind: ``policy`` or ``confidence``. threshold: best on the trainer's validation questions.
-    fusion: joins scores with log-probabilities; None: scores are used as they are."""
+    logistic: computes confidence from scores and log-probabilities (``fusion`` in older files); None: scores are used
+    unchanged. source: the kind of confidence for which ``rtap calibrate`` fitted it; None in a generator's own config.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -91,18 +119,26 @@ class Artifact(BaseModel):
     kind: str = "policy"
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)
     calibration: Calibration = Calibration()
-    fusion: Fusion | None = None
+    logistic: Logistic | None = Field(default=None, validation_alias=AliasChoices("logistic", "fusion"))
+    source: str | None = None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True if confidences are probabilities: scores were fitted to right and wrong answers."""
+        return self.logistic is not None or bool(self.calibration.reference)
 
 
 def read_artifact_file(file: Path) -> Artifact:
-    """The block of a ``config.json`` file without its model. Raises ConfigError."""
+    """The block of a JSON file: of ``rtap calibrate``, or a generator's ``config.json``. Raises ConfigError."""
     try:
         config: Any = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from error
     if not isinstance(config, dict) or "rtap" not in config:
-        raise ConfigError(f"{file} has no rtap block; give the config.json that `rtap train confidence` wrote")
-    return read_artifact(cast(dict[str, Any], config))
+        raise ConfigError(
+            f"{file} has no rtap block; give a file that `rtap calibrate` wrote, or a generator's config.json"
+        )
+    return read_artifact(cast(dict[str, Any], config), where=str(file))
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -111,11 +147,11 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
-def read_artifact(config: Mapping[str, Any]) -> Artifact:
+def read_artifact(config: Mapping[str, Any], *, where: str = "config.json") -> Artifact:
     """The block of a parsed ``config.json``; all defaults if it has none. Raises ConfigError."""
     try:
         return Artifact.model_validate(config.get("rtap") or {})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"the rtap block of config.json is wrong at {where or 'its root'}: {first['msg']}") from error
+        at = ".".join(str(part) for part in first["loc"]) or "its root"
+        raise ConfigError(f"the rtap block of {where} is wrong at {at}: {first['msg']}") from error

@@ -145,7 +145,8 @@ class Probing:
         closing = self.encode(parser.closing_tag)
         written = [i for i in thought.token_ids if i not in self.end_of_turn_ids]
         context = prompt[: len(prompt) - len(injected)]
-        judged = Judged(self.question, [*injected, *written, *closing], context, thought.logprobs, self.request)
+        cycle, logprobs = [*injected, *written, *closing], thought.logprobs
+        judged = Judged(self.question, cycle, context, logprobs, self.request, parser.answer)
         try:
             score = await self.confidence.score(judged)
         except ConfidenceError:

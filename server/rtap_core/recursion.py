@@ -31,7 +31,7 @@ from rtap_core.types import (
     StopReason,
     Trajectory,
 )
-from rtap_core.voting import candidates, is_decided, majority, wave_size
+from rtap_core.voting import candidates, majority, next_wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,22 +152,17 @@ class Recursion:
     async def _vote(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         """Independent single cycles in waves, each wave generated concurrently, until the leading answer is certain."""
         state = _State(limits.policy, limits, list(question), self.clock())
-        drafts, stop = dict[int, Draft](), StopReason.SAMPLES
-        size = wave_size([], limits.threshold, limits.samples)
-        while size:
+        drafts = dict[int, Draft]()
+        while size := next_wave(candidates(state.cycles), limits.threshold, limits.samples - len(state.cycles)):
             async with aclosing(self._wave(question, state, drafts, size)) as events:
                 async for event in events:
                     yield event
             # Samples finish in any order; sorted, the seed determines the outcome, ties included.
             state.cycles.sort(key=lambda c: c.index)
-            ranked, left = candidates(state.cycles), limits.samples - len(state.cycles)
             if self.cutoff.reason is not None:
-                stop = self.cutoff.reason
                 break
-            if left and is_decided(ranked, limits.threshold, left):
-                stop = StopReason.AGREEMENT
-                break
-            size = wave_size(ranked, limits.threshold, left)
+        is_early = len(state.cycles) < limits.samples
+        stop = self.cutoff.reason or (StopReason.AGREEMENT if is_early else StopReason.SAMPLES)
         if any(c.answer is not None and c.confidence is None for c in state.cycles):  # weights need all confidences
             state.cycles = [replace(c, confidence=None) for c in state.cycles]
         selected = majority(state.cycles)
@@ -272,12 +267,13 @@ class Recursion:
             confidence_seconds=seconds,
             confidence_tokens=0 if score is None else score.tokens,
             stop=None if draft.last is None else draft.last.stop_reason,
+            logprobs=None if score is None else score.logprobs,
         )
 
     async def _score(self, scorer: Confidence, draft: Draft, question: Sequence[int]) -> Score | None:
         """The cycle's score; None if the cutoff comes first, which is no fault of the generator."""
         cycle = draft.complete_ids(self.engine.end_of_turn_ids)
-        judged = Judged(question, cycle, draft.context, draft.logprobs, self.request)
+        judged = Judged(question, cycle, draft.context, draft.logprobs, self.request, draft.parser.answer)
         try:
             async with asyncio.timeout(None) as timeout:
                 with self.cutoff.on_cut(lambda: timeout.reschedule(0)):

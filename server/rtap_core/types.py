@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
+from rtap_core.features import LogprobFeatures
+
 SampledLogprobs = Sequence[tuple[int, Mapping[int, Any]]]
 """One entry per sampled token: its id, and the engine's log-probabilities (nats) by token id at that position."""
 
@@ -106,6 +108,7 @@ class Cycle:
     seconds: writing and scoring. confidence_seconds: the scoring part; None if nothing was scored.
     confidence_tokens: tokens that the confidence generator read.
     stop: string or token id at which the request, and not the model, ended the cycle.
+    logprobs: features of the log-probabilities, where confidence is computed from them alone.
     """
 
     index: int
@@ -122,6 +125,7 @@ class Cycle:
     confidence_seconds: float | None
     confidence_tokens: int
     stop: str | int | None = None
+    logprobs: LogprobFeatures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +257,7 @@ class Judged:
     context_token_ids: everything before the cycle, for scorers that reuse the policy's prefix cache.
     logprobs: of the sampled tokens, if the engine was asked for them; injected tags have none.
     request: the caller's own request object (the server passes prompt, images and LoRA adapter).
+    answer: text of the cycle's answer.
     """
 
     question_token_ids: Sequence[int]
@@ -260,14 +265,18 @@ class Judged:
     context_token_ids: Sequence[int]
     logprobs: SampledLogprobs = ()
     request: Any = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Result of a confidence scorer: a probability in [0, 1], and the number of tokens read for it."""
+    """Result of a confidence scorer.
 
-    confidence: float
+    confidence: in [0, 1]; None if it must not decide anything. tokens: read for it. logprobs: as in Cycle."""
+
+    confidence: float | None
     tokens: int = 0
+    logprobs: LogprobFeatures | None = None
 
 
 class Confidence(Protocol):

@@ -7,6 +7,7 @@ that of candidate answers given each sample's confidence (CGES, arXiv 2511.02603
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from rtap_core.answers import answer_key
 from rtap_core.types import Cycle
@@ -29,25 +30,28 @@ class Candidate:
 
 
 def candidates(cycles: Sequence[Cycle]) -> list[Candidate]:
-    """Distinct complete answers, the leader first: by weight, a tie goes to the answer seen first.
+    """Distinct complete answers, the leader first (``rank``)."""
+    keys = [None if cycle.answer is None else answer_key(cycle.answer) for cycle in cycles]
+    return rank(keys, [cycle.confidence for cycle in cycles])
+
+
+def rank(keys: Sequence[str | None], confidences: Sequence[float | None]) -> list[Candidate]:
+    """Candidates of samples with these answer keys (None: incomplete), the leader first: by weight, a tie goes to the
+    answer seen first.
 
     Confidences count only if every complete answer has one."""
     groups: dict[str, list[int]] = {}
-    for i, cycle in enumerate(cycles):
-        if cycle.answer is not None:
-            groups.setdefault(answer_key(cycle.answer), []).append(i)
-    given = [cycles[i].confidence for group in groups.values() for i in group]
-    confidences = None if None in given else [c.confidence or 0.0 for c in cycles]
-
-    def weight(group: Sequence[int]) -> float:
-        return float(len(group)) if confidences is None else sum(confidences[i] for i in group)
-
-    ordered = sorted(groups.values(), key=lambda group: (-weight(group), group[0]))
-    if confidences is None:
-        posteriors = _posteriors_of_counts([len(group) for group in ordered])
+    for i, key in enumerate(keys):
+        if key is not None:
+            groups.setdefault(key, []).append(i)
+    is_scored = all(confidences[i] is not None for group in groups.values() for i in group)
+    scores = [[confidences[i] or 0.0 for i in group] if is_scored else [1.0] * len(group) for group in groups.values()]
+    ordered = sorted(zip(groups.values(), scores, strict=True), key=lambda pair: (-sum(pair[1]), pair[0][0]))
+    if is_scored:
+        posteriors = _posteriors_of_confidences([of_group for _, of_group in ordered])
     else:
-        posteriors = _posteriors_of_confidences([[confidences[i] for i in group] for group in ordered])
-    return [Candidate(g[0], len(g), weight(g), p) for g, p in zip(ordered, posteriors, strict=True)]
+        posteriors = _posteriors_of_counts([len(group) for group, _ in ordered])
+    return [Candidate(g[0], len(g), sum(w), p) for (g, w), p in zip(ordered, posteriors, strict=True)]
 
 
 def majority(cycles: Sequence[Cycle]) -> int | None:
@@ -56,6 +60,12 @@ def majority(cycles: Sequence[Cycle]) -> int | None:
     return ranked[0].first if ranked else None
 
 
+def next_wave(ranked: Sequence[Candidate], threshold: float, samples_left: int) -> int:
+    """Samples to draw next; 0 when the vote ends: its leader is certain enough, or no samples are left."""
+    return 0 if is_decided(ranked, threshold, samples_left) else wave_size(ranked, threshold, samples_left)
+
+
+@cache
 def count_posterior(leader: int, second: int) -> float:
     """P(leader is drawn more often than second), given how often each was drawn, with a uniform prior.
 

@@ -188,7 +188,8 @@ def generator_check(policy: Path, generator: Path) -> Finding:
         todo = "Train a generator for this policy with `rtap train generator`."
         return _finding("generator", "failed", found, todo)
     threshold = "no threshold, so 0.5" if artifact.threshold is None else f"threshold {artifact.threshold}"
-    fused = ", fused with log-probabilities" if artifact.fusion is not None else ""
+    is_fused = artifact.logistic is not None and artifact.logistic.reads_logprobs
+    fused = ", fused with log-probabilities" if is_fused else ""
     return _finding("generator", "ok", f"{generator} fits the model: {threshold}{fused}")
 
 

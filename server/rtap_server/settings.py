@@ -25,6 +25,7 @@ _HEADERS = "use vLLM's --h11-max-incomplete-event-size, or limit headers in a pr
 # Flags of earlier versions, each with what to do instead.
 REMOVED: Mapping[str, str] = {
     "--speculate-below": "the next cycle always starts after the score of the previous one",
+    "--logprob-top-k": "confidence=logprob reads the sampled tokens; calibrate it with `rtap calibrate`",
     "--max-header-bytes": _HEADERS,
     "--max-header-fields": _HEADERS,
     "--idempotency-seconds": _IDEMPOTENCY,
@@ -84,7 +85,8 @@ class Settings(BaseSettings):
     )
     confidence_config: Path | None = Field(
         default=None,
-        description="config.json of a remote generator: threshold, calibration, fusion (a local one has its own)",
+        description="JSON file of `rtap calibrate`, or config.json of a remote generator: threshold and calibration, "
+        "in place of a local generator's own",
     )
     confidence_timeout_seconds: float = Field(
         default=10.0, gt=0, description="on timeout the request continues without the generator"
@@ -97,7 +99,6 @@ class Settings(BaseSettings):
         min_length=1,
         description="question that confidence=yesno appends to each cycle",
     )
-    logprob_top_k: int = Field(default=20, ge=1, le=20, description="k of confidence=logprob; 1: sampled tokens only")
 
     trajectory_format: str | None = Field(
         default=None,
@@ -171,8 +172,8 @@ class Settings(BaseSettings):
             raise ValueError(f"confidence=remote needs a http(s) address as confidence_model, not {model!r}")
         if kind == "pooling" and is_url:
             raise ValueError("confidence=pooling needs a checkpoint as confidence_model, not an address")
-        if self.confidence_config is not None and kind != "remote":
-            raise ValueError(f"confidence_config needs confidence=remote, not {kind}")
+        if self.confidence_config is not None and kind == "none":
+            raise ValueError("confidence_config needs a confidence: name its --confidence or --confidence-model")
         return self
 
     @property

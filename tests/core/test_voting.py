@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtap_core.types import Cycle
-from rtap_core.voting import Candidate, candidates, count_posterior, is_decided, majority, wave_size
+from rtap_core.voting import Candidate, candidates, count_posterior, is_decided, majority, next_wave, wave_size
 
 _BASE = Cycle(0, "t", "1", None, False, 10, 3, 0, 20, 0, 0.1, None, 0)
 CONFIDENCES = st.none() | st.floats(0, 1)
@@ -100,3 +100,11 @@ def test_a_vote_that_counts_alone_decide_early_has_the_winner_of_all_samples(vot
     if ranked and ranked[0].posterior < threshold and is_decided(ranked, threshold, len(more)):
         everything = given_answers + "".join(more)
         assert majority(_cycles(*[None] * len(everything), answers=everything)) == ranked[0].first
+
+
+@given(VOTES, st.floats(0, 1), st.integers(0, 32))
+def test_the_next_wave_is_empty_exactly_when_a_vote_ends(votes, threshold, left):
+    ranked = candidates(_cycles(*(c for c, _ in votes), answers="".join(a for _, a in votes)))
+    ends = left == 0 or is_decided(ranked, threshold, left)
+    assert next_wave(ranked, threshold, left) == (0 if ends else wave_size(ranked, threshold, left))
+    assert (next_wave(ranked, threshold, left) == 0) == ends

@@ -14,7 +14,7 @@ import yaml
 from rtap_core.types import Cycle, Policy, StopReason, Trajectory
 from rtap_server.http.schema import cycle_object, trajectory_object
 from rtap_server.settings import Settings
-from rtap_training import evaluate
+from rtap_training import calibrate, evaluate
 from rtap_training.__main__ import _parser as train_parser
 from tests.documents import PAGES, ROOT, Command, anchors, blocks, commands, links
 
@@ -63,6 +63,7 @@ CHECKED: Sequence[tuple[tuple[str, ...], str]] = (
     (("python", "-m", "pytest"), "these tests run with this one"),
     (("rtap", "serve"), "serves until it is stopped; tests/e2e starts it"),
     (("rtap", "eval"), "minutes; tests/training/test_evaluate_command.py, tests/e2e/test_own_model.py"),
+    (("rtap", "calibrate"), "minutes; tests/training/test_calibrate.py"),
     (("rtap", "train"), "minutes to hours; tests/training/test_smoke.py and test_commands.py"),
     (("docker",), "needs a Docker daemon; tests/deploy/test_container.py checks the files"),
     (("tensorboard",), "serves until it is stopped; tests/training/test_smoke.py reads its files"),
@@ -116,6 +117,8 @@ def check(words: tuple[str, ...]) -> None:
             assert re.search(rf"^{target}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
         case ("rtap", "train", *rest):
             parse(train_parser(), [w if w != "SUITE" else "suite.yaml" for w in rest], needs=("--output", "x"))
+        case ("rtap", "calibrate", *rest):
+            calibrate._parser().parse_args(rest)
         case ("rtap", "eval", *rest):
             parse(evaluate._parser(), rest, needs=("--questions", "x"))
         case ("python", "-m", module, *rest) if module.startswith("tests."):

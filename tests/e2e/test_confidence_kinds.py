@@ -54,7 +54,15 @@ def test_logprob_confidence_needs_no_generator(operated):
     assert all(0.0 < s < 1.0 for s in scores)
     assert reply["rtap"]["confidence_tokens"] == 0
     assert reply["choices"][0]["logprobs"] is None  # the engine returned them, the client did not ask
+    assert all(c["logprobs"]["tokens"] > 0 for c in reply["rtap"]["cycles"] if c["answer"] is not None)
     headers = {"x-api-key": operated.key}
-    refused = httpx.post(f"{operated.url}/v1/rtap/score", json={"question": "1+1", "answer": "2"}, headers=headers)
-    assert refused.status_code == 400
-    assert "cannot score" in refused.json()["error"]["message"]
+    scored = httpx.post(f"{operated.url}/v1/rtap/score", json={"question": "1+1", "answer": "2"}, headers=headers)
+    assert 0.0 < scored.json()["confidence"] < 1.0
+
+
+def test_an_uncalibrated_confidence_does_not_weigh_votes(operated):
+    vote = _ask(operated, policy="vote", samples=4, threshold=1.0)["rtap"]
+    complete = [c for c in vote["cycles"] if c["answer"] is not None]
+    assert complete
+    assert all(c["confidence"] is None and c["logprobs"]["tokens"] > 0 for c in complete)
+    assert sum(one["votes"] for one in vote["candidates"]) == len(complete)

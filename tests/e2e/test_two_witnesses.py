@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rtap_core.artifact import read_artifact
+from rtap_core.features import logprob_features
 from rtap_core.format import RTAP
 from rtap_training.classifier import load_generator
 from rtap_training.huggingface import encode_text, load_policy
@@ -28,9 +29,10 @@ def _expected(models, question: list[int], before: list[int], cycle: list[int], 
         ids = [*question, *before, *cycle]
         logps = policy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     first = len(ids) - len(cycle) + is_opened  # the server's opening token was not sampled
-    fusion = read_artifact(generator.config.to_dict()).fusion
-    assert fusion is not None
-    return fusion.confidence(probability, [logps[i - 1, ids[i]].item() for i in range(first, len(ids))])
+    logistic = read_artifact(generator.config.to_dict()).logistic
+    assert logistic is not None
+    sampled = [("", logps[i - 1, ids[i]].item()) for i in range(first, len(ids))]
+    return logistic.confidence(probability, logprob_features(sampled, None))
 
 
 @pytest.mark.parametrize("text", QUESTIONS)

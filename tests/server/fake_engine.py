@@ -14,7 +14,7 @@ from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from rtap_core.artifact import Artifact
+from rtap_core.artifact import Artifact, Logistic
 from rtap_core.format import RTAP
 from rtap_server.engine.recursive_engine import RecursiveEngine
 from rtap_server.engine.request_state import RequestState, begin_request
@@ -167,7 +167,8 @@ def build(llm: FakeEngine, confidence: Any = None, *, tracing: Any = None, **ser
     state = ServerState(
         settings=Settings(confidence_model="http://generator"), format=RTAP,
         confidence=confidence or ScriptedConfidence(lambda text: 0.9 if "82" in text else 0.1),
-        generator=Artifact(), count_oops=lambda text: text.count("Oops"), encode=llm.encode,
+        generator=Artifact(logistic=Logistic(bias=0.0, generator=1.0)),  # votes weigh only calibrated confidences
+        count_oops=lambda text: text.count("Oops"), encode=llm.encode,
         decode=lambda token_ids, _: llm.decode(token_ids),
         end_of_turn_ids=frozenset({EOS}), metrics=Metrics(CollectorRegistry()), feedback=Feedback(None), drain=Drain(),
     )  # fmt: skip

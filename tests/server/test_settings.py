@@ -56,6 +56,7 @@ def test_an_unknown_variable_is_refused(monkeypatch):
         (["--policy", "confidence"], "policy=confidence needs a generator"),
         (["--confidence", "pooling"], "confidence=pooling needs confidence_model"),
         (["--confidence", "remote", "--confidence-model", "/x"], "confidence=remote needs a http(s) address"),
+        (["--confidence-config", "c.json"], "confidence_config needs a confidence"),
         (["--confidence-engine-args", "{"], "--confidence-engine-args is not JSON"),
         (["--confidence-engine-args", "[1]"], "--confidence-engine-args must be a JSON object"),
     ],

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rtap_core.errors import ConfigError
+from rtap_core.features import logprob_features
 from rtap_core.format import RTAP
 from rtap_training.bundled.architecture import build_policy
 from rtap_training.bundled.tokenizer import TAGS, build_tokenizer
@@ -193,5 +194,6 @@ def test_a_fusion_finds_the_witness_that_knows_and_is_the_servers(asked: PolicyS
     logprobs = [-0.1, -2.0, -0.3]
     seen = {"logprob_mean": sum(logprobs) / 3, "logprob_min": -2.0, "logprob_answer": 0.0}
     one = CycleScores(labelled[:1], np.array([0.8]), [seen])
-    assert fusion.confidence(0.8, logprobs) == one.confidences(fusion)[0]
+    served = logprob_features([("", value) for value in logprobs], None)
+    assert fusion.confidence(0.8, served) == pytest.approx(one.confidences(fusion)[0])
     assert one.confidences(None)[0] == 0.8

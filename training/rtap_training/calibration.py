@@ -10,13 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression  # pyright: ignore  # the package has no types
+from sklearn.model_selection import GroupKFold  # pyright: ignore
+from sklearn.preprocessing import StandardScaler  # pyright: ignore
 
 from rtap_core.artifact import NUM_BINS
+from rtap_core.errors import ConfigError
 from rtap_training.evaluation.statistics import bootstrap_weights
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 BOOTSTRAPS = 1000
+FOLDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +155,27 @@ def fit_logistic(features: Floats, labels: Bools, start: Floats, *, steps: int =
             size /= 2  # a full Newton step overshoots where the sigmoid is flat
         weights = weights - size * move
     return weights
+
+
+def fit_features(features: Floats, labels: Bools) -> list[float]:
+    """Bias and weights of a logistic regression, with scikit-learn's L2 penalty on standardised features (N, F)."""
+    scaler = StandardScaler().fit(features)
+    model = LogisticRegression(C=1.0).fit(scaler.transform(features), labels)
+    weights = model.coef_[0] / scaler.scale_
+    return [float(model.intercept_[0] - weights @ scaler.mean_), *map(float, weights)]
+
+
+def cross_validated(features: Floats, labels: Bools, questions: Sequence[int]) -> Floats:
+    """Probability of each row by a regression on the rows of other questions, ten parts at most.
+
+    Raises ConfigError if a part would be fitted to right or wrong rows alone."""
+    scores, groups = np.zeros(len(labels)), np.asarray(questions)
+    for fitted, left_out in GroupKFold(min(FOLDS, len(np.unique(groups)))).split(features, labels, groups):
+        if len(np.unique(labels[fitted])) < 2:
+            raise ConfigError("right or wrong samples are of too few questions to cross-validate; give more questions")
+        bias, *weights = fit_features(features[fitted], labels[fitted])
+        scores[left_out] = sigmoid(bias + features[left_out] @ np.array(weights))
+    return scores
 
 
 def constant_direction(hidden: Floats, *, ridge: float = 1e-3) -> Floats:

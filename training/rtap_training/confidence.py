@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3ForSequenceClassification
 
-from rtap_core.artifact import NUM_BINS, Fusion
+from rtap_core.artifact import NUM_BINS, Logistic
 from rtap_core.errors import ConfigError
 from rtap_training.calibration import best_threshold, histogram
 from rtap_training.checkpoint import manifest, sha256
@@ -74,7 +74,7 @@ def run(config: ConfidenceConfig) -> None:
     threshold = best_threshold(known.confidences(fusion), known.labels)
     judged = judge(model, setup, held_out, fusion)
     figures: dict[str, Any] = training | {
-        "threshold": threshold, "calibration": calibration, "fusion": None if fusion is None else fusion.model_dump(),
+        "threshold": threshold, "calibration": calibration, "logistic": None if fusion is None else fusion.model_dump(),
         "examples": len(fitting), "held_out": report(judged),
     }  # fmt: skip
     show(setup, training["steps"], held_out, judged, figures["held_out"])
@@ -204,7 +204,7 @@ def judge(
     model: Qwen3ForSequenceClassification,
     setup: PolicySetup[ConfidenceConfig],
     held_out: dict[str, list[Trajectory]],
-    fusion: Fusion | None,
+    fusion: Logistic | None,
 ) -> dict[str, Judged]:
     """Scores of the held-out cycles, by task."""
     tokens = setup.config.batch_tokens
@@ -214,7 +214,7 @@ def judge(
 
 
 def artifact(
-    threshold: float, fusion: Fusion | None, judged: dict[str, Judged], figures: dict[str, Any]
+    threshold: float, fusion: Logistic | None, judged: dict[str, Judged], figures: dict[str, Any]
 ) -> dict[str, Any]:
     """The ``rtap`` block of config.json: server settings and held-out metrics.
 
@@ -224,7 +224,7 @@ def artifact(
     firsts = [s for j in judged.values() for question in j.first_cycles for s in question if s.answer is not None]
     reference = histogram(np.array([s.scores[GENERATOR] for s in firsts], dtype=np.float64))
     calibration = {"bins": NUM_BINS, "reference": reference, "held_out": scalars}
-    fused = {} if fusion is None else {"fusion": fusion.model_dump()}
+    fused = {} if fusion is None else {"logistic": fusion.model_dump()}
     return {"format": "rtap", "kind": "confidence", "threshold": threshold, "calibration": calibration} | fused
 
 

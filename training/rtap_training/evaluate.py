@@ -16,7 +16,7 @@ from rich.console import Console
 
 from rtap_core.artifact import BUNDLED_MODELS
 from rtap_core.errors import ConfigError
-from rtap_training.evaluation.rules import OWN_SERVER, RULES
+from rtap_training.evaluation.rules import RULES
 
 if TYPE_CHECKING:
     from rtap_training.evaluation.evaluation_config import EvaluationConfig
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error_console.print(f"rtap eval: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        error_console.print("rtap eval: interrupted; finished runs are kept, continue with --resume")
+        error_console.print("rtap eval: interrupted; answers are kept, continue with --resume")
         return 130
 
 
@@ -57,97 +57,125 @@ def _evaluate(config: "EvaluationConfig", console: Console) -> int:
 
 def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command: str) -> "EvaluationConfig":
     from rtap_training.evaluation.client import Load
-    from rtap_training.evaluation.evaluation_config import EvaluationConfig, RuleSelection
+    from rtap_training.evaluation.evaluation_config import EvaluationConfig
+    from rtap_training.evaluation.results import RuleParameters
 
-    rules = args.policies
-    own_servers = {rule: url for rule in OWN_SERVER if (url := getattr(args, f"{rule}_server")) is not None}
-    if rules is None:  # yesno is for models trained to judge; logprob and yesno need their own server
-        rules = [
-            r for r in RULES if r not in OWN_SERVER or r in own_servers or (r == "logprob" and args.server is None)
-        ]
     if args.model is not None and args.model_flag is not None:
         raise ConfigError(
             f"the model is given as MODEL ({args.model}) and as --model ({args.model_flag}); give it once"
         )
-    selection = RuleSelection(
-        frozenset(rules),
-        tuple(sorted(set(args.thresholds))),
-        {rule: tuple(sorted(set(getattr(args, f"{rule}_thresholds")))) for rule in OWN_SERVER},
-        tuple(sorted(set(args.samples))),
+    live, curve = args.vote_thresholds[0], args.vote_thresholds[1:]
+    parameters = RuleParameters(
+        samples=tuple(sorted(set(args.samples))),
+        vote_thresholds=tuple(dict.fromkeys([live, *curve])),
+        thresholds=tuple(sorted(set(args.thresholds))),
+        budget=args.token_budget,
     )
+    kept = tuple(args.from_samples or ())
     return EvaluationConfig(
-        rules=selection,
-        load=Load(args.concurrency, args.temperature, args.seed, args.max_cycles, args.max_tokens),
-        questions=tuple(args.questions or _bundled_questions()),
+        rules=None if args.policies is None else frozenset(args.policies),
+        parameters=parameters,
+        load=Load(
+            args.concurrency,
+            args.temperature,
+            args.seed,
+            args.max_cycles,
+            args.max_tokens,
+            recursion=args.recursion,
+        ),
+        sources=tuple(args.questions or (() if kept else _bundled_questions())),
+        prompt=args.prompt,
         limit=args.limit,
+        split=args.split,
+        kept=kept,
+        confidence_config=args.confidence_config,
         server=args.server,
-        own_servers=own_servers,
         model=args.model or args.model_flag,
         confidence_model=args.confidence_model,
         serve_flags=serve_flags,
         api_key=args.api_key,
         timeout_seconds=args.timeout,
         ready_seconds=args.ready_timeout,
-        token_budget=args.token_budget,
+        rounds=args.rounds,
         output=args.output,
         resume=args.resume,
         command=command,
     )
 
 
-def _bundled_questions() -> list[Path]:
+def _bundled_questions() -> list[str]:
     """Held-out questions of the tasks that the bundled policy was trained on."""
     folder = BUNDLED_MODELS / "eval"
     files = [folder / "arithmetic.jsonl", folder / "countdown.jsonl"]
     if not all(file.is_file() for file in files):
-        raise ConfigError(f"no --questions given and no bundled questions in {folder}; give a JSONL file")
-    return files
+        raise ConfigError(f"no --questions given and no bundled questions in {folder}; give a JSONL file or rg:NAME")
+    return [str(file) for file in files]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rtap eval",
-        usage="rtap eval [MODEL] [--questions FILE ...] [flags] [-- flags of the server that is started]",
-        description="Measure accuracy, tokens and time of each stopping rule on question files.",
-        epilog="Example: rtap eval --policies single,confidence --limit 100 -- --max-model-len 1024",
+        usage="rtap eval [MODEL] [--questions SOURCE ...] [flags] [-- flags of the server that is started]",
+        description="Measure accuracy, tokens and time of each stopping rule.",
+        epilog="Example: rtap eval MODEL --questions rg:gsm_symbolic --limit 100 -- --max-model-len 2048",
         allow_abbrev=False,
     )
     where = parser.add_argument_group("server (default: serve the bundled models)")
     where.add_argument("model", nargs="?", metavar="MODEL", help="model to serve during the evaluation")
     where.add_argument("--model", dest="model_flag", metavar="PATH", help="same as MODEL")
     where.add_argument("--server", metavar="URL", help="address of a running rtap server")
-    for rule in OWN_SERVER:
-        text = f"address of a server started with --confidence {rule}, for the rule {rule}"
-        where.add_argument(f"--{rule}-server", metavar="URL", help=text)
     where.add_argument("--confidence-model", metavar="PATH", help="confidence generator of MODEL")
     where.add_argument(
         "--api-key", default=os.environ.get("RTAP_API_KEY"), help="API key of the server (default: RTAP_API_KEY)"
     )
     what = parser.add_argument_group("questions and rules")
-    questions = "JSONL files with question and answer (default: the bundled tasks)"
-    what.add_argument("--questions", type=Path, nargs="+", metavar="FILE", help=questions)
+    text = "JSONL files with question and answer, or rg:NAME?option=value (default: the bundled tasks)"
+    what.add_argument("--questions", nargs="+", metavar="SOURCE", help=text)
+    text = "samples.jsonl of earlier evaluations: replay rules on them, without a server"
+    what.add_argument("--from-samples", type=Path, nargs="+", metavar="FILE", help=text)
+    text = "file of `rtap calibrate` that computes the confidences of kept samples from their log-probabilities"
+    what.add_argument("--confidence-config", type=Path, metavar="FILE", help=text)
+    text = "message with {question} in it (default: the question; for rg: also to answer in \\boxed{})"
+    what.add_argument("--prompt", metavar="TEMPLATE", help=text)
     what.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each task")
-    policies = f"stopping rules to measure, from {','.join(RULES)} (default: all but yesno)"
+    text = "only this half of the questions (default: both)"
+    what.add_argument("--split", choices=("calibration", "test"), help=text)
+    policies = f"stopping rules to measure, from {','.join(RULES)} (default: all that the server can)"
     what.add_argument("--policies", type=_list(_rule), metavar="LIST", help=policies)
-    thresholds = "0.2,0.4,0.6,0.8"
-    _add(what, "--thresholds", _list(_share), thresholds, "thresholds of the confidence rule", "LIST")
-    for rule in OWN_SERVER:
-        text = f"thresholds of the {rule} rule (default: quantiles of its scores)"
-        what.add_argument(f"--{rule}-thresholds", type=_list(_share), default=[], metavar="LIST", help=text)
-    _add(what, "--samples", _list(_positive), "1,2,4,8", "numbers of samples to vote over", "LIST")
+    _add(what, "--thresholds", _list(_share), "0.2,0.4,0.6,0.8", "thresholds of the confidence rule", "LIST")
+    thresholds = "0.95,0.8,0.85,0.9,0.98"
+    text = "thresholds of the adaptive vote; the server is asked with the first"
+    _add(what, "--vote-thresholds", _list(_share), thresholds, text, "LIST")
+    _add(what, "--samples", _list(_positive), "1,2,4,8,16", "numbers of samples to vote over", "LIST")
     what.add_argument("--max-cycles", type=_positive, metavar="N", help="maximum cycles (default: the server's)")
+    text = "how further cycles start (default: the server's)"
+    what.add_argument("--recursion", choices=("continue", "fresh"), help=text)
     what.add_argument("--max-tokens", type=_positive, metavar="N", help="maximum tokens per reply (default: no limit)")
     _add(what, "--temperature", _temperature, "1.0", "sampling temperature", "T")
     _add(what, "--seed", int, "0", "seed; every question derives its own from it", "S")
     how = parser.add_argument_group("load and output")
     _add(how, "--concurrency", _positive, "32", "concurrent requests", "N")
+    text = "parts into which questions are split; rules alternate part by part, for ratios of seconds with an interval"
+    _add(how, "--rounds", _positive, "1", text, "N")
     _add(how, "--timeout", _positive, "600", "timeout of one request", "SECONDS")
     _add(how, "--ready-timeout", _positive, "300", "timeout of a server start", "SECONDS")
     _add(
-        how, "--token-budget", _share, "0.35", "share of the vote's tokens that the chosen threshold may spend", "SHARE"
+        how,
+        "--token-budget",
+        _share,
+        "0.35",
+        "share of the majority's tokens that the chosen threshold may spend",
+        "SHARE",
     )
-    _add(how, "--output", Path, "rtap-eval", "folder for report.html, results.{json,csv,md} and the plot", "DIR")
-    how.add_argument("--resume", action="store_true", help="reuse finished runs with the same settings from DIR/runs")
+    _add(
+        how,
+        "--output",
+        Path,
+        "rtap-eval",
+        "folder for report.html, results.{json,csv,md}, samples.jsonl and the plot",
+        "DIR",
+    )
+    how.add_argument("--resume", action="store_true", help="reuse answers under the same settings from DIR/runs")
     return parser
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rtap_core.artifact import CERTAIN, NUM_BINS, Fusion
+from rtap_core.artifact import CERTAIN, NUM_BINS, Logistic
 from rtap_core.errors import ConfigError
 from rtap_training.calibration import Bools, Floats, best_threshold, figures, fit_platt, histogram, sigmoid
 from rtap_training.checkpoint import manifest, sha256
@@ -83,10 +83,10 @@ def run(config: GeneratorConfig) -> None:
     threshold = best_threshold(sigmoid(slope * known.logits + offset), known.labels)
     confidences = sigmoid(slope * unseen.logits + offset)
     judged = asdict(figures(confidences, unseen.labels, unseen.questions))
-    fusion = Fusion(bias=round(offset, 4), generator=round(slope, 4), logprob_mean=0.0, logprob_min=0.0)
+    platt = Logistic(bias=round(offset, 4), generator=round(slope, 4))
     calibration = {"bins": NUM_BINS, "reference": histogram(confidences[unseen.is_first]), "held_out": judged}
     cast(Any, model.config).rtap = {
-        "format": dialect.format.name, "kind": "confidence", "threshold": threshold, "fusion": fusion.model_dump(),
+        "format": dialect.format.name, "kind": "confidence", "threshold": threshold, "logistic": platt.model_dump(),
         "calibration": calibration,
     }  # fmt: skip
     summary = training | {"threshold": threshold, "held_out": judged}

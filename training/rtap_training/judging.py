@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
-from rtap_core.artifact import Fusion
+from rtap_core.artifact import Logistic
+from rtap_core.features import LogprobFeatures
 from rtap_core.format import RTAP
 from rtap_training.calibration import (
     Bools,
@@ -57,21 +58,23 @@ class CycleScores:
         """True for each right cycle."""
         return np.array([c.is_right for _, c in self.cycles], dtype=np.bool_)
 
-    def confidences(self, fusion: Fusion | None) -> Floats:
+    def confidences(self, fusion: Logistic | None) -> Floats:
         """Confidences as served: fused if ``fusion`` is given."""
-        return self.probabilities if fusion is None else np.array([fusion.joined(*seen) for seen in self._seen()])
+        return self.probabilities if fusion is None else np.array([fusion.confidence(*seen) for seen in self._seen()])
 
-    def fit(self) -> Fusion:
+    def fit(self) -> Logistic:
         """Fit a fusion to these cycles, starting from the generator alone."""
-        features = np.array([Fusion.features(*seen) for seen in self._seen()])
+        names = ("bias", "generator", "logprob_mean", "logprob_min")
+        inputs = [Logistic.inputs(*seen) for seen in self._seen()]
+        features = np.array([[one[name] for name in names] for one in inputs])
         weights = fit_logistic(features, self.labels, np.array([0.0, 1.0, 0.0, 0.0]))
-        bias, generator, mean, smallest = (round(float(w), 4) for w in weights)
-        return Fusion(bias=bias, generator=generator, logprob_mean=mean, logprob_min=smallest)
+        return Logistic(**{name: round(float(w), 4) for name, w in zip(names, weights, strict=True)})
 
-    def _seen(self) -> Iterator[tuple[float, float, float]]:
-        """Inputs of a fusion for each cycle."""
+    def _seen(self) -> Iterator[tuple[float, LogprobFeatures]]:
+        """Inputs of a fusion for each cycle. It uses the mean and the lowest log-probability alone."""
         for probability, known in zip(self.probabilities.tolist(), self.logprobs, strict=True):
-            yield probability, known["logprob_mean"], known["logprob_min"]
+            mean, lowest = known["logprob_mean"], known["logprob_min"]
+            yield probability, LogprobFeatures(mean, lowest, lowest, known["logprob_answer"], 1)
 
 
 def score_cycles(
@@ -104,7 +107,7 @@ def judge_task(
     tokenizer: PreTrainedTokenizerFast,
     trajectories: Sequence[Trajectory],
     batch_tokens: int,
-    fusion: Fusion | None = None,
+    fusion: Logistic | None = None,
 ) -> Judged:
     """Confidences of all cycles, and the scores of every rule on first cycles."""
     known = score_cycles(model, policy, tokenizer, trajectories, batch_tokens)

@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, Command] = {
     "doctor": Command("check installation, machine, models and server"),
     "serve": Command("serve a model with recursive Think–Answer cycles; OpenAI API, on vLLM", "cpu", "vllm"),
     "train": Command("train policies and confidence generators", "train", "sklearn"),
+    "calibrate": Command("make a server's confidence a probability on your questions", "train", "sklearn"),
     "eval": Command("measure stop policies: accuracy, tokens, time, calibration", "train", "matplotlib"),
 }
 
@@ -55,7 +56,7 @@ def describe(name: str, found: Mapping[str, EntryPoint]) -> str:
     extra = missing_extra(name)
     if name not in found or extra is not None:
         summary += f" (not installed: {install(extra or COMMANDS[name].extra)})"
-    return f"  {name:<8}{summary}"
+    return f"  {name:<11}{summary}"
 
 
 def help_text(found: Mapping[str, EntryPoint]) -> str:

@@ -54,6 +54,18 @@ class RtapOptions(TypedDict, total=False):
     """Include each cycle's thinking in the reply."""
 
 
+class Logprobs(BaseModel):
+    """Features of a cycle's log-probabilities."""
+
+    mean: float
+    lowest: float
+    lowest_tenth: float
+    """Mean of the least likely tenth of the tokens."""
+    answer: float
+    """Mean over the tokens of the final answer."""
+    tokens: int
+
+
 class Cycle(BaseModel):
     """One Think–Answer cycle."""
 
@@ -63,6 +75,8 @@ class Cycle(BaseModel):
     """None if the cycle was cut before its answer was complete."""
     think: str | None = None
     """The thinking; only with ``return_cycles``."""
+    text: str | None = None
+    """The whole text of the answer; only with ``return_cycles``."""
     confidence: float | None = None
     """In 0..1; None if the cycle was not scored."""
     accepted: bool
@@ -79,6 +93,8 @@ class Cycle(BaseModel):
     """Time of generating and scoring."""
     confidence_seconds: float | None = None
     """Of this, time of scoring."""
+    logprobs: Logprobs | None = None
+    """Only with confidence ``logprob``."""
 
 
 class Candidate(BaseModel):
@@ -235,6 +251,8 @@ class ConfidenceSource(BaseModel):
     model: Optional[str] = None
     """Checkpoint of kind pooling."""
     timeout_seconds: float
+    is_calibrated: bool = False
+    """Confidences are probabilities, and votes weigh answers by them."""
     calibration: Calibration
 
 

@@ -40,7 +40,7 @@ export interface RtapOptions {
   deadline_seconds?: number | null;
   /** Probe for an answer inside a thought after every N tokens. */
   probe_every?: number | null;
-  /** Include each cycle's thinking in the reply. */
+  /** Include each cycle's thinking and whole answer in the reply. */
   return_cycles?: boolean;
 }
 
@@ -52,6 +52,8 @@ export interface Cycle {
   answer: string | null;
   /** The thinking; only with `return_cycles`. */
   think?: string;
+  /** The whole text of the answer; only with `return_cycles`. */
+  text?: string | null;
   /** In 0..1; null if the cycle was not scored. */
   confidence: number | null;
   /** True for the returned answer. In a cycle event: true if the cycle ended the request. */
@@ -68,6 +70,19 @@ export interface Cycle {
   seconds: number;
   /** Of this, time of scoring. */
   confidence_seconds: number | null;
+  /** Features of the log-probabilities; only with confidence `logprob`. */
+  logprobs?: Logprobs;
+}
+
+/** Features of a cycle's log-probabilities. */
+export interface Logprobs {
+  mean: number;
+  lowest: number;
+  /** Mean of the least likely tenth of the tokens. */
+  lowest_tenth: number;
+  /** Mean over the tokens of the final answer. */
+  answer: number;
+  tokens: number;
 }
 
 /** A distinct answer of a vote. */
@@ -173,6 +188,8 @@ export interface ServerConfig {
     /** Checkpoint of kind pooling. */
     model: string | null;
     timeout_seconds: number;
+    /** Confidences are probabilities, and votes weigh answers by them. */
+    is_calibrated: boolean;
     calibration: { reference: number[] };
   };
 }

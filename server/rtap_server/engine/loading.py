@@ -1,6 +1,7 @@
 """Start the engines of policy and generator, and build the state that requests share."""
 
 import asyncio
+import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -16,15 +17,15 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rtap_core.artifact import Artifact, read_artifact_file
+from rtap_core.artifact import UNCALIBRATED, Artifact, read_artifact_file
 from rtap_core.errors import ConfigError
 from rtap_core.format import TrajectoryFormat, default_recursion
 from rtap_core.lexicon import DEFAULT_PATH, Lexicon, OopsCounter, load_lexicon
 from rtap_core.types import Confidence
 from rtap_server import __version__
 from rtap_server.engine.checkpoint_safety import check_folder
-from rtap_server.engine.confidence.logprob import LogprobConfidence
-from rtap_server.engine.confidence.pooling import FusedConfidence, PoolingConfidence
+from rtap_server.engine.confidence.logprob import LogisticConfidence, check_logistic
+from rtap_server.engine.confidence.pooling import PoolingConfidence
 from rtap_server.engine.confidence.remote import PROBE, RemoteConfidence
 from rtap_server.engine.confidence.yesno import YesNoConfidence, yes_no_ids
 from rtap_server.engine.engine_config import (
@@ -49,7 +50,7 @@ from rtap_server.engine.vllm_compat import (
 )
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
-from rtap_server.telemetry.logs import captured_stderr
+from rtap_server.telemetry.logs import announce, captured_stderr
 from rtap_server.telemetry.metrics import Metrics
 
 _TAG_CHARACTERS = 64
@@ -84,7 +85,10 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
     lexicon = load_lexicon(settings.oops_lexicon or DEFAULT_PATH)
     generator_config = _generator_config(args, settings)
     artifact = _artifact(settings, generator_config)
-    if _logprobs(settings, artifact) is not None and policy_args.logprobs_mode != "raw_logprobs":
+    logistic = (
+        UNCALIBRATED if artifact.logistic is None and settings.confidence_kind == "logprob" else artifact.logistic
+    )
+    if logistic is not None and logistic.reads_logprobs and policy_args.logprobs_mode != "raw_logprobs":
         raise ConfigError(
             f"--logprobs-mode {policy_args.logprobs_mode}: this server's confidence needs raw log-probabilities; leave "
             "the flag out"
@@ -109,10 +113,15 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
         if loading is not None and generator_config is not None:
             generator = SupervisedEngine("confidence", await loading, partial(_reload, generator_config))
         confidence = _confidence(settings, policy, generator, remote)
-        if confidence is not None and artifact.fusion is not None:
-            confidence = FusedConfidence(confidence, artifact.fusion, policy, settings.confidence_timeout_seconds)
+        if logistic is not None:
+            confidence = LogisticConfidence(logistic, policy, settings.confidence_timeout_seconds, confidence)
+        if confidence is not None and not artifact.is_calibrated:
+            announce(_uncalibrated(settings, args.model), logging.WARNING)
         supervised = [SupervisedEngine("policy", policy), *([] if generator is None else [generator])]
-        server = _server_state(settings, policy, fmt, format_source, confidence, artifact, lexicon)
+        needs_logprobs = logistic is not None and logistic.reads_logprobs
+        server = _server_state(
+            settings, policy, fmt, format_source, confidence, artifact, lexicon, logprobs=0 if needs_logprobs else None
+        )
         enable_envs_cache()  # vLLM reads its variables for every token; its engine processes cache them already
         yield Engines(policy, server, supervised)
     finally:
@@ -161,10 +170,21 @@ async def _result(loading: "asyncio.Task[AsyncLLM] | None") -> AsyncLLM | None:
 
 
 def _artifact(settings: Settings, generator: VllmConfig | None) -> Artifact:
-    """The generator's artifact; empty when unknown."""
-    if generator is not None:
-        return check_classifier(generator)
-    return Artifact() if settings.confidence_config is None else read_artifact_file(settings.confidence_config)
+    """The artifact of --confidence-config, else the generator's own; empty when unknown."""
+    artifact = Artifact() if generator is None else check_classifier(generator)
+    if settings.confidence_config is not None:
+        artifact = read_artifact_file(settings.confidence_config)
+    check_logistic(artifact, settings.confidence_kind)
+    return artifact
+
+
+def _uncalibrated(settings: Settings, model: str) -> str:
+    kind = settings.confidence_kind
+    source = f"--confidence-model {settings.confidence_model}" if settings.confidence_model else f"--confidence {kind}"
+    return (
+        f"confidence={kind} is not calibrated: its scores are no probabilities, so votes count answers; fit it with "
+        f"`rtap calibrate {model} --questions FILE -- {source}`, and serve with --confidence-config"
+    )
 
 
 async def _remote(settings: Settings, policy: VllmConfig, client: httpx.AsyncClient) -> RemoteConfidence | None:
@@ -178,7 +198,7 @@ async def _remote(settings: Settings, policy: VllmConfig, client: httpx.AsyncCli
 def _confidence(
     settings: Settings, policy: AsyncLLM, generator: SupervisedEngine | None, remote: RemoteConfidence | None
 ) -> Confidence | None:
-    """The confidence source without fusion; None when there is none."""
+    """The confidence source without its calibration; None when there is none, and for log-probabilities."""
     kind, timeout = settings.confidence_kind, settings.confidence_timeout_seconds
     if kind == "pooling":
         assert generator is not None
@@ -187,7 +207,7 @@ def _confidence(
     if kind == "yesno":
         question, yes, no = yes_no_ids(lambda text: encode(policy.renderer.tokenizer, text), settings.yesno_question)
         return YesNoConfidence(policy, question, yes, no, timeout)
-    return LogprobConfidence(settings.logprob_top_k) if kind == "logprob" else remote
+    return remote
 
 
 def _server_state(
@@ -198,6 +218,8 @@ def _server_state(
     confidence: Confidence | None,
     artifact: Artifact,
     lexicon: Lexicon,
+    *,
+    logprobs: int | None,
 ) -> ServerState:
     metrics, feedback, drain = Metrics(REGISTRY), Feedback(artifact.calibration.reference), Drain()
     metrics.set_build_info(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
@@ -224,7 +246,7 @@ def _server_state(
         metrics=metrics,
         feedback=feedback,
         drain=drain,
-        logprobs=_logprobs(settings, artifact),
+        logprobs=logprobs,
         shows_cycle_end=_shows_cycle_end(fmt, policy),
     )
 
@@ -234,10 +256,3 @@ def _shows_cycle_end(fmt: TrajectoryFormat, policy: AsyncLLM) -> bool:
     tokenizer: Any = policy.renderer.tokenizer
     ids = encode(tokenizer, fmt.answer_close or "")
     return tokenizer.decode(ids, skip_special_tokens=True) == fmt.answer_close
-
-
-def _logprobs(settings: Settings, artifact: Artifact) -> int | None:
-    """``logprobs`` of the sampling parameters that confidence needs; None: none."""
-    if settings.confidence_kind == "logprob":
-        return settings.logprob_top_k
-    return None if artifact.fusion is None else 0

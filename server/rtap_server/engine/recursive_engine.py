@@ -248,7 +248,7 @@ class RecursiveEngine:
             loop = Recursion(
                 engine if probing is None else probing,
                 server.format,
-                server.confidence,
+                server.scorer(call.limits.policy),
                 server.count_oops,
                 prefix=state.prefix,
                 request=call,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from rtap_core.artifact import Artifact
 from rtap_core.cutoff import Cutoff
 from rtap_core.format import TrajectoryFormat
-from rtap_core.types import Confidence, StopReason
+from rtap_core.types import Confidence, Policy, StopReason
+from rtap_server.engine.confidence.logprob import FeaturesOnly
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.metrics import Metrics
@@ -77,6 +78,15 @@ class ServerState:
     model: str = ""
     format_source: str = ""
     shows_cycle_end: bool = False
+
+    def scorer(self, policy: Policy) -> Confidence | None:
+        """Confidence source for the cycles of a request.
+
+        Votes weigh answers by calibrated confidences only: scores that are high for every answer would end a vote after
+        two samples. Without calibration answers are counted."""
+        if policy is not Policy.VOTE or self.generator.is_calibrated or self.confidence is None:
+            return self.confidence
+        return FeaturesOnly(self.confidence) if self.settings.confidence_kind == "logprob" else None
 
     @property
     def cycle_end_ids(self) -> list[int]:

@@ -79,7 +79,7 @@ class RtapOptions(BaseModel):
         strict=True,
         description="ask for the answer inside a thought every so many tokens ([below](#inside-a-thought))",
     )
-    return_cycles: bool = Field(default=False, description="put each cycle's thinking into the reply")
+    return_cycles: bool = Field(default=False, description="put each cycle's thinking and whole answer into the reply")
 
 
 def cycle_object(cycle: Cycle, *, with_think: bool) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def cycle_object(cycle: Cycle, *, with_think: bool) -> dict[str, Any]:
     answer = None if cycle.answer is None else extract_answer(cycle.answer)
     shown: dict[str, Any] = {"index": cycle.index, "answer": answer}
     if with_think:
-        shown["think"] = cycle.think
+        shown |= {"think": cycle.think, "text": cycle.answer}
     return shown | {
         "confidence": cycle.confidence,
         "accepted": cycle.accepted,
@@ -97,6 +97,7 @@ def cycle_object(cycle: Cycle, *, with_think: bool) -> dict[str, Any]:
         "cached_tokens": cycle.cached_tokens,
         "seconds": round(cycle.seconds, 6),
         "confidence_seconds": None if cycle.confidence_seconds is None else round(cycle.confidence_seconds, 6),
+        **({} if cycle.logprobs is None else {"logprobs": cycle.logprobs.shown()}),
     }
 
 

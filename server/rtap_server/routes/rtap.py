@@ -66,19 +66,19 @@ class ScoreResponse(BaseModel):
 
 def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[str]) -> APIRouter:
     """Build the router. tokenizer: the policy's. model_names: as served."""
-    router, settings = APIRouter(prefix="/v1/rtap", tags=["rtap"]), server.settings
+    router = APIRouter(prefix="/v1/rtap", tags=["rtap"])
 
     def encode(request: ScoreRequest) -> Judged:
         messages = [{"role": "user", "content": request.question}]
         prompt = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         question = server.encode(prompt)
-        return Judged(question, server.encode(server.format.render_cycle(request.think, request.answer)), question)
+        cycle = server.encode(server.format.render_cycle(request.think, request.answer))
+        return Judged(question, cycle, question, answer=request.answer)
 
     @router.post("/score")
     async def score(request: ScoreRequest) -> ScoreResponse:  # pyright: ignore[reportUnusedFunction]
-        kind = settings.confidence_kind
-        if server.confidence is None or kind == "logprob":
-            raise InvalidRequest(f"this server cannot score an existing answer: its confidence is '{kind}'")
+        if server.confidence is None:
+            raise InvalidRequest("this server cannot score an existing answer: it has no confidence generator")
         judged = await asyncio.to_thread(encode, request)  # a long text takes seconds
         try:
             result = await server.confidence.score(judged)
@@ -87,6 +87,7 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
                 raise InvalidRequest(str(error)) from error
             raise
         current_request().spent_tokens += result.tokens
+        assert result.confidence is not None  # only votes have scores without one
         return ScoreResponse(confidence=result.confidence, confidence_tokens=result.tokens)
 
     @router.post("/feedback")
@@ -145,7 +146,9 @@ def server_facts(server: ServerState, model_names: list[str]) -> dict[str, Any]:
             "kind": settings.confidence_kind,
             "model": settings.confidence_model if settings.confidence_kind == "pooling" else None,
             "timeout_seconds": settings.confidence_timeout_seconds,
+            "is_calibrated": server.generator.is_calibrated,
             "calibration": server.generator.calibration.model_dump(),
+            "logistic": None if server.generator.logistic is None else server.generator.logistic.model_dump(),
         },
     }
 

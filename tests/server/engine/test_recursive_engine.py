@@ -14,10 +14,13 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from rtap_core.artifact import Artifact, Calibration
 from rtap_core.format import PRESETS
+from rtap_core.types import Policy
 from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.request_state import RequestState, begin_request, salted_prompt
 from rtap_server.engine.vllm_cycles import count_spent
+from rtap_server.settings import Settings
 from rtap_server.telemetry.logs import ERRORS
 from tests.core.scripted import EOS, encode
 from tests.server.fake_engine import CLOSE, QUESTION, FakeEngine, all_of, ask, build
@@ -456,3 +459,21 @@ async def test_a_request_that_the_engine_refuses_is_no_failure(caplog, error):
         await all_of(stream)
     assert not state.is_failure_logged
     assert not [record for record in caplog.records if record.name == ERRORS]
+
+
+CALIBRATIONS = [(Artifact(), False), (Artifact(calibration=Calibration(reference=(1.0,))), True)]
+
+
+@pytest.mark.parametrize(("artifact", "is_calibrated"), CALIBRATIONS)
+@pytest.mark.parametrize("kind", ["yesno", "logprob"])
+async def test_votes_weigh_answers_only_by_calibrated_confidences(artifact, is_calibrated, kind):
+    """An uncalibrated source may be sure of every answer: then the most frequent one is returned."""
+    answers = iter(("7", "7", "82"))
+    llm = FakeEngine(lambda _: f"<think>a</think><answer>{next(answers)}</answer>")
+    engine = build(llm, generator=artifact, settings=Settings(confidence=kind))
+    stream, state = ask(engine, rtap={"policy": "vote", "samples": 3, "threshold": 1.0})
+    await all_of(stream)
+    trajectory = state.trajectories[0]
+    assert trajectory.answer == ("82" if is_calibrated else "7")
+    assert {cycle.confidence for cycle in trajectory.cycles} == ({0.1, 0.9} if is_calibrated else {None})
+    assert engine._server.scorer(Policy.CONFIDENCE) is engine._server.confidence  # which still orders cycles

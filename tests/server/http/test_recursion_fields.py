@@ -178,7 +178,8 @@ def test_the_response_object_holds_what_the_design_names():
         "confidence_seconds": 0.002,
     }
     assert trajectory_object(_trajectory(degraded="timeout"), with_think=True)["degraded"] == "timeout"
-    assert trajectory_object(_trajectory(), with_think=True)["cycles"][1]["think"] == "12*9=108"
+    shown = trajectory_object(_trajectory(), with_think=True)["cycles"][1]
+    assert (shown["think"], shown["text"]) == ("12*9=108", "108")
 
 
 def test_reasoning_tokens_are_all_but_the_returned_answers():

@@ -8,17 +8,17 @@ from typing import Any, Self
 
 import httpx
 
+from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-
-Checker = Callable[[str, str, str], bool]  # (question, answer, reference) -> True if right
+from rtap_training.evaluation.rules import CONFIDENCE
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Request settings of a run. seed: base of the per-question seeds. max_cycles, max_tokens, probe_every: None for
-    the server's default."""
+    """Request settings of a run. seed: base of the per-question seeds. max_cycles, max_tokens, probe_every,
+    recursion: None for the server's default."""
 
     concurrency: int
     temperature: float
@@ -26,6 +26,7 @@ class Load:
     max_cycles: int | None = None
     max_tokens: int | None = None
     probe_every: int | None = None
+    recursion: str | None = None
 
 
 class RtapServer:
@@ -67,18 +68,20 @@ class RtapServer:
         return response.json()
 
     async def _ask(
-        self, client: httpx.AsyncClient, index: int, question: Question, spec: RunSpec, load: Load, check: Checker
+        self, client: httpx.AsyncClient, index: int, question: Question, spec: RunSpec, load: Load
     ) -> Outcome:
         """Send one question under one rule. A failure becomes an outcome with ``error``."""
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": "user", "content": question.text}],
+            "messages": [{"role": "user", "content": question.prompt}],
             "temperature": load.temperature,
             "seed": question.seed(load.seed),
             "rtap": {**spec.request(max_cycles=load.max_cycles), "return_cycles": True},
         }
         if load.probe_every is not None:
             body["rtap"]["probe_every"] = load.probe_every
+        if load.recursion is not None and spec.rule == CONFIDENCE:
+            body["rtap"]["recursion"] = load.recursion
         if load.max_tokens is not None:
             body["max_completion_tokens"] = load.max_tokens
         start = time.perf_counter()
@@ -90,7 +93,8 @@ class RtapServer:
         if not response.is_success:
             return Outcome(index, error=f"HTTP {response.status_code}: {response.text[:300]}")
         try:
-            return outcome_of(index, question, response.json(), seconds, check)
+            # in a thread: a verifier may take seconds, and other replies are being timed
+            return await asyncio.to_thread(outcome_of, index, question, response.json(), seconds)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             return Outcome(index, error=f"invalid reply ({type(error).__name__}: {error})")
 
@@ -100,40 +104,39 @@ class RtapServer:
         questions: Sequence[Question],
         spec: RunSpec,
         load: Load,
-        check: Checker,
         *,
         on_outcome: Callable[[Outcome], None],
+        only: Sequence[int] | None = None,
     ) -> Run:
-        """Send all questions under one rule, ``load.concurrency`` at a time; call ``on_outcome`` for each result."""
-        waiting = iter(enumerate(questions))
+        """Send questions under one rule, ``load.concurrency`` at a time; call ``on_outcome`` for each result.
+
+        only: positions of the questions to send; None: all."""
+        positions = range(len(questions)) if only is None else only
+        waiting = iter(positions)
         outcomes: list[Outcome] = []
 
         async def work(client: httpx.AsyncClient) -> None:
-            for index, question in waiting:
-                outcome = await self._ask(client, index, question, spec, load, check)
+            for index in waiting:
+                outcome = await self._ask(client, index, questions[index], spec, load)
                 outcomes.append(outcome)
                 on_outcome(outcome)
 
         async with self._client() as client:
             start = time.perf_counter()
             async with asyncio.TaskGroup() as workers:
-                for _ in range(min(load.concurrency, len(questions))):
+                for _ in range(min(load.concurrency, len(positions))):
                     workers.create_task(work(client))
             wall_seconds = time.perf_counter() - start
         return Run(task, spec, tuple(sorted(outcomes, key=lambda outcome: outcome.index)), wall_seconds)
 
 
-def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds: float, check: Checker) -> Outcome:
+def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds: float) -> Outcome:
     """Parse a chat completion with an ``rtap`` field. Raises KeyError, TypeError, … for anything else."""
     rtap: Mapping[str, Any] = reply["rtap"]
-
-    def is_right(answer: str | None) -> bool:
-        return answer is not None and check(question.text, answer, question.answer)
-
     cycles = tuple(
         CycleRecord(
             answer=cycle["answer"],
-            is_correct=is_right(cycle["answer"]),
+            is_correct=question.is_right(cycle["answer"]),
             confidence=cycle["confidence"],
             tokens=cycle["tokens"],
             oops_tokens=cycle["oops_tokens"],
@@ -141,15 +144,19 @@ def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds
             cached_tokens=cycle["cached_tokens"],
             seconds=cycle["seconds"],
             confidence_seconds=cycle["confidence_seconds"] or 0.0,
+            think=cycle.get("think"),
+            text=cycle.get("text"),
+            logprobs=cycle.get("logprobs"),
         )
         # Samples of a vote are listed as they finish; a prefix in that order would favour short ones.
         for cycle in sorted(rtap["cycles"], key=lambda cycle: cycle["index"])
     )
-    answer = (reply["choices"][0]["message"]["content"] or "").strip() or None
+    content = (reply["choices"][0]["message"]["content"] or "").strip()
+    answer = extract_answer(content) if content else None
     return Outcome(
         index=index,
         answer=answer,
-        is_correct=is_right(answer),
+        is_correct=question.is_right(answer),
         stop_reason=rtap["stop_reason"],
         policy_tokens=reply["usage"]["completion_tokens"] + rtap["discarded_tokens"],
         generator_tokens=rtap["confidence_tokens"],

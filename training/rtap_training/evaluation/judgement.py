@@ -31,7 +31,6 @@ class Judgement:
     one answer per question in each.
     """
 
-    source: str
     rule: str
     answers: int
     bins: tuple[Bin, ...]
@@ -39,7 +38,7 @@ class Judgement:
     hardly_right: tuple[Mistake, ...]
 
 
-def judge(run: Run, source: str, questions: Sequence[Question]) -> Judgement | None:
+def judge(run: Run, questions: Sequence[Question]) -> Judgement | None:
     """Compute the judgement; None if no answer of the run has a confidence."""
     scored = [
         (questions[outcome.index], cycle.answer, cycle.confidence, cycle.is_correct)
@@ -55,7 +54,7 @@ def judge(run: Run, source: str, questions: Sequence[Question]) -> Judgement | N
     confidences = np.array([m.confidence for m, _ in answers], dtype=np.float64)
     labels = np.array([is_right for _, is_right in answers], dtype=np.bool_)
     bins = tuple(reliability_bins(confidences, labels, bins=NUM_BINS))
-    return Judgement(source, run.spec.label, len(answers), bins, _first_of_each(falling), _first_of_each(rising))
+    return Judgement(run.spec.label, len(answers), bins, _first_of_each(falling), _first_of_each(rising))
 
 
 def _first_of_each(mistakes: Sequence[Mistake]) -> tuple[Mistake, ...]:

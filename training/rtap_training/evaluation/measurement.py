@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rtap_training.evaluation.records import CycleRecord, Run, RunSpec
-from rtap_training.evaluation.rules import MAJORITY, VOTE
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, VOTE
 from rtap_training.evaluation.statistics import (
     Interval,
     WithinQuestion,
@@ -24,7 +24,7 @@ class Measurement:
     """Metrics of one run over its ``n`` answered requests; only ``errors`` counts failed ones.
 
     Tokens, cycles and Oops tokens are means per question. wall_seconds, questions_per_second: at the run's
-    concurrency, None for a vote recomputed from another run's samples. later_recomputed_*: uncached prompt tokens of
+    concurrency, None if a round was interrupted. later_recomputed_*: uncached prompt tokens of
     cycles after the first; None without such cycles or if the server does not report them. unanswered: questions
     without an answer, which count as wrong. stop_reasons, error_messages: counts.
     """
@@ -62,7 +62,6 @@ class ConfidenceQuality:
     """
 
     task: str
-    source: str
     samples: int
     scored_answers: int
     share_right: float
@@ -83,7 +82,7 @@ def measure(run: Run) -> Measurement:
     oops = sum(cycle.oops_tokens for cycle in cycles)
     first_answers = [o.first_answer_seconds for o in answered if o.first_answer_seconds is not None]
     timed = run.wall_seconds is not None
-    later = [] if run.spec.rule in (VOTE, MAJORITY) else [c for outcome in answered for c in outcome.cycles[1:]]
+    later = [] if run.spec.rule in (VOTE, ADAPTIVE, CGES) else [c for outcome in answered for c in outcome.cycles[1:]]
     later_recomputed = [c.prompt_tokens - c.cached_tokens for c in later if c.cached_tokens is not None]
     return Measurement(
         task=run.task,
@@ -111,8 +110,8 @@ def measure(run: Run) -> Measurement:
     )
 
 
-def confidence_quality(run: Run, source: str) -> ConfidenceQuality | None:
-    """Quality of the confidence from ``source`` in a vote run; None if no answer has one."""
+def confidence_quality(run: Run) -> ConfidenceQuality | None:
+    """Quality of the confidence in a vote run; None if no answer has one."""
     scored = [
         (outcome.index, cycle.confidence, cycle.is_correct)
         for outcome in run.answered
@@ -131,7 +130,6 @@ def confidence_quality(run: Run, source: str) -> ConfidenceQuality | None:
             best[index] = (score, label)
     return ConfidenceQuality(
         task=run.task,
-        source=source,
         samples=run.spec.samples or 1,
         scored_answers=len(scored),
         share_right=sum(labels) / len(labels),

@@ -10,22 +10,24 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rtap_training.evaluation.measurement import Measurement
+from rtap_training.evaluation.comparison import CHOSEN, Row
 from rtap_training.evaluation.plot import STYLES, calibration_svg, trade_off_svg
 from rtap_training.evaluation.results import Results, TaskResults
-from rtap_training.evaluation.rules import CONFIDENCE, GENERATOR, MAJORITY, SINGLE, VOTE
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, SINGLE
 from rtap_training.evaluation.statistics import Interval
 
-Row = dict[str, Any]
+View = dict[str, Any]
+ADAPTIVE_THRESHOLD = 0.95  # the server's default
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """Rows shown at the top of a task; None for rules that were not measured."""
 
-    single: Measurement | None
-    confidence: Measurement | None
-    vote: Measurement | None
+    single: Row | None
+    adaptive: Row | None
+    confidence: Row | None
+    majority: Row | None
 
 
 def to_html(results: Results) -> str:
@@ -47,64 +49,70 @@ def to_html(results: Results) -> str:
     )
 
 
-def task_view(task: TaskResults) -> Row:
+def task_view(task: TaskResults) -> View:
     """Template variables of a task."""
     chosen = choose(task)
-    shown = [m for m in task.measurements if m.n]
-    low = min((m.accuracy.low for m in shown), default=0.0)
-    high = max((m.accuracy.high for m in shown), default=1.0)
-    best = chosen.confidence.spec if chosen.confidence else None
-    quality = {q.source: q for q in task.quality}
+    shown = [row for row in task.rows if row.n]
+    low = min((row.accuracy.low for row in shown), default=0.0)
+    high = max((row.accuracy.high for row in shown), default=1.0)
+    best = chosen.adaptive or chosen.confidence
     return {
         "name": task.task,
-        "n": max((m.n for m in shown), default=0),
+        "n": task.n,
         "headline": headline(chosen),
         "cards": cards(chosen),
         "trade_off": data_uri(trade_off_svg(task)),
         "rows": [
-            {"m": m, "bar": bar(m.accuracy, low, high), "is_best": m.spec == best, "colour": STYLES[m.spec.rule][0]}
-            for m in shown
+            {"r": row, "bar": bar(row.accuracy, low, high), "is_best": row is best, "colour": STYLES[row.rule][0]}
+            for row in shown
         ],
         "failed": [(m.spec.label, text, count) for m in task.measurements for text, count in m.error_messages.items()],
-        "versus": task.versus_vote,
-        "calibration": data_uri(calibration_svg(task)) if task.judgements else None,
-        "judgements": [(j, quality.get(j.source)) for j in task.judgements],
+        "calibration": data_uri(calibration_svg(task.judgement)) if task.judgement else None,
+        "judgement": task.judgement,
+        "quality": task.quality,
     }
 
 
 def choose(task: TaskResults) -> Chosen:
-    """Select the rows to highlight: single cycle, selected (or most accurate) threshold, largest vote."""
-    shown = [m for m in task.measurements if m.n]
-    curve = [m for m in shown if m.spec.rule == CONFIDENCE]
-    named = task.versus_vote[0].threshold if task.versus_vote else None
-    confidence = next((m for m in curve if m.spec.threshold == named), None)
-    votes = [m for m in shown if m.spec.rule == MAJORITY] or [
-        m for m in shown if m.spec.rule == VOTE and m.spec.scored_by == GENERATOR
-    ]
+    """Rows to highlight: single cycle, adaptive vote, chosen (or most accurate) threshold, majority of all samples.
+    Live rows come before replayed ones."""
+    shown = sorted((row for row in task.rows if row.n), key=lambda row: not row.is_live)
+    curve = [row for row in shown if row.rule == CONFIDENCE]
+    votes = [row for row in shown if row.rule in (ADAPTIVE, CGES)]
     return Chosen(
-        single=next((m for m in shown if m.spec.rule == SINGLE), None),
-        confidence=confidence or max(curve, key=lambda m: m.accuracy.value, default=None),
-        vote=max(votes, key=lambda m: m.spec.samples or 0, default=None),
+        single=next((row for row in shown if row.rule == SINGLE), None),
+        adaptive=next((row for row in votes if row.threshold == ADAPTIVE_THRESHOLD), next(iter(votes), None)),
+        confidence=next(
+            (row for row in curve if row.label.endswith(CHOSEN)),
+            max(curve, key=lambda row: row.accuracy.value, default=None),
+        ),
+        majority=next((row for row in shown if row.label == task.majority), None),
     )
 
 
 def headline(chosen: Chosen) -> str:
-    """One-sentence summary; empty if no confidence rule was measured."""
-    m, vote, single = chosen.confidence, chosen.vote, chosen.single
-    if m is None:
+    """One-sentence summary; empty if no rule that stops early was measured."""
+    row, majority, single = chosen.adaptive or chosen.confidence, chosen.majority, chosen.single
+    if row is None:
         return ""
-    cost = f"{m.spec.label} answers {percent(m.accuracy.value)} right with {number(m.policy_tokens.value)} tokens"
-    if vote is None:
+    cost = f"{row.label} answers {percent(row.accuracy.value)} right with {number(row.tokens.value)} tokens"
+    if majority is None:
         return f"{cost} a question."
-    share = percent(m.policy_tokens.value / vote.policy_tokens.value, 0) if vote.policy_tokens.value else "–"
+    share = percent(row.token_ratio.value if row.token_ratio else None, 0)
     once = f"; one pass, {percent(single.accuracy.value)}" if single else ""
-    return f"{cost} a question: {share} of what {vote.spec.label} spends for {percent(vote.accuracy.value)}{once}."
+    return f"{cost} a question: {share} of what {majority.label} spends for {percent(majority.accuracy.value)}{once}."
 
 
-def cards(chosen: Chosen) -> list[Row]:
+def cards(chosen: Chosen) -> list[View]:
     """Cards of the highlighted rows."""
-    names = (("One pass", chosen.single), ("Stopped by confidence", chosen.confidence), ("Majority vote", chosen.vote))
-    return [{"name": name, "m": m, "is_best": name.startswith("Stopped")} for name, m in names if m is not None]
+    names = (
+        ("One pass", chosen.single),
+        ("Adaptive vote", chosen.adaptive),
+        ("Stopped by confidence", chosen.confidence),
+        ("Majority of all samples", chosen.majority),
+    )
+    best = chosen.adaptive or chosen.confidence
+    return [{"name": name, "r": row, "is_best": row is best} for name, row in names if row is not None]
 
 
 def bar(value: Interval, low: float, high: float) -> Mapping[str, float]:
@@ -119,8 +127,8 @@ def facts(setting: Mapping[str, Any]) -> list[tuple[str, str]]:
     load: Mapping[str, Any] = setting.get("load") or {}
     counts: Mapping[str, int] = setting.get("questions") or {}
     versions: Mapping[str, str] = setting.get("versions") or {}
-    servers: Mapping[str, Mapping[str, Any]] = setting.get("servers") or {}
-    models = sorted({str(name) for served in servers.values() for name in served.get("models") or ()})
+    served: Mapping[str, Any] = setting.get("server") or {}
+    models = sorted(map(str, served.get("models") or ()))
     asked = ", ".join(f"{count:,} {task}" for task, count in counts.items())
     known = {
         "Date": str(setting.get("date", ""))[:10],

@@ -13,31 +13,24 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from rtap_training.evaluation.measurement import Measurement
+from rtap_training.evaluation.comparison import CHOSEN, Row
+from rtap_training.evaluation.judgement import Judgement
+from rtap_training.evaluation.replay import TEXT
 from rtap_training.evaluation.results import Results, TaskResults
-from rtap_training.evaluation.rules import (
-    CONFIDENCE,
-    GENERATOR,
-    LOGPROB,
-    MAJORITY,
-    MODEL,
-    OWN_SERVER,
-    SINGLE,
-    VOTE,
-    YESNO,
-)
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, MODEL, SINGLE, VOTE, WEIGHTED
 
 # Okabe–Ito colours, distinguishable by colour-blind readers; markers repeat the distinction in print.
 STYLES: dict[str, tuple[str, str, str]] = {
-    CONFIDENCE: ("#0072B2", "o", "confidence (each threshold)"),
-    LOGPROB: ("#E69F00", "s", "logprob rule (each threshold)"),
-    YESNO: ("#56B4E9", "P", "yes/no question to the model (each threshold)"),
+    CONFIDENCE: ("#0072B2", "o", "confidence"),
+    ADAPTIVE: ("#E69F00", "s", "adaptive vote"),
+    CGES: ("#56B4E9", "P", "adaptive vote, CGES"),
     MAJORITY: ("#CC3311", "^", "majority vote"),
-    VOTE: ("#882255", "v", "vote as the server weighs it"),
+    WEIGHTED: ("#CC79A7", "<", "weighted vote"),
+    VOTE: ("#882255", "v", "vote, live"),
     MODEL: ("#009E73", "D", "the model stops itself"),
     SINGLE: ("#000000", "*", "single cycle"),
 }
-LINED = (CONFIDENCE, *OWN_SERVER, MAJORITY)
+LINED = (CONFIDENCE, ADAPTIVE, CGES, MAJORITY, WEIGHTED)
 
 
 def plot_png(results: Results) -> bytes:
@@ -52,33 +45,32 @@ def trade_off_svg(task: TaskResults) -> bytes:
     return _svg(_trade_off([task]))
 
 
-def calibration_svg(task: TaskResults) -> bytes:
-    """Reliability plot of one task as an SVG file, one curve per kind of confidence."""
+def calibration_svg(judgement: Judgement) -> bytes:
+    """Reliability plot of a confidence as an SVG file."""
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1, label="perfectly calibrated")
-    for judgement in task.judgements:
-        colour, marker, _ = STYLES[CONFIDENCE if judgement.source == GENERATOR else judgement.source]
-        bins = judgement.bins
-        axis.errorbar(
-            [b.confidence for b in bins],
-            [b.right for b in bins],
-            yerr=[[max(b.right - b.low, 0) for b in bins], [max(b.high - b.right, 0) for b in bins]],
-            color=f"{colour}55",
-            ecolor=f"{colour}66",
-            elinewidth=1.0,
-            linewidth=1.2,
-        )
-        axis.scatter(
-            [b.confidence for b in bins],
-            [b.right for b in bins],
-            s=[24 + 900 * b.cycles / judgement.answers for b in bins],
-            color=f"{colour}cc",
-            edgecolors="white",
-            marker=marker,
-            label=f"{judgement.source}, {judgement.answers:,} answers",
-            zorder=4,
-        )
+    colour, marker, _ = STYLES[CONFIDENCE]
+    bins = judgement.bins
+    axis.errorbar(
+        [b.confidence for b in bins],
+        [b.right for b in bins],
+        yerr=[[max(b.right - b.low, 0) for b in bins], [max(b.high - b.right, 0) for b in bins]],
+        color=f"{colour}55",
+        ecolor=f"{colour}66",
+        elinewidth=1.0,
+        linewidth=1.2,
+    )
+    axis.scatter(
+        [b.confidence for b in bins],
+        [b.right for b in bins],
+        s=[24 + 900 * b.cycles / judgement.answers for b in bins],
+        color=f"{colour}cc",
+        edgecolors="white",
+        marker=marker,
+        label=f"{judgement.answers:,} answers",
+        zorder=4,
+    )
     axis.set_xlim(-0.06, 1.06)
     axis.set_ylim(-0.06, 1.06)
     for scale in (axis.xaxis, axis.yaxis):
@@ -125,13 +117,14 @@ def _trade_off(tasks: Sequence[TaskResults]) -> Figure:
 
 
 def _panel(axis: Axes, task: TaskResults) -> None:
-    shown = [m for m in task.measurements if m.n and not (m.spec.rule == VOTE and m.spec.scored_by != GENERATOR)]
+    shown = [row for row in task.rows if row.n and not row.label.endswith((TEXT, CHOSEN))]
     for rule in STYLES:
-        points = sorted((m for m in shown if m.spec.rule == rule), key=lambda m: m.policy_tokens.value)
-        # a vote of one sample equals the single cycle
-        points = [m for m in points if not (m.spec.rule == MAJORITY and m.spec.samples == 1)]
-        if points:
-            _points(axis, rule, points)
+        points = sorted((row for row in shown if row.rule == rule), key=lambda row: row.tokens.value)
+        replayed, live = [row for row in points if not row.is_live], [row for row in points if row.is_live]
+        if replayed:
+            _points(axis, rule, replayed)
+        if live:
+            _points(axis, rule, live, is_filled=bool(not replayed))
     _from_single(axis, shown)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -140,26 +133,26 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     axis.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_xlabel("policy tokens per question (log scale)")
-    n = max((m.n for m in shown), default=0)
-    axis.set_title(f"{task.task}, {n} questions", loc="left", fontweight="bold")
+    axis.set_title(f"{task.task}, {task.n} questions", loc="left", fontweight="bold")
     axis.margins(x=0.08)
     _style_axis(axis)
     _budget_line(axis, task)
 
 
-def _from_single(axis: Axes, shown: Sequence[Measurement]) -> None:
+def _from_single(axis: Axes, shown: Sequence[Row]) -> None:
     """Extend the curve of thresholds to the single cycle, which equals threshold 0."""
-    single = [m for m in shown if m.spec.rule == SINGLE]
-    curve = sorted((m for m in shown if m.spec.rule == CONFIDENCE), key=lambda m: m.policy_tokens.value)
+    single = [row for row in shown if row.rule == SINGLE]
+    curve = sorted((row for row in shown if row.rule == CONFIDENCE), key=lambda row: row.tokens.value)
     ends = [*single[:1], *curve[:1]]
     if len(ends) == 2:
-        xs, ys = [m.policy_tokens.value for m in ends], [m.accuracy.value for m in ends]
+        xs, ys = [row.tokens.value for row in ends], [row.accuracy.value for row in ends]
         axis.plot(xs, ys, color=STYLES[CONFIDENCE][0], linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
 
 
-def _points(axis: Axes, rule: str, points: Sequence[Measurement]) -> None:
+def _points(axis: Axes, rule: str, points: Sequence[Row], *, is_filled: bool = True) -> None:
+    """Points of a rule. Live ones beside replayed ones are hollow."""
     colour, marker, label = STYLES[rule]
-    tokens, accuracies = [m.policy_tokens for m in points], [m.accuracy for m in points]
+    tokens, accuracies = [row.tokens for row in points], [row.accuracy for row in points]
     axis.errorbar(
         [t.value for t in tokens],
         [a.value for a in accuracies],
@@ -171,19 +164,17 @@ def _points(axis: Axes, rule: str, points: Sequence[Measurement]) -> None:
         linewidth=1.6,
         marker=marker,
         markersize=11 if rule == SINGLE else 6,
-        linestyle="-" if rule in LINED else "none",
-        label=label,
+        linestyle="-" if rule in LINED and is_filled else "none",
+        markerfacecolor=colour if is_filled else "white",
+        label=label if is_filled else None,
         zorder=4 if rule in (SINGLE, MODEL) else 3,
     )
-    for i, m in enumerate(
-        points if rule not in OWN_SERVER else ()
-    ):  # their thresholds are quantiles, not worth a label
-        spec = m.spec
-        text = f"{spec.threshold:.2g}" if spec.threshold is not None else f"×{spec.samples}" if spec.samples else ""
+    for i, row in enumerate(points):
+        text = f"{row.threshold:.2g}" if row.threshold is not None else f"×{row.size}" if row.size else ""
         below = rule == VOTE or (rule == CONFIDENCE and i % 2 == 1)  # alternate sides so that labels do not overlap
         axis.annotate(
             text,
-            (m.policy_tokens.value, m.accuracy.value),
+            (row.tokens.value, row.accuracy.value),
             ha="left" if below else "right",
             xytext=(6, -12) if below else (-4, 8),
             textcoords="offset points",
@@ -194,16 +185,14 @@ def _points(axis: Axes, rule: str, points: Sequence[Measurement]) -> None:
 
 def _budget_line(axis: Axes, task: TaskResults) -> None:
     """Draw the accuracy of the largest majority and the token budget of the threshold."""
-    votes = [m for m in task.measurements if m.spec.rule == MAJORITY and m.n]
-    if not votes or not task.versus_vote:
+    largest = next((row for row in task.rows if row.label == task.majority), None)
+    if largest is None:
         return
-    largest = max(votes, key=lambda m: m.spec.samples or 0)
-    budget = task.versus_vote[0].budget
     axis.axhline(largest.accuracy.value, color=STYLES[MAJORITY][0], linewidth=0.9, linestyle=":", zorder=1)
-    position = budget * largest.policy_tokens.value
+    position = task.budget * largest.tokens.value
     axis.axvline(position, color="#777777", linewidth=0.9, linestyle="--", zorder=1)
     axis.annotate(
-        f"{budget:.0%} of ×{largest.spec.samples}'s tokens",
+        f"{task.budget:.0%} of ×{largest.size}'s tokens",
         (position, 0.01),
         xycoords=("data", "axes fraction"),
         xytext=(3, 2),

@@ -5,46 +5,42 @@ A run is one stopping rule on the questions of one task. Runs are stored in full
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rtap_core.answers import answer_key
-from rtap_training.evaluation.rules import CONFIDENCE, GENERATOR, LOGPROB, MAJORITY, OWN_SERVER, SINGLE, VOTE
-from rtap_training.evaluation.statistics import majority
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, SINGLE, VOTE
 
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
     """One stopping rule.
 
-    rule: one of RULES, or MAJORITY. Rules of OWN_SERVER are policy ``confidence`` on a server with that kind of
-    confidence. scored_by: server of the run, GENERATOR or one of OWN_SERVER.
+    rule: one of RULES, or a rule of replays. threshold: of CONFIDENCE, and of an adaptive vote. samples: of a vote, at
+    most.
     """
 
     rule: str
     threshold: float | None = None
     samples: int | None = None
-    scored_by: str = GENERATOR
 
     @property
     def label(self) -> str:
         """Short name for tables, e.g. ``confidence@0.5`` or ``vote x8``."""
-        if self.threshold is not None:
-            return f"{self.rule}@{self.threshold:.4g}"
-        name = f"{self.rule} x{self.samples}" if self.samples is not None else self.rule
-        return {GENERATOR: name, LOGPROB: f"{name} plain"}.get(self.scored_by, f"{name} {self.scored_by}")
+        name = self.rule if self.threshold is None else f"{self.rule}@{self.threshold:.4g}"
+        return name if self.samples is None else f"{name} x{self.samples}"
 
     def request(self, *, max_cycles: int | None) -> dict[str, Any]:
         """The ``rtap`` request field of this rule."""
-        field: dict[str, Any] = {"policy": CONFIDENCE if self.rule in OWN_SERVER else self.rule}
-        threshold = 1.0 if self.rule == VOTE else self.threshold  # a vote here is the plain majority of all samples
+        is_vote = self.rule in (VOTE, ADAPTIVE, CGES)
+        field: dict[str, Any] = {"policy": VOTE if is_vote else self.rule}
+        threshold = 1.0 if self.rule == VOTE else self.threshold  # VOTE draws all samples
         if threshold is not None:
             field["threshold"] = threshold
         if self.samples is not None:
             field["samples"] = self.samples
-        if max_cycles is not None and self.rule not in (SINGLE, VOTE):
+        if max_cycles is not None and self.rule != SINGLE and not is_vote:
             field["max_cycles"] = max_cycles
         return field
 
@@ -53,8 +49,10 @@ class RunSpec:
 class CycleRecord:
     """One cycle or vote sample.
 
-    answer, confidence: None if the cycle has none. cached_tokens: None if the server does not report it. seconds:
-    including confidence_seconds of scoring.
+    answer: extracted from ``text``, the whole text after the thought; None if the cycle was cut before its end.
+    confidence: None if the cycle was not scored. cached_tokens: None if the server does not report it.
+    seconds: including confidence_seconds of scoring. logprobs: features of the log-probabilities, where
+    the server's confidence is made of them.
     """
 
     answer: str | None
@@ -66,6 +64,9 @@ class CycleRecord:
     cached_tokens: int | None
     seconds: float = 0.0
     confidence_seconds: float = 0.0
+    think: str | None = None
+    text: str | None = None
+    logprobs: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,57 +89,68 @@ class Outcome:
     degraded: str | None = None
     cycles: tuple[CycleRecord, ...] = ()
 
-    def majority_of(self, samples: int) -> "Outcome":
-        """Plain majority over the first ``samples`` samples of this vote: exact tokens, unknown time."""
-        cycles = self.cycles[:samples]
-        keys = [None if cycle.answer is None else answer_key(cycle.answer) for cycle in cycles]
-        winner = majority(keys)
-        standing = None if winner is None else cycles[keys.index(winner)]
-        return replace(
-            self,
-            answer=standing and standing.answer,
-            is_correct=standing is not None and standing.is_correct,
-            policy_tokens=sum(cycle.tokens for cycle in cycles),
-            generator_tokens=0,  # a plain majority needs no generator
-            seconds=0.0,
-            first_answer_seconds=None,
-            cycles=cycles,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One rule on one task. wall_seconds: from the first request to the last answer; None for a run derived from
-    another run's samples."""
+    """One rule on one task.
+
+    wall_seconds: from the first request to the last answer, over all rounds; None if unknown (kept samples, or a round
+    that was interrupted). round_seconds: of each round.
+    """
 
     task: str
     spec: RunSpec
     outcomes: tuple[Outcome, ...]
     wall_seconds: float | None
+    round_seconds: tuple[float | None, ...] = ()
 
     @property
     def answered(self) -> list[Outcome]:
         """Outcomes without the failed requests."""
         return [outcome for outcome in self.outcomes if outcome.error is None]
 
-    def majority_of(self, samples: int) -> "Run":
-        """The plain majority vote over the first ``samples`` samples of this vote run."""
-        outcomes = tuple(o.majority_of(samples) if o.error is None else o for o in self.outcomes)
-        return Run(self.task, replace(self.spec, rule=MAJORITY, samples=samples), outcomes, wall_seconds=None)
 
-    def save(self, path: Path) -> None:
-        """Write as JSON, atomically."""
-        write_atomically(path, json.dumps(asdict(self)))
+class RunFile:
+    """A run on disk, one JSON line an answered question and one a finished round. A killed run goes on after the last
+    whole line."""
 
-    @staticmethod
-    def load(path: Path) -> "Run":
-        """Read what ``save`` wrote."""
-        stored: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        outcomes = (
-            replace(Outcome(**outcome), cycles=tuple(CycleRecord(**cycle) for cycle in outcome["cycles"]))
-            for outcome in stored["outcomes"]
-        )
-        return Run(stored["task"], RunSpec(**stored["spec"]), tuple(outcomes), stored["wall_seconds"])
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        """Read what an earlier session stored; without ``resume``, drop it."""
+        self._path = path
+        self.outcomes: dict[int, Outcome] = {}
+        self.round_seconds: dict[int, float] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for line in whole_lines(path) if resume else ():
+            row: dict[str, Any] = json.loads(line)
+            if "round" in row:
+                self.round_seconds[row["round"]] = row["seconds"]
+            else:
+                cycles = tuple(CycleRecord(**cycle) for cycle in row["cycles"])
+                self.outcomes[row["index"]] = replace(Outcome(**row), cycles=cycles)
+        kept = [asdict(outcome) for outcome in self.outcomes.values()]
+        rounds = [{"round": number, "seconds": seconds} for number, seconds in self.round_seconds.items()]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in [*kept, *rounds]))
+
+    def add(self, outcome: Outcome) -> None:
+        """Store an outcome; a failed one is forgotten, so that it is asked again."""
+        if outcome.error is None:
+            self.outcomes[outcome.index] = outcome
+            self._append(asdict(outcome))
+
+    def end_round(self, number: int, seconds: float) -> None:
+        """Store the duration of a round whose questions were all asked in one go."""
+        self.round_seconds[number] = seconds
+        self._append({"round": number, "seconds": seconds})
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def whole_lines(path: Path) -> Iterator[str]:
+    """Lines of a file that may not exist, without a last one that was cut while it was written."""
+    text = path.read_text("utf-8") if path.exists() else ""
+    return iter(text.split("\n")[:-1])
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -2,33 +2,44 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from rtap_training.evaluation.comparison import (
-    EqualTokens,
-    VoteComparison,
-    VoteSeconds,
-    compare_with_logprob,
-    compare_with_vote,
-)
+from rtap_training.evaluation.comparison import Reference, Row, choose_threshold, row_of
 from rtap_training.evaluation.judgement import Judgement, judge
 from rtap_training.evaluation.measurement import ConfidenceQuality, Measurement, confidence_quality, measure
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import Run
-from rtap_training.evaluation.rules import CONFIDENCE, GENERATOR, LOGPROB, OWN_SERVER, SINGLE, VOTE
+from rtap_training.evaluation.replay import TEXT, Figures, figures_of, replay
+from rtap_training.evaluation.rules import ADAPTIVE, CONFIDENCE, MAJORITY, SINGLE, VOTE
+from rtap_training.evaluation.statistics import Interval, paired_ratio
+
+
+@dataclass(frozen=True, slots=True)
+class RuleParameters:
+    """Parameters of the rules. samples: sizes of votes; only the largest is drawn. vote_thresholds: of adaptive votes,
+    the live one first. thresholds: of the confidence rule. budget: share of the majority's tokens that the chosen
+    threshold may spend."""
+
+    samples: tuple[int, ...]
+    vote_thresholds: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    budget: float
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResults:
-    """All metrics of one task."""
+    """All metrics of one task. rows: every rule, live and replayed. measurements: costs of the live runs.
+    majority: label of the row that the others are compared with."""
 
     task: str
+    n: int
+    rows: tuple[Row, ...]
     measurements: tuple[Measurement, ...]
-    quality: tuple[ConfidenceQuality, ...]
-    versus_vote: tuple[VoteComparison, ...]
-    versus_logprob: tuple[EqualTokens, ...]
-    judgements: tuple[Judgement, ...]
+    quality: ConfidenceQuality | None
+    judgement: Judgement | None
+    majority: str | None
+    budget: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +52,7 @@ class Results:
     @property
     def errors(self) -> int:
         """Number of failed requests over all runs."""
-        return sum(m.errors for task in self.tasks for m in task.measurements if m.wall_seconds is not None)
+        return sum(m.errors for task in self.tasks for m in task.measurements)
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; NaN and infinity become null."""
@@ -49,59 +60,58 @@ class Results:
 
 
 def task_results(
-    task: str, runs: Sequence[Run], questions: Sequence[Question], samples: Sequence[int], *, budget: float
+    task: str, runs: Sequence[Run], questions: Sequence[Question], parameters: RuleParameters, *, is_kept: bool = False
 ) -> TaskResults:
-    """Compute the metrics of one task from its runs. budget: see ``compare_with_vote``."""
-    votes = {run.spec.scored_by: run for run in runs if run.spec.rule == VOTE}
-    vote, plain_vote = votes.get(GENERATOR), votes.get(LOGPROB)
-    sampled = next((votes[kind] for kind in (GENERATOR, *OWN_SERVER) if kind in votes), None)
-    majorities = [_own_majority(sampled, size) for size in sorted(samples)] if sampled else []
-    curve = _thresholds(runs, CONFIDENCE)
-
-    def selects(index: int) -> bool:
-        return questions[index].is_for_selection
-
-    opponents = [*majorities[-1:], *([vote] if vote else [])] if curve else []
-    seconds = VoteSeconds(vote.wall_seconds if vote else None, plain_vote.wall_seconds if plain_vote else None)
-    versus_vote = [compare_with_vote(curve, other, selects, budget=budget, seconds=seconds) for other in opponents]
-    full_curve = [*(run for run in runs if run.spec.rule == SINGLE), *curve]
-    quality = [confidence_quality(run, source) for source, run in votes.items()]
+    """Compute the metrics of one task from its runs. is_kept: they are kept samples, not answers of this evaluation."""
+    vote = next((run for run in runs if run.spec.rule == VOTE), None)
+    replayed = (
+        []
+        if vote is None
+        else replay(
+            vote,
+            questions,
+            sizes=parameters.samples,
+            vote_thresholds=parameters.vote_thresholds,
+            thresholds=parameters.thresholds,
+        )
+    )
+    reference = _reference(replayed)
+    live = [] if is_kept else [(figures_of(run), _wall_ratio(run, vote)) for run in runs]
+    rows = [row_of(figures, reference, is_live=True, wall_ratio=ratio) for figures, ratio in live]
+    rows += [row_of(figures, reference, is_live=False) for figures in replayed]
+    curves = [figures for figures, _ in live if figures.spec.rule == CONFIDENCE]
+    curve = curves or [figures for figures in replayed if figures.spec.rule == CONFIDENCE]
+    selecting = [index for index, question in enumerate(questions) if question.is_for_selection]
+    chosen = choose_threshold(curve, reference and reference.majority, selecting, budget=parameters.budget)
+    if chosen is not None:
+        rows.append(row_of(chosen, reference, is_live=bool(curves)))
+    judged = vote or next((run for run in reversed(runs) if run.spec.rule == CONFIDENCE), None)
     return TaskResults(
         task=task,
-        measurements=tuple(measure(run) for run in [*runs, *majorities]),
-        quality=tuple(q for q in quality if q is not None),
-        versus_vote=tuple(c for c in versus_vote if c is not None),
-        versus_logprob=compare_with_logprob(
-            full_curve,
-            _thresholds(runs, LOGPROB),
-            majorities[-1] if majorities else None,
-            selects,
-            budget=budget,
-        ),
-        judgements=_judgements(runs, votes, questions),
+        n=len(questions),
+        rows=tuple(rows),
+        measurements=() if is_kept else tuple(map(measure, runs)),
+        quality=None if vote is None else confidence_quality(vote),
+        judgement=None if judged is None else judge(judged, questions),
+        majority=None if reference is None else reference.majority.label,
+        budget=parameters.budget,
     )
 
 
-def _judgements(runs: Sequence[Run], votes: Mapping[str, Run], questions: Sequence[Question]) -> tuple[Judgement, ...]:
-    """Judgements of every vote; without a generator vote, of the confidence rule at its highest threshold."""
-    sources = dict(votes)
-    curve = _thresholds(runs, CONFIDENCE)
-    if GENERATOR not in sources and curve:
-        sources[GENERATOR] = curve[-1]
-    found = (judge(run, source, questions) for source, run in sources.items())
-    return tuple(judgement for judgement in found if judgement is not None)
+def _reference(replayed: Sequence[Figures]) -> Reference | None:
+    compared = [figures for figures in replayed if figures.note != TEXT]
+    majorities = [figures for figures in compared if figures.spec.rule == MAJORITY]
+    curve = [figures for figures in compared if figures.spec.rule in (SINGLE, ADAPTIVE)]
+    return Reference(majorities[-1], curve) if majorities else None
 
 
-def _own_majority(vote: Run, size: int) -> Run:
-    majority = vote.majority_of(size)
-    return replace(
-        majority, spec=replace(majority.spec, scored_by=GENERATOR)
-    )  # samples do not depend on who scores them
-
-
-def _thresholds(runs: Sequence[Run], rule: str) -> list[Run]:
-    """Runs of a thresholded rule, lowest threshold first."""
-    return sorted((run for run in runs if run.spec.rule == rule), key=lambda run: run.spec.threshold or 0.0)
+def _wall_ratio(run: Run, vote: Run | None) -> Interval | None:
+    """Seconds over those of the vote, of the rounds that both went through without interruption."""
+    if vote is None:
+        return None
+    rounds = [pair for pair in zip(run.round_seconds, vote.round_seconds, strict=False) if None not in pair]
+    pairs = cast(list[tuple[float, float]], rounds)
+    return paired_ratio([own for own, _ in pairs], [other for _, other in pairs]) if pairs else None
 
 
 def _jsonable(value: object) -> object:

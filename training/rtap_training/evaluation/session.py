@@ -11,55 +11,74 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rtap_core.errors import ConfigError
-from rtap_training.evaluation.client import Checker, Load, RtapServer
+from rtap_training.evaluation.client import Load, RtapServer
 from rtap_training.evaluation.measurement import measure
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import Outcome, Run, RunSpec
+from rtap_training.evaluation.records import Outcome, Run, RunFile, RunSpec
 from rtap_training.evaluation.rules import SINGLE
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Settings shared by all runs. resume: reuse a stored run with the same questions and settings."""
+    """Settings shared by all runs. resume: reuse stored answers to the same questions under the same settings."""
 
     questions: Mapping[str, Sequence[Question]]
     load: Load
-    check: Checker
+    rounds: int
     directory: Path
     resume: bool
     console: Console
 
     async def run_all(self, server: RtapServer, task: str, specs: Sequence[RunSpec]) -> list[Run]:
-        """Run every rule on one task, one after the other so that wall-clock times are comparable."""
-        return [await self._run(server, task, spec) for spec in specs]
+        """Run every rule on one task. Rules take turns, round by round and every other time in reverse order, so that
+        their wall-clock times are comparable."""
+        count, files = len(self.questions[task]), dict[RunSpec, RunFile]()
+        failed: dict[RunSpec, dict[int, Outcome]] = {spec: {} for spec in specs}
+        for spec in specs:
+            files[spec] = RunFile(self._path(server, task, spec), resume=self.resume)
+        rounds = min(self.rounds, count)
+        for number in range(rounds):
+            part = range(count * number // rounds, count * (number + 1) // rounds)
+            for spec in specs if number % 2 == 0 else reversed(specs):
+                run = await self._run_part(
+                    server, task, spec, [i for i in part if i not in files[spec].outcomes], files
+                )
+                failed[spec] |= {outcome.index: outcome for outcome in run.outcomes if outcome.error is not None}
+                if len(run.answered) == len(part) and run.wall_seconds is not None:
+                    files[spec].end_round(number, run.wall_seconds)
+        return [self._finished(task, spec, files[spec], failed[spec], rounds) for spec in specs]
 
     async def warm_up(self, server: RtapServer) -> None:
         """Send a few unmeasured requests. Raises ConfigError if the server answers none of them."""
         task, questions = next(iter(self.questions.items()))
         few = questions[: 2 * self.load.concurrency]
-        run = await server.run(task, few, RunSpec(SINGLE), self.load, self.check, on_outcome=lambda _: None)
+        run = await server.run(task, few, RunSpec(SINGLE), self.load, on_outcome=lambda _: None)
         if not run.answered:
             raise ConfigError(f"the server answered none of the first {len(few)} questions: {run.outcomes[0].error}")
 
-    async def _run(self, server: RtapServer, task: str, spec: RunSpec) -> Run:
-        path = self._path(server, task, spec)
-        if self.resume and path.exists():
-            run = Run.load(path)
-            self.console.print(f"{task} · {spec.label}: taken from {path}")
-            return run
-        questions = self.questions[task]
+    async def _run_part(
+        self, server: RtapServer, task: str, spec: RunSpec, only: Sequence[int], files: Mapping[RunSpec, RunFile]
+    ) -> Run:
+        if not only:
+            return Run(task, spec, (), None)
         with self._progress() as progress:
-            bar = progress.add_task(f"{task} · {spec.label}", total=len(questions), note="")
+            bar = progress.add_task(f"{task} · {spec.label}", total=len(only), note="")
             seen: list[Outcome] = []
 
             def advance(outcome: Outcome) -> None:
                 seen.append(outcome)
+                files[spec].add(outcome)
                 progress.update(bar, advance=1, note=_note(seen))
 
-            run = await server.run(task, questions, spec, self.load, self.check, on_outcome=advance)
+            return await server.run(task, self.questions[task], spec, self.load, on_outcome=advance, only=only)
+
+    def _finished(self, task: str, spec: RunSpec, file: RunFile, failed: Mapping[int, Outcome], rounds: int) -> Run:
+        seconds = tuple(file.round_seconds.get(number) for number in range(rounds))
+        known = [one for one in seconds if one is not None]
+        outcomes = sorted({**failed, **file.outcomes}.values(), key=lambda outcome: outcome.index)
+        wall_seconds = sum(known) if len(known) == len(seconds) else None
+        run = Run(task, spec, tuple(outcomes), wall_seconds, seconds)
         self._report(run)
-        if len(run.answered) == len(run.outcomes):  # --resume repeats a run with failed requests
-            run.save(path)
         return run
 
     def _progress(self) -> Progress:
@@ -77,9 +96,10 @@ class Session:
         """Print one line for a finished run, and one with its first error."""
         figures = measure(run)
         accuracy = figures.accuracy
+        seconds = "" if run.wall_seconds is None else f", {run.wall_seconds:.1f} s"
         self.console.print(
             f"{run.task} · {run.spec.label}: {accuracy.value:.3f} right [{accuracy.low:.3f}, {accuracy.high:.3f}], "
-            f"{figures.policy_tokens.value:.1f} tokens a question, {run.wall_seconds or 0.0:.1f} s",
+            f"{figures.policy_tokens.value:.1f} tokens a question{seconds}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -92,14 +112,15 @@ class Session:
     def _path(self, server: RtapServer, task: str, spec: RunSpec) -> Path:
         """File of this run; its name depends on everything that changes the outcome."""
         what = {
-            "questions": [question.text for question in self.questions[task]],
+            "questions": [question.prompt for question in self.questions[task]],
             "load": asdict(self.load),
+            "rounds": self.rounds,
             "server": [server.model, server.config],
             "spec": asdict(spec),
         }
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{task} {spec.label}").strip("-")
-        return self.directory / "runs" / f"{slug}-{digest}.json"
+        return self.directory / "runs" / f"{slug}-{digest}.jsonl"
 
 
 def _note(outcomes: Sequence[Outcome]) -> str:

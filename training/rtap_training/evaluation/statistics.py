@@ -152,6 +152,17 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: 
     return Interval(float(differences.mean()), low, high)
 
 
+def paired_ratio(first: Sequence[float] | Floats, second: Sequence[float] | Floats, *, seed: int = 0) -> Interval:
+    """Sum of first over sum of second, of the same questions or rounds, interval by paired bootstrap; a single pair has
+    none."""
+    above, below = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    value = float(above.sum() / below.sum()) if below.sum() else math.nan
+    if len(above) < 2 or not below.all():
+        return Interval(value, math.nan, math.nan)
+    weights = bootstrap_weights(len(above), seed=seed)
+    return Interval(value, *_percentiles((weights @ above) / (weights @ below)))
+
+
 def equal_cost_difference(
     curve_cost: Floats, curve_gain: Floats, cost: Sequence[float], gain: Sequence[float], *, seed: int = 0
 ) -> Interval | None:

@@ -205,7 +205,7 @@ def _save(
         generator = trainer.components.generator.model
         # These were fitted to the old policy; `rtap train confidence` fits them again.
         block = cast(dict[str, Any], getattr(generator.config, "rtap", None) or {})
-        for name in ("fusion", "threshold", "calibration"):
+        for name in ("logistic", "fusion", "threshold", "calibration"):
             block.pop(name, None)
         write_model(output, generator, generator.state_dict(), loaded.tokenizer, record)
 

@@ -6,28 +6,19 @@ everything looks like a policy that is always wrong.
 """
 
 import atexit
-import json
 import logging
-import os
 import re
-import select
-import subprocess
-import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Lock
-from time import monotonic
-from typing import Any, cast
+from typing import cast
 
-from rtap_core.errors import ConfigError
 from rtap_training.tasks.base import normalised
+from rtap_training.tasks.worker import Worker
 
 LIMIT_SECONDS = 5.0
 MAX_LENGTH = 500
-_START_SECONDS = 120.0  # importing sympy takes half a second, much longer on a busy machine
 _CACHE_SIZE = 65_536
-_WORKER = Path(__file__).with_name("equivalence_worker.py")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}")
 _NAME = re.compile(r"\\?[a-z]+")
 # Mathematical names that may be written with or without a backslash; not words of an answer.
@@ -93,10 +84,8 @@ class Comparer:
 
     def __init__(self, limit_seconds: float = LIMIT_SECONDS, command: tuple[str, ...] | None = None) -> None:
         self._limit = limit_seconds
-        self._command = command or (sys.executable, "-P", str(_WORKER))
+        self._worker = Worker(command)
         self._lock = Lock()
-        self._worker: subprocess.Popen[bytes] | None = None
-        self._owner = 0
         self._cache: OrderedDict[tuple[str, str], bool] = OrderedDict()
         self._counts = Counts()
 
@@ -123,23 +112,17 @@ class Comparer:
 
     def close(self) -> None:
         """Stop the worker; the next comparison starts a new one."""
-        worker, self._worker = self._worker, None
-        if worker is not None and self._owner == os.getpid():
-            worker.kill()
-            worker.communicate()
+        self._worker.close()
 
     def _compare(self, answer: str, reference: str) -> bool:
         self._count("compared")
-        request = {"answer": answer, "reference": reference, "seconds": self._limit}
         try:
-            reply = self._ask(json.dumps(request))
+            reply = self._worker.ask({"answer": answer, "reference": reference}, self._limit)
         except TimeoutError:
             self._count("timeouts", f"{answer!r} against {reference!r} took over {self._limit:g} s")
-            self.close()
             return False
         except OSError:
             self._count("failures", f"{answer!r} against {reference!r} crashed the worker")
-            self.close()
             return False
         if reply["error"]:
             self._count("failures", f"{answer!r} against {reference!r}: {reply['error']}")
@@ -157,43 +140,6 @@ class Comparer:
         self._counts = replace(self._counts, **{name: so_far + 1})
         if warning is not None and so_far == 0:
             logger.warning("comparing answers: %s; counted as wrong, further cases are only counted", warning)
-
-    def _ask(self, request: str) -> dict[str, Any]:
-        worker = self._running()
-        assert worker.stdin is not None
-        worker.stdin.write(request.encode() + b"\n")
-        worker.stdin.flush()
-        return json.loads(_read_line(worker, self._limit))
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        """The worker of this process, started if needed (a forked process must not share pipes)."""
-        if self._worker is None or self._owner != os.getpid():
-            pipe = subprocess.PIPE
-            self._worker = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-            self._owner = os.getpid()
-            try:
-                _read_line(self._worker, _START_SECONDS)
-            except OSError as error:
-                self.close()
-                raise ConfigError(
-                    "math-verify, which compares answers, does not start; "
-                    "run `python -c 'import math_verify'`, and install rtap[train] if it is missing"
-                ) from error
-        return self._worker
-
-
-def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """Read one line. Raises TimeoutError after ``seconds``, BrokenPipeError if the worker has exited."""
-    assert worker.stdout is not None
-    deadline, line = monotonic() + seconds, b""
-    while not line.endswith(b"\n"):
-        if not select.select([worker.stdout], [], [], max(0.0, deadline - monotonic()))[0]:
-            raise TimeoutError
-        chunk = os.read(worker.stdout.fileno(), 65_536)
-        if not chunk:
-            raise BrokenPipeError
-        line += chunk
-    return line
 
 
 _comparer = Comparer()

@@ -1,4 +1,4 @@
-"""Worker process for math-verify: one JSON request and one JSON reply per line. Run as a script.
+"""Worker process for math-verify and reasoning-gym: one JSON request and one JSON reply per line. Run as a script.
 
 It imports nothing of this project, so that it starts fast. It exits when stdin closes; an alarm ends a comparison that
 runs too long.
@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+from functools import cache
 from typing import Any, cast
 
 import math_verify  # pyright: ignore  # the package has no types
@@ -36,6 +37,28 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
         signal.alarm(0)
 
 
+def score(request: dict[str, Any]) -> dict[str, Any]:
+    """Score of an answer by its reasoning-gym dataset; without an answer, 0 once the dataset is ready."""
+    name, options = request["dataset"], request["options"]
+    signal.alarm(math.ceil(request["seconds"]) + 1)
+    try:
+        dataset = _dataset(name, json.dumps(options))
+        if "answer" not in request:
+            return {"score": 0.0, "error": ""}
+        return {"score": float(dataset.score_answer(request["answer"], dataset[request["index"]])), "error": ""}
+    except Exception as error:  # a verifier may raise anything on hostile text
+        return {"score": 0.0, "error": f"{type(error).__name__}: {error}"[:200]}
+    finally:
+        signal.alarm(0)
+
+
+@cache
+def _dataset(name: str, options: str) -> Any:
+    import reasoning_gym  # pyright: ignore  # optional, and needed for its own questions only
+
+    return cast(Any, reasoning_gym).create_dataset(name, **json.loads(options))
+
+
 def main() -> None:
     """Serve until stdin closes. Replies go to the real stdout; prints of libraries go to stderr."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -43,7 +66,9 @@ def main() -> None:
     os.dup2(2, 1)
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        print(json.dumps(compare(json.loads(line))), file=replies, flush=True)
+        request = json.loads(line)
+        reply = score(request) if "dataset" in request else compare(request)
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from rtap_core.errors import ConfidenceError
 from rtap_core.types import Judged
 
 Result = TypeVar("Result")
-LOGPROB_FLOOR = -30.0  # the engine reports -inf for tokens that sampling masked
 
 
 async def within_timeout(work: Awaitable[Result], timeout_seconds: float, late: str, failed: str) -> Result:

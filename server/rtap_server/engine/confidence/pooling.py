@@ -1,17 +1,14 @@
-"""Confidence from a pooling engine of this server, alone or fused with the policy's log-probabilities."""
+"""Confidence from a pooling engine of this server."""
 
 import itertools
 from contextlib import aclosing
 from typing import Any, cast
 
-from vllm.engine.protocol import EngineClient
 from vllm.pooling_params import PoolingParams
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from rtap_core.artifact import Fusion
 from rtap_core.errors import ConfidenceError
-from rtap_core.types import Confidence, Judged, Score
-from rtap_server.engine.confidence import LOGPROB_FLOOR, CircuitBreaker, refuse_images, within_timeout
+from rtap_core.types import Judged, Score
+from rtap_server.engine.confidence import CircuitBreaker, refuse_images, within_timeout
 from rtap_server.engine.request_state import salted_prompt
 from rtap_server.engine.supervisor import SupervisedEngine
 
@@ -55,42 +52,3 @@ class PoolingConfidence:
                 if result.finished:
                     return float(result.outputs.data[-1])  # one label: P(right); two labels: P(wrong), P(right)
         raise ConfidenceError("the generator ended without a score")
-
-
-class FusedConfidence:
-    """A generator's score fused with the policy's log-probabilities of the sampled tokens (``rtap_core.artifact``).
-
-    They come with the cycle. For an answer from elsewhere the policy computes them.
-    """
-
-    def __init__(self, generator: Confidence, fusion: Fusion, policy: EngineClient, timeout_seconds: float) -> None:
-        self._generator, self._fusion, self._policy = generator, fusion, policy
-        self._timeout_seconds = timeout_seconds
-        self._numbers = itertools.count()
-
-    async def score(self, judged: Judged) -> Score:
-        """One forward pass of the generator, and one of the policy for an answer from elsewhere."""
-        score = await self._generator.score(judged)
-        sampled, tokens = [entry[token_id].logprob for token_id, entry in judged.logprobs], score.tokens
-        if not sampled:
-            late, failed = (
-                "the policy timed out on its log-probabilities",
-                "the policy failed to compute log-probabilities",
-            )
-            sampled = await within_timeout(self._logprobs(judged), self._timeout_seconds, late, failed)
-            tokens += len(judged.context_token_ids) + len(judged.cycle_token_ids)
-        logprobs = [max(value, LOGPROB_FLOOR) for value in sampled]
-        return Score(self._fusion.confidence(score.confidence, logprobs), tokens)
-
-    async def _logprobs(self, judged: Judged) -> list[float]:
-        token_ids = [*judged.context_token_ids, *judged.cycle_token_ids]
-        params = SamplingParams(
-            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-        )
-        prompt = salted_prompt({"type": "token", "prompt_token_ids": token_ids})
-        outputs = self._policy.generate(cast(Any, prompt), params, f"read-{next(self._numbers)}")
-        async with aclosing(outputs):
-            async for output in outputs:
-                entries = cast(list[Any], output.prompt_logprobs)[len(judged.context_token_ids) :]
-                return [e[i].logprob for i, e in zip(judged.cycle_token_ids, entries, strict=True)]
-        raise ConfidenceError("the policy returned no log-probabilities")

@@ -10,8 +10,9 @@ from vllm.engine.protocol import EngineClient
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from rtap_core.errors import ConfidenceError, ConfigError
+from rtap_core.features import LOGPROB_FLOOR
 from rtap_core.types import Judged, Score
-from rtap_server.engine.confidence import LOGPROB_FLOOR, within_timeout
+from rtap_server.engine.confidence import within_timeout
 from rtap_server.engine.output_writer import GenerateCall
 from rtap_server.engine.request_state import salted_prompt
 

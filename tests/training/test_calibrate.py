@@ -1,0 +1,210 @@
+"""``rtap calibrate``: what it fits from samples, its file, its sentences for wrong input, and sampling of a server."""
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rtap_core.artifact import Logistic, read_artifact_file
+from rtap_core.features import LogprobFeatures
+from rtap_training import calibrate
+from rtap_training.calibrate import Sample, Served, fit, main
+from rtap_training.evaluation import client
+from rtap_training.evaluation.records import CycleRecord, Outcome, Run
+
+TRUTH = Logistic(bias=1.0, logprob_mean=2.0, logprob_answer=3.0)
+
+
+def features(rng: np.random.Generator) -> LogprobFeatures:
+    mean, answer = -rng.exponential(0.3), -rng.exponential(0.5)
+    return LogprobFeatures(mean, mean * 9, mean * 4, answer, int(rng.integers(20, 200)))
+
+
+def rows(questions: int = 60, samples: int = 8, seed: int = 0) -> list[dict[str, Any]]:
+    """Samples whose correctness follows TRUTH, with a confidence that is too high by a logit of 2."""
+    rng = np.random.default_rng(seed)
+    found = list[dict[str, Any]]()
+    for question in range(questions):
+        for number in range(samples):
+            known = features(rng)
+            share = TRUTH.confidence(None, known)
+            found.append({
+                "question": f"q{question}", "reference": "1", "sample": number, "answer": "1", "text": "1", "tokens": 9,
+                "is_correct": bool(rng.random() < share), "logprobs": known.shown(),
+                "confidence": Logistic(bias=2.0, generator=1.0).confidence(share, None),
+            })  # fmt: skip
+    return found
+
+
+def samples(**without: None) -> list[Sample]:
+    return [
+        Sample(row["question"], row["is_correct"], row["confidence"], row["logprobs"])
+        for row in [one | without for one in rows()]
+    ]
+
+
+def written(path: Path, content: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+def test_log_probability_features_become_probabilities() -> None:
+    block, report = fit(Served("logprob", samples()))
+    logistic = Logistic(**block["logistic"])
+    rng = np.random.default_rng(9)
+    unseen = [features(rng) for _ in range(500)]
+    gaps = [abs(logistic.confidence(None, one) - TRUTH.confidence(None, one)) for one in unseen]
+    assert np.mean(gaps) < 0.06
+    judged = block["calibration"]["held_out"]
+    assert judged["within_auroc"] > 0.7
+    assert judged["ece"] < 0.08
+    low, high = judged["intervals"]["within_auroc"]
+    assert low < judged["within_auroc"] < high
+    assert 0.2 < block["threshold"] < 0.8
+    assert sum(block["calibration"]["reference"]) == pytest.approx(1, abs=1e-3)
+    assert "480 samples of 60 questions" in report
+    assert "logprob_answer" in report
+
+
+@pytest.mark.parametrize("served", [None, {"bias": 0.5, "generator": 2.0, "logprob_mean": 0.1}])
+def test_other_kinds_get_a_platt_calibration_after_the_servers_own(served: dict[str, float] | None) -> None:
+    block, report = fit(Served("yesno", samples(logprobs=None), served))
+    logistic = Logistic(**block["logistic"])
+    first = Logistic(bias=0.0, generator=1.0) if served is None else Logistic(**served)
+    assert logistic.generator / first.generator == pytest.approx(1.0, abs=0.15)  # the slope
+    assert logistic.bias - first.bias == pytest.approx(-2.0, abs=0.3)  # the offset
+    assert logistic.logprob_mean == pytest.approx(first.logprob_mean * logistic.generator / first.generator, abs=1e-3)
+    assert block["source"] == "yesno"
+    before, after = (float(line[50:56]) for line in report.splitlines()[2:4])
+    assert after < 0.08 < 0.2 < before
+
+
+def test_the_file_is_the_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, output = written(tmp_path / "samples.jsonl", rows()), tmp_path / "confidence.json"
+    assert main(["--from-samples", str(kept), "--output", str(output)]) == 0
+    artifact = read_artifact_file(output)
+    assert artifact.is_calibrated
+    assert (artifact.source, artifact.logistic is not None and artifact.logistic.reads_logprobs) == ("logprob", True)
+    assert f"wrote {output}" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("samples.jsonl", "confidence.json")] == []
+
+
+def test_only_the_wanted_half_of_the_questions_is_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, shown = written(tmp_path / "samples.jsonl", rows()), list[int]()
+    for split in ("calibration", "test"):
+        assert main(["--from-samples", str(kept), "--output", str(tmp_path / "c.json"), "--split", split]) == 0
+        shown.append(int(capsys.readouterr().out.split(" samples of ")[1].split()[0]))
+    assert sum(shown) == 60
+    assert min(shown) > 15
+
+
+RIGHT = [row | {"is_correct": True} for row in rows()]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "has no samples with an answer"),
+        ([{"question": "q"}], r"samples.jsonl:1: not a sample \(KeyError"),
+        ([7], r"samples.jsonl:1: not a sample"),
+        ([{"question": "q", "is_correct": True, "confidence": 7}], "confidence 7 is not between 0 and 1"),
+        (RIGHT, "all 480 samples are right, so nothing separates them; give harder questions"),
+        ([row | {"is_correct": False} for row in rows()], "give easier questions"),
+        (rows(questions=4), "of 4 questions are too few; give at least 10 questions"),
+        ([row | {"logprobs": None, "confidence": None} for row in rows()], "none of the 480 samples has a confidence"),
+        ([row | {"logprobs": {"mean": "x"}} for row in rows()], "the samples hold wrong features"),
+        ([row | {"logprobs": row["logprobs"] | {"mean": float("nan")}} for row in rows()], "wrong features"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_fitted_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: list[Any], message: str
+) -> None:
+    kept, output = written(tmp_path / "samples.jsonl", content), tmp_path / "confidence.json"
+    assert main(["--from-samples", str(kept), "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("rtap calibrate: ")
+    assert re.search(message, error)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no questions: give --questions FILE"),
+        (["--questions", "absent.jsonl"], "absent.jsonl"),
+        (["--from-samples", "absent.jsonl"], "cannot read the samples file absent.jsonl: no such file"),
+        (["--questions", "{questions}", "--server", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
+    ],
+)
+def test_missing_input_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    questions = written(tmp_path / "q.jsonl", [{"question": "1+1", "answer": "2"}])
+    assert main([one.replace("{questions}", str(questions)) for one in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_server_is_sampled_one_scored_cycle_a_request_and_the_samples_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of the samples gives the same calibration again."""
+    known = iter(rows(questions=40, samples=4))
+    asked = list[tuple[str, Any, int]]()
+
+    async def connect(server: client.RtapServer) -> client.RtapServer:
+        server.config = {"confidence": {"kind": "logprob", "logistic": None}}
+        return server
+
+    async def run(_: Any, task: str, questions: Any, spec: Any, load: client.Load, *, on_outcome: Any) -> Run:
+        asked.append((task, spec.request(max_cycles=load.max_cycles), load.seed))
+        outcomes = list[Outcome]()
+        for index in range(len(questions)):
+            row = next(known)
+            cycle = CycleRecord(
+                "1", row["is_correct"], row["confidence"], 9, 0, 0, None, text="1", logprobs=row["logprobs"]
+            )
+            outcomes.append(Outcome(index, cycles=(cycle,)))
+        return Run(task, spec, tuple(outcomes), None)
+
+    monkeypatch.setattr(client.RtapServer, "connect", connect)
+    monkeypatch.setattr(client.RtapServer, "run", run)
+    questions = written(tmp_path / "sums.jsonl", [{"question": f"q{i}", "answer": "1"} for i in range(40)])
+    output, again = tmp_path / "confidence.json", tmp_path / "again.json"
+    flags = ["--server", "http://x", "--questions", str(questions), "--samples", "4", "--seed", "3"]
+    assert main([*flags, "--output", str(output)]) == 0
+    one_cycle = {"policy": "confidence", "threshold": 1.0, "max_cycles": 1}
+    assert asked == [("sums", one_cycle, seed) for seed in (3, 4, 5, 6)]
+    assert main(["--from-samples", str(tmp_path / "confidence.samples.jsonl"), "--output", str(again)]) == 0
+    assert read_artifact_file(output) == read_artifact_file(again)
+
+
+def test_a_server_without_confidence_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def connect(server: client.RtapServer) -> client.RtapServer:
+        server.config = {"confidence": {"kind": "none"}}
+        return server
+
+    monkeypatch.setattr(client.RtapServer, "connect", connect)
+    questions = written(tmp_path / "q.jsonl", [{"question": "1+1", "answer": "2"}])
+    assert main(["--server", "http://x", "--questions", str(questions), "--output", str(tmp_path / "c.json")]) == 2
+
+
+def test_without_flags_of_the_server_its_confidence_is_logprob(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rtap_training.evaluation import server_process
+
+    commands = list[list[str]]()
+
+    def running(command: list[str], **_: Any):
+        commands.append(command)
+        raise SystemExit
+
+    monkeypatch.setattr(server_process, "running_server", running)
+    for flags in ([], ["--max-model-len", "9"], ["--confidence", "yesno"], ["--confidence-model=G"]):
+        args = Namespace(server=None, model="M", output=tmp_path / "c.json", ready_timeout=1)
+        with pytest.raises(SystemExit), calibrate._address(args, flags):
+            pass
+    assert [command[-4:].count("logprob") for command in commands] == [1, 1, 0, 0]

@@ -1,0 +1,166 @@
+"""Stopping rules replayed on the kept samples of a vote, with the server's own decisions (``rtap_core``).
+
+The figures of a question are means over ORDERS orders of its samples, so that chance in their order weighs less.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+
+from rtap_core.answers import answer_key
+from rtap_core.stopping import choose, clears
+from rtap_core.types import Cycle, Select
+from rtap_core.voting import next_wave, rank
+from rtap_training.evaluation.question_files import Question
+from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, SINGLE, WEIGHTED
+from rtap_training.evaluation.statistics import Floats
+
+ORDERS = 20
+VOTES = (ADAPTIVE, CGES, MAJORITY, WEIGHTED)
+TEXT = " by text"  # texts are compared instead of the answers extracted from them
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A rule on the questions at positions ``indices`` of a task: share right, samples, tokens of the policy and of the
+    generator, each by question. spec: the rule. note: appended to its label."""
+
+    spec: RunSpec
+    indices: tuple[int, ...]
+    right: Floats
+    samples: Floats
+    tokens: Floats
+    judged: Floats
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name for tables."""
+        return self.spec.label + self.note
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a decision reads of a sample. key, text_key: equal for equal answers and texts; None if it was cut."""
+
+    cycle: Cycle
+    key: str | None
+    text_key: str | None
+    is_right: bool
+    is_text_right: bool
+
+
+def figures_of(run: Run) -> Figures:
+    """Figures of a run as it was answered by a server."""
+    answered = run.answered
+
+    def column(value: Callable[[Outcome], float]) -> Floats:
+        return np.asarray([value(outcome) for outcome in answered], dtype=np.float64)
+
+    return Figures(
+        run.spec,
+        tuple(outcome.index for outcome in answered),
+        column(lambda outcome: outcome.is_correct),
+        column(lambda outcome: len(outcome.cycles)),
+        column(lambda outcome: outcome.policy_tokens),
+        column(lambda outcome: outcome.generator_tokens),
+    )
+
+
+def replay(
+    vote: Run,
+    questions: Sequence[Question],
+    *,
+    sizes: Sequence[int],
+    vote_thresholds: Sequence[float],
+    thresholds: Sequence[float],
+) -> list[Figures]:
+    """Every rule that the samples of ``vote`` allow; those with confidences only if every answer has one.
+
+    sizes: numbers of samples of plain and weighted votes. vote_thresholds: of adaptive votes. thresholds: of the
+    confidence rule, which makes fresh attempts, at most as many as there are samples.
+    """
+    kept = {o.index: [_sample(questions[o.index], i, c) for i, c in enumerate(o.cycles)] for o in vote.answered}
+    most = vote.spec.samples or 1
+    kept = {index: samples for index, samples in kept.items() if len(samples) == most}
+    if not kept:
+        return []
+    complete = [s.cycle for samples in kept.values() for s in samples if s.cycle.answer is not None]
+    is_scored = bool(complete) and all(cycle.confidence is not None for cycle in complete)
+    sizes = sorted({size for size in (1, *sizes, most) if size <= most})
+    specs = [RunSpec(SINGLE), *(RunSpec(MAJORITY, samples=size) for size in sizes if size > 1)]
+    if most > 1:
+        specs += [RunSpec(ADAPTIVE, t, most) for t in sorted(vote_thresholds)]
+    if most > 1 and is_scored:
+        specs += [RunSpec(WEIGHTED, samples=size) for size in sizes if size > 1]
+        specs += [RunSpec(CGES, t, most) for t in sorted(vote_thresholds)]
+        specs += [RunSpec(CONFIDENCE, t, most) for t in thresholds]
+    orders = {index: _orders(questions[index], samples) for index, samples in kept.items()}
+    found = [_figures(spec, orders) for spec in specs]
+    if any(sample.text_key != sample.key for samples in kept.values() for sample in samples):
+        by_text = [RunSpec(SINGLE), *([RunSpec(MAJORITY, samples=most)] if most > 1 else [])]
+        found += [_figures(spec, orders, by_text=True) for spec in by_text]
+    return found
+
+
+def outcome_of_rule(spec: RunSpec, samples: Sequence[Sample], *, by_text: bool = False) -> tuple[int | None, int]:
+    """Position of the returned sample (None: no answer) and number of samples drawn, in the order given."""
+    if spec.rule == SINGLE:
+        return (None if samples[0].key is None else 0), 1
+    if spec.rule == CONFIDENCE:
+        cycles = [sample.cycle for sample in samples[: spec.samples]]
+        drawn = next((i for i, cycle in enumerate(cycles, 1) if clears(cycle, spec.threshold or 0.0)), len(cycles))
+        return choose(cycles[:drawn], Select.BEST), drawn
+    most, threshold = spec.samples or len(samples), 1.0 if spec.threshold is None else spec.threshold
+    keys = [sample.text_key if by_text else sample.key for sample in samples]
+    is_weighted = spec.rule in (CGES, WEIGHTED)
+    confidences = [sample.cycle.confidence if is_weighted else None for sample in samples]
+    drawn = 0
+    while size := next_wave(rank(keys[:drawn], confidences[:drawn]), threshold, most - drawn):
+        drawn += size
+    ranked = rank(keys[:drawn], confidences[:drawn])
+    return (ranked[0].first if ranked else None), drawn
+
+
+def _figures(spec: RunSpec, orders: dict[int, list[list[Sample]]], *, by_text: bool = False) -> Figures:
+    right, samples, tokens = (np.zeros(len(orders)) for _ in range(3))
+    for row, of_question in enumerate(orders.values()):
+        for order in of_question:
+            selected, drawn = outcome_of_rule(spec, order, by_text=by_text)
+            if selected is not None:
+                # A vote over texts still returns an answer; a single text is right if it is the reference.
+                one = order[selected]
+                right[row] += one.is_text_right if by_text and spec.rule == SINGLE else one.is_right
+            samples[row] += drawn
+            tokens[row] += sum(sample.cycle.tokens for sample in order[:drawn])
+    count = len(next(iter(orders.values())))
+    note = TEXT if by_text else ""
+    return Figures(spec, tuple(orders), right / count, samples / count, tokens / count, np.zeros(len(orders)), note)
+
+
+def _orders(question: Question, samples: Sequence[Sample]) -> list[list[Sample]]:
+    """The samples in ORDERS random orders, which depend on the question alone."""
+    rng = Random(question.seed(0))
+    return [rng.sample(samples, len(samples)) for _ in range(ORDERS)]
+
+
+def _sample(question: Question, index: int, record: CycleRecord) -> Sample:
+    text = record.answer if record.text is None else record.text
+    is_cut = record.answer is None or text is None
+    cycle = Cycle(
+        index, "", record.answer, record.confidence, False, record.tokens, 0, 0, 0, 0, record.seconds, None, 0
+    )
+    return Sample(
+        cycle,
+        key=None if is_cut else answer_key(text or ""),
+        text_key=None if is_cut else _plain(text or ""),
+        is_right=record.is_correct,
+        is_text_right=not is_cut and _plain(text or "") == _plain(question.answer),
+    )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()

@@ -1,0 +1,164 @@
+"""Questions of reasoning-gym's datasets (``rg:NAME?option=value&…``), judged by the dataset's own verifier.
+
+Source: reasoning-gym 0.1.25. It is an optional dependency, the extra ``rg``.
+"""
+
+import atexit
+import dataclasses
+import difflib
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+from urllib.parse import unquote
+
+from rtap_core.answers import same_answer as same_text
+from rtap_core.errors import ConfigError
+from rtap_training.tasks.base import Question
+from rtap_training.tasks.equivalence import same_answer
+from rtap_training.tasks.worker import Worker
+
+PREFIX = "rg:"
+DEFAULTS = {"size": 200, "seed": 0}
+LIMIT_SECONDS = 5.0
+_OPEN_SECONDS = 600.0  # the first import of reasoning-gym takes minutes on a busy machine
+MAX_LENGTH = 2000
+# Their verifiers evaluate the answer as Python; only arithmetic is passed on to them.
+EVALUATING = frozenset(
+    (
+        "binary_matrix",
+        "countdown",
+        "intermediate_integration",
+        "n_queens",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    )
+)
+_ARITHMETIC = re.compile(r"[\d\s+\-*/().]*")
+
+
+@dataclass(frozen=True, slots=True)
+class GymQuestion(Question):
+    """Entry ``index`` of a dataset. options: those of the dataset, as JSON."""
+
+    dataset: str
+    options: str
+    index: int
+
+
+def read_dataset(source: str) -> list[GymQuestion]:
+    """The distinct questions of ``rg:NAME?option=value&…``; option values are JSON or text. Raises ConfigError."""
+    name, given = _parse(source)
+    dataset, options = _create(source, name, given), json.dumps(given)
+    shape = "&".join(f"{key}={_shown(value)}" for key, value in given.items() if key not in DEFAULTS)
+    task, found = f"{name}?{shape}" if shape else name, dict[str, GymQuestion]()
+    for index in range(given["size"]):
+        entry = dataset[index]
+        text, answer = str(entry["question"]), str(entry["answer"])
+        found.setdefault(text, GymQuestion(text, answer, task, name, options, index))
+    return list(found.values())
+
+
+def _parse(source: str) -> tuple[str, dict[str, Any]]:
+    name, _, query = source.removeprefix(PREFIX).partition("?")
+    options: dict[str, Any] = dict(DEFAULTS)
+    for item in filter(None, query.split("&")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"{source!r}: {item!r} must be option=value")
+        try:
+            options[key] = json.loads(unquote(value))
+        except json.JSONDecodeError:
+            options[key] = unquote(value)
+    for key in DEFAULTS:
+        if type(options[key]) is not int or options[key] < 0:
+            raise ConfigError(f"{source!r}: {key} must be an integer of at least 0, not {_shown(options[key])}")
+    return name, options
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _create(source: str, name: str, options: Mapping[str, Any]) -> Any:
+    try:
+        reasoning_gym: Any = importlib.import_module("reasoning_gym")
+        known: Mapping[str, tuple[Any, Any]] = importlib.import_module("reasoning_gym.factory").DATASETS
+    except ImportError as error:
+        raise ConfigError(f"{source!r} needs reasoning-gym; install it with `pip install 'rtap[rg]'`") from error
+    if name not in known:
+        near = difflib.get_close_matches(name, known) or sorted(known)
+        raise ConfigError(f"{source!r}: reasoning-gym has no dataset {name!r}; choose from {', '.join(near)}")
+    allowed = [field.name for field in dataclasses.fields(known[name][1])]
+    if unknown := [key for key in options if key not in allowed]:
+        raise ConfigError(f"{source!r}: {name} has no option {unknown[0]!r}; choose from {', '.join(allowed)}")
+    try:
+        return reasoning_gym.create_dataset(name, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"{source!r}: {name} refuses these options: {error}") from error
+
+
+class Verifier:
+    """Verifiers of datasets in a worker process. Thread-safe."""
+
+    def __init__(self, limit_seconds: float = LIMIT_SECONDS) -> None:
+        self._limit = limit_seconds
+        self._worker, self._lock = Worker(), Lock()
+        self._ready: set[tuple[str, str]] = set()
+        self._verdicts: dict[tuple[GymQuestion, str], bool] = {}
+
+    def is_right(self, question: GymQuestion, answer: str) -> bool:
+        """True if the answer has the full score, or is the reference number in another notation."""
+        if len(answer) > MAX_LENGTH:
+            return False
+        if _is_number(question.answer) and same_text(answer, question.answer):
+            return True
+        if question.dataset in EVALUATING and not _ARITHMETIC.fullmatch(answer):
+            return same_answer(answer, question.answer)
+        key = (question, answer)
+        with self._lock:
+            if key not in self._verdicts:
+                self._verdicts[key] = self._score(question, answer) >= 1.0
+            return self._verdicts[key]
+
+    def close(self) -> None:
+        """Stop the worker."""
+        self._worker.close()
+
+    def _score(self, question: GymQuestion, answer: str) -> float:
+        source = (question.dataset, question.options)
+        request = {"dataset": question.dataset, "options": json.loads(question.options)}
+        if source not in self._ready:
+            opened = self._worker.ask(request, _OPEN_SECONDS)
+            if opened["error"]:
+                raise ConfigError(f"the verifier of {question.dataset} does not start: {opened['error']}")
+            self._ready.add(source)
+        try:
+            reply = self._worker.ask(request | {"index": question.index, "answer": answer}, self._limit)
+        except OSError:  # took too long, or crashed
+            self._ready.clear()
+            return 0.0
+        return float(reply["score"])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+_verifier = Verifier()
+atexit.register(_verifier.close)
+
+
+def is_right(question: GymQuestion, answer: str) -> bool:
+    """True if the dataset's verifier accepts the answer, by the verifier of this process."""
+    return _verifier.is_right(question, answer)
