@@ -83,7 +83,11 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
     )
 
     is_logprob = served.kind == LOGPROB
-    names = ("logprob_mean", "logprob_lowest_tenth", "logprob_answer", "log_tokens") if is_logprob else ("generator",)
+    names = (
+        ("probability_mean", "probability_lowest_tenth", "probability_answer", "log_tokens")
+        if is_logprob
+        else ("generator",)
+    )
     rows = [one for one in served.samples if (one.logprobs if is_logprob else one.confidence) is not None]
     if not rows:
         what = "log-probability features" if is_logprob else "a confidence"
@@ -160,10 +164,10 @@ def _report(
     lines = [
         f"{first['cycles']} samples of {num_questions} questions, {first['right_share']:.0%} right; "
         f"{first['contrast_questions']} questions with right and wrong samples",
-        f"{'':26}{'within-question AUROC':24}{'ECE':24}Brier",
+        f"{'':28}{'within-question AUROC':24}{'ECE':24}Brier",
     ]
-    lines += [f"{name:26}{''.join(f'{cell(name, f):24}' for f in FIGURES).rstrip()}" for name in judged]
-    lines += [f"  {name:24}{value:.3f}" for name, value in alone.items()]
+    lines += [f"{name:28}{''.join(f'{cell(name, f):24}' for f in FIGURES).rstrip()}" for name in judged]
+    lines += [f"  {name:26}{value:.3f}" for name, value in alone.items()]
     return "\n".join([*lines, f"threshold {threshold}"])
 
 
