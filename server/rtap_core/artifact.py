@@ -52,8 +52,8 @@ class Logistic(BaseModel):
     """Logistic regression: confidence = sigmoid(bias + Σ weight · feature). A weight of 0 leaves its feature out.
 
     generator: weight of the logit of a generator's score; alone it is a Platt calibration. logprob_…: of
-    log-probabilities. probability_…: of the exponentials of such means, which few unlikely tokens cannot dominate: on kept
-    samples their Brier score was lower. log_tokens: of the logarithm of the number of tokens."""
+    log-probabilities. probability_…: of the exponentials of such means, which a few unlikely tokens cannot dominate;
+    their Brier score on kept samples was lower. log_tokens: of the logarithm of the number of tokens."""
 
     # Unknown weights are an error, unlike unknown keys elsewhere: without them every confidence would be wrong.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -76,7 +76,7 @@ def test_other_kinds_get_a_platt_calibration_after_the_servers_own(served: dict[
     logistic = Logistic(**block["logistic"])
     first = Logistic(bias=0.0, generator=1.0) if served is None else Logistic(**served)
     assert logistic.generator / first.generator == pytest.approx(1.0, abs=0.15)  # the slope
-    assert logistic.bias - first.bias == pytest.approx(-2.0, abs=0.3)  # the offset
+    assert logistic.bias - first.bias == pytest.approx(-2.0, abs=0.5)  # the offset
     assert logistic.logprob_mean == pytest.approx(first.logprob_mean * logistic.generator / first.generator, abs=1e-3)
     assert block["source"] == "yesno"
     before, after = (float(line[52:58]) for line in report.splitlines()[2:4])

@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -237,7 +237,7 @@ def _sampled(args: argparse.Namespace, serve_flags: Sequence[str]) -> Served:
 
 
 @contextmanager
-def _address(args: argparse.Namespace, serve_flags: Sequence[str]) -> Iterator[str]:
+def _address(args: argparse.Namespace, serve_flags: Sequence[str]) -> Generator[str]:
     """Address of the server; one is started unless an address is given."""
     from rtap_training.evaluation.server_process import running_server, serve_command
 
@@ -285,7 +285,7 @@ async def _ask_all(
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
+def _written(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
