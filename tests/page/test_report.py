@@ -8,7 +8,7 @@ from playwright.sync_api import Browser
 from rtap_training.evaluation.page import to_html
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-from rtap_training.evaluation.results import Results, task_results
+from rtap_training.evaluation.results import Results, RuleParameters, task_results
 from tests.page.browser import open_page, violations
 
 QUESTIONS = 500
@@ -38,11 +38,12 @@ def run(task: str, spec: RunSpec) -> Run:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report on two tasks of 500 questions each."""
     asked = {t: [Question(f"make {i} from 3, 7, 25", "25*3+7", t) for i in range(QUESTIONS)] for t in TASKS}
-    tasks = [task_results(t, [run(t, s) for s in SPECS], asked[t], [2, 4, 8], budget=0.35) for t in TASKS]
+    parameters = RuleParameters((2, 4, 8), (0.8, 0.95), (0.5, 0.7, 0.9), 0.35)
+    tasks = [task_results(t, [run(t, s) for s in SPECS], asked[t], parameters) for t in TASKS]
     setting = {
         "command": f"rtap eval --questions {' '.join(TASKS)} --output {'x' * 200}",
         "date": "2026-11-25T01:02:03",
-        "servers": {"generator": {"models": ["rtap"]}},
+        "server": {"models": ["rtap"]},
     }
     file = tmp_path_factory.mktemp("report") / "report.html"
     file.write_text(to_html(Results(setting, tuple(tasks))), "utf-8")

@@ -28,7 +28,6 @@ from starlette.routing import Route
 
 from rtap_core.errors import ConfigError
 from rtap_training.evaluate import main
-from rtap_training.evaluation.evaluation_config import OWN_QUANTILES
 from rtap_training.evaluation.server_process import running_server, serve_command
 
 QUESTIONS = 60
@@ -52,7 +51,12 @@ class FakeServer:
     async def config(self, request: Request) -> Response:
         if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
             return JSONResponse({"error": {"message": "no key"}}, status_code=401)
-        return JSONResponse({"limits": {"max_cycles": 16, "samples": 8}, "confidence": {"kind": self.kind}})
+        return JSONResponse(
+            {
+                "limits": {"max_cycles": 16, "samples": 16},
+                "confidence": {"kind": self.kind, "is_calibrated": self.kind != "none"},
+            }
+        )
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": "fake"}]})
@@ -69,13 +73,15 @@ class FakeServer:
         policy, rng = rtap["policy"], random.Random(body["seed"])
         most = {"single": 1, "model": 2, "vote": rtap.get("samples", 8)}.get(policy, rtap.get("max_cycles", 8))
         cycles: list[dict[str, Any]] = []
+        if policy == "vote" and rtap["threshold"] < 1:
+            most //= 2  # an adaptive vote
         while len(cycles) < most:
             right = rng.random() < 0.5
             confidence = min(max(rng.gauss(0.7 if right else 0.4, 0.15), 0.0), 1.0)
             cycles.append(self.cycle(len(cycles), "right" if right else f"wrong {rng.randrange(3)}", confidence))
             if policy == "confidence" and confidence >= rtap["threshold"]:
                 break
-        best = max(cycles, key=lambda cycle: cycle["confidence"])
+        best = max(cycles, key=lambda cycle: cycle["confidence"] or 0.0)
         tokens = sum(cycle["tokens"] for cycle in cycles)
         return {
             "choices": [{"message": {"role": "assistant", "content": best["answer"], "reasoning": "…"}}],
@@ -96,7 +102,9 @@ class FakeServer:
         return {
             "index": index,
             "answer": answer,
-            "confidence": confidence,
+            "think": "hm",
+            "text": f"It is {answer}",
+            "confidence": None if self.kind == "none" else confidence,
             "accepted": False,
             "tokens": 20,
             "oops_tokens": int(index > 0),
@@ -142,8 +150,9 @@ def fake() -> Iterator[FakeServer]:
 
 
 @pytest.fixture
-def logprob() -> Iterator[FakeServer]:
-    with serving("logprob") as behaviour:
+def plain() -> Iterator[FakeServer]:
+    """Without a confidence."""
+    with serving("none") as behaviour:
         yield behaviour
 
 
@@ -164,39 +173,40 @@ def results_of(questions: Path) -> dict[str, Any]:
     return json.loads((questions.parent / "out" / "results.json").read_text(encoding="utf-8"))
 
 
-def by_label(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Measurements by rule and by threshold or number of samples."""
-    return {
-        f"{m['spec']['rule']}{m['spec']['threshold'] or m['spec']['samples'] or ''}": m for m in task["measurements"]
-    }
+def by_label(task: dict[str, Any], *, live: bool = True) -> dict[str, dict[str, Any]]:
+    return {row["label"]: row for row in task["rows"] if row["is_live"] == live}
 
 
 def test_all_rules_are_measured_and_written(
-    fake: FakeServer, logprob: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
+    fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("--logprob-server", logprob.url, "--thresholds", "0.5,0.7", "--samples", "2,8", "--seed", "3")
-    assert evaluate(fake, questions, *more) == 0
+    assert evaluate(fake, questions, "--thresholds", "0.5,0.7", "--samples", "2,8", "--seed", "3") == 0
     results = results_of(questions)
     task = results["tasks"][0]
-    rows = by_label(task)
-    assert {"single", "model", "vote8", "confidence0.5", "confidence0.7", "majority2", "majority8"} <= rows.keys()
-    assert len([m for m in task["measurements"] if m["spec"]["rule"] == "logprob"]) == len(OWN_QUANTILES)
-    for m in task["measurements"]:
-        assert (m["n"], m["errors"]) == (QUESTIONS, 0)
-        assert m["accuracy"]["low"] < m["accuracy"]["value"] < m["accuracy"]["high"]
-        assert m["policy_tokens"]["value"] == pytest.approx(20 * m["cycles"])
+    rows, replayed = by_label(task), by_label(task, live=False)
+    assert rows.keys() >= {"single", "model", "vote x8", "cges@0.95 x8", "confidence@0.5", "confidence@0.7"}
+    assert replayed.keys() >= {"single", "majority x2", "majority x8", "adaptive@0.95 x8", "adaptive@0.8 x8"}
+    assert replayed.keys() >= {"weighted x2", "weighted x8", "cges@0.95 x8", "confidence@0.5 x8", "single by text"}
+    for row in task["rows"]:
+        assert row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"]
+        assert row["tokens"]["value"] == pytest.approx(20 * row["samples"])
+        assert row["token_ratio"]["value"] == pytest.approx(row["samples"] / 8)
+    assert {row["n"] for row in task["rows"]} - {QUESTIONS} == {
+        row["n"] for row in task["rows"] if "chosen" in row["label"]
+    }
     # samples come back sorted by answer; were they cut in that order, two would nearly always be right or both wrong
-    assert 0.35 < rows["majority2"]["accuracy"]["value"] < 0.65
-    assert rows["vote8"]["policy_tokens"]["value"] == rows["majority8"]["policy_tokens"]["value"] == 160
-    assert rows["majority2"]["wall_seconds"] is None
-    assert rows["confidence0.7"]["cycles"] > rows["confidence0.5"]["cycles"] > rows["single"]["cycles"] == 1
-    assert rows["confidence0.7"]["accuracy"]["value"] > rows["single"]["accuracy"]["value"]
-    assert rows["confidence0.7"]["later_recomputed_max"] == 9
-    generator = task["quality"][0]
-    assert generator["scored_answers"] == 8 * QUESTIONS
-    assert 0.85 < generator["within"]["auroc"]["value"] < 0.97  # two gaussians two standard deviations apart: 0.92
-    assert [c["vote"] for c in task["versus_vote"]] == ["majority x8", "vote x8"]
-    assert task["versus_logprob"][0]["is_chosen"]
+    assert 0.35 < replayed["majority x2"]["accuracy"]["value"] < 0.65
+    assert replayed["majority x8"]["difference"]["value"] == 0.0
+    assert rows["confidence@0.7"]["samples"] > rows["confidence@0.5"]["samples"] > rows["single"]["samples"] == 1
+    assert rows["confidence@0.7"]["accuracy"]["value"] > rows["single"]["accuracy"]["value"]
+    assert rows["cges@0.95 x8"]["samples"] == 4
+    assert rows["vote x8"]["wall_ratio"]["value"] == pytest.approx(1.0)
+    assert replayed["majority x8"]["wall_ratio"] is None
+    assert {m["errors"] for m in task["measurements"]} == {0}
+    confidence = next(m for m in task["measurements"] if m["spec"]["threshold"] == 0.7)
+    assert confidence["later_recomputed_max"] == 9
+    assert task["quality"]["scored_answers"] == 8 * QUESTIONS
+    assert 0.85 < task["quality"]["within"]["auroc"]["value"] < 0.97  # two gaussians two deviations apart: 0.92
     assert results["setting"]["load"]["seed"] == 3
     assert "--seed 3" in results["setting"]["command"]
     shown = capsys.readouterr().out
@@ -208,17 +218,50 @@ def test_csv_and_markdown_and_plot_tell_the_same(fake: FakeServer, questions: Pa
     assert evaluate(fake, questions, "--policies", "single,confidence,vote", "--thresholds", "0.6") == 0
     output = questions.parent / "out"
     lines = (output / "results.csv").read_text(encoding="utf-8").splitlines()
-    rows = {row["label"]: row for row in csv.DictReader(lines)}
+    rows = {row["label"]: row for row in csv.DictReader(lines) if row["is_live"] == "True"}
     single = by_label(results_of(questions)["tasks"][0])["single"]
     assert float(rows["single"]["accuracy"]) == single["accuracy"]["value"]
-    assert float(rows["single"]["wall_seconds"]) == single["wall_seconds"]
+    assert float(rows["single"]["token_ratio_low"]) == single["token_ratio"]["low"]
     markdown = (output / "results.md").read_text(encoding="utf-8")
-    assert f"| single | {QUESTIONS} | {single['accuracy']['value']:.3f} [" in markdown
-    assert "### Against `majority x8`" in markdown
+    assert f"| single | live | {QUESTIONS} | {single['accuracy']['value']:.3f} [" in markdown
+    assert "| adaptive@0.95 x16 | replayed |" in markdown
     png = (output / "accuracy_vs_tokens.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", png[16:24]) >= (800, 600)
     assert not list(output.glob("*.partial"))
+
+
+def test_kept_samples_give_the_same_rows_without_a_server(
+    plain: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(plain, questions, "--samples", "2,4") == 0
+    (task,) = results_of(questions)["tasks"]
+    assert by_label(task).keys() == {"single", "vote x4", "adaptive@0.95 x4"}  # all that this server can
+    file, again = questions.parent / "out" / "samples.jsonl", questions.parent / "again"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == 4 * QUESTIONS
+    assert lines[0].keys() == {
+        "task", "question", "reference", "sample", "think", "text", "answer", "is_correct", "tokens", "confidence",
+        "logprobs",
+    }  # fmt: skip
+    assert main(["--from-samples", str(file), "--samples", "2,4", "--output", str(again)]) == 0
+    (replayed,) = json.loads((again / "results.json").read_text())["tasks"]
+    assert by_label(replayed) == {}
+    assert by_label(replayed, live=False) == by_label(task, live=False)
+    assert main(["--from-samples", str(file), "--server", "x"]) == 2
+    assert main(["--from-samples", str(file), "--questions", str(questions)]) == 2
+    error = capsys.readouterr().err
+    assert "needs no server" in error
+    assert "omit --questions" in error
+
+
+def test_rules_take_turns_in_rounds(plain: FakeServer, questions: Path) -> None:
+    more = ("--policies", "vote,adaptive", "--samples", "4", "--concurrency", "3", "--rounds", "3")
+    assert evaluate(plain, questions, *more) == 0
+    thresholds = [body["rtap"].get("threshold") for body in plain.requests if body["rtap"]["policy"] == "vote"]
+    assert [thresholds[i] for i in range(0, 2 * QUESTIONS, QUESTIONS // 3)] == [1.0, 0.95, 0.95, 1.0, 1.0, 0.95]
+    row = by_label(results_of(questions)["tasks"][0])["adaptive@0.95 x4"]
+    assert row["wall_ratio"]["low"] <= row["wall_ratio"]["value"] <= row["wall_ratio"]["high"]
 
 
 def test_requests_carry_policy_seed_and_limits_and_repeat_exactly(fake: FakeServer, questions: Path) -> None:
@@ -269,14 +312,18 @@ def test_resume_asks_only_what_is_missing(fake: FakeServer, questions: Path) -> 
     more = ("--policies", "single,confidence", "--thresholds", "0.5", "--concurrency", "4")
     assert evaluate(fake, questions, *more) == 0
     before, asked = results_of(questions), len(fake.requests)
-    next((questions.parent / "out" / "runs").glob("demo-single-*")).unlink()
+    file = next((questions.parent / "out" / "runs").glob("demo-single-*"))
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:50]) + '{"index')  # killed after 50 questions
     assert evaluate(fake, questions, *more, "--resume") == 0
     warm_up = 8
-    assert len(fake.requests) == asked + warm_up + QUESTIONS
+    assert len(fake.requests) == asked + warm_up + QUESTIONS - 50
     again = results_of(questions)
     assert again["tasks"][0]["measurements"][1] == before["tasks"][0]["measurements"][1]
+    single = [results["tasks"][0]["measurements"][0] for results in (before, again)]
+    assert single[0]["accuracy"] == single[1]["accuracy"]
+    assert single[1]["wall_seconds"] is None  # of an interrupted run
     assert evaluate(fake, questions, *more, "--resume", "--seed", "1") == 0  # another seed is another evaluation
-    assert len(fake.requests) == asked + 2 * warm_up + 3 * QUESTIONS
+    assert len(fake.requests) == asked + 2 * warm_up + 3 * QUESTIONS - 50
 
 
 @pytest.mark.parametrize(
@@ -304,17 +351,10 @@ def test_a_bad_flag_gets_one_sentence(
     ("flags", "sentence"),
     [
         (["x", "--model", "x"], "the model is given as MODEL (x) and as --model (x)"),
-        (["--logprob-server", "URL"], "the logprob server's confidence is 'pooling'"),
         (["--model", "x"], "give only one of them"),
         (["--", "--max-model-len", "9"], "omit them with --server"),
-        (["--policies", "logprob"], "policy logprob needs a second server"),
-        (
-            ["--policies", "yesno"],
-            "policy yesno needs a second server: start one with `rtap serve … --confidence yesno`",
-        ),
-        (["--yesno-server", "URL", "--policies", "yesno"], "the yesno server's confidence is 'pooling'"),
         (["--max-cycles", "17"], "--max-cycles 17 is above the server's limit of 16"),
-        (["--samples", "9"], "--samples 9 is above the server's limit of 8"),
+        (["--samples", "17"], "--samples 17 is above the server's limit of 16"),
         (["--questions", "/nowhere.jsonl"], "cannot read the question file /nowhere.jsonl"),
         (["--server", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
     ],
@@ -328,26 +368,12 @@ def test_settings_that_cannot_work_get_one_sentence_and_status_2(
     assert error.count("\n") == 1
 
 
-def test_the_model_as_its_own_judge_is_a_row_on_a_server_of_its_own(fake: FakeServer, questions: Path) -> None:
-    with serving("yesno") as yesno:
-        more = ("--yesno-server", yesno.url, "--policies", "single,vote,yesno", "--samples", "4")
-        assert evaluate(fake, questions, *more) == 0
-        assert {body["rtap"]["policy"] for body in yesno.requests} == {"single", "vote", "confidence"}
-    task = results_of(questions)["tasks"][0]
-    rows = [m["spec"] for m in task["measurements"] if m["spec"]["rule"] == "yesno"]
-    assert len(rows) == len(OWN_QUANTILES)
-    assert {row["scored_by"] for row in rows} == {"yesno"}
-    assert [quality["source"] for quality in task["quality"]] == ["generator", "yesno"]
-    report = (questions.parent / "out" / "results.md").read_text(encoding="utf-8")
-    assert "vote x4 yesno" in report
-
-
-def test_a_server_without_a_generator_cannot_measure_the_confidence_rule(
-    logprob: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
+def test_a_server_without_a_confidence_cannot_measure_the_confidence_rule(
+    plain: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(logprob, questions) == 2
-    assert "the server has no confidence generator (its confidence is 'logprob')" in capsys.readouterr().err
-    assert evaluate(logprob, questions, "--policies", "single") == 0
+    assert evaluate(plain, questions, "--policies", "single,confidence") == 2
+    assert "the server has no confidence; start it with --confidence-model or --confidence" in capsys.readouterr().err
+    assert evaluate(plain, questions, "--policies", "single") == 0
 
 
 def test_a_key_is_sent_and_a_missing_one_is_named(

@@ -11,11 +11,12 @@ from rtap_training.evaluation.judgement import WORST, judge
 from rtap_training.evaluation.page import bar, interval, percent, task_view, to_html
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-from rtap_training.evaluation.results import Results, task_results
+from rtap_training.evaluation.results import Results, RuleParameters, task_results
 from rtap_training.evaluation.statistics import Interval
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
 TASK = "demo"
+PARAMETERS = RuleParameters(samples=(2, 4), vote_thresholds=(0.95,), thresholds=(0.5,), budget=0.6)
 
 
 def cycle(answer: str | None, right: bool, confidence: float | None) -> CycleRecord:
@@ -41,7 +42,7 @@ def run(spec: RunSpec, count: int) -> Run:
 
 def results(count: int = 40) -> Results:
     specs = (RunSpec("single"), RunSpec("confidence", 0.5), RunSpec("vote", samples=4))
-    task = task_results(TASK, [run(s, count) for s in specs], questions(count), [2, 4], budget=0.6)
+    task = task_results(TASK, [run(s, count) for s in specs], questions(count), PARAMETERS)
     setting = {
         "command": f"rtap eval --questions '{HOSTILE}'",
         "questions": {TASK: count},
@@ -92,8 +93,8 @@ def test_text_of_questions_and_answers_is_never_markup() -> None:
 def test_it_says_what_the_table_says() -> None:
     page = to_html(results())
     assert "50.0 %" in page
-    assert "confidence@0.5 answers 50.0 % right with 40.0 tokens a question: 50 % of what majority x4 spends" in page
-    for label in ("single", "confidence@0.5", "vote x4", "majority x2"):
+    assert "adaptive@0.95 x4 answers 50.0 % right with 80.0 tokens a question: 100 % of what majority x4 spends" in page
+    for label in ("single", "confidence@0.5", "vote x4", "majority x2", "cges@0.95 x4"):
         assert label in page
     assert "2026-11-25" in page
 
@@ -103,7 +104,7 @@ def test_the_same_results_give_the_same_bytes() -> None:
 
 
 def test_the_worst_answers_are_the_surest_wrong_and_the_least_sure_right_one_a_question() -> None:
-    judged = judge(run(RunSpec("vote", samples=4), 40), "generator", questions(40))
+    judged = judge(run(RunSpec("vote", samples=4), 40), questions(40))
     assert judged is not None
     assert judged.answers == 160
     assert [m.confidence for m in judged.surely_wrong] == pytest.approx([1.0 - 0.02 * k for k in range(WORST)])
@@ -113,19 +114,20 @@ def test_the_worst_answers_are_the_surest_wrong_and_the_least_sure_right_one_a_q
 
 
 def test_without_a_vote_the_confidence_rule_is_judged_and_without_both_nothing_is() -> None:
-    alone = task_results(TASK, [run(RunSpec("confidence", t), 10) for t in (0.2, 0.7)], questions(10), [], budget=0.3)
-    assert [(j.source, j.rule) for j in alone.judgements] == [("generator", "confidence@0.7")]
+    alone = task_results(TASK, [run(RunSpec("confidence", t), 10) for t in (0.2, 0.7)], questions(10), PARAMETERS)
+    assert alone.judgement is not None
+    assert alone.judgement.rule == "confidence@0.7"
     silent = run(RunSpec("single"), 4)
-    nothing = task_results(TASK, [silent], questions(4), [], budget=0.3)
+    nothing = task_results(TASK, [silent], questions(4), PARAMETERS)
     view = task_view(nothing)
-    assert (view["judgements"], view["calibration"], view["headline"]) == ([], None, "")
-    assert "confidence of the" not in to_html(Results({}, (nothing,)))
+    assert (view["judgement"], view["calibration"], view["headline"]) == (None, None, "")
+    assert "Largest errors of the confidence" not in to_html(Results({}, (nothing,)))
 
 
 def test_failed_requests_are_told() -> None:
     broken = run(RunSpec("single"), 4)
     broken = replace(broken, outcomes=(Outcome(0, error="HTTP 500 <b>"), *broken.outcomes[1:]))
-    page = to_html(Results({}, (task_results(TASK, [broken], questions(4), [], budget=0.3),)))
+    page = to_html(Results({}, (task_results(TASK, [broken], questions(4), PARAMETERS),)))
     assert "1 requests failed" in page
     assert "HTTP 500 &lt;b&gt;" in page
 
@@ -144,5 +146,5 @@ def test_intervals_and_where_they_are_drawn() -> None:
 
 
 def test_a_headline_without_a_vote_names_the_cost_alone() -> None:
-    task = task_results(TASK, [run(RunSpec("confidence", 0.5), 4)], questions(4), [], budget=0.3)
+    task = task_results(TASK, [run(RunSpec("confidence", 0.5), 4)], questions(4), PARAMETERS)
     assert task_view(task)["headline"].endswith("with 40.0 tokens a question.")

@@ -88,6 +88,7 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
         limit=args.limit,
         split=args.split,
         kept=kept,
+        confidence_config=args.confidence_config,
         server=args.server,
         model=args.model or args.model_flag,
         confidence_model=args.confidence_model,
@@ -132,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--questions", nargs="+", metavar="SOURCE", help=text)
     text = "samples.jsonl of earlier evaluations: replay rules on them, without a server"
     what.add_argument("--from-samples", type=Path, nargs="+", metavar="FILE", help=text)
+    text = "file of `rtap calibrate` that computes the confidences of kept samples from their log-probabilities"
+    what.add_argument("--confidence-config", type=Path, metavar="FILE", help=text)
     text = "message with {question} in it (default: the question; for rg: also to answer in \\boxed{})"
     what.add_argument("--prompt", metavar="TEMPLATE", help=text)
     what.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each task")

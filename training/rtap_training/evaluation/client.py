@@ -93,7 +93,8 @@ class RtapServer:
         if not response.is_success:
             return Outcome(index, error=f"HTTP {response.status_code}: {response.text[:300]}")
         try:
-            return outcome_of(index, question, response.json(), seconds)
+            # in a thread: a verifier may take seconds, and other replies are being timed
+            return await asyncio.to_thread(outcome_of, index, question, response.json(), seconds)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             return Outcome(index, error=f"invalid reply ({type(error).__name__}: {error})")
 

@@ -18,7 +18,8 @@ class EvaluationConfig:
 
     rules: None for all that the server can measure. sources, prompt, limit, split: see ``load_questions``.
     server: address of a running server; None: one is started for ``model`` (None: the bundled models) with
-    ``serve_flags``. kept: files of samples to replay rules on, without a server. rounds: number of parts into which the
+    ``serve_flags``. kept: files of samples to replay rules on, without a server, with confidences
+    computed by ``confidence_config``. rounds: number of parts into which the
     questions are split; the rules alternate part by part. command: command line, for the report.
     """
 
@@ -30,6 +31,7 @@ class EvaluationConfig:
     limit: int | None
     split: str | None
     kept: tuple[Path, ...]
+    confidence_config: Path | None
     server: str | None
     model: str | None
     confidence_model: str | None
@@ -48,6 +50,8 @@ class EvaluationConfig:
             raise ConfigError("--server uses a running server, --model starts one; give only one of them")
         if self.server is not None and self.serve_flags:
             raise ConfigError("flags after -- apply to a server started by rtap eval; omit them with --server")
+        if self.confidence_config is not None and not self.kept:
+            raise ConfigError("--confidence-config needs --from-samples; a server takes it among the flags after --")
         if self.kept and self.sources:
             raise ConfigError("--from-samples has its own questions; omit --questions")
         if self.kept and (self.server is not None or self.model is not None or self.serve_flags):
@@ -69,7 +73,7 @@ class EvaluationConfig:
                 "the server has no confidence; start it with --confidence-model or --confidence, or omit confidence "
                 "from --policies"
             )
-        adaptive = ADAPTIVE if kind == "none" else CGES
+        adaptive = CGES if served["confidence"]["is_calibrated"] else ADAPTIVE
         specs = {
             SINGLE: [RunSpec(SINGLE)],
             CONFIDENCE: [RunSpec(CONFIDENCE, threshold=t) for t in self.parameters.thresholds],

@@ -21,12 +21,12 @@ from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY,
 
 # Okabe–Ito colours, distinguishable by colour-blind readers; markers repeat the distinction in print.
 STYLES: dict[str, tuple[str, str, str]] = {
-    CONFIDENCE: ("#0072B2", "o", "confidence (each threshold)"),
-    ADAPTIVE: ("#E69F00", "s", "adaptive vote (each threshold)"),
-    CGES: ("#56B4E9", "P", "adaptive vote with confidences (each threshold)"),
+    CONFIDENCE: ("#0072B2", "o", "confidence"),
+    ADAPTIVE: ("#E69F00", "s", "adaptive vote"),
+    CGES: ("#56B4E9", "P", "adaptive vote, CGES"),
     MAJORITY: ("#CC3311", "^", "majority vote"),
-    WEIGHTED: ("#CC79A7", "<", "vote weighted by confidence"),
-    VOTE: ("#882255", "v", "vote of all samples, live"),
+    WEIGHTED: ("#CC79A7", "<", "weighted vote"),
+    VOTE: ("#882255", "v", "vote, live"),
     MODEL: ("#009E73", "D", "the model stops itself"),
     SINGLE: ("#000000", "*", "single cycle"),
 }

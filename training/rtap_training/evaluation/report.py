@@ -38,13 +38,12 @@ ROW_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("minus adaptive vote at equal tokens [95 %]", lambda r: _optional(r.at_equal_tokens, sign=True)),
 )
 SHORT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("rule", lambda r: r.label),
-    ("live", lambda r: "yes" if r.is_live else ""),
-    ("accuracy", lambda r: number(r.accuracy.value, 3)),
-    ("minus majority's [95 %]", lambda r: _optional(r.difference, sign=True)),
-    ("samples", lambda r: number(r.samples, 1)),
+    ("rule", lambda r: f"live {r.label}" if r.is_live else r.label),
+    ("right", lambda r: number(r.accuracy.value, 3)),
+    ("to majority [95 %]", lambda r: interval(r.difference, sign=True, digits=2) if r.difference else "–"),
+    ("drawn", lambda r: number(r.samples, 1)),
     ("tokens", lambda r: number(r.tokens.value, 0)),
-    ("of its", lambda r: number(r.token_ratio.value if r.token_ratio else None, 2)),
+    ("share", lambda r: number(r.token_ratio.value if r.token_ratio else None, 2)),
 )
 COST_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
     ("rule", lambda m: m.spec.label),
@@ -86,9 +85,9 @@ def number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or value != value else f"{value:,.{digits}f}"
 
 
-def interval(value: Interval, *, sign: bool = False) -> str:
-    """Value and interval with three decimals, e.g. ``0.512 [0.472, 0.552]``; the value alone if it has none."""
-    spec = "+.3f" if sign else ".3f"
+def interval(value: Interval, *, sign: bool = False, digits: int = 3) -> str:
+    """Value and interval, e.g. ``0.512 [0.472, 0.552]``; the value alone if it has none."""
+    spec = f"{'+' if sign else ''}.{digits}f"
     if value.low != value.low:
         return f"{value.value:{spec}}"
     return f"{value.value:{spec}} [{value.low:{spec}}, {value.high:{spec}}]"

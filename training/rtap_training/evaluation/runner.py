@@ -30,7 +30,9 @@ async def run_evaluation(config: EvaluationConfig, console: Console) -> Results:
     started = datetime.now(UTC)
     if config.kept:
         most = max(config.parameters.samples)
-        questions, runs = read_samples(config.kept, most, limit=config.limit, split=config.split)
+        questions, runs = read_samples(
+            config.kept, most, limit=config.limit, split=config.split, confidence_config=config.confidence_config
+        )
         return _results(config, started, None, questions, runs)
     questions = load_questions(config.sources, limit=config.limit, prompt=config.prompt, split=config.split)
     session = Session(questions, config.load, config.rounds, config.output, config.resume, console)
@@ -93,7 +95,7 @@ def _setting(
     questions: Mapping[str, Sequence[Question]],
 ) -> dict[str, Any]:
     """Provenance of the results."""
-    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    installed = {distribution.metadata["Name"].replace("_", "-") for distribution in metadata.distributions()}
     setting: dict[str, Any] = {
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds()),

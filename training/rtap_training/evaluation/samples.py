@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rtap_core.answers import extract_answer
+from rtap_core.artifact import Logistic, read_artifact_file
 from rtap_core.errors import ConfigError
+from rtap_core.features import LogprobFeatures
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec, whole_lines, write_atomically
 from rtap_training.evaluation.rules import VOTE
@@ -42,11 +44,18 @@ def write_samples(path: Path, votes: Sequence[Run], questions: Mapping[str, Sequ
 
 
 def read_samples(
-    paths: Sequence[Path], samples: int, *, limit: int | None = None, split: str | None = None
+    paths: Sequence[Path],
+    samples: int,
+    *,
+    limit: int | None = None,
+    split: str | None = None,
+    confidence_config: Path | None = None,
 ) -> tuple[dict[str, list[Question]], list[Run]]:
     """Questions by task, and a vote over the first ``samples`` samples of each; questions with fewer are left out.
 
+    confidence_config: file of ``rtap calibrate`` that computes confidences from ``logprobs``, in place of those kept.
     Raises ConfigError with the file and line at fault."""
+    logistic = None if confidence_config is None else _logistic(confidence_config)
     found: dict[Question, list[CycleRecord]] = {}
     for path in paths:
         if not path.is_file():
@@ -55,7 +64,7 @@ def read_samples(
             try:
                 row: dict[str, Any] = json.loads(line)
                 question = Question(row["question"], row["reference"], row.get("task") or path.stem)
-                cycle = _cycle(question, row)
+                cycle = _cycle(question, row, logistic)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ConfigError(
                     f"{path}:{number}: not a sample ({type(error).__name__}: {error}); a line needs question, "
@@ -84,9 +93,19 @@ def read_samples(
     return {task: questions[task] for task in outcomes}, runs
 
 
-def _cycle(question: Question, row: Mapping[str, Any]) -> CycleRecord:
+def _logistic(path: Path) -> Logistic:
+    logistic = read_artifact_file(path).logistic
+    if logistic is None or not logistic.reads_logprobs or logistic.generator:
+        raise ConfigError(f"{path} does not compute confidence from log-probabilities alone; only these are kept")
+    return logistic
+
+
+def _cycle(question: Question, row: Mapping[str, Any], logistic: Logistic | None) -> CycleRecord:
     text: str | None = row["text"]
     answer = row["answer"] if "answer" in row else extract_answer(text or "") or None
-    record = CycleRecord(answer, False, row.get("confidence"), row["tokens"], 0, 0, None)
+    confidence = row.get("confidence")
+    if logistic is not None:
+        confidence = None if answer is None else logistic.confidence(None, LogprobFeatures.from_shown(row["logprobs"]))
+    record = CycleRecord(answer, False, confidence, row["tokens"], 0, 0, None)
     right = row["is_correct"] if "is_correct" in row else question.is_right(answer)
     return replace(record, is_correct=right, think=row.get("think"), text=text, logprobs=row.get("logprobs"))
