@@ -18,7 +18,7 @@ from rtap_core.types import Continuation, Limits, Policy, Trajectory
 from rtap_training.evaluation.comparison import CHOSEN, Reference, choose_threshold, row_of
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-from rtap_training.evaluation.replay import Figures, outcome_of_rule, replay
+from rtap_training.evaluation.replay import Figures, majority_as_drawn, outcome_of_rule, replay
 from rtap_training.evaluation.replay import _sample as sample_of
 from rtap_training.evaluation.samples import read_samples, write_samples
 from tests.core.scripted import ScriptedConfidence, ScriptedEngine, encode
@@ -102,6 +102,14 @@ def test_every_rule_is_replayed_in_many_orders() -> None:
     assert 0.0 < single[1] < 0.5
     assert found["confidence@0.5 x4"].right.tolist() == [1.0, 1.0]
     assert found["confidence@0.5 x4"].samples[0] < found["confidence@0.5 x4"].samples[1]
+
+
+def test_live_runs_compare_with_the_majority_as_drawn() -> None:
+    vote, questions = vote_of([[record("4", right=True), record("5")]] * 20)
+    drawn = majority_as_drawn(vote, questions)
+    assert drawn is not None
+    assert drawn.right.mean() == 1.0  # a tie goes to the first
+    assert 0.4 < rules(vote, questions)["majority x2"].right.mean() < 0.6
 
 
 def test_rules_of_confidence_need_one_for_every_answer() -> None:

@@ -130,4 +130,4 @@ def _at_equal_tokens(figures: Figures, adaptive: Sequence[Figures]) -> Interval 
         return None
     costs, gains = np.asarray([one.tokens for one in adaptive]), np.asarray([one.right for one in adaptive])
     found = equal_cost_difference(costs, gains, list(figures.tokens), list(figures.right))
-    return None if found is None else Interval(-found.value, -found.high, -found.low)
+    return None if found is None else Interval(0.0 - found.value, 0.0 - found.high, 0.0 - found.low)

@@ -3,7 +3,7 @@
 The figures of a question are means over ORDERS orders of its samples, so that chance in their order weighs less.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -83,9 +83,7 @@ def replay(
     sizes: numbers of samples of plain and weighted votes. vote_thresholds: of adaptive votes. thresholds: of the
     confidence rule, which makes fresh attempts, at most as many as there are samples.
     """
-    kept = {o.index: [_sample(questions[o.index], i, c) for i, c in enumerate(o.cycles)] for o in vote.answered}
-    most = vote.spec.samples or 1
-    kept = {index: samples for index, samples in kept.items() if len(samples) == most}
+    kept, most = _kept(vote, questions), vote.spec.samples or 1
     if not kept:
         return []
     complete = [s.cycle for samples in kept.values() for s in samples if s.cycle.answer is not None]
@@ -104,6 +102,15 @@ def replay(
         by_text = [RunSpec(SINGLE), *([RunSpec(MAJORITY, samples=most)] if most > 1 else [])]
         found += [_figures(spec, orders, by_text=True) for spec in by_text]
     return found
+
+
+def majority_as_drawn(vote: Run, questions: Sequence[Question]) -> Figures | None:
+    """The plain majority of all samples in the order in which they were drawn: what live runs compare with, whose
+    samples have the same seeds."""
+    kept = _kept(vote, questions)
+    if not kept:
+        return None
+    return _figures(RunSpec(MAJORITY, samples=vote.spec.samples), {index: [order] for index, order in kept.items()})
 
 
 def outcome_of_rule(spec: RunSpec, samples: Sequence[Sample], *, by_text: bool = False) -> tuple[int | None, int]:
@@ -125,7 +132,7 @@ def outcome_of_rule(spec: RunSpec, samples: Sequence[Sample], *, by_text: bool =
     return (ranked[0].first if ranked else None), drawn
 
 
-def _figures(spec: RunSpec, orders: dict[int, list[list[Sample]]], *, by_text: bool = False) -> Figures:
+def _figures(spec: RunSpec, orders: Mapping[int, Sequence[Sequence[Sample]]], *, by_text: bool = False) -> Figures:
     right, samples, tokens = (np.zeros(len(orders)) for _ in range(3))
     for row, of_question in enumerate(orders.values()):
         for order in of_question:
@@ -139,6 +146,15 @@ def _figures(spec: RunSpec, orders: dict[int, list[list[Sample]]], *, by_text: b
     count = len(next(iter(orders.values())))
     note = TEXT if by_text else ""
     return Figures(spec, tuple(orders), right / count, samples / count, tokens / count, np.zeros(len(orders)), note)
+
+
+def _kept(vote: Run, questions: Sequence[Question]) -> dict[int, list[Sample]]:
+    """Samples by question, of the questions that have all."""
+    return {
+        outcome.index: [_sample(questions[outcome.index], i, cycle) for i, cycle in enumerate(outcome.cycles)]
+        for outcome in vote.answered
+        if len(outcome.cycles) == vote.spec.samples
+    }
 
 
 def _orders(question: Question, samples: Sequence[Sample]) -> list[list[Sample]]:

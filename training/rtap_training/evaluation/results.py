@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from rtap_training.evaluation.comparison import Reference, Row, choose_threshold, row_of
@@ -10,7 +10,7 @@ from rtap_training.evaluation.judgement import Judgement, judge
 from rtap_training.evaluation.measurement import ConfidenceQuality, Measurement, confidence_quality, measure
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import Run
-from rtap_training.evaluation.replay import TEXT, Figures, figures_of, replay
+from rtap_training.evaluation.replay import TEXT, Figures, figures_of, majority_as_drawn, replay
 from rtap_training.evaluation.rules import ADAPTIVE, CONFIDENCE, MAJORITY, SINGLE, VOTE
 from rtap_training.evaluation.statistics import Interval, paired_ratio
 
@@ -76,15 +76,18 @@ def task_results(
         )
     )
     reference = _reference(replayed)
+    drawn = None if is_kept or vote is None else majority_as_drawn(vote, questions)
+    of_live = reference if reference is None or drawn is None else replace(reference, majority=drawn)
     live = [] if is_kept else [(figures_of(run), _wall_ratio(run, vote)) for run in runs]
-    rows = [row_of(figures, reference, is_live=True, wall_ratio=ratio) for figures, ratio in live]
+    rows = [row_of(figures, of_live, is_live=True, wall_ratio=ratio) for figures, ratio in live]
     rows += [row_of(figures, reference, is_live=False) for figures in replayed]
     curves = [figures for figures, _ in live if figures.spec.rule == CONFIDENCE]
     curve = curves or [figures for figures in replayed if figures.spec.rule == CONFIDENCE]
     selecting = [index for index, question in enumerate(questions) if question.is_for_selection]
-    chosen = choose_threshold(curve, reference and reference.majority, selecting, budget=parameters.budget)
+    against = of_live if curves else reference
+    chosen = choose_threshold(curve, against and against.majority, selecting, budget=parameters.budget)
     if chosen is not None:
-        rows.append(row_of(chosen, reference, is_live=bool(curves)))
+        rows.append(row_of(chosen, against, is_live=bool(curves)))
     judged = vote or next((run for run in reversed(runs) if run.spec.rule == CONFIDENCE), None)
     return TaskResults(
         task=task,

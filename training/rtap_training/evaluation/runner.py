@@ -95,7 +95,7 @@ def _setting(
     questions: Mapping[str, Sequence[Question]],
 ) -> dict[str, Any]:
     """Provenance of the results."""
-    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    installed = {distribution.metadata["Name"].replace("_", "-") for distribution in metadata.distributions()}
     setting: dict[str, Any] = {
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds()),
