@@ -188,12 +188,14 @@ def to_markdown(
     for name, a in agreements.items():
         counts = (a.pairs, a.distinct, a.both, a.only_ours, a.only_math_verify)
         shares = (_share(a.both, a.both + a.only_ours), _share(a.both, a.both + a.only_math_verify))
-        lines.append(f"| {name} | {' | '.join(f'{n:,}' for n in counts)} | {' | '.join(shares)} | {a.different_numbers} |")
+        lines.append(
+            f"| {name} | {' | '.join(f'{n:,}' for n in counts)} | {' | '.join(shares)} | {a.different_numbers} |"
+        )
     lines += [
         "",
         "## Extraction",
         "",
-        "How the answer is written: in `\\boxed{}`, after \"the answer is\", or neither. Right: by the extracted answer, "
+        'How the answer is written: in `\\boxed{}`, after "the answer is", or neither. Right: by the extracted answer, '
         "by the last number of the text, and by math-verify's own extraction from the whole text.",
         "",
         "| samples | written | texts | extracted as in the last box | right, extracted | right, last number | right, "
@@ -203,9 +205,8 @@ def to_markdown(
     for name, rows in written.items():
         for e in rows:
             as_written = f"{e.as_written:,}" if e.kind == "box" else "–"
-            lines.append(
-                f"| {name} | {e.kind} | {e.texts:,} | {as_written} | {e.ours:,} | {e.last_number:,} | {e.math_verify:,} |"
-            )
+            right = f"{e.ours:,} | {e.last_number:,} | {e.math_verify:,}"
+            lines.append(f"| {name} | {e.kind} | {e.texts:,} | {as_written} | {right} |")
     lines += ["", "## Disagreements", "", "| one | other | pairs | equal for |", "|---|---|---|---|"]
     for p in sorted(differing, key=lambda p: -p.count):
         cells = (f"`{json.dumps(text[:80])[1:-1].replace('|', chr(92) + '|')}`" for text in (p.one, p.other))

@@ -15,7 +15,9 @@ import uvicorn
 
 
 def load(slowness: float, ttft: float = 0.01) -> harness.Load:
-    return harness.Load(seconds=slowness, completed=10, failed=0, tokens=100, ttft=(ttft,) * 10, tpot=(0.001,) * 10, chunks=(9, 10) * 5)
+    return harness.Load(
+        seconds=slowness, completed=10, failed=0, tokens=100, ttft=(ttft,) * 10, tpot=(0.001,) * 10, chunks=(9, 10) * 5
+    )
 
 
 def test_ratios_are_of_pooled_rounds_and_noise_that_hits_both_servers_cancels() -> None:
@@ -61,7 +63,8 @@ def test_load_comes_from_vllm_bench_serve(monkeypatch: pytest.MonkeyPatch, tmp_p
         seen.append(options)
         return {
             "duration": 2.0, "completed": 2, "total_output_tokens": 4, "errors": ["", "refused", ""],
-            "latencies": [0.5, 0.0, 0.1], "ttfts": [0.2, 0.0, 0.1], "output_lens": [3, 0, 1], "itls": [[0.1] * 2, [], []],
+            "latencies": [0.5, 0.0, 0.1], "ttfts": [0.2, 0.0, 0.1], "output_lens": [3, 0, 1],
+            "itls": [[0.1] * 2, [], []],
         }  # fmt: skip
 
     monkeypatch.setattr(serve, "main", main)
