@@ -135,7 +135,7 @@ def extraction(rows: Sequence[Mapping[str, Any]], comparer: Comparer) -> list[Ex
         last = bool(numbers) and comparer.same(numbers[-1], reference)
         parse, verify = cast(Any, math_verify).parse, cast(Any, math_verify).verify
         whole = bool(verify(parse(f"${reference}$"), parse(text)))
-        kinds.setdefault(kind, []).append((as_written, last, comparer.same(found, reference), whole))
+        kinds.setdefault(kind, []).append((as_written, last, same_answer(found, reference), whole))
     return [Extraction(kind, len(rows), *map(sum, zip(*rows, strict=True))) for kind, rows in sorted(kinds.items())]
 
 

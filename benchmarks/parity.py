@@ -3,10 +3,10 @@
     python benchmarks/parity.py MODEL --questions QUESTIONS.jsonl --limit 50
 
 Every question is sent to both servers, streaming and not, one at a time, so that both see the same batches. Every
-second question asks for log-probabilities; the others are sent again with a token limit that cuts the answer. The plain server
-of a model with answer tags stops at ``</answer>`` and keeps it in the text; our reasoning and content are rendered back
-into a cycle and must equal it. Such models are not asked for log-probabilities: ours are only those of the content.
-Writes docs/results/parity.{json,md}, with a model also its name: parity-MODEL.
+second question asks for log-probabilities; the others are sent again with a token limit that cuts the answer. The plain
+server of a model with answer tags stops at ``</answer>`` and keeps it in the text; our reasoning and content are
+rendered back into a cycle and must equal it. Such models are not asked for log-probabilities: ours are only those of
+the content. Writes docs/results/parity.{json,md}, with a model also its name: parity-MODEL.
 """
 
 import argparse
@@ -195,8 +195,8 @@ def to_markdown(
         "# Parity of policy `single` with plain `vllm serve`",
         "",
         f"Temperature 0, {questions} questions, streaming and not, half of them also cut by a token limit: "
-        f"{len(cases)} comparisons of text, finish_reason and usage, {sum(case.with_logprobs for case in cases)} of them also of "
-        f"log-probabilities with two alternatives, {verdict}.",
+        f"{len(cases)} comparisons of text, finish_reason and usage, {sum(c.with_logprobs for c in cases)} of them "
+        f"also of log-probabilities with two alternatives, {verdict}.",
         "",
         *list_info(info),
     ]
