@@ -27,9 +27,11 @@ _MIN_WORDS = 3  # of a sentence; a text with fewer is an answer by itself
 
 _WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
 _FRAC = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
-_NOISE = re.compile(
-    r"\\(?:left|right|,|!|;|:|quad|qquad|displaystyle|circ|degree|\(|\)|\[|\])|\^\{?\\circ\}?|[$`°]|\\ "
-)
+_POWER = re.compile(r"(?<=[\w)\]}])\*\*(?=[\w({+-])")
+_EXPONENT = re.compile(r"\^\{(\w+)\}")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})")
+_SPACE = re.compile(r"\\(?:[,;: ]|quad|qquad)")
+_NOISE = re.compile(r"\\(?:left|right|!|displaystyle|circ|degree|\(|\)|\[|\])|\^\{?\\circ\}?|[$`°]")
 _LATEX_WORDS = {
     r"\times": "×",
     r"\cdot": "×",
@@ -63,6 +65,7 @@ _NUMBER = re.compile(
 )
 _RATIO = re.compile(rf"^([-+]?)\s?({_DIGITS})\s?/\s?([-+]?)({_DIGITS}){_UNIT}$")
 _MIXED = re.compile(r"^([-+]?)\s?(\d+) (\d+)\s?/\s?(\d+)$")
+_LOOSE_SPACE = re.compile(r"\s+(?=\W)|(?<=\W)\s+")
 _LIST = re.compile(r"^([\[({])(.*)([\])}])$", re.DOTALL)
 
 
@@ -163,17 +166,17 @@ def _key(answer: str) -> str:
 
 def _element_key(text: str) -> str:
     value = _value(text.strip())
-    return "".join(text.split()) if value is None else str(value)
+    return _LOOSE_SPACE.sub("", text.strip()) if value is None else str(value)
 
 
 def _plain(answer: str) -> str:
     """The answer without LaTeX wrappers, in lower case, with plain signs."""
-    text = answer.strip()
+    text = _SPACE.sub(" ", _THOUSANDS.sub("", _POWER.sub("^", answer.strip())))
     for latex, plain in _LATEX_WORDS.items():
         text = text.replace(latex, plain)
     text = _WRAPPER.sub(r"\1", text)
     text = _FRAC.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
-    text = _NOISE.sub("", text).replace("−", "-").replace("–", "-").strip()
+    text = _EXPONENT.sub(r"^\1", _NOISE.sub("", text)).replace("−", "-").replace("–", "-").strip()
     assigned = _ASSIGNED.match(text)
     text = assigned[1] if assigned is not None else text
     text = _right_side(text) or text
