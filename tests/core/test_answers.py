@@ -1,10 +1,12 @@
 """Final answers: extracted from real models' ways of writing them, and compared by value."""
 
+import json
 import re
 import time
 import warnings
 from fractions import Fraction
 from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -44,6 +46,16 @@ from rtap_core.answers import answer_key, extract_answer, same_answer
 )
 def test_the_final_answer_is_found(text, answer):
     assert extract_answer(text) == answer
+
+
+# Whole outputs of Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct (temperature 0.8), each answer read by a person.
+REAL = [json.loads(line) for line in (Path(__file__).parent / "data/answers.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("row", REAL, ids=lambda row: row["answer"][:20])
+def test_the_final_answer_of_a_real_output_is_found(row):
+    assert extract_answer(row["text"]) == row["answer"]
+    assert same_answer(row["text"], row["reference"]) == row["is_right"]
 
 
 SAME = [
