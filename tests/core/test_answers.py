@@ -48,7 +48,7 @@ def test_the_final_answer_is_found(text, answer):
     assert extract_answer(text) == answer
 
 
-# Whole outputs of Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct (temperature 0.8), each answer read by a person.
+# Whole outputs of Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct; each answer was checked by reading.
 REAL = [json.loads(line) for line in (Path(__file__).parent / "data/answers.jsonl").read_text("utf-8").splitlines()]
 
 
