@@ -1,4 +1,4 @@
-"""Openings of a continued cycle on a model that was not trained to continue: which one corrects wrong answers?
+"""Openings of a continued cycle, compared on a model that was not trained to continue: corrected and broken answers.
 
     python benchmarks/openings.py MODEL SAMPLES.jsonl --questions QUESTIONS.jsonl
 
