@@ -66,6 +66,7 @@ _NUMBER = re.compile(
 _RATIO = re.compile(rf"^([-+]?)\s?({_DIGITS})\s?/\s?([-+]?)({_DIGITS}){_UNIT}$")
 _MIXED = re.compile(r"^([-+]?)\s?(\d+) (\d+)\s?/\s?(\d+)$")
 _LOOSE_SPACE = re.compile(r"\s+(?=\W)|(?<=\W)\s+")
+_COEFFICIENT = re.compile(r"(?<=\d)×(?=[a-z])")  # 3×x is 3x
 _LIST = re.compile(r"^([\[({])(.*)([\])}])$", re.DOTALL)
 
 
@@ -166,7 +167,7 @@ def _key(answer: str) -> str:
 
 def _element_key(text: str) -> str:
     value = _value(text.strip())
-    return _LOOSE_SPACE.sub("", text.strip()) if value is None else str(value)
+    return _COEFFICIENT.sub("", _LOOSE_SPACE.sub("", text.strip())) if value is None else str(value)
 
 
 def _plain(answer: str) -> str:
