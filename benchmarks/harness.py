@@ -200,6 +200,7 @@ def bench_serve(
 
     Runs in this process, because a new one imports vLLM for ten seconds. seed: order of the prompts, and sampling."""
     from vllm.benchmarks import serve
+    from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
@@ -217,7 +218,7 @@ def bench_serve(
     with (
         (LOGS / "bench-serve.log").open("a") as log,
         contextlib.redirect_stdout(log),
-        patch.dict(serve.ASYNC_REQUEST_FUNCS, {"openai-chat": stream_chat}),
+        patch.dict(ASYNC_REQUEST_FUNCS, {"openai-chat": stream_chat}),
     ):
         result: dict[str, Any] = serve.main(cast(Namespace, options))
     names = ("errors", "latencies", "ttfts", "output_lens", "itls")
@@ -240,7 +241,7 @@ async def stream_chat(request: Any, session: Any, pbar: Any = None) -> Any:
     the text back."""
     from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput, StreamedResponseHandler
 
-    body = {
+    body: dict[str, Any] = {
         "model": request.model_name or request.model,
         "messages": [{"role": "user", "content": request.prompt}],
         "max_completion_tokens": request.output_len,

@@ -130,7 +130,7 @@ def continue_answers(model: Path, firsts: Sequence[First], args: argparse.Namesp
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
+    llm: Any = LLM(
         str(model), max_model_len=args.max_model_len, enforce_eager=True, enable_prefix_caching=True,
         kv_cache_memory_bytes=2**30, enable_chunked_prefill=False, max_num_batched_tokens=args.max_model_len,
         max_num_seqs=64, seed=args.seed,

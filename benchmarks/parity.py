@@ -178,11 +178,14 @@ def send(client: httpx.Client, server: Server, case: Case) -> Reply:
 
 def _reply(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], usage: Mapping[str, int]) -> Reply:
     """parts: (message, choice) of a whole reply, or (delta, choice) of each chunk."""
+    logprobs: list[Mapping[str, Any]] = []
+    for _, choice in parts:
+        logprobs += (choice.get("logprobs") or {"content": None})["content"] or []
     return Reply(
         tuple("".join(message.get(name) or "" for message, _ in parts) for name in TEXTS),
         "".join(choice.get("finish_reason") or "" for _, choice in parts),
         {name: usage[name] for name in USAGE},
-        tuple(entry for _, choice in parts for entry in (choice.get("logprobs") or {}).get("content") or ()),
+        tuple(logprobs),
     )
 
 
