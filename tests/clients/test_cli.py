@@ -65,7 +65,7 @@ def test_arguments_reach_the_command_unchanged_and_its_exit_code_is_returned(plu
 
 
 def test_help_lists_commands_of_other_distributions(plugin: Path) -> None:
-    assert "  echo    from echo_plugin" in rtap("--help", path=plugin).stdout
+    assert "  echo       from echo_plugin" in rtap("--help", path=plugin).stdout
 
 
 def test_unknown_command_exits_2_with_close_matches() -> None:

@@ -72,8 +72,8 @@ def help_text(found: Mapping[str, EntryPoint]) -> str:
             *(describe(name, found) for name in names),
             "",
             "options:",
-            "  --help     show this text; `rtap COMMAND --help` shows the flags of a command",
-            "  --version  show the installed version",
+            "  --help       show this text; `rtap COMMAND --help` shows the flags of a command",
+            "  --version    show the installed version",
         ]
     )
 

@@ -1,7 +1,6 @@
 """Start the engines of policy and generator, and build the state that requests share."""
 
 import asyncio
-import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -50,7 +49,7 @@ from rtap_server.engine.vllm_compat import (
 )
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
-from rtap_server.telemetry.logs import announce, captured_stderr
+from rtap_server.telemetry.logs import captured_stderr
 from rtap_server.telemetry.metrics import Metrics
 
 _TAG_CHARACTERS = 64
@@ -115,8 +114,6 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
         confidence = _confidence(settings, policy, generator, remote)
         if logistic is not None:
             confidence = LogisticConfidence(logistic, policy, settings.confidence_timeout_seconds, confidence)
-        if confidence is not None and not artifact.is_calibrated:
-            announce(_uncalibrated(settings, args.model), logging.WARNING)
         supervised = [SupervisedEngine("policy", policy), *([] if generator is None else [generator])]
         needs_logprobs = logistic is not None and logistic.reads_logprobs
         server = _server_state(
@@ -176,15 +173,6 @@ def _artifact(settings: Settings, generator: VllmConfig | None) -> Artifact:
         artifact = read_artifact_file(settings.confidence_config)
     check_logistic(artifact, settings.confidence_kind)
     return artifact
-
-
-def _uncalibrated(settings: Settings, model: str) -> str:
-    kind = settings.confidence_kind
-    source = f"--confidence-model {settings.confidence_model}" if settings.confidence_model else f"--confidence {kind}"
-    return (
-        f"confidence={kind} is not calibrated: its scores are no probabilities, so votes count answers; fit it with "
-        f"`rtap calibrate {model} --questions FILE -- {source}`, and serve with --confidence-config"
-    )
 
 
 async def _remote(settings: Settings, policy: VllmConfig, client: httpx.AsyncClient) -> RemoteConfidence | None:

@@ -146,7 +146,7 @@ def server_facts(server: ServerState, model_names: list[str]) -> dict[str, Any]:
             "kind": settings.confidence_kind,
             "model": settings.confidence_model if settings.confidence_kind == "pooling" else None,
             "timeout_seconds": settings.confidence_timeout_seconds,
-            "is_calibrated": server.generator.is_calibrated,
+            "is_calibrated": has_confidence and server.generator.is_calibrated,
             "calibration": server.generator.calibration.model_dump(),
             "logistic": None if server.generator.logistic is None else server.generator.logistic.model_dump(),
         },
@@ -173,6 +173,14 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
     )
     source = f" from {confidence['model']}" if confidence["model"] else ""
     scores = f"{confidence['kind']}{source}; --confidence-model or --confidence changes it"
+    if not confidence["is_calibrated"]:
+        flag = (
+            f"--confidence-model {confidence['model']}" if confidence["model"] else f"--confidence {confidence['kind']}"
+        )
+        scores = (
+            f"{confidence['kind']}{source}, not calibrated, so votes count answers; `rtap calibrate {facts['model']} "
+            f"--questions FILE -- {flag}` fits it and writes the file for --confidence-config"
+        )
     if confidence["kind"] == "none":
         scores = (
             "none, so no answer is scored; --confidence-model (a generator of `rtap train generator`) or --confidence "
