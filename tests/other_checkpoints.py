@@ -1,12 +1,29 @@
-"""Test checkpoints derived from the bundled ones: the `think` format and a LoRA adapter."""
+"""Test checkpoints: the bundled ones in the `think` format, a LoRA adapter, and small models of public families."""
 
 import json
 import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from rtap_core.artifact import BUNDLED_MODELS as MODELS
 
@@ -51,3 +68,89 @@ def save_adapter(folder: Path, *, seed: int) -> Path:
 
 def _change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | values), "utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models with one chat template and architecture.
+
+    template: file of the PyPI package trl, which has the templates of the Hub unchanged (Apache-2.0).
+    tokens: special tokens of the template; the first ends the turn. replies: what the model writes after a prompt that
+    ends with a token; no token twice in all of them. ``TURN_END`` ends the turn.
+    """
+
+    template: str
+    config: Callable[..., PreTrainedConfig]
+    tokens: tuple[str, ...]
+    replies: Mapping[str, Sequence[str]]
+
+
+TURN_END = ""
+FAMILIES = {
+    "qwen3": Family(
+        "qwen3.jinja",
+        Qwen3Config,
+        ("<|im_end|>", "<|im_start|>", "<think>", "</think>", "\n\n"),
+        {"\n": ("<think>", "t", "</think>", "7", TURN_END), "\n\n": ("8", TURN_END)},
+    ),
+    "deepseek-r1": Family(
+        "deepseek_r1_distill.jinja",
+        Qwen2Config,
+        ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
+        {"\n": ("t", "</think>", "7", TURN_END)},
+    ),
+    "llama-3": Family(
+        "llama3.jinja",
+        LlamaConfig,
+        ("<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "\n\n"),
+        {"\n\n": (*"<think>", "7", TURN_END)},
+    ),
+    "gpt-oss": Family(
+        "gptoss.jinja",
+        GptOssConfig,
+        ("<|return|>", "<|startoftext|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>"),
+        {},
+    ),
+}
+
+
+def family_tokenizer(family: Family) -> PreTrainedTokenizerFast:
+    """One token a byte, the family's special tokens and its chat template."""
+    alphabet = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()))}
+    raw = Tokenizer(BPE(vocab=alphabet, merges=[]))
+    raw.pre_tokenizer, raw.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    raw.add_tokens([AddedToken(t, special=t[:2] in ("<|", "<｜"), normalized=False) for t in family.tokens])
+    template = (files("trl") / "chat_templates" / family.template).read_text("utf-8")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, chat_template=template, eos_token=family.tokens[0], bos_token=family.tokens[1]
+    )
+
+
+def save_family(name: str, folder: Path) -> Path:
+    """Save a small model of a family that writes its ``replies``: attention and MLP add nothing, and the last token
+    alone chooses the next one. Weights of gpt-oss are left out, because it is refused before they are read."""
+    family, size = FAMILIES[name], 512
+    tokenizer = family_tokenizer(family)
+    config = family.config(
+        vocab_size=len(tokenizer), hidden_size=size, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, dtype=torch.float32,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    if not family.replies:
+        config.architectures = ["GptOssForCausalLM"]
+        config.save_pretrained(folder)
+        return folder
+    model: Any = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(len(tokenizer), size))
+        model.lm_head.weight.zero_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        for last, reply in family.replies.items():
+            texts = [last, *(text or family.tokens[0] for text in reply)]
+            for before, after in pairwise(tokenizer.encode(text)[0] for text in texts):
+                model.lm_head.weight[after, before] = 1.0
+    model.save_pretrained(folder)
+    return folder

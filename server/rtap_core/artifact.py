@@ -51,8 +51,9 @@ class Calibration(BaseModel):
 class Logistic(BaseModel):
     """Logistic regression: confidence = sigmoid(bias + Σ weight · feature). A weight of 0 leaves its feature out.
 
-    generator: weight of the logit of a generator's score; alone it is a Platt calibration. The others are weights of
-    the log-probability features (``features.py``)."""
+    generator: weight of the logit of a generator's score; alone it is a Platt calibration. logprob_…: of
+    log-probabilities. probability_…: of the exponentials of such means, which a few unlikely tokens cannot dominate;
+    their Brier score on kept samples was lower. log_tokens: of the logarithm of the number of tokens."""
 
     # Unknown weights are an error, unlike unknown keys elsewhere: without them every confidence would be wrong.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -61,8 +62,9 @@ class Logistic(BaseModel):
     generator: float = 0.0
     logprob_mean: float = 0.0
     logprob_min: float = 0.0
-    logprob_lowest_tenth: float = 0.0
-    logprob_answer: float = 0.0
+    probability_mean: float = 0.0
+    probability_lowest_tenth: float = 0.0
+    probability_answer: float = 0.0
     log_tokens: float = 0.0
 
     @staticmethod
@@ -76,8 +78,9 @@ class Logistic(BaseModel):
             known |= {
                 "logprob_mean": logprobs.mean,
                 "logprob_min": logprobs.lowest,
-                "logprob_lowest_tenth": logprobs.lowest_tenth,
-                "logprob_answer": logprobs.answer,
+                "probability_mean": math.exp(logprobs.mean),
+                "probability_lowest_tenth": math.exp(logprobs.lowest_tenth),
+                "probability_answer": math.exp(logprobs.answer),
                 "log_tokens": math.log(logprobs.tokens),
             }
         return known
@@ -101,7 +104,7 @@ class Logistic(BaseModel):
 
 # For confidence=logprob without a fitted one. Of Qwen2.5-Coder-0.5B-Instruct on sums: it ranks answers, and gives no
 # probabilities of other models and tasks.
-UNCALIBRATED = Logistic(bias=1.5, logprob_mean=1.0, logprob_lowest_tenth=0.5, logprob_answer=4.0)
+UNCALIBRATED = Logistic(bias=-3.0, probability_mean=1.0, probability_lowest_tenth=1.0, probability_answer=3.0)
 
 
 class Artifact(BaseModel):

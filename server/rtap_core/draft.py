@@ -119,14 +119,25 @@ class Draft:
 
 
 def thought_is_open(prompt: Sequence[int], engine: Engine, fmt: TrajectoryFormat) -> bool:
-    """True if ``prompt`` ends with the tag that opens a thought; a chat template may add a newline after it."""
-    opening, closing = engine.encode(fmt.think_open), engine.encode(fmt.think_close)
-    tail = list(prompt[-len(opening) - 1 :])
-    return opening in (tail[1:], tail[:-1]) and tail[-1:] != closing[-1:]
+    """True if ``prompt`` ends with the tag that opens a thought, as the chat templates of DeepSeek-R1 and QwQ do."""
+    return fmt.has_think_tags and _ends_with(prompt, fmt.think_open, engine)
+
+
+def thought_is_closed(prompt: Sequence[int], engine: Engine, fmt: TrajectoryFormat) -> bool:
+    """True if ``prompt`` ends with the tag that closes a thought, as Qwen3's does when thinking is disabled."""
+    return fmt.has_think_tags and _ends_with(prompt, fmt.think_close, engine)
+
+
+def _ends_with(prompt: Sequence[int], tag: str, engine: Engine) -> bool:
+    """True if ``prompt`` ends with ``tag`` and line breaks, which may share a token with it."""
+    endings = (engine.encode(tag + space) for space in ("", "\n", "\n\n"))
+    return any(list(prompt[-len(ending) :]) == ending for ending in endings)
 
 
 def num_thought_tokens(question: Sequence[int], prompt: Sequence[int], engine: Engine, fmt: TrajectoryFormat) -> int:
     """Number of tokens in the closed thoughts after ``question`` in ``prompt``, without tags."""
+    if not fmt.has_think_tags:
+        return 0
     ids, is_open = list(prompt[len(question) :]), thought_is_open(question, engine, fmt)
     opening, closing = engine.encode(fmt.think_open), engine.encode(fmt.think_close)
     at = begin = count = 0

@@ -4,7 +4,7 @@ Works on text only; token ids are the engine's. Model output is hostile input, s
 the text is chunked.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +17,10 @@ class TrajectoryFormat:
     """Tags of a cycle. Every tag begins with ``<``, so the parser can skip ordinary text.
 
     name: of the preset, as written in the ``rtap`` block of a checkpoint's ``config.json``.
+    think_open, think_close: empty in preset ``text``, whose answer is the whole turn.
     answer_open, answer_close: None in preset ``think``, whose answer is all text from ``think_close`` to the end of
-        the turn.
-    cycle_open: appended to the trajectory to make the model write another cycle.
+        the turn, and in preset ``text``.
+    cycle_open: text appended to the trajectory to make the model write another cycle.
     """
 
     name: str
@@ -30,15 +31,19 @@ class TrajectoryFormat:
     cycle_open: str
 
     @property
+    def has_think_tags(self) -> bool:
+        """True if the model marks its thoughts, False if its whole turn is the answer (``text``)."""
+        return bool(self.think_open)
+
+    @property
     def has_answer_tags(self) -> bool:
-        """True if a cycle ends at its own tag (``rtap``), False if it ends with the turn (``think``)."""
+        """True if a cycle ends at its own tag (``rtap``), False if it ends with the turn (``think``, ``text``)."""
         return self.answer_close is not None
 
     @property
     def tags(self) -> tuple[str, ...]:
         """All tags of the format."""
-        tags = (self.think_open, self.think_close, self.answer_open, self.answer_close, self.cycle_open)
-        return tuple(tag for tag in tags if tag is not None)
+        return tuple(filter(None, (self.think_open, self.think_close, self.answer_open, self.answer_close)))
 
     def render_cycle(self, think: str, answer: str) -> str:
         """Text of one cycle, as the model would write it."""
@@ -48,20 +53,39 @@ class TrajectoryFormat:
 # R-TAP sec. 3: <think> </think> <answer> </answer>, several pairs in one turn.
 RTAP = TrajectoryFormat("rtap", "<think>", "</think>", "<answer>", "</answer>", cycle_open="<think>")
 THINK = TrajectoryFormat("think", "<think>", "</think>", None, None, cycle_open="<think>")
-PRESETS: Mapping[str, TrajectoryFormat] = {f.name: f for f in (RTAP, THINK)}
+TEXT = TrajectoryFormat("text", "", "", None, None, cycle_open="\n\nWait, let me check this again, step by step.\n")
+PRESETS: Mapping[str, TrajectoryFormat] = {f.name: f for f in (RTAP, THINK, TEXT)}
 
 
 def format_from_config(block: Mapping[str, Any] | None, *, override: str | None = None) -> TrajectoryFormat:
     """Format named by ``override``, else by the ``rtap`` block of a checkpoint's ``config.json``, else ``think``.
 
     Raises ConfigError for an unknown name."""
-    declared = dict(block or {})
-    name = override or declared.get("format", "think")
+    declared = block or {}
+    name = override or declared.get("format") or "think"
     if name not in PRESETS:
         raise ConfigError(f"unknown trajectory format {name!r}; use one of {sorted(PRESETS)}")
-    preset = PRESETS[name]
-    cycle_open = declared.get("cycle_open")
-    return replace(preset, cycle_open=cycle_open) if isinstance(cycle_open, str) else preset
+    cycle_open = declared.get("cycle_open") if declared.get("format", name) == name else None  # of another format
+    return replace(PRESETS[name], cycle_open=cycle_open) if cycle_open else PRESETS[name]
+
+
+def detect_format(
+    block: Mapping[str, Any] | None, *, template: str, vocabulary: Container[str], override: str | None = None
+) -> tuple[TrajectoryFormat, str]:
+    """Format of a model, and what shows it: the flag, the ``rtap`` block, the chat template or the vocabulary.
+
+    A model that knows ``<think>`` or ``</think>`` writes thoughts. template: text of the chat template.
+    Raises ConfigError for an unknown name."""
+    if override:
+        return format_from_config(block, override=override), "--trajectory-format"
+    if (block or {}).get("format"):
+        return format_from_config(block), "the rtap block of config.json"
+    tags = (THINK.think_open, THINK.think_close)
+    if any(tag in template for tag in tags):
+        return format_from_config(block, override="think"), "<think> in the chat template"
+    if all(tag in vocabulary for tag in tags):
+        return format_from_config(block, override="think"), "<think> in the vocabulary"
+    return format_from_config(block, override="text"), "no <think> in chat template or vocabulary"
 
 
 def default_recursion(block: Mapping[str, Any] | None) -> Continuation:
@@ -86,7 +110,8 @@ class CycleParser:
         in the thought. include_stop: keep the string in the answer.
 
     Text outside every tag is thinking if the format has answer tags. Without them it is the answer, unless a thought
-    comes first (a ``think`` model may answer at once). A tag in the wrong place is kept as text. No input raises.
+    comes first (a ``think`` model may answer at once, a ``text`` model always does). A tag in the wrong place is kept
+    as text. No input raises.
     """
 
     def __init__(
@@ -99,11 +124,11 @@ class CycleParser:
         include_stop: bool = False,
     ) -> None:
         self._format = fmt
-        self._longest_tag = max(map(len, fmt.tags))
+        self._longest_tag = max(map(len, fmt.tags), default=0)
         self._pending = ""  # text that may still become a tag
         self._leading_space: list[str] = []  # before the first character that shows how the cycle begins
-        self._has_begun = thought_open or fmt.has_answer_tags
-        self._in_answer = False
+        self._has_begun = thought_open or fmt.has_answer_tags or not fmt.has_think_tags
+        self._in_answer = not fmt.has_think_tags
         self._answer_closed = False
         self._closing_tag = fmt.think_close if thought_open else ""
         self._think: list[str] = []
@@ -143,6 +168,8 @@ class CycleParser:
     @property
     def closing_tag(self) -> str:
         """Tag that closes the thought or answer that is open; empty if none is."""
+        if not self._format.has_think_tags:
+            return ""
         if self._in_answer and not self._format.has_answer_tags:  # the model may have opened a thought after its answer
             begun = "".join(self._answer).rpartition(self._format.think_open)
             return self._format.think_close if begun[1] and self._format.think_close not in begun[2] else ""
@@ -315,7 +342,7 @@ def parse_cycle(text: str, fmt: TrajectoryFormat, *, ended_by_model: bool = Fals
 
 
 def split_cycles(text: str, fmt: TrajectoryFormat = RTAP) -> list[tuple[str, str | None]]:
-    """(thought, answer) of every cycle of a trajectory, in order. Format ``think`` has one cycle a turn."""
+    """(thought, answer) of every cycle of a trajectory, in order. Without answer tags it has one cycle a turn."""
     if fmt.answer_close is None:
         return [parse_cycle(text, fmt, ended_by_model=True)] if text.strip() else []
     parts = text.split(fmt.answer_close)

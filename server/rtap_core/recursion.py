@@ -205,8 +205,9 @@ class Recursion:
         """A further cycle of the trajectory."""
         if _is_fresh(state.limits):
             return self._first_draft(question, state.limits, len(state.cycles))
-        opening, parser = self._opening(state), self._parser(state.limits, thought_open=True)
+        opening = self._opening(state)
         text = self.format.cycle_open if opening else ""
+        parser = self._parser(state.limits, thought_open=not opening, prefix=text)
         return Draft(len(state.cycles), parser, state.prompt, opening, text, self.clock(), state.limits.stop_token_ids)
 
     def _parser(self, limits: Limits, *, thought_open: bool, prefix: str = "") -> CycleParser:
@@ -215,7 +216,7 @@ class Recursion:
         )
 
     def _opening(self, state: _State) -> list[int]:
-        """Tag that makes the model write one more cycle; nothing if the model decides by itself, or starts again."""
+        """Text that makes the model write one more cycle; nothing if the model decides by itself, or starts again."""
         if state.limits.policy is Policy.MODEL or _is_fresh(state.limits):
             return []
         return self.engine.encode(self.format.cycle_open)
@@ -309,10 +310,12 @@ class Recursion:
         state.add_to_last(tokens=num_tokens, answer_tokens=num_tokens if draft.parser.answer else 0)
 
     def _answer_tokens(self, draft: Draft) -> int:
-        """Tokens of a complete answer with its tags (format ``think``: all after the thought)."""
+        """Tokens of a complete answer with its tags (format ``think``: all after the thought, ``text``: all)."""
         if draft.parser.answer is None:
             return 0
         ids = draft.token_ids
+        if not self.format.has_think_tags:
+            return len(ids) - len(draft.opening)
         before = self.engine.encode(self.format.answer_open or self.format.think_close)
         if len(before) == 1 and before[0] in ids:
             start = len(ids) - 1 - ids[::-1].index(before[0])

@@ -65,12 +65,12 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
     bundled = model is None
     if bundled:
         model = _bundled("policy")
-        args.served_model_name = args.served_model_name or ["rtap"]
         named = values.get("rtap_confidence_model") or environ.get("RTAP_CONFIDENCE_MODEL")
         kind = values.get("rtap_confidence") or environ.get("RTAP_CONFIDENCE") or "auto"
         if not named and kind in ("auto", "pooling"):
             values["rtap_confidence_model"] = _bundled("confidence")
     args.model_tag = args.model = model
+    args.served_model_name = args.served_model_name or _served_names(args, None if bundled else model)
     _use_reasoning_parser(args)
     _refuse_unsupported(args)
     settings = load_settings(values, environ)
@@ -81,6 +81,12 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
     if args.otlp_traces_endpoint:
         os.environ.setdefault("OTEL_SERVICE_NAME", "rtap")
     return args, settings, bundled
+
+
+def _served_names(args: Namespace, model: str | None) -> list[str]:
+    """Default of ``--served-model-name``: ``rtap``, with the named model as an alias."""
+    adapters = [adapter.name for adapter in args.lora_modules or ()]
+    return [name for name in ("rtap", model) if name is not None and name not in adapters]
 
 
 def _use_reasoning_parser(args: Namespace) -> None:
@@ -174,6 +180,7 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
     from rtap_server.engine.loading import start_engines
     from rtap_server.engine.supervisor import Supervisor
     from rtap_server.http.admission import Admission
+    from rtap_server.routes.rtap import server_facts, start_lines
     from rtap_server.run import serve_app
 
     async with start_engines(args, settings) as engines:
@@ -183,6 +190,8 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
         )
         app = await create_app(engines.policy, args, server, keys, admission)
         supervisor = Supervisor(engines.supervised, server.metrics, settings.engine_silence_seconds, announce)
+        for line in start_lines(server_facts(server, args.served_model_name)):
+            announce(line)
         announce(f"ready at {address}")
         return await serve_app(
             app,

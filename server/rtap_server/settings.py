@@ -100,7 +100,15 @@ class Settings(BaseSettings):
         description="question that confidence=yesno appends to each cycle",
     )
 
-    trajectory_format: str | None = Field(default=None, description="rtap or think; default: the checkpoint's own")
+    trajectory_format: str | None = Field(
+        default=None,
+        description="rtap, think or text; default: the checkpoint's own, else by <think> in template or vocabulary",
+    )
+    cycle_open: str | None = Field(
+        default=None,
+        description="text after which the model writes a further cycle when cycles continue; default: the checkpoint's "
+        "own, else the format's",
+    )
     oops_lexicon: Path | None = Field(default=None, description="file of self-doubt phrases; default: built in")
     api_keys_file: Path | None = Field(
         default=None,

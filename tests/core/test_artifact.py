@@ -34,8 +34,8 @@ def test_a_logistic_weighs_score_and_log_probabilities():
     fusion = Logistic(**FUSION)
     margin = 0.5 + 2 * math.log(0.8 / 0.2) + 3 * -0.3 + 1 * -0.5
     assert fusion.confidence(0.8, KNOWN) == pytest.approx(1 / (1 + math.exp(-margin)))
-    whole = Logistic(bias=1, logprob_lowest_tenth=2, logprob_answer=3, log_tokens=4)
-    margin = 1 + 2 * -0.45 + 3 * -0.2 + 4 * math.log(20)
+    whole = Logistic(bias=-19, probability_mean=5, probability_lowest_tenth=2, probability_answer=3, log_tokens=4)
+    margin = 1 + 5 * math.exp(-0.3) + 2 * math.exp(-0.45) + 3 * math.exp(-0.2) + 4 * math.log(20) - 20
     assert whole.confidence(None, KNOWN) == pytest.approx(1 / (1 + math.exp(-margin)))
     assert Logistic(bias=0, generator=1).confidence(0.3, None) == pytest.approx(0.3)
     assert [one.reads_logprobs for one in (fusion, whole, Logistic(bias=0, generator=1))] == [True, True, False]

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from rtap_core.errors import ConfigError
 from rtap_core.format import (
     RTAP,
+    TEXT,
     THINK,
     CycleParser,
     TrajectoryFormat,
+    detect_format,
     format_from_config,
     parse_cycle,
     split_cycles,
@@ -47,7 +49,7 @@ def _read(parser: CycleParser, chunks: list[str]) -> tuple[str, str | None]:
     return "".join(returned), parser.partial_answer
 
 
-@given(_TEXTS, st.data(), st.sampled_from([RTAP, THINK]), st.booleans())
+@given(_TEXTS, st.data(), st.sampled_from([RTAP, THINK, TEXT]), st.booleans())
 def test_reading_does_not_depend_on_chunking(text, data, fmt, opened):
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)))
     chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -61,7 +63,7 @@ def _plainly(text: str, fmt: TrajectoryFormat, *, opened: bool) -> tuple[str, st
     what follows the end of the answer."""
     think = answer = ""
     begins_with_thought = opened or fmt.has_answer_tags or text.lstrip().startswith(fmt.think_open)
-    in_answer = not begins_with_thought
+    in_answer = not begins_with_thought or not fmt.has_think_tags
     for part in re.split("(" + "|".join(map(re.escape, fmt.tags)) + ")", text):
         if in_answer and part == fmt.answer_close:
             break
@@ -74,7 +76,7 @@ def _plainly(text: str, fmt: TrajectoryFormat, *, opened: bool) -> tuple[str, st
     return think, answer.strip() or None
 
 
-@given(st.one_of(_TEXTS, st.text()), st.sampled_from([RTAP, THINK]), st.booleans())
+@given(st.one_of(_TEXTS, st.text()), st.sampled_from([RTAP, THINK, TEXT]), st.booleans())
 def test_nothing_is_lost_but_tags(text, fmt, opened):
     assert _read(CycleParser(fmt, thought_open=opened), [text]) == _plainly(text, fmt, opened=opened)
 
@@ -123,6 +125,7 @@ def test_think_preset_without_thought_is_all_answer():
         (THINK, "<think>12*9=", "108</think>108", ("108", "108")),
         (THINK, "<think>12*9=108</think>1", "08", ("", "08")),
         (THINK, "1", "08", ("", "08")),
+        (TEXT, "<think>1", "08</think>", ("", "08</think>")),
     ],
 )
 def test_a_cycle_that_somebody_else_began_is_read_from_there(fmt, prefix, text, read):
@@ -131,7 +134,11 @@ def test_a_cycle_that_somebody_else_began_is_read_from_there(fmt, prefix, text, 
     assert (parser.think, parser.answer) == read
 
 
-@given(st.lists(st.sampled_from([*_FRAGMENTS, "ab", "b"]), max_size=14), st.sampled_from([RTAP, THINK]), st.booleans())
+@given(
+    st.lists(st.sampled_from([*_FRAGMENTS, "ab", "b"]), max_size=14),
+    st.sampled_from([RTAP, THINK, TEXT]),
+    st.booleans(),
+)
 def test_a_stop_string_ends_the_answer_wherever_it_is_split_and_nothing_else(pieces, fmt, include):
     """Against a search of the whole answer of a parser without stops."""
     stops = ("7b", "b7", "<", "aba", "\n", "think")
@@ -166,6 +173,7 @@ def test_a_stop_string_ends_the_answer_wherever_it_is_split_and_nothing_else(pie
         (RTAP, "<think>a<answer>b", "</answer>"),
         (RTAP, "<think>a</think><answer>b</ans", "</answer>"),
         (RTAP, "<think>a</think><answer>b</answer>", ""),
+        (TEXT, "<think>a", ""),
         (THINK, "a", ""),
         (THINK, "<think>a", "</think>"),
         (THINK, "<think>a</think>b", ""),
@@ -195,5 +203,38 @@ def test_format_comes_from_the_checkpoint_and_a_flag_overrides():
     assert format_from_config(None) is THINK
     assert format_from_config({"format": "rtap"}, override="think") is THINK
     assert format_from_config({"format": "rtap", "cycle_open": "\n<think>"}).cycle_open == "\n<think>"
-    with pytest.raises(ConfigError, match=r"unknown trajectory format 'x'.*'rtap', 'think'"):
+    assert format_from_config({"format": "rtap", "cycle_open": "<think>"}, override="text") is TEXT
+    with pytest.raises(ConfigError, match=r"unknown trajectory format 'x'.*'rtap', 'text', 'think'"):
         format_from_config({"format": "x"})
+
+
+@pytest.mark.parametrize(
+    ("block", "template", "vocabulary", "override", "fmt", "source"),
+    [
+        ({"format": "rtap"}, "</think>", set(), None, RTAP, "the rtap block of config.json"),
+        ({"format": "text"}, "</think>", {"<think>", "</think>"}, None, TEXT, "the rtap block of config.json"),
+        ({"format": "rtap"}, "", set(), "text", TEXT, "--trajectory-format"),
+        ({"threshold": 0.5}, "x", {"<think>"}, None, TEXT, "no <think> in chat template or vocabulary"),
+        (None, "{{ content.split('</think>')[-1] }}", set(), None, THINK, "<think> in the chat template"),
+        (None, "<think>\n", set(), None, THINK, "<think> in the chat template"),
+        (None, "", {"<think>", "</think>"}, None, THINK, "<think> in the vocabulary"),
+        (None, "<|im_start|>", {"a"}, None, TEXT, "no <think> in chat template or vocabulary"),
+    ],
+)
+def test_the_format_of_a_model_and_what_shows_it(block, template, vocabulary, override, fmt, source):
+    assert detect_format(block, template=template, vocabulary=vocabulary, override=override) == (fmt, source)
+
+
+def test_a_block_without_format_still_names_its_opening():
+    fmt, _ = detect_format({"cycle_open": "Wait,"}, template="", vocabulary=())
+    assert (fmt.name, fmt.cycle_open) == ("text", "Wait,")
+
+
+@given(_TEXTS, st.booleans())
+def test_tags_in_the_answer_of_a_text_model_are_text(text, ended):
+    parser = CycleParser(TEXT)
+    assert [parser.feed(c) for c in text] == [""] * len(text)
+    assert parser.close(ended_by_model=ended) == ""
+    assert parser.take_answer(final=True) == text
+    assert (parser.answer, parser.partial_answer) == (text.strip() or None if ended else None, text.strip() or None)
+    assert (parser.think, parser.closing_tag) == ("", "")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rtap_core.cutoff import Cutoff
 from rtap_core.draft import num_thought_tokens
-from rtap_core.format import RTAP, THINK
+from rtap_core.format import RTAP, TEXT, THINK
 from rtap_core.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
 from rtap_core.types import Continuation, Limits, Policy, Select, StopReason
 from tests.core.scripted import EOS, ScriptedConfidence, ScriptedEngine, decode, encode
@@ -353,6 +353,28 @@ async def test_fresh_cycles_start_on_the_question_and_inject_nothing():
     assert {len(judged.context_token_ids) for judged in scorer.judged} == {len(QUESTION)}
 
 
+@pytest.mark.parametrize(
+    ("fmt", "opening", "second", "cycle"),
+    [
+        (TEXT, "\nWait.\n", "<think>8$", ("", "<think>8")),
+        (THINK, "<think>Wait.", "no</think>8$", ("no", "8")),
+        (THINK, "\nWait, ", "8$", ("", "8")),
+        (RTAP, "<think>Wait.", "no</think><answer>8</answer>", ("no", "8")),
+        (RTAP, "<answer>", "8</answer>", ("", "8")),
+    ],
+)
+async def test_a_continued_cycle_begins_with_the_opening_and_is_read_from_where_it_ends(fmt, opening, second, cycle):
+    """The opening is in the prompt and counted, and in neither thought nor answer."""
+    first = fmt.render_cycle("", "7") + ("" if fmt is RTAP else "$")
+    engine = ScriptedEngine([first, second])
+    limits = Limits(threshold=0.5, max_cycles=2, select=Select.LAST)
+    _, done = await _run(engine, limits, ScriptedConfidence(lambda _: 0.1), fmt=replace(fmt, cycle_open=opening))
+    assert decode(engine.prompts[1]) == decode(QUESTION) + first.removesuffix("$") + opening
+    assert (done.cycles[1].think, done.cycles[1].answer) == cycle
+    assert done.cycles[1].tokens == len(encode(opening + second))
+    assert not done.is_fresh_fallback
+
+
 async def test_after_an_empty_continued_cycle_the_next_ones_are_fresh():
     texts = ["<think>t</think><answer>7</answer>$", "</think>\n$", "<think>t</think><answer>9</answer>$"]
     engine, scorer = ScriptedEngine(texts), ScriptedConfidence(lambda text: 0.9 if ">9<" in text else 0.1)
@@ -462,7 +484,7 @@ _PIECES = st.lists(
 
 @given(
     st.lists(_PIECES, min_size=4, max_size=4),
-    st.sampled_from([RTAP, THINK]),
+    st.sampled_from([RTAP, THINK, TEXT]),
     st.sampled_from(list(Policy)),
     st.sampled_from([(), ("7",), ("ax", "7\n"), ("<",)]),
     st.sampled_from([frozenset(), frozenset(encode("x</think>"))]),

@@ -2,12 +2,17 @@
 
 import os
 import socket
+from dataclasses import replace
 
 import pytest
 
-from rtap_server.__main__ import main
+from rtap_core.format import RTAP, TEXT, THINK
+from rtap_core.types import Policy
+from rtap_server.__main__ import _parse, main
+from rtap_server.routes.rtap import server_facts, start_lines
 from rtap_server.settings import REMOVED, Settings
 from tests.documents import PAGES, commands
+from tests.server.fake_engine import FakeEngine, build
 
 
 @pytest.mark.parametrize(
@@ -68,6 +73,58 @@ def test_every_flag_of_the_documents_is_known():
     serving = [c.words for page in PAGES for c in commands(page) if "serve" in c.words and "rtap" in c.words]
     assert len(serving) > 5
     assert {w.partition("=")[0] for words in serving for w in words if w.startswith("--")} - ours - set(theirs) == set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ([], ["rtap"]),
+        (["some/model"], ["rtap", "some/model"]),
+        (["some/model", "--served-model-name", "mine", "also"], ["mine", "also"]),
+        (["some/model", "--enable-lora", "--lora-modules", "rtap=/a"], ["some/model"]),
+    ],
+)
+def test_a_model_is_called_rtap_and_by_its_own_name(flags, names, monkeypatch):
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    assert _parse(flags)[0].served_model_name == names
+
+
+@pytest.mark.parametrize(
+    ("settings", "confidence", "fmt", "policy", "source"),
+    [
+        (
+            Settings(), None, TEXT,
+            "model (one turn, as with plain vLLM), the default without a confidence source; --policy vote, or "
+            '"rtap": {"policy": "vote"} in a request, votes adaptively',
+            "none, so no answer is scored; --confidence-model (a generator of `rtap train generator`) or --confidence "
+            "logprob (no second model) adds scores and policy confidence",
+        ),
+        (
+            Settings(policy=Policy.VOTE), None, THINK,
+            "vote (up to 8 samples, until the leading answer's probability reaches 0.95), set by --policy",
+            "none, so no answer is scored",
+        ),
+        (
+            Settings(confidence_model="/generator", threshold=0.7), object(), RTAP,
+            "confidence (up to 8 cycles, until the confidence reaches 0.7), the default with a confidence source; ",
+            "pooling from /generator; --confidence-model or --confidence changes it",
+        ),
+        (
+            Settings(policy=Policy.MODEL), None, RTAP, "model (cycles until the model ends its turn), set by --policy;",
+            "none",
+        ),
+    ],
+)  # fmt: skip
+def test_the_start_says_what_is_loaded_and_how_to_change_it(settings, confidence, fmt, policy, source):
+    server = build(
+        FakeEngine(["x"]), settings=settings, confidence=confidence, format=fmt, model="/m", format_source="why"
+    )._server
+    lines = start_lines(server_facts(replace(server, confidence=confidence), ["rtap", "/m"]))
+    assert lines[0] == "model: /m, which requests call rtap or /m; --served-model-name changes it"
+    assert lines[1] == f"format: {fmt.name} (why); --trajectory-format changes it"
+    assert lines[2].startswith(f"policy: {policy}")
+    assert lines[3].startswith(f"confidence: {source}")
+    assert len(lines) == 4
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # vLLM does not close what cannot bind

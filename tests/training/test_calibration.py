@@ -6,12 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
+from rtap_core.errors import ConfigError
 from rtap_training.calibration import (
     auroc,
     best_threshold,
     constant_direction,
+    cross_validated,
     expected_calibration_error,
     figures,
+    fit_features,
     fit_platt,
     histogram,
     intervals,
@@ -116,3 +119,21 @@ def test_repeating_every_cycle_of_a_question_adds_no_certainty() -> None:
 def test_intervals_without_contrast_leave_the_aurocs_out() -> None:
     ends = intervals(np.array([0.5, 0.7]), np.array([True, True]), [0, 1])
     assert set(ends) == {"ece", "brier"}
+
+
+def test_each_row_is_scored_by_a_regression_on_other_questions() -> None:
+    generator = np.random.default_rng(0)
+    questions = [q for q in range(200) for _ in range(4)]
+    useful = generator.normal(0, 1, 800)
+    labels = generator.random(800) < sigmoid(2 * useful)
+    known = generator.normal(0, 1, 800)
+    scores = cross_validated(np.column_stack([useful, known]), labels, questions)
+    assert auroc(scores, labels) == pytest.approx(auroc(useful, labels), abs=0.02)
+    assert expected_calibration_error(scores, labels) < 0.1
+    bias, first, second = fit_features(np.column_stack([useful, known]), labels)
+    assert (bias, first, second) == (pytest.approx(0, abs=0.3), pytest.approx(2, abs=0.4), pytest.approx(0, abs=0.3))
+
+
+def test_without_contrast_in_a_part_there_is_no_cross_validation() -> None:
+    with pytest.raises(ConfigError, match="too few questions to cross-validate"):
+        cross_validated(np.zeros((4, 1)), np.array([True, False, False, False]), [0, 1, 2, 3])

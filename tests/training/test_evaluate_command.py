@@ -434,6 +434,7 @@ def test_a_served_model_is_started_asked_and_stopped(tmp_path: Path) -> None:
     [
         ("rtap serve: loading x\nrtap serve: no model at x\nwarnings.warn(", "rtap serve: no model at x"),
         ("rtap serve: loading x\nMemoryError: 3 GB", "MemoryError: 3 GB"),
+        ("rtap serve: loading x\nrtap serve: model: x\nMemoryError: 3 GB", "MemoryError: 3 GB"),
         (
             "Maybe `OSError: [Errno 24]`\n(Worker) ERROR [exec.py:9] ValueError: no memory\nRuntimeError: see above",
             "ValueError: no memory",

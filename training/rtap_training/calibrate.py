@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -83,7 +83,11 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
     )
 
     is_logprob = served.kind == LOGPROB
-    names = ("logprob_mean", "logprob_lowest_tenth", "logprob_answer", "log_tokens") if is_logprob else ("generator",)
+    names = (
+        ("probability_mean", "probability_lowest_tenth", "probability_answer", "log_tokens")
+        if is_logprob
+        else ("generator",)
+    )
     rows = [one for one in served.samples if (one.logprobs if is_logprob else one.confidence) is not None]
     if not rows:
         what = "log-probability features" if is_logprob else "a confidence"
@@ -160,10 +164,10 @@ def _report(
     lines = [
         f"{first['cycles']} samples of {num_questions} questions, {first['right_share']:.0%} right; "
         f"{first['contrast_questions']} questions with right and wrong samples",
-        f"{'':26}{'within-question AUROC':24}{'ECE':24}Brier",
+        f"{'':28}{'within-question AUROC':24}{'ECE':24}Brier",
     ]
-    lines += [f"{name:26}{''.join(f'{cell(name, f):24}' for f in FIGURES).rstrip()}" for name in judged]
-    lines += [f"  {name:24}{value:.3f}" for name, value in alone.items()]
+    lines += [f"{name:28}{''.join(f'{cell(name, f):24}' for f in FIGURES).rstrip()}" for name in judged]
+    lines += [f"  {name:26}{value:.3f}" for name, value in alone.items()]
     return "\n".join([*lines, f"threshold {threshold}"])
 
 
@@ -233,7 +237,7 @@ def _sampled(args: argparse.Namespace, serve_flags: Sequence[str]) -> Served:
 
 
 @contextmanager
-def _address(args: argparse.Namespace, serve_flags: Sequence[str]) -> Iterator[str]:
+def _address(args: argparse.Namespace, serve_flags: Sequence[str]) -> Generator[str]:
     """Address of the server; one is started unless an address is given."""
     from rtap_training.evaluation.server_process import running_server, serve_command
 
@@ -281,7 +285,7 @@ async def _ask_all(
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
+def _written(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression  # pyright: ignore  # the package has no types
-from sklearn.model_selection import GroupKFold  # pyright: ignore
-from sklearn.preprocessing import StandardScaler  # pyright: ignore
 
 from rtap_core.artifact import NUM_BINS
 from rtap_core.errors import ConfigError
@@ -158,19 +155,20 @@ def fit_logistic(features: Floats, labels: Bools, start: Floats, *, steps: int =
 
 
 def fit_features(features: Floats, labels: Bools) -> list[float]:
-    """Bias and weights of a logistic regression, with scikit-learn's L2 penalty on standardised features (N, F)."""
-    scaler = StandardScaler().fit(features)
-    model = LogisticRegression(C=1.0).fit(scaler.transform(features), labels)
-    weights = model.coef_[0] / scaler.scale_
-    return [float(model.intercept_[0] - weights @ scaler.mean_), *map(float, weights)]
+    """Bias and weights of a logistic regression on features (N, F)."""
+    columns = np.column_stack([np.ones(len(features)), features])
+    return fit_logistic(columns, labels, np.zeros(columns.shape[1])).tolist()
 
 
 def cross_validated(features: Floats, labels: Bools, questions: Sequence[int]) -> Floats:
     """Probability of each row by a regression on the rows of other questions, ten parts at most.
 
     Raises ConfigError if a part would be fitted to right or wrong rows alone."""
-    scores, groups = np.zeros(len(labels)), np.asarray(questions)
-    for fitted, left_out in GroupKFold(min(FOLDS, len(np.unique(groups)))).split(features, labels, groups):
+    _, place = np.unique(np.asarray(questions), return_inverse=True)
+    part = place % FOLDS
+    scores = np.zeros(len(labels))
+    for number in np.unique(part):
+        fitted, left_out = part != number, part == number
         if len(np.unique(labels[fitted])) < 2:
             raise ConfigError("right or wrong samples are of too few questions to cross-validate; give more questions")
         bias, *weights = fit_features(features[fitted], labels[fitted])

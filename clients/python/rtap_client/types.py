@@ -248,6 +248,8 @@ class ConfidenceSource(BaseModel):
     """The confidence generator."""
 
     kind: Literal["pooling", "remote", "yesno", "logprob", "none"]
+    model: Optional[str] = None
+    """Checkpoint of kind pooling."""
     timeout_seconds: float
     is_calibrated: bool = False
     """Confidences are probabilities, and votes weigh answers by them."""
@@ -258,9 +260,17 @@ class ServerConfig(BaseModel):
     """Configuration of a server: models, defaults and limits."""
 
     version: str
+    model: str
+    """Path or Hub name of the policy."""
     models: list[str]
     """Names accepted as ``model``."""
     format: str
+    format_source: str
+    """What showed the format."""
+    cycle_open: str
+    """Text that begins a continued cycle."""
+    policy_source: str
+    """What decided the default policy."""
     defaults: Defaults
     limits: Ceilings
     confidence: ConfidenceSource

@@ -159,9 +159,17 @@ export interface Feedback {
 /** Configuration of a server: models, defaults and limits. */
 export interface ServerConfig {
   version: string;
+  /** Path or Hub name of the policy. */
+  model: string;
   /** Names accepted as `model`. */
   models: string[];
   format: string;
+  /** What showed the format. */
+  format_source: string;
+  /** Text that begins a continued cycle. */
+  cycle_open: string;
+  /** What decided the default policy. */
+  policy_source: string;
   /** Defaults of the `rtap` object. */
   defaults: {
     policy: Policy;
@@ -177,6 +185,8 @@ export interface ServerConfig {
   limits: { max_cycles: number; samples: number; deadline_seconds: number; body_bytes: number };
   confidence: {
     kind: 'pooling' | 'remote' | 'yesno' | 'logprob' | 'none';
+    /** Checkpoint of kind pooling. */
+    model: string | null;
     timeout_seconds: number;
     /** Confidences are probabilities, and votes weigh answers by them. */
     is_calibrated: boolean;

@@ -7,6 +7,7 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,11 +16,12 @@ from pydantic import ValidationError
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.renderers.chat_utils import load_chat_template
 from vllm.usage.usage_lib import UsageContext
 
 from rtap_core.artifact import Artifact, is_classifier, read_artifact
 from rtap_core.errors import ConfigError
-from rtap_core.format import TrajectoryFormat
+from rtap_core.format import TrajectoryFormat, detect_format
 from rtap_server.engine.checkpoint_safety import check_folder, load_format
 from rtap_server.engine.vllm_compat import tokenizer_of
 from rtap_server.settings import Settings
@@ -141,6 +143,58 @@ def generator_args(args: Namespace, settings: Settings) -> AsyncEngineArgs:
         raise ConfigError(f"--confidence-engine-args: {error}") from error
 
 
+def check_policy(config: VllmConfig) -> None:
+    """Raise ConfigError for a model that this server cannot serve."""
+    hf, model = config.model_config.hf_config, config.model_config.model
+    if is_classifier(hf.to_dict()):
+        raise ConfigError(
+            f"{model} is a classifier and generates no text: give a generating model, and this one as "
+            "--confidence-model"
+        )
+    if hf.model_type == "gpt_oss":  # vLLM bypasses chat template and reasoning parser, and reads token ids
+        raise ConfigError(
+            f"{model} is a gpt-oss model, whose channels vLLM separates itself before this server sees an answer, so "
+            "no policy works with it: serve it with `vllm serve`"
+        )
+
+
+def policy_format(config: VllmConfig, chat_template: str | None, settings: Settings) -> tuple[TrajectoryFormat, str]:
+    """The policy's trajectory format with the opening of the settings, and what shows the format.
+
+    chat_template: of ``--chat-template``. Raises ConfigError."""
+    own: Any = getattr(tokenizer_of(config), "chat_template", None)  # a dict if there are several
+    template = load_chat_template(chat_template) or ("\n".join(own.values()) if isinstance(own, dict) else own or "")
+    fmt, source = detect_format(
+        rtap_block(config), template=template, vocabulary=_vocabulary(config), override=settings.trajectory_format
+    )
+    check_tags(fmt, config)
+    if settings.cycle_open is not None:
+        fmt = replace(fmt, cycle_open=settings.cycle_open)
+    _check_cycle_open(fmt.cycle_open, config)
+    return fmt, source
+
+
+def _check_cycle_open(text: str, policy: VllmConfig) -> None:
+    """Raise ConfigError for an opening after which the model would write nothing."""
+    ids, rule = encode(tokenizer_of(policy), text), "give words that make the model check its answer"
+    if not text.strip() or not ids:
+        raise ConfigError(f"--cycle-open {text!r} is blank: {rule}")
+    if end := end_of_turn_ids(policy).intersection(ids):
+        token = tokenizer_of(policy).decode([min(end)])
+        raise ConfigError(f"--cycle-open {text!r} has {token!r} in it, which ends the model's turn: {rule}")
+
+
+def end_of_turn_ids(config: VllmConfig) -> frozenset[int]:
+    """End-of-sequence ids of the tokenizer and of the checkpoint's generation config."""
+    ids: Any = config.model_config.try_get_generation_config().get("eos_token_id")
+    listed = cast(list[int], ids) if isinstance(ids, list) else [ids]
+    return frozenset(i for i in (*listed, tokenizer_of(config).eos_token_id) if i is not None)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return cast(list[int], tokenizer.encode(text, add_special_tokens=False))
+
+
 def check_classifier(config: VllmConfig) -> Artifact:
     """The artifact of a generator checkpoint. Raises ConfigError for another kind of model."""
     hf = config.model_config.hf_config
@@ -172,8 +226,8 @@ def check_tags(fmt: TrajectoryFormat, policy: VllmConfig) -> None:
 
     Models trained for a format have its tags as tokens."""
     declared = (rtap_block(policy) or {}).get("format")
-    tags, known = (fmt.think_open, fmt.think_close, fmt.answer_open, fmt.answer_close), _vocabulary(policy)
-    missing = [tag for tag in tags if tag is not None and tag not in known]
+    known = _vocabulary(policy)
+    missing = [tag for tag in fmt.tags if tag not in known]
     if missing and fmt.name != (declared or "think"):
         says = f"says '{declared}'" if declared else "declares none"
         raise ConfigError(

@@ -6,8 +6,8 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from functools import lru_cache, partial
+from typing import Any
 
 import httpx
 from prometheus_client import REGISTRY
@@ -17,9 +17,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rtap_core.artifact import UNCALIBRATED, Artifact, is_classifier, read_artifact_file
+from rtap_core.artifact import UNCALIBRATED, Artifact, read_artifact_file
 from rtap_core.errors import ConfigError
-from rtap_core.format import TrajectoryFormat, default_recursion, format_from_config
+from rtap_core.format import TrajectoryFormat, default_recursion
 from rtap_core.lexicon import DEFAULT_PATH, Lexicon, OopsCounter, load_lexicon
 from rtap_core.types import Confidence
 from rtap_server import __version__
@@ -30,10 +30,13 @@ from rtap_server.engine.confidence.remote import PROBE, RemoteConfidence
 from rtap_server.engine.confidence.yesno import YesNoConfidence, yes_no_ids
 from rtap_server.engine.engine_config import (
     check_classifier,
+    check_policy,
     check_same_tokenizer,
-    check_tags,
+    encode,
+    end_of_turn_ids,
     engine_config,
     generator_args,
+    policy_format,
     rtap_block,
 )
 from rtap_server.engine.grammars import use_guidance
@@ -49,6 +52,8 @@ from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
 from rtap_server.telemetry.logs import announce, captured_stderr
 from rtap_server.telemetry.metrics import Metrics
+
+_TAG_CHARACTERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +81,7 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
         check_folder(adapter.path, "auto", allows_pickles=allows_pickles)
     policy_config = engine_config(policy_args, args.model, allows_pickles=allows_pickles)
     use_guidance(policy_config)
-    if is_classifier(policy_config.model_config.hf_config.to_dict()):
-        raise ConfigError(
-            f"{args.model} is a classifier and generates no text: give a generating model, and this one as "
-            "--confidence-model"
-        )
+    check_policy(policy_config)
     lexicon = load_lexicon(settings.oops_lexicon or DEFAULT_PATH)
     generator_config = _generator_config(args, settings)
     artifact = _artifact(settings, generator_config)
@@ -92,10 +93,9 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
             f"--logprobs-mode {policy_args.logprobs_mode}: this server's confidence needs raw log-probabilities; leave "
             "the flag out"
         )
-    fmt = format_from_config(rtap_block(policy_config), override=settings.trajectory_format)
+    fmt, format_source = policy_format(policy_config, args.chat_template, settings)
     if settings.recursion is None:
         settings = settings.model_copy(update={"recursion": default_recursion(rtap_block(policy_config))})
-    check_tags(fmt, policy_config)
     if generator_config is not None:
         check_same_tokenizer(policy_config, generator_config)
     policy: AsyncLLM | None = None
@@ -120,7 +120,7 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
         supervised = [SupervisedEngine("policy", policy), *([] if generator is None else [generator])]
         needs_logprobs = logistic is not None and logistic.reads_logprobs
         server = _server_state(
-            settings, policy, fmt, confidence, artifact, lexicon, logprobs=0 if needs_logprobs else None
+            settings, policy, fmt, format_source, confidence, artifact, lexicon, logprobs=0 if needs_logprobs else None
         )
         enable_envs_cache()  # vLLM reads its variables for every token; its engine processes cache them already
         yield Engines(policy, server, supervised)
@@ -191,7 +191,7 @@ async def _remote(settings: Settings, policy: VllmConfig, client: httpx.AsyncCli
     if settings.confidence_kind != "remote":
         return None
     remote = RemoteConfidence(str(settings.confidence_model), settings.confidence_timeout_seconds, client)
-    await remote.check(_encode(tokenizer_of(policy), PROBE))
+    await remote.check(encode(tokenizer_of(policy), PROBE))
     return remote
 
 
@@ -205,7 +205,7 @@ def _confidence(
         assert generator.engine is not None
         return PoolingConfidence(generator, timeout, generator.engine.model_config.max_model_len)
     if kind == "yesno":
-        question, yes, no = yes_no_ids(lambda text: _encode(policy.renderer.tokenizer, text), settings.yesno_question)
+        question, yes, no = yes_no_ids(lambda text: encode(policy.renderer.tokenizer, text), settings.yesno_question)
         return YesNoConfidence(policy, question, yes, no, timeout)
     return remote
 
@@ -214,6 +214,7 @@ def _server_state(
     settings: Settings,
     policy: AsyncLLM,
     fmt: TrajectoryFormat,
+    format_source: str,
     confidence: Confidence | None,
     artifact: Artifact,
     lexicon: Lexicon,
@@ -224,21 +225,24 @@ def _server_state(
     metrics.set_build_info(version=__version__, vllm_version=vllm_version, confidence=settings.confidence_kind)
     metrics.export_calibration(feedback)
     metrics.export_drain(lambda: drain.has_begun, lambda: drain.num_trajectories)
-    tags = {tag: _encode(policy.renderer.tokenizer, tag) for tag in fmt.tags}
+    tokenizer: Any = policy.renderer.tokenizer
+    encode_tag = lru_cache(maxsize=64)(partial(encode, tokenizer))
 
-    def encode(text: str) -> list[int]:
-        """Tags are encoded many times a cycle, so their ids are cached."""
-        return list(tags[text]) if text in tags else _encode(policy.renderer.tokenizer, text)
+    def encode_cached(text: str) -> list[int]:
+        """Tags are encoded many times a cycle."""
+        return list(encode_tag(text)) if len(text) <= _TAG_CHARACTERS else encode(tokenizer, text)
 
     return ServerState(
         settings=settings,
+        model=policy.model_config.model,
         format=fmt,
+        format_source=format_source,
         confidence=confidence,
         generator=artifact,
-        count_oops=OopsCounter(lexicon, encode).count,
-        encode=encode,
-        decode=cast(Any, policy.renderer.tokenizer).decode,
-        end_of_turn_ids=_end_of_turn_ids(policy),
+        count_oops=OopsCounter(lexicon, encode_cached).count,
+        encode=encode_cached,
+        decode=tokenizer.decode,
+        end_of_turn_ids=end_of_turn_ids(policy.vllm_config),
         metrics=metrics,
         feedback=feedback,
         drain=drain,
@@ -250,17 +254,5 @@ def _server_state(
 def _shows_cycle_end(fmt: TrajectoryFormat, policy: AsyncLLM) -> bool:
     """True when the closing tag is not a special token, which vLLM removes from text."""
     tokenizer: Any = policy.renderer.tokenizer
-    ids = _encode(tokenizer, fmt.answer_close or "")
+    ids = encode(tokenizer, fmt.answer_close or "")
     return tokenizer.decode(ids, skip_special_tokens=True) == fmt.answer_close
-
-
-def _end_of_turn_ids(policy: AsyncLLM) -> frozenset[int]:
-    """End-of-sequence ids of the tokenizer and of the checkpoint's generation config."""
-    generation = policy.model_config.try_get_generation_config()
-    ids: Any = generation.get("eos_token_id")
-    listed = cast(list[int], ids) if isinstance(ids, list) else [ids]
-    return frozenset(i for i in (*listed, cast(Any, policy.renderer.tokenizer).eos_token_id) if i is not None)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return cast(list[int], tokenizer.encode(text, add_special_tokens=False))

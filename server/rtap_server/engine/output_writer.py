@@ -335,7 +335,7 @@ def _content_logprobs(entries: Sequence[Any], step: Step, text: str, opening: st
         return entries
     begin = end = at = 0
     if text:
-        before, tag, _ = written.partition(opening)
+        before, tag, _ = written.partition(opening) if opening else ("", "", "")
         begin = written.find(text, len(before + tag) if tag else 0)
         if begin < 0:
             return entries

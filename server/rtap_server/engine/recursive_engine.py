@@ -187,7 +187,8 @@ class RecursiveEngine:
 
     def _probe_every(self, call: GenerateCall) -> int | None:
         """Tokens between probes, when the request asks for them and a score can end its thoughts."""
-        if call.limits.policy is not Policy.CONFIDENCE or self._server.confidence is None:
+        server = self._server
+        if call.limits.policy is not Policy.CONFIDENCE or server.confidence is None or not server.format.has_think_tags:
             return None
         # A continued message may be past its thought; a grammar constrains the answer from a tag the model writes; the
         # other two move the end of an answer.

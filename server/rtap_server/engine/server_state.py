@@ -56,6 +56,7 @@ class Drain:
 class ServerState:
     """Shared by all requests, built once at start.
 
+    model: path or name of the policy. format_source: what shows its format.
     confidence: None when no confidence source is configured. generator: artifact of the confidence generator.
     count_oops: Oops tokens of a text. decode: text of token ids; the flag leaves out special tokens.
     logprobs: the ``logprobs`` that confidence needs of each cycle.
@@ -74,6 +75,8 @@ class ServerState:
     feedback: Feedback
     drain: Drain
     logprobs: int | None = None
+    model: str = ""
+    format_source: str = ""
     shows_cycle_end: bool = False
 
     def scorer(self, policy: Policy) -> Confidence | None:

@@ -4,18 +4,20 @@ The extras ``cpu`` and ``cuda`` pin the minor version of vLLM that these tests r
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import zmq
 from vllm.config import ModelConfig, VllmConfig
 from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config  # pyright: ignore[reportUnknownVariableType]
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.coordinator import DPCoordinatorProc
 from vllm.v1.engine.core import EngineCoreProc
 
 from rtap_server.engine.engine_process import isolate
+
+if TYPE_CHECKING:  # engine processes import this module, and AsyncLLM would bring the API's modules
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 __all__ = ["disable_envs_cache", "enable_envs_cache"]
 
@@ -58,7 +60,7 @@ def tokenizer_of(config: VllmConfig) -> Any:
     return tokenizer
 
 
-def on_output(engine: AsyncLLM, callback: Callable[[], None]) -> None:
+def on_output(engine: "AsyncLLM", callback: Callable[[], None]) -> None:
     """Call ``callback`` for every message from the engine process, requests of any output kind included."""
     core: Any = engine.engine_core
     receive = core.get_output_async
@@ -71,17 +73,17 @@ def on_output(engine: AsyncLLM, callback: Callable[[], None]) -> None:
     core.get_output_async = receive_observed
 
 
-def process_ids(engine: AsyncLLM) -> list[int]:
+def process_ids(engine: "AsyncLLM") -> list[int]:
     """Engine processes on this machine; none when Ray runs them, whose death Ray reports to vLLM."""
     manager: Any = _resources(engine).engine_manager
     return [process.pid for process in getattr(manager, "processes", ())]
 
 
-def zmq_context(engine: AsyncLLM) -> "zmq.Context[Any] | None":
+def zmq_context(engine: "AsyncLLM") -> "zmq.Context[Any] | None":
     """The sockets' context, which ``shutdown`` leaves open until the process ends."""
     return getattr(_resources(engine), "ctx", None)
 
 
-def _resources(engine: AsyncLLM) -> Any:
+def _resources(engine: "AsyncLLM") -> Any:
     core: Any = engine.engine_core
     return core.resources

@@ -14,7 +14,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from rtap_core import stopping
 from rtap_core.cutoff import Cutoff
-from rtap_core.draft import num_thought_tokens
+from rtap_core.draft import num_thought_tokens, thought_is_closed
 from rtap_core.types import Continuation, Limits, Policy, Step, StopReason
 from rtap_server.engine.output_writer import GenerateCall, part_of
 from rtap_server.engine.request_state import RequestState
@@ -87,7 +87,7 @@ class VllmCycles:
         try:
             options: dict[str, Any] = call.options
             if call.parses_reasoning:
-                options = {**options, "reasoning_ended": not self._server.marks_answers}
+                options = {**options, "reasoning_ended": self._starts_with_answer(prompt_token_ids)}
             if self._spans is not None:
                 options = {**options, "trace_headers": self._spans.headers(index)}
             outputs = self._inner.generate(cast(Any, prompt), params, engine_id, **options)
@@ -105,6 +105,12 @@ class VllmCycles:
                             yield step
         finally:
             self._running.discard(engine_id)
+
+    def _starts_with_answer(self, prompt: Sequence[int]) -> bool:
+        """True if a grammar applies from the first token."""
+        server = self._server
+        ends_with_thought = not server.format.has_answer_tags and thought_is_closed(prompt, self, server.format)
+        return ends_with_thought or not server.marks_answers
 
     def _step(self, output: RequestOutput, part: CompletionOutput) -> Step:
         read, cached = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0

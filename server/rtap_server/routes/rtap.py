@@ -1,13 +1,14 @@
 """Routes under ``/v1/rtap``: score an existing answer, accept feedback on answers, report the configuration."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from rtap_core.errors import ConfidenceError, InvalidRequest
-from rtap_core.types import Judged
+from rtap_core.types import Judged, Policy
 from rtap_server import __version__
 from rtap_server.engine.request_state import current_request
 from rtap_server.engine.server_state import ServerState
@@ -65,7 +66,7 @@ class ScoreResponse(BaseModel):
 
 def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[str]) -> APIRouter:
     """Build the router. tokenizer: the policy's. model_names: as served."""
-    router, settings = APIRouter(prefix="/v1/rtap", tags=["rtap"]), server.settings
+    router = APIRouter(prefix="/v1/rtap", tags=["rtap"])
 
     def encode(request: ScoreRequest) -> Judged:
         messages = [{"role": "user", "content": request.question}]
@@ -106,35 +107,80 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
 
     @router.get("/config")
     async def config() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
-        limits = resolve_limits(RtapOptions(), settings, server.generator, has_confidence=server.confidence is not None)
-        return {
-            "object": "rtap.config",
-            "version": __version__,
-            "models": model_names,
-            "format": server.format.name,
-            "defaults": {
-                "policy": limits.policy,
-                "threshold": limits.threshold,
-                "max_cycles": limits.max_cycles,
-                "samples": limits.samples,
-                "select": limits.select,
-                "recursion": limits.recursion,
-                "patience": limits.patience,
-                "deadline_seconds": limits.deadline_seconds,
-            },
-            "limits": {
-                "max_cycles": settings.max_cycles_limit,
-                "samples": settings.samples_limit,
-                "deadline_seconds": settings.deadline_seconds_limit,
-                "body_bytes": settings.max_body_bytes,
-            },
-            "confidence": {
-                "kind": settings.confidence_kind,
-                "timeout_seconds": settings.confidence_timeout_seconds,
-                "is_calibrated": server.generator.is_calibrated,
-                "calibration": server.generator.calibration.model_dump(),
-                "logistic": None if server.generator.logistic is None else server.generator.logistic.model_dump(),
-            },
-        }
+        return server_facts(server, model_names)
 
     return router
+
+
+def server_facts(server: ServerState, model_names: list[str]) -> dict[str, Any]:
+    """What is loaded, what decided it, and the defaults and ceilings of requests."""
+    settings, has_confidence = server.settings, server.confidence is not None
+    limits = resolve_limits(RtapOptions(), settings, server.generator, has_confidence=has_confidence)
+    default = f"the default {'with' if has_confidence else 'without'} a confidence source"
+    return {
+        "object": "rtap.config",
+        "version": __version__,
+        "model": server.model,
+        "models": model_names,
+        "format": server.format.name,
+        "format_source": server.format_source,
+        "cycle_open": server.format.cycle_open,
+        "policy_source": default if settings.policy is None else "set by --policy",
+        "defaults": {
+            "policy": limits.policy,
+            "threshold": limits.threshold,
+            "max_cycles": limits.max_cycles,
+            "samples": limits.samples,
+            "select": limits.select,
+            "recursion": limits.recursion,
+            "patience": limits.patience,
+            "deadline_seconds": limits.deadline_seconds,
+        },
+        "limits": {
+            "max_cycles": settings.max_cycles_limit,
+            "samples": settings.samples_limit,
+            "deadline_seconds": settings.deadline_seconds_limit,
+            "body_bytes": settings.max_body_bytes,
+        },
+        "confidence": {
+            "kind": settings.confidence_kind,
+            "model": settings.confidence_model if settings.confidence_kind == "pooling" else None,
+            "timeout_seconds": settings.confidence_timeout_seconds,
+            "is_calibrated": server.generator.is_calibrated,
+            "calibration": server.generator.calibration.model_dump(),
+            "logistic": None if server.generator.logistic is None else server.generator.logistic.model_dump(),
+        },
+    }
+
+
+_SPENDS = {
+    Policy.SINGLE: "one answer",
+    Policy.MODEL: "one turn, as with plain vLLM",
+    Policy.CONFIDENCE: "up to {max_cycles} cycles, until the confidence reaches {threshold:g}",
+    Policy.VOTE: "up to {samples} samples, until the leading answer's probability reaches {threshold:g}",
+}
+
+
+def start_lines(facts: Mapping[str, Any]) -> list[str]:
+    """``server_facts`` for the operator: what is loaded, why, and how to change it."""
+    defaults, confidence = facts["defaults"], facts["confidence"]
+    policy, names = defaults["policy"], " or ".join(facts["models"])
+    spends = _SPENDS[policy].format_map(defaults)
+    if policy is Policy.MODEL and facts["format"] == "rtap":
+        spends = "cycles until the model ends its turn"
+    vote = (
+        "" if policy is Policy.VOTE else '; --policy vote, or "rtap": {"policy": "vote"} in a request, votes adaptively'
+    )
+    source = f" from {confidence['model']}" if confidence["model"] else ""
+    scores = f"{confidence['kind']}{source}; --confidence-model or --confidence changes it"
+    if confidence["kind"] == "none":
+        scores = (
+            "none, so no answer is scored; --confidence-model (a generator of `rtap train generator`) or --confidence "
+            "logprob (no second model) adds scores and policy confidence"
+        )
+    return [
+        f"model: {facts['model']}, which requests call {names}; --served-model-name changes it",
+        f"format: {facts['format']} ({facts['format_source']}); --trajectory-format changes it",
+        f"policy: {policy} ({spends}), {facts['policy_source']}{vote}",
+        f"confidence: {scores}",
+    ]

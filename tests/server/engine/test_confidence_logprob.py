@@ -63,7 +63,7 @@ async def test_what_was_sampled_counts():
 
 
 async def test_log_probabilities_alone_are_scored_with_their_features():
-    logistic = Logistic(bias=0.3, logprob_answer=2.0, log_tokens=-0.1)
+    logistic = Logistic(bias=0.3, probability_answer=2.0, log_tokens=-0.1)
     judged = Judged([1], [5, 6, 7], [1], [(i, {i: _entry(i, v)}) for i, v in SAMPLED], answer="is \\boxed{t6}")
     confidence = LogisticConfidence(logistic, _Policy(), 1.0)
     score = await confidence.score(judged)

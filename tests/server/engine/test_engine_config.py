@@ -11,7 +11,7 @@ from rtap_core.errors import ConfigError
 from rtap_server.__main__ import _parse
 from rtap_server.engine.engine_config import cpu_defaults, emulates_bfloat16
 from rtap_server.engine.loading import start_engines
-from tests.other_checkpoints import MODELS, save_adapter, save_think
+from tests.other_checkpoints import MODELS, save_adapter, save_family, save_think
 
 POLICY = str(MODELS / "policy")
 
@@ -60,6 +60,26 @@ async def test_a_format_that_the_model_has_no_tokens_for_is_refused(tmp_path):
     refusal = await _refusal(str(save_think("policy", tmp_path / "policy")), "--trajectory-format", "rtap")
     assert "has no tokens <answer> </answer>, so it does not write the 'rtap' format" in refusal
     assert "its config.json says 'think'" in refusal
+
+
+async def test_a_gpt_oss_model_is_refused(tmp_path):
+    refusal = await _refusal(str(save_family("gpt-oss", tmp_path / "model")))
+    assert "is a gpt-oss model, whose channels vLLM separates itself" in refusal
+    assert refusal.endswith("serve it with `vllm serve`")
+
+
+@pytest.mark.parametrize(
+    ("opening", "sentence"),
+    [
+        ("", "--cycle-open '' is blank"),
+        (" \n", "--cycle-open ' \\n' is blank"),
+        ("<|im_end|>Wait", "--cycle-open '<|im_end|>Wait' has '<|im_end|>' in it, which ends the model's turn"),
+    ],
+)
+async def test_an_opening_after_which_nothing_is_written_is_refused(opening, sentence):
+    refusal = await _refusal(POLICY, "--confidence", "none", "--cycle-open", opening)
+    assert sentence in refusal
+    assert refusal.endswith("give words that make the model check its answer")
 
 
 async def test_an_adapter_is_told_where_it_belongs(tmp_path):

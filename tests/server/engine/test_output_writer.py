@@ -9,7 +9,7 @@ import pytest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
-from rtap_core.format import RTAP, THINK
+from rtap_core.format import RTAP, TEXT, THINK
 from rtap_server.engine.output_writer import ANSWER_MARK
 from tests.core.scripted import encode
 from tests.server.fake_engine import FakeEngine, all_of, ask, build
@@ -49,8 +49,8 @@ async def reply(
     script: list[str], rtap: dict[str, Any], *, stream: bool, fmt: Any = RTAP, size: int = 1, **wanted: Any
 ) -> tuple[Reply, Any]:
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
-    # A `think` cycle ends with the turn, an `rtap` cycle at its tag.
-    llm = FakeEngine(lambda prompt: script[prompt.count("</answer>")], size=size, ends_turn=fmt is THINK)
+    # An `rtap` cycle ends at its tag, others with the turn.
+    llm = FakeEngine(lambda prompt: script[prompt.count("</answer>")], size=size, ends_turn=fmt is not RTAP)
     asked, state = ask(
         build(llm, format=fmt), rtap=rtap, output_kind=kind, logprobs=0, options=PARSED,
         **{"max_tokens": None} | wanted,
@@ -99,6 +99,15 @@ async def test_without_tags_the_content_is_what_the_model_wrote(text, content, r
     assert "".join(streamed.logprobs).lstrip() == content.lstrip()
 
 
+@pytest.mark.parametrize("rtap", [SINGLE, MODEL, {"policy": "vote", "samples": 1}])
+@pytest.mark.parametrize("text", ["Eighty-two.\n", "<think>3</think>\n\n82\n", " a</answer>", "<", ""])
+async def test_tags_are_content_of_a_model_without_thoughts(text, rtap):
+    streamed, _ = await reply([text], rtap, stream=True, fmt=TEXT)
+    whole, _ = await reply([text], rtap, stream=False, fmt=TEXT)
+    assert (streamed.content, streamed.reasoning) == (whole.content, whole.reasoning) == (text, "")
+    assert "".join(streamed.logprobs) == "".join(whole.logprobs) == text
+
+
 @pytest.mark.parametrize(
     ("script", "rtap", "fmt", "streams"),
     [
@@ -106,6 +115,9 @@ async def test_without_tags_the_content_is_what_the_model_wrote(text, content, r
         ([RIGHT], {"max_cycles": 1}, RTAP, True),  # its score decides nothing
         (["eighty-two"], SINGLE, THINK, True),
         (["eighty-two"], MODEL, THINK, True),
+        (["eighty-two"], SINGLE, TEXT, True),
+        (["eighty-two"], MODEL, TEXT, True),
+        (["eighty-two"], {}, TEXT, False),
         ([RIGHT, ""], MODEL, RTAP, False),
         ([RIGHT], {}, RTAP, False),
         (["eighty-two"], {}, THINK, False),
@@ -113,7 +125,7 @@ async def test_without_tags_the_content_is_what_the_model_wrote(text, content, r
     ],
 )
 async def test_an_answer_that_nothing_can_reject_is_streamed_as_it_is_written(script, rtap, fmt, streams):
-    llm = FakeEngine(lambda prompt: script[prompt.count("</answer>")], size=1, ends_turn=fmt is THINK)
+    llm = FakeEngine(lambda prompt: script[prompt.count("</answer>")], size=1, ends_turn=fmt is not RTAP)
     stream, _ = ask(build(llm, format=fmt), rtap=rtap, output_kind=RequestOutputKind.DELTA, options=PARSED)
     async with aclosing(stream):
         seen = ""

@@ -15,6 +15,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from rtap_core.artifact import Artifact, Calibration
+from rtap_core.format import PRESETS
 from rtap_core.types import Policy
 from rtap_server.engine.output_writer import ANSWER_MARK
 from rtap_server.engine.request_state import RequestState, begin_request, salted_prompt
@@ -52,6 +53,24 @@ async def test_every_cycle_is_the_same_request_on_more_tokens():
     assert output.outputs[0].text == WRONG + "<think>" + DOUBT
     assert list(output.outputs[0].token_ids) == encode(WRONG + "<think>" + DOUBT)
     assert state.trajectories[0].answer == "3*25+7"
+
+
+@pytest.mark.parametrize(
+    ("fmt", "prompt", "is_ended"),
+    [
+        ("rtap", "hi", False),
+        ("think", "hi", False),
+        ("think", "hi<think>\n", False),
+        ("think", "hi<think>\n\n</think>\n\n", True),  # Qwen3, thinking disabled
+        ("text", "hi</think>", True),
+    ],
+)
+async def test_a_grammar_begins_where_the_answer_does(fmt, prompt, is_ended):
+    llm = FakeEngine(["7"], ends_turn=True)
+    engine, options = build(llm, format=PRESETS[fmt]), {"reasoning_parser_kwargs": {}}
+    stream, _ = ask(engine, rtap={"policy": "single"}, prompt={"prompt_token_ids": encode(prompt)}, options=options)
+    await all_of(stream)
+    assert llm.calls[0].options["reasoning_ended"] is is_ended
 
 
 @pytest.mark.parametrize(

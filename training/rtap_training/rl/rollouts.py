@@ -120,7 +120,9 @@ async def _collect(asked: RolloutQuestion, recursion: Recursion, limits: Limits,
     cycles: list[RolledCycle] = []
     closing = tuple(dialect.encode(dialect.format.answer_close or ""))
     # A chat template may write the first opening; the cycle text includes it.
-    opened = dialect.decode(asked.prompt_ids).rstrip().endswith(dialect.format.think_open)
+    opened = dialect.format.has_think_tags and dialect.decode(asked.prompt_ids).rstrip().endswith(
+        dialect.format.think_open
+    )
     async for event in recursion.run(asked.prompt_ids, limits):
         match event:
             case StepEvent(step=step) if step.finished:
