@@ -31,7 +31,7 @@ export class Row {
     this.element.dataset.state = "open";
     this.think.tabIndex = 0; // scrollable by keyboard while it grows
     setText(this.state, isAnswering ? "writing its answer" : "generating");
-    setText(this.summary, isAnswering ? "Thinking so far" : "Thinking…");
+    setText(this.summary, isAnswering ? "Thought" : "Thinking…");
     setText(this.think, text);
     this.details.hidden = !text;
   }

@@ -13,6 +13,7 @@ export class RunView {
     this.run = run;
     this.rows = new Map();
     this.openRow = null;
+    this.openIndex = null; // of the cycle in openRow
     this.raw = [];
     this.isCompared = title !== null;
     this.caption = h("p", { class: "caption" }, "Answer");
@@ -83,8 +84,9 @@ export class RunView {
     const { run } = this;
     cyclesOf(run).forEach((cycle, position) => {
       if (!this.rows.has(cycle.index)) {
-        this.rows.set(cycle.index, this.openRow ?? new Row(run));
-        this.openRow = null;
+        const isOpen = this.openRow !== null && this.openIndex === cycle.index;
+        this.rows.set(cycle.index, isOpen ? this.openRow : new Row(run));
+        if (isOpen) this.openRow = null;
       }
       const row = this.rows.get(cycle.index);
       const before = position > 0 && !isVote(run) ? cyclesOf(run)[position - 1] : null;
@@ -94,8 +96,9 @@ export class RunView {
     const thinking = openThinking(run);
     if ((thinking || run.draft) && !isOver(run)) {
       this.openRow ??= new Row(run);
+      this.openIndex = run.draft?.index ?? run.cycles.size;
       if (this.openRow.element !== this.cycles.lastChild) this.cycles.append(this.openRow.element);
-      this.openRow.drawOpen(thinking, (run.draft?.index ?? run.cycles.size) + 1, Boolean(run.draft?.text));
+      this.openRow.drawOpen(thinking, this.openIndex + 1, Boolean(run.draft?.text));
     } else if (isOver(run) && this.openRow) {
       this.openRow.drawCut();
       this.openRow = null;
