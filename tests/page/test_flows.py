@@ -123,7 +123,7 @@ def test_the_answer_that_is_being_written_is_grey_until_the_accepted_one_replace
 def test_a_vote_shows_the_sample_that_is_being_written(visit, server):
     voted = stream_of(VOTE, Policy.VOTE, StopReason.SAMPLES)
     first = [draft(0, think="25+7=32"), draft(0, think=" 32*3=96"), draft(0, text="(25")]
-    ended = [cycle_event(VOTE[0]), draft(3, text="(25+7)*3"), 1.5]
+    ended = [cycle_event(VOTE[2]), 1.5, cycle_event(VOTE[0]), draft(3, text="(25+7)*3"), 1.5]
     server.answers = lambda _: [voted[0], *first, 1.5, *ended, *voted[1:]]
     page = visit()
     page.get_by_role("radio", name="A vote").check()
@@ -131,8 +131,10 @@ def test_a_vote_shows_the_sample_that_is_being_written(visit, server):
     caption = page.locator(".answer .caption")
     expect(caption).to_have_text("Answer of sample 1, not judged yet")
     expect(page.locator(".cycle").last.locator("pre")).to_have_text("25+7=32 32*3=96")
+    titles = page.locator(".cycle .cycle-title")
+    expect(titles).to_have_text(["Sample 3", "Sample 1writing its answer"])
     expect(caption).to_have_text("Answer of sample 4, not judged yet")
-    expect(page.locator(".cycle .cycle-title")).to_have_text(["Sample 1", "Sample 4writing its answer"])
+    expect(titles).to_have_text(["Sample 1", "Sample 3", "Sample 4writing its answer"])
     expect(page.locator(".answer-text")).to_have_attribute("data-state", "final")
     assert page.locator(".cycle").count() == 8
 

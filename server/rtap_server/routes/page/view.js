@@ -67,7 +67,7 @@ export class RunView {
     const text = run.content || draft || best?.answer || "";
     const isFinal = run.phase === "done" && Boolean(run.content);
     this.answer.dataset.state = isFinal ? "final" : text ? "held" : "none";
-    this.answer.dataset.size = text.length <= 48 ? "short" : "long";
+    this.answer.dataset.size = !draft && text.length <= 48 ? "short" : "long";
     const held = draft ? `Answer of ${noun(run)} ${count(run.draft.index + 1)}, not judged yet`
       : isOver(run) ? "Best answer so far" : "Best answer so far, not returned yet";
     setText(this.caption, isFinal || !text ? "Answer" : held);
@@ -90,7 +90,7 @@ export class RunView {
       }
       const row = this.rows.get(cycle.index);
       const before = position > 0 && !isVote(run) ? cyclesOf(run)[position - 1] : null;
-      row.drawCycle(cycle, before, position + 1);
+      row.drawCycle(cycle, before, cycle.index + 1);
       if (this.cycles.children[position] !== row.element) this.cycles.insertBefore(row.element, this.cycles.children[position] ?? null);
     });
     const thinking = openThinking(run);
