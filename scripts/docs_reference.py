@@ -37,6 +37,7 @@ OPTION_DEFAULTS: Mapping[str, str] = {
     "deadline_seconds": "`--deadline-seconds`, else its ceiling",
     "probe_every": "`--probe-every`, else never",
     "return_cycles": "no",
+    "drafts": "no",
 }
 FAILED = "Any other failure; the log has its cause under the request id"
 

@@ -91,6 +91,28 @@ def test_cycle_events_come_as_cycles_end_and_before_any_content(server):
     assert "event" not in chunks[-1].rtap
 
 
+@pytest.mark.parametrize("rtap", [EAGER, {"policy": "vote", "samples": 3, "threshold": 1.0}])
+def test_drafts_show_answers_before_they_are_judged(server, rtap):
+    """The chunks of content and of reasoning are the same as without them."""
+
+    def texts(chunks: list, name: str) -> str:
+        return "".join(getattr(c.choices[0].delta, name, None) or "" for c in chunks if c.choices)
+
+    chunks, plain = (_stream(server, rtap=rtap | more, seed=3) for more in ({"drafts": True}, {}))
+    updates = [(n, chunk.rtap) for n, chunk in enumerate(chunks) if getattr(chunk, "rtap", {}).get("event")]
+    drafts = [(n, update["draft"]) for n, update in updates if update["event"] == "draft"]
+    ended = {update["cycle"]["index"]: n for n, update in updates if update["event"] == "cycle"}
+    assert all(n < ended[draft["index"]] for n, draft in drafts)
+    assert all(chunks[n].choices[0].delta.content is None for n, _ in drafts)
+    first = chunks[-1].rtap["cycles"][drafts[0][1]["index"]]
+    assert "".join(draft.get("text", "") for _, draft in drafts if draft["index"] == first["index"]) == first["answer"]
+    assert texts(chunks, "content") == texts(plain, "content")
+    if "max_cycles" in rtap:
+        assert texts(chunks, "reasoning") == texts(plain, "reasoning")
+        assert len(drafts) > 5
+    assert chunks[-1].usage.completion_tokens == plain[-1].usage.completion_tokens
+
+
 def test_thinking_streams_token_by_token(server):
     def num_thoughts() -> int:
         chunks = _stream(server, rtap={"policy": "single"}, temperature=0)

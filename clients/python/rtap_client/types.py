@@ -52,6 +52,8 @@ class RtapOptions(TypedDict, total=False):
     """Probe for an answer inside a thought after every N tokens."""
     return_cycles: bool
     """Include each cycle's thinking in the reply."""
+    drafts: bool
+    """Stream answers while they are written, before they are judged: DraftEvents of a stream."""
 
 
 class Logprobs(BaseModel):
@@ -173,6 +175,24 @@ class CycleUpdate(BaseModel):
     cycle: Cycle
 
 
+class Draft(BaseModel):
+    """New text of a cycle that is being written."""
+
+    index: int
+    """Of the cycle, or of the sample of a vote."""
+    text: str = ""
+    """Of its answer."""
+    think: str = ""
+    """Of its thinking; only in a vote."""
+
+
+class DraftUpdate(BaseModel):
+    """The ``rtap`` field of a chunk that brings new text of an answer still to be judged."""
+
+    event: Literal["draft"]
+    draft: Draft
+
+
 class Delta(ChoiceDelta):
     """The SDK's delta with ``reasoning``."""
 
@@ -186,10 +206,10 @@ class ChunkChoiceWithReasoning(ChunkChoice):
 
 
 class ChatChunk(ChatCompletionChunk):
-    """The SDK's chunk with cycle updates and, in the last one, the trajectory. ``rtap_client.events`` reads them."""
+    """The SDK's chunk with updates and, in the last one, the trajectory. ``rtap_client.events`` reads them."""
 
     choices: list[ChunkChoiceWithReasoning]  # pyright: ignore[reportIncompatibleVariableOverride]
-    rtap: Optional[Union[CycleUpdate, Trajectory]] = None
+    rtap: Optional[Union[CycleUpdate, DraftUpdate, Trajectory]] = None
     rtap_choices: Optional[list[Trajectory]] = None
     """Trajectories of all choices, if ``n`` is above 1."""
 

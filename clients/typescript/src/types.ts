@@ -42,6 +42,8 @@ export interface RtapOptions {
   probe_every?: number | null;
   /** Include each cycle's thinking and whole answer in the reply. */
   return_cycles?: boolean;
+  /** Stream answers while they are written, before they are judged: `draft` events of a stream. */
+  drafts?: boolean;
 }
 
 /** One Think–Answer cycle. */
@@ -83,6 +85,16 @@ export interface Logprobs {
   /** Mean over the tokens of the final answer. */
   answer: number;
   tokens: number;
+}
+
+/** New text of a cycle that is being written. */
+export interface Draft {
+  /** Of the cycle, or of the sample of a vote. */
+  index: number;
+  /** Of its answer. */
+  text?: string;
+  /** Of its thinking; only in a vote. */
+  think?: string;
 }
 
 /** A distinct answer of a vote. */
@@ -129,11 +141,11 @@ export type ReplyChoice = OpenAI.Chat.Completions.ChatCompletion.Choice & { mess
 /** The SDK's completion with the trajectory of its first choice; no `rtap` if the server is not an rtap server. */
 export type ChatReply = Omit<Chat, 'choices'> & { choices: ReplyChoice[]; rtap?: Trajectory };
 
-/** The SDK's chunk with cycle updates and, in the last one, the trajectory. `events` reads them. */
+/** The SDK's chunk with updates and, in the last one, the trajectory. `events` reads them. */
 export type ChatChunk = Omit<Chunk, 'choices'> & {
   choices: (ChunkChoice & { delta: ChunkChoice['delta'] & { reasoning?: string | null } })[];
-  /** A finished cycle or, in the last chunk, the trajectory. */
-  rtap?: { event: 'cycle'; cycle: Cycle } | Trajectory;
+  /** A finished cycle, a draft or, in the last chunk, the trajectory. */
+  rtap?: { event: 'cycle'; cycle: Cycle } | { event: 'draft'; draft: Draft } | Trajectory;
   /** Trajectories of all choices, if `n` is above 1. */
   rtap_choices?: Trajectory[];
 };

@@ -253,6 +253,7 @@ class RecursiveEngine:
                 prefix=state.prefix,
                 request=call,
                 cutoff=cutoff,
+                drafts=writer.shows_drafts,
             )
             try:
                 async with aclosing(loop.run(call.prompt["prompt_token_ids"], call.limits)) as events:

@@ -80,6 +80,7 @@ def read_recursion_fields(state: RequestState, path: str, server: ServerState) -
         options, server.settings, server.generator, has_confidence=server.confidence is not None, effort=effort(fields)
     )
     state.return_cycles = options.return_cycles
+    state.drafts = options.drafts and path == "/v1/chat/completions"
     state.prefix = continued_text(path, fields)
     model = fields.get("model")
     state.model = model if isinstance(model, str) else ""

@@ -80,6 +80,11 @@ class RtapOptions(BaseModel):
         description="ask for the answer inside a thought every so many tokens ([below](#inside-a-thought))",
     )
     return_cycles: bool = Field(default=False, description="put each cycle's thinking and whole answer into the reply")
+    drafts: bool = Field(
+        default=False,
+        description="stream answers while they are written, before they are judged "
+        "([below](#drafts); chat streams only)",
+    )
 
 
 def cycle_object(cycle: Cycle, *, with_think: bool) -> dict[str, Any]:
