@@ -1,0 +1,405 @@
+"""Whether probing a thought for its answer saves tokens on a language model: sample, probe, replay rules.
+
+    python benchmarks/probing.py sample MODEL QUESTIONS.jsonl SAMPLES.jsonl [--questions 100] [--samples 1]
+    python benchmarks/probing.py probe MODEL QUESTIONS.jsonl SAMPLES.jsonl PROBED.jsonl
+    python benchmarks/probing.py replay NAME=PROBED.jsonl...
+
+``sample`` and ``probe`` append, and skip what is there. ``replay`` writes docs/results/probing-real-model.{json,md}.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import RESULTS, interval_text, list_info, run_info, write_report
+
+from rtap_core.answers import answer_key, same_answer
+from rtap_training.evaluation.statistics import Interval, bootstrap_weights, paired_difference
+
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+PROMPT = "{question}\n\nReason briefly, step by step, and put your final answer in \\boxed{{}}."
+FORCED = "\n\nThe final answer is \\boxed{"
+EVERY, ANSWER_TOKENS, TEMPERATURE, MAX_TOKENS, BATCH = 32, 12, 0.8, 512, 64
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def load(model: str):
+    from vllm import LLM
+
+    return LLM(
+        model, max_model_len=2048, enforce_eager=True, seed=0, kv_cache_memory_bytes=600_000_000, max_num_seqs=BATCH,
+        enable_prefix_caching=True, distributed_executor_backend="uni", max_num_batched_tokens=4096,
+        enable_chunked_prefill=False,  # vLLM 0.32 on CPU fails on a seeded request with a chunked prefill
+    )  # fmt: skip
+
+
+def sample(args: argparse.Namespace) -> None:
+    from vllm import SamplingParams
+
+    rows = [row for row in read(args.questions_file) if row["split"] == "test"][: args.questions]
+    done = {(row["id"], row["sample"]) for row in read(args.samples_file)}
+    todo = [(row, s) for s in range(args.samples) for row in rows if (row["id"], s) not in done]
+    llm = load(args.model) if todo else None
+    for first in range(0, len(todo), BATCH):
+        part, began, tokens = todo[first : first + BATCH], time.time(), 0
+        messages = [[{"role": "user", "content": PROMPT.format(question=row["question"])}] for row, _ in part]
+        params = [
+            SamplingParams(temperature=TEMPERATURE, max_tokens=MAX_TOKENS, seed=int(row["id"].split("-")[-1]) * 100 + s)
+            for row, s in part
+        ]
+        with args.samples_file.open("a") as file:
+            for (row, s), output in zip(part, llm.chat(messages, params, use_tqdm=False), strict=True):
+                found = output.outputs[0]
+                tokens += len(found.token_ids)
+                kept = {
+                    "id": row["id"], "sample": s, "answer": row["answer"], "text": found.text,
+                    "finish": found.finish_reason, "token_ids": list(found.token_ids),
+                }  # fmt: skip
+                file.write(json.dumps(kept) + "\n")
+        print(
+            time.strftime("%H:%M:%S"),
+            first + len(part),
+            "of",
+            len(todo),
+            f"{tokens / (time.time() - began):.0f}/s",
+            flush=True,
+        )
+
+
+def probe(args: argparse.Namespace) -> None:
+    """The answers after every 32 tokens of each sample, greedy and at the request's temperature."""
+    from vllm import SamplingParams
+
+    questions = {row["id"]: row["question"] for row in read(args.questions_file)}
+    done = {(row["id"], row["sample"]) for row in read(args.probed_file)}
+    todo = [row for row in read(args.samples_file) if (row["id"], row["sample"]) not in done]
+    if not todo:
+        return
+    llm = load(args.model)
+    tokenizer = llm.get_tokenizer()
+    forced = tokenizer.encode(FORCED)
+    for first in range(0, len(todo), BATCH):
+        part, began = todo[first : first + BATCH], time.time()
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": PROMPT.format(question=questions[row["id"]])}],
+                add_generation_prompt=True, tokenize=True, return_dict=True,
+            )["input_ids"]
+            for row in part
+        ]  # fmt: skip
+        for row in part:
+            row["probes"], row["forced_tokens"] = [], len(forced)
+        longest = max(len(row["token_ids"]) for row in part)
+        for position in range(0, longest, EVERY):
+            asked = [(row, ids) for row, ids in zip(part, prompts, strict=True) if position < len(row["token_ids"])]
+            inputs = [{"prompt_token_ids": [*ids, *row["token_ids"][:position], *forced]} for row, ids in asked]
+            shared: dict[str, Any] = {"max_tokens": ANSWER_TOKENS, "stop": ["}"], "logprobs": 0}
+            outputs = {}
+            for name, temperature in (("greedy", 0.0), ("sampled", TEMPERATURE)):
+                params = SamplingParams(temperature=temperature, seed=position, **shared)
+                outputs[name] = llm.generate(inputs, params, use_tqdm=False)
+            for n, (row, _) in enumerate(asked):
+                kept: dict[str, Any] = {"position": position}
+                for name, found in outputs.items():
+                    one = found[n].outputs[0]
+                    logprobs = [step[i].logprob for i, step in zip(one.token_ids, one.logprobs, strict=True)]
+                    answer = one.text if one.finish_reason == "stop" else None
+                    kept[name] = {"answer": answer, "tokens": len(logprobs), "logprob": round(sum(logprobs), 4)}
+                row["probes"].append(kept)
+        with args.probed_file.open("a") as file:
+            for row in part:
+                file.write(json.dumps(row) + "\n")
+        print(time.strftime("%H:%M:%S"), first + len(part), "of", len(todo), f"{time.time() - began:.0f} s", flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Stop a thought at a probe when the last ``agree`` answers are the same and the last is likely enough.
+
+    kind: ``greedy`` or ``sampled`` probes. every: tokens between them, from ``first`` on. min_probability: of the
+    answer's tokens together; 0: any."""
+
+    kind: str
+    every: int
+    agree: int
+    min_probability: float
+    first: int
+
+    @property
+    def text(self) -> str:
+        confidence = f", p ≥ {self.min_probability}" if self.min_probability else ""
+        start = f", from {self.first}" if self.first > self.every else ""
+        return f"{self.kind}, every {self.every}, {self.agree} agree{confidence}{start}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one sample. thought: tokens of the kept text. probes: sampled tokens of probes, and forced ones."""
+
+    answer: str
+    thought: int
+    probes: int
+    forced: int
+    is_stopped: bool
+
+
+def replay(row: Mapping[str, Any], rule: Rule) -> Outcome:
+    """What the rule makes of a sample. A probe takes no time: the thought does not go on meanwhile."""
+    probes = forced = 0
+    answers: list[str] = []
+    for one in row["probes"]:
+        position = one["position"]
+        if position < rule.first or position % rule.every or position == 0:
+            continue
+        probe = one[rule.kind]
+        probes, forced = probes + probe["tokens"], forced + row["forced_tokens"]
+        if probe["answer"] is None:
+            answers = []
+            continue
+        if answers and not same_answer(answers[-1], probe["answer"]):
+            answers = []
+        answers.append(probe["answer"])
+        if len(answers) >= rule.agree and math.exp(probe["logprob"]) >= rule.min_probability:
+            return Outcome(probe["answer"], position, probes, forced, True)
+    return Outcome(row["text"], len(row["token_ids"]), probes, forced, False)
+
+
+RULES = [
+    Rule(kind, every, agree, probability, first)
+    for kind in ("greedy", "sampled")
+    for every in (32, 64)
+    for agree in (2, 3)
+    for probability in (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
+    for first in (32, 96, 160)
+]
+
+
+def per_question(rows: Sequence[Mapping[str, Any]], values: Sequence[float]) -> list[float]:
+    """Mean over the samples of each question."""
+    groups: dict[str, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        groups.setdefault(row["id"], []).append(value)
+    return [sum(group) / len(group) for group in groups.values()]
+
+
+def ratio_interval(ours: Sequence[float], whole: Sequence[float]) -> Interval:
+    """Sum of ours over sum of whole, with a 95 % interval by paired bootstrap over questions."""
+    weights = bootstrap_weights(len(ours), seed=0)
+    low, high = np.percentile((weights @ np.asarray(ours)) / (weights @ np.asarray(whole)), [2.5, 97.5])
+    return Interval(sum(ours) / sum(whole), float(low), float(high))
+
+
+def measure(rows: Sequence[Mapping[str, Any]], rule: Rule) -> dict[str, Any]:
+    """Accuracy and tokens of one rule, against the whole samples."""
+    outcomes = [replay(row, rule) for row in rows]
+    right = per_question(
+        rows, [float(same_answer(o.answer, row["answer"])) for o, row in zip(outcomes, rows, strict=True)]
+    )
+    whole_right = per_question(rows, [float(same_answer(row["text"], row["answer"])) for row in rows])
+    whole = per_question(rows, [float(len(row["token_ids"])) for row in rows])
+    sampled = per_question(rows, [float(o.thought + o.probes) for o in outcomes])
+    thought = per_question(rows, [float(o.thought) for o in outcomes])
+    difference = paired_difference(right, whole_right)
+    tokens = ratio_interval(sampled, whole)
+    return {
+        "rule": rule.text,
+        "right": sum(right) / len(right),
+        "difference": asdict(difference),
+        "tokens": asdict(tokens),
+        "tokens_without_probes": sum(thought) / sum(whole),
+        "tokens_with_forced": sum(o.thought + o.probes + o.forced for o in outcomes)
+        / sum(len(row["token_ids"]) for row in rows),
+        "stopped": sum(o.is_stopped for o in outcomes) / len(outcomes),
+    }
+
+
+def majority_right(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[float]:
+    """Of each question with eight samples: is the majority's answer right? The earliest wins a tie."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        groups.setdefault(row["id"], []).append((answer_key(answer), row["answer"]))
+    found: list[float] = []
+    for group in groups.values():
+        keys = [key for key, _ in group]
+        found.append(float(max(keys, key=keys.count) == answer_key(group[0][1])))
+    return found
+
+
+def accuracy_by_position(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Share of right greedy probes after a part of the thought, of the samples that are still written then."""
+    found: list[dict[str, Any]] = []
+    for position in range(0, 513, 64):
+        probed = [(row, one["greedy"]) for row in rows for one in row["probes"] if one["position"] == position]
+        if len(probed) < 20:
+            break
+        right = [one["answer"] is not None and same_answer(one["answer"], row["answer"]) for row, one in probed]
+        whole = [same_answer(row["text"], row["answer"]) for row, _ in probed]
+        found.append(
+            {
+                "position": position,
+                "samples": len(probed),
+                "probe_right": sum(right) / len(right),
+                "whole_right": sum(whole) / len(whole),
+                "mean_probability": sum(math.exp(one["logprob"]) for _, one in probed) / len(probed),
+            }
+        )
+    return found
+
+
+def stable_share(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens up to the first of the greedy probes that all give the sample's own answer, over all tokens: no rule
+    that keeps every answer can end thoughts earlier."""
+    total = 0
+    for row in rows:
+        stable = len(row["token_ids"])
+        for one in reversed(row["probes"]):
+            answer = one["greedy"]["answer"]
+            if answer is None or not same_answer(answer, row["text"]):
+                break
+            stable = one["position"]
+        total += stable
+    return total / sum(len(row["token_ids"]) for row in rows)
+
+
+def is_kept(found: Mapping[str, Any]) -> bool:
+    """At least 20 % of the tokens saved, no accuracy lost for certain."""
+    return found["tokens"]["value"] <= 0.8 and found["difference"]["high"] >= 0
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| rule | right | minus the whole thought's | tokens, probes counted | without probes | thoughts ended |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        difference, tokens = (Interval(**one[name]) for name in ("difference", "tokens"))
+        cells = [
+            one["rule"],
+            f"{one['right']:.3f}",
+            interval_text(difference, sign="+"),
+            interval_text(tokens),
+            f"{one['tokens_without_probes']:.3f}",
+            f"{one['stopped']:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def vote_of_samples(rows: Sequence[Mapping[str, Any]], rule: Rule) -> dict[str, Any] | None:
+    """Accuracy of the majority of eight with and without the rule; None without eight samples of 20 questions."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["id"]] = counts.get(row["id"], 0) + 1
+    rows = [row for row in rows if counts[row["id"]] >= 8 and row["sample"] < 8]
+    if len(rows) < 160:
+        return None
+    outcomes = [replay(row, rule) for row in rows]
+    right = majority_right(rows, [outcome.answer for outcome in outcomes])
+    whole_right = majority_right(rows, [row["text"] for row in rows])
+    sampled = per_question(rows, [float(o.thought + o.probes) for o in outcomes])
+    whole = per_question(rows, [float(len(row["token_ids"])) for row in rows])
+    return {
+        "rule": rule.text,
+        "questions": len(right),
+        "right": sum(right) / len(right),
+        "difference": asdict(paired_difference(right, whole_right)),
+        "tokens": asdict(ratio_interval(sampled, whole)),
+        "tokens_without_probes": sum(o.thought for o in outcomes) / sum(len(row["token_ids"]) for row in rows),
+        "stopped": sum(o.is_stopped for o in outcomes) / len(outcomes),
+    }
+
+
+def report(args: argparse.Namespace) -> None:
+    """Replay all rules on all files."""
+    started, content, lines = datetime.now(UTC), {}, list[str]()
+    for name, path in (text.split("=") for text in args.files):
+        rows = read(Path(path))
+        found = [measure(rows, rule) for rule in RULES]
+        votes = [vote for rule in RULES if (vote := vote_of_samples(rows, rule)) is not None]
+        lengths = [len(row["token_ids"]) for row in rows]
+        kept = [one["rule"] for one in found if is_kept(one)]
+        content[name] = {
+            "samples": len(rows),
+            "questions": len({row["id"] for row in rows}),
+            "mean_tokens": sum(lengths) / len(rows),
+            "whole_right": sum(same_answer(row["text"], row["answer"]) for row in rows) / len(rows),
+            "stable_share": stable_share(rows),
+            "by_position": accuracy_by_position(rows),
+            "rules": found,
+            "votes": votes,
+            "kept": kept,
+        }
+        summary = content[name]
+        most = sorted(found, key=lambda one: -one["difference"]["value"])
+        saving = [one for one in most if one["tokens"]["value"] <= 0.8]
+        lines += [
+            "",
+            f"## {name}: {summary['questions']} questions, {len(rows)} samples of {summary['mean_tokens']:.0f} tokens",
+            "",
+            f"Right: {summary['whole_right']:.3f}. Rules that pass: {len(kept)} of {len(RULES)}. "
+            f"Greedy probes keep the sample's own answer from {summary['stable_share']:.3f} of its tokens on.",
+            "",
+            "| tokens of the thought | samples | probe right | whole right | probability of the probe |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {one['position']} | {one['samples']} | {one['probe_right']:.3f} | {one['whole_right']:.3f} | "
+                f"{one['mean_probability']:.2f} |"
+                for one in summary["by_position"]
+            ),
+            "",
+            *table([*most[:10], *saving[:10]]),
+        ]
+        if votes:
+            best = sorted(votes, key=lambda one: -one["difference"]["value"])
+            lines += [
+                "",
+                "Majority of eight:",
+                "",
+                *table([*best[:5], *[v for v in best if v["tokens"]["value"] <= 0.8][:5]]),
+            ]
+    info = run_info(__file__, sys.argv[1:], started, seed=0)
+    head = ["# Probing on a real model", "", *list_info(info)]
+    write_report(args.output, "probing-real-model", {"setting": info} | content, "\n".join([*head, *lines, ""]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, run in (("sample", sample), ("probe", probe)):
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        command.add_argument("model")
+        command.add_argument("questions_file", type=Path)
+        command.add_argument("samples_file", type=Path)
+        if name == "probe":
+            command.add_argument("probed_file", type=Path)
+        else:
+            command.add_argument("--questions", type=int, default=100)
+            command.add_argument("--samples", type=int, default=1)
+    command = commands.add_parser("replay")
+    command.set_defaults(run=report)
+    command.add_argument("files", nargs="+", metavar="NAME=PROBED.jsonl")
+    command.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
