@@ -10,7 +10,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,113 +19,135 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from harness import RESULTS, interval_text, list_info, run_info, write_report
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from rtap_core.answers import answer_key, same_answer
 from rtap_training.evaluation.statistics import Interval, bootstrap_weights, paired_difference
 
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
 PROMPT = "{question}\n\nReason briefly, step by step, and put your final answer in \\boxed{{}}."
 FORCED = "\n\nThe final answer is \\boxed{"
-EVERY, ANSWER_TOKENS, TEMPERATURE, MAX_TOKENS, BATCH = 32, 12, 0.8, 512, 64
+EVERY, ANSWER_TOKENS, TEMPERATURE, MAX_TOKENS = 32, 12, 0.8, 512
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def load(model: str):
-    from vllm import LLM
-
-    return LLM(
-        model, max_model_len=2048, enforce_eager=True, seed=0, kv_cache_memory_bytes=600_000_000, max_num_seqs=BATCH,
-        enable_prefix_caching=True, distributed_executor_backend="uni", max_num_batched_tokens=4096,
-        enable_chunked_prefill=False,  # vLLM 0.32 on CPU fails on a seeded request with a chunked prefill
-    )  # fmt: skip
+def load(model: str) -> tuple[Any, Any]:
+    """Tokenizer and model, in bfloat16 on one thread."""
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    return tokenizer, AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
 
 
+def prompt_text(tokenizer: Any, question: str) -> str:
+    messages = [{"role": "user", "content": PROMPT.format(question=question)}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+@torch.inference_mode()
 def sample(args: argparse.Namespace) -> None:
-    from vllm import SamplingParams
-
+    """Whole thoughts with their answers, at the request's temperature."""
     rows = [row for row in read(args.questions_file) if row["split"] == "test"][: args.questions]
     done = {(row["id"], row["sample"]) for row in read(args.samples_file)}
     todo = [(row, s) for s in range(args.samples) for row in rows if (row["id"], s) not in done]
-    llm = load(args.model) if todo else None
-    for first in range(0, len(todo), BATCH):
-        part, began, tokens = todo[first : first + BATCH], time.time(), 0
-        messages = [[{"role": "user", "content": PROMPT.format(question=row["question"])}] for row, _ in part]
-        params = [
-            SamplingParams(temperature=TEMPERATURE, max_tokens=MAX_TOKENS, seed=int(row["id"].split("-")[-1]) * 100 + s)
-            for row, s in part
-        ]
+    tokenizer, model = load(args.model)
+    ends = set(model.generation_config.eos_token_id)
+    for first in range(0, len(todo), args.batch):
+        part, began, tokens = todo[first : first + args.batch], time.time(), 0
+        torch.manual_seed(first)
+        inputs = tokenizer(
+            [prompt_text(tokenizer, row["question"]) for row, _ in part], return_tensors="pt", padding=True
+        )
+        output = model.generate(
+            **inputs, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, repetition_penalty=1.0,
+            max_new_tokens=MAX_TOKENS,
+        )  # fmt: skip
         with args.samples_file.open("a") as file:
-            for (row, s), output in zip(part, llm.chat(messages, params, use_tqdm=False), strict=True):
-                found = output.outputs[0]
-                tokens += len(found.token_ids)
+            for (row, s), ids in zip(part, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                length = next((n + 1 for n, i in enumerate(ids) if i in ends), len(ids))
+                tokens += length
                 kept = {
-                    "id": row["id"], "sample": s, "answer": row["answer"], "text": found.text,
-                    "finish": found.finish_reason, "token_ids": list(found.token_ids),
+                    "id": row["id"], "sample": s, "answer": row["answer"], "token_ids": ids[:length],
+                    "text": tokenizer.decode(ids[:length], skip_special_tokens=True),
+                    "finish": "stop" if ids[length - 1] in ends else "length",
                 }  # fmt: skip
                 file.write(json.dumps(kept) + "\n")
-        print(
-            time.strftime("%H:%M:%S"),
-            first + len(part),
-            "of",
-            len(todo),
-            f"{tokens / (time.time() - began):.0f}/s",
-            flush=True,
-        )
+        show(first + len(part), len(todo), f"{tokens / (time.time() - began):.1f} tokens/s")
 
 
+def show(done: int, todo: int, more: str) -> None:
+    print(time.strftime("%H:%M:%S"), done, "of", todo, more, flush=True)
+
+
+@torch.inference_mode()
 def probe(args: argparse.Namespace) -> None:
     """The answers after every 32 tokens of each sample, greedy and at the request's temperature."""
-    from vllm import SamplingParams
-
     questions = {row["id"]: row["question"] for row in read(args.questions_file)}
     done = {(row["id"], row["sample"]) for row in read(args.probed_file)}
     todo = [row for row in read(args.samples_file) if (row["id"], row["sample"]) not in done]
-    if not todo:
-        return
-    llm = load(args.model)
-    tokenizer = llm.get_tokenizer()
+    tokenizer, model = load(args.model)
     forced = tokenizer.encode(FORCED)
-    for first in range(0, len(todo), BATCH):
-        part, began = todo[first : first + BATCH], time.time()
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": PROMPT.format(question=questions[row["id"]])}],
-                add_generation_prompt=True, tokenize=True, return_dict=True,
-            )["input_ids"]
-            for row in part
-        ]  # fmt: skip
-        for row in part:
-            row["probes"], row["forced_tokens"] = [], len(forced)
-        longest = max(len(row["token_ids"]) for row in part)
-        for position in range(0, longest, EVERY):
-            asked = [(row, ids) for row, ids in zip(part, prompts, strict=True) if position < len(row["token_ids"])]
-            inputs = [{"prompt_token_ids": [*ids, *row["token_ids"][:position], *forced]} for row, ids in asked]
-            shared: dict[str, Any] = {"max_tokens": ANSWER_TOKENS, "stop": ["}"], "logprobs": 0}
-            outputs = {}
-            for name, temperature in (("greedy", 0.0), ("sampled", TEMPERATURE)):
-                params = SamplingParams(temperature=temperature, seed=position, **shared)
-                outputs[name] = llm.generate(inputs, params, use_tqdm=False)
-            for n, (row, _) in enumerate(asked):
-                kept: dict[str, Any] = {"position": position}
-                for name, found in outputs.items():
-                    one = found[n].outputs[0]
-                    logprobs = [step[i].logprob for i, step in zip(one.token_ids, one.logprobs, strict=True)]
-                    answer = one.text if one.finish_reason == "stop" else None
-                    kept[name] = {"answer": answer, "tokens": len(logprobs), "logprob": round(sum(logprobs), 4)}
-                row["probes"].append(kept)
+    for number, row in enumerate(todo):
+        began = time.time()
+        prompt = tokenizer.encode(prompt_text(tokenizer, questions[row["id"]]))
+        positions = range(0, len(row["token_ids"]), EVERY)
+        torch.manual_seed(number)
+        greedy, sampled = probes_of(tokenizer, model, prompt, row["token_ids"], positions, forced)
+        row["forced_tokens"] = len(forced)
+        row["probes"] = [
+            {"position": p, "greedy": g, "sampled": s} for p, g, s in zip(positions, greedy, sampled, strict=True)
+        ]
         with args.probed_file.open("a") as file:
-            for row in part:
-                file.write(json.dumps(row) + "\n")
-        print(time.strftime("%H:%M:%S"), first + len(part), "of", len(todo), f"{time.time() - began:.0f} s", flush=True)
+            file.write(json.dumps(row) + "\n")
+        show(number + 1, len(todo), f"{time.time() - began:.1f} s")
+
+
+def probes_of(
+    tokenizer: Any, model: Any, prompt: list[int], text: list[int], positions: Sequence[int], forced: list[int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Greedy and sampled answers after each position: one row each, on the cache of the whole text.
+
+    A row does not attend to the text after its position."""
+    cache = DynamicCache()
+    model(torch.tensor([[*prompt, *text[: positions[-1]]]]), past_key_values=cache, logits_to_keep=1)
+    count, length = len(positions), cache.get_seq_length()
+    rows = 2 * count
+    cache.batch_repeat_interleave(rows)
+    starts = torch.tensor([len(prompt) + p for p in positions] * 2)
+    mask = (torch.arange(length)[None, :] < starts[:, None]).long()
+    ids, at = torch.tensor([forced] * rows), starts[:, None] + torch.arange(len(forced))[None, :]
+    found: list[list[int]] = [[] for _ in range(rows)]
+    logprobs, texts, open_rows = [0.0] * rows, [""] * rows, set(range(rows))
+    for _ in range(ANSWER_TOKENS):
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        logits = model(
+            ids, attention_mask=mask, position_ids=at, past_key_values=cache, logits_to_keep=1
+        ).logits[:, -1].float()  # fmt: skip
+        best = logits[:count].argmax(-1)
+        drawn = torch.multinomial((logits[count:] / TEMPERATURE).softmax(-1), 1)[:, 0]
+        ids = torch.cat([best, drawn])[:, None]
+        step = logits.log_softmax(-1).gather(1, ids)[:, 0].tolist()
+        for row in sorted(open_rows):
+            found[row].append(int(ids[row, 0]))
+            logprobs[row] += step[row]
+            texts[row] = tokenizer.decode(found[row])
+            if "}" in texts[row]:
+                open_rows.discard(row)
+        if not open_rows:
+            break
+        at = at[:, -1:] + 1
+    probes = [
+        {
+            "answer": None if row in open_rows else texts[row].partition("}")[0],
+            "tokens": len(found[row]),
+            "logprob": round(logprobs[row], 4),
+        }
+        for row in range(rows)
+    ]
+    return probes[:count], probes[count:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +414,7 @@ def main() -> None:
         else:
             command.add_argument("--questions", type=int, default=100)
             command.add_argument("--samples", type=int, default=1)
+            command.add_argument("--batch", type=int, default=32)
     command = commands.add_parser("replay")
     command.set_defaults(run=report)
     command.add_argument("files", nargs="+", metavar="NAME=PROBED.jsonl")
