@@ -10,6 +10,7 @@
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ import torch
 from harness import RESULTS, interval_text, list_info, run_info, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from rtap_core.answers import answer_key, same_answer
+from rtap_core.answers import answer_key, extract_answer, same_answer
 from rtap_training.evaluation.statistics import Interval, bootstrap_weights, paired_difference
 
 PROMPT = "{question}\n\nReason briefly, step by step, and put your final answer in \\boxed{{}}."
@@ -309,6 +310,18 @@ def stable_share(rows: Sequence[Mapping[str, Any]]) -> float:
     return total / sum(len(row["token_ids"]) for row in rows)
 
 
+def mention_share(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens before the first mention of the sample's own answer, over all tokens. Needs no probes.
+
+    An answer that is also an intermediate value is found too early, so this is lower than what a rule could reach."""
+    before = 0.0
+    for row in rows:
+        text, answer = row["text"], re.escape(extract_answer(row["text"]).lstrip("-"))
+        found = re.search(rf"(?<![\d.,]){answer}(?![\d])", text)
+        before += len(row["token_ids"]) * (found.start() / len(text) if found else 1.0)
+    return before / sum(len(row["token_ids"]) for row in rows)
+
+
 def distinct(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Each rule once, the cheapest first."""
     return sorted({one["rule"]: one for one in found}.values(), key=lambda one: one["tokens"]["value"])
@@ -367,9 +380,15 @@ def report(args: argparse.Namespace) -> None:
     started, content, lines = datetime.now(UTC), {}, list[str]()
     for name, path in (text.split("=") for text in args.files):
         rows = read(Path(path))
+        lengths = [len(row["token_ids"]) for row in rows]
+        mentioned = mention_share(rows)
+        if "probes" not in rows[0]:
+            content[name] = {"samples": len(rows), "mean_tokens": sum(lengths) / len(rows), "mention_share": mentioned}
+            lines += ["", f"## {name}: {len(rows)} samples of {sum(lengths) / len(rows):.0f} tokens, not probed", ""]
+            lines += [f"The answer is first mentioned after {mentioned:.3f} of the tokens."]
+            continue
         found = [measure(rows, rule) for rule in RULES]
         votes = [vote for rule in RULES if (vote := vote_of_samples(rows, rule)) is not None]
-        lengths = [len(row["token_ids"]) for row in rows]
         kept = [one["rule"] for one in found if is_kept(one)]
         content[name] = {
             "samples": len(rows),
@@ -377,6 +396,7 @@ def report(args: argparse.Namespace) -> None:
             "mean_tokens": sum(lengths) / len(rows),
             "whole_right": sum(same_answer(row["text"], row["answer"]) for row in rows) / len(rows),
             "stable_share": stable_share(rows),
+            "mention_share": mentioned,
             "by_position": accuracy_by_position(rows),
             "rules": found,
             "votes": votes,
@@ -390,7 +410,8 @@ def report(args: argparse.Namespace) -> None:
             f"## {name}: {summary['questions']} questions, {len(rows)} samples of {summary['mean_tokens']:.0f} tokens",
             "",
             f"Right: {summary['whole_right']:.3f}. Rules that pass: {len(kept)} of {len(RULES)}. "
-            f"Greedy probes keep the sample's own answer from {summary['stable_share']:.3f} of its tokens on.",
+            f"Greedy probes keep the sample's own answer from {summary['stable_share']:.3f} of its tokens on; "
+            f"it is first mentioned after {mentioned:.3f} of them.",
             "",
             "| tokens of the thought | samples | probe right | whole right | probability of the probe |",
             "|---|---|---|---|---|",
