@@ -37,7 +37,7 @@ def test_only_the_answer_is_on_stdout(run_ask):
 def test_every_flag_reaches_the_request(run_ask):
     flags = (
         "--model m --policy vote --threshold 0.7 --max-cycles 3 --samples 4 --select last --recursion fresh "
-        "--patience 2 --deadline 5 --probe-every 6 --max-tokens 70 --temperature 0.5 --seed 8 --system brief"
+        "--patience 2 --deadline 5 --max-tokens 70 --temperature 0.5 --seed 8 --system brief"
     )
     with fake_server(Answer(body=REPLY)) as fake:
         assert run_ask("2+2", "--url", fake.url, *flags.split())[0] == 0
@@ -46,7 +46,7 @@ def test_every_flag_reaches_the_request(run_ask):
             "messages": [{"role": "system", "content": "brief"}, {"role": "user", "content": "2+2"}],
             "rtap": {
                 "policy": "vote", "threshold": 0.7, "max_cycles": 3, "samples": 4, "select": "last",
-                "recursion": "fresh", "patience": 2, "deadline_seconds": 5.0, "probe_every": 6,
+                "recursion": "fresh", "patience": 2, "deadline_seconds": 5.0,
             },
         }  # fmt: skip
 

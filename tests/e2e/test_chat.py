@@ -4,7 +4,6 @@ import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 
 from tests.e2e.conftest import Running
@@ -279,34 +278,3 @@ def test_a_grammar_binds_every_answer_and_no_thought(server, field, pattern):
     assert all(re.fullmatch(pattern, answer) for answer in answers), cycles
     assert "=" in cycles[0]["think"]
     assert re.fullmatch(pattern, reply.choices[0].message.content)
-
-
-def test_probes_end_thoughts_whose_answer_no_longer_changes(server):
-    """The model cannot end its thoughts here; with threshold 0, two probes that agree end one."""
-    body = {"prompt": "</think><answer>", "add_special_tokens": False}
-    tags = httpx.post(f"{server.url}/tokenize", json=body).json()["tokens"]
-    options = {"temperature": 0, "max_tokens": 200, "logit_bias": dict.fromkeys(map(str, tags), -100)}
-    endless = _ask(server, "37*48+65", rtap={"max_cycles": 1, "threshold": 0.0}, **options)
-    assert endless.rtap["cycles"][0]["answer"] is None
-    ended = discarded = 0
-    for question in questions(6):
-        reply = _ask(server, question, rtap={"max_cycles": 1, "threshold": 0.0, "probe_every": 4}, **options)
-        probes, cycle = reply.rtap["probes"], reply.rtap["cycles"][0]
-        assert reply.usage.completion_tokens == cycle["tokens"]
-        assert (cycle["answer"] is not None) == (probes["thoughts_ended"] == 1)
-        assert probes["asked"] > probes["thoughts_ended"]  # two end a thought; some thoughts end before
-        ended, discarded = ended + probes["thoughts_ended"], discarded + reply.rtap["discarded_tokens"]
-    assert ended > 0
-    assert discarded > 0
-    assert server.metrics()["rtap_probes_total{ended=true}"] >= ended
-
-
-def test_a_grammar_turns_probes_off(server):
-    options = {"max_cycles": 1, "threshold": 0.0, "probe_every": 3}
-    for seed in range(2):
-        reply = _ask(
-            server, "37*48+65", seed=seed, rtap=options,
-            response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}},
-        )  # fmt: skip
-        assert "probes" not in reply.rtap
-        assert re.fullmatch(r"-?\d+", reply.choices[0].message.content)

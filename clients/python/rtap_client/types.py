@@ -48,8 +48,6 @@ class RtapOptions(TypedDict, total=False):
     """Stop after this many cycles without a higher confidence."""
     deadline_seconds: float | None
     """Return the best answer so far after this time."""
-    probe_every: int | None
-    """Probe for an answer inside a thought after every N tokens."""
     return_cycles: bool
     """Include each cycle's thinking in the reply."""
     drafts: bool
@@ -109,13 +107,6 @@ class Candidate(BaseModel):
     """Probability that it is right, or without confidences that it is the model's most frequent answer."""
 
 
-class Probes(BaseModel):
-    """Probes for an answer inside a thought."""
-
-    asked: int
-    thoughts_ended: int
-
-
 class Trajectory(BaseModel):
     """The ``rtap`` object of a reply: the cycles behind the answer and why they ended."""
 
@@ -132,9 +123,7 @@ class Trajectory(BaseModel):
     confidence_tokens: int
     """Tokens that the confidence generator read; not in usage."""
     discarded_tokens: int
-    """Sampled tokens that belong to no cycle, such as those of unused probes; not in usage."""
-    probes: Optional[Probes] = None
-    """None if there were no probes."""
+    """Tokens sampled after the last cycle; not in usage."""
     candidates: Optional[list[Candidate]] = None
     """Distinct answers of a vote, the leader first; None without a vote."""
     degraded: str | None = None

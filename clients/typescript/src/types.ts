@@ -38,8 +38,6 @@ export interface RtapOptions {
   patience?: number | null;
   /** Return the best answer so far after this time. */
   deadline_seconds?: number | null;
-  /** Probe for an answer inside a thought after every N tokens. */
-  probe_every?: number | null;
   /** Include each cycle's thinking and whole answer in the reply. */
   return_cycles?: boolean;
   /** Stream answers while they are written, before they are judged: `draft` events of a stream. */
@@ -118,10 +116,8 @@ export interface Trajectory {
   first_answer_seconds: number | null;
   /** Tokens that the confidence generator read; not in usage. */
   confidence_tokens: number;
-  /** Sampled tokens that belong to no cycle, such as those of unused probes; not in usage. */
+  /** Tokens sampled after the last cycle; not in usage. */
   discarded_tokens: number;
-  /** Probes for an answer inside a thought; absent if there were none. */
-  probes?: { asked: number; thoughts_ended: number };
   /** Distinct answers of a vote, the leader first; absent without a vote. */
   candidates?: Candidate[];
   /** Why the confidence generator could not be used; absent if it could. */

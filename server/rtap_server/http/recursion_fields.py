@@ -156,7 +156,6 @@ def resolve_limits(
         recursion=options.recursion or settings.recursion or Continuation.CONTINUE,
         patience=options.patience or settings.patience,
         deadline_seconds=options.deadline_seconds or settings.deadline_seconds or settings.deadline_seconds_limit,
-        probe_every=options.probe_every or settings.probe_every,
     )
 
 
