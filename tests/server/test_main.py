@@ -183,6 +183,6 @@ def test_the_start_says_how_to_calibrate_a_confidence_that_is_not():
     facts = server_facts(server, ["/m"])
     assert facts["confidence"]["is_calibrated"] is False
     assert start_lines(facts)[3] == (
-        "confidence: yesno, not calibrated, so votes count answers; `rtap calibrate /m --questions FILE -- --confidence "
-        "yesno` fits it and writes the file for --confidence-config"
+        "confidence: yesno, not calibrated, so votes count answers; `rtap calibrate /m --questions FILE -- "
+        "--confidence yesno` fits it and writes the file for --confidence-config"
     )
