@@ -7,6 +7,7 @@ import platform
 import random
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,10 +45,13 @@ import json, os, sys
 from argparse import Namespace
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 from rtap_server.engine.engine_config import cpu_defaults
+from vllm.platforms import current_platform
 before = dict(os.environ)
-args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=None, enforce_eager=False,
-                 dtype="auto", distributed_executor_backend=None, tensor_parallel_size=1, pipeline_parallel_size=1)
-cpu_defaults(args, bundled=sys.argv[1] == "bundled")
+is_cpu = current_platform.is_cpu()
+args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=2**30 if is_cpu else None,
+                 enforce_eager=is_cpu, dtype="auto", distributed_executor_backend=None, tensor_parallel_size=1,
+                 pipeline_parallel_size=1)
+cpu_defaults(args, bundled=False)
 print(json.dumps([vars(args), {k: v for k, v in os.environ.items() if before.get(k) != v}]))
 """
 
@@ -67,8 +71,9 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """Servers of one model with the same flags and environment."""
+    """Servers of one model with the same flags and environment. format: of the model's trajectories."""
 
+    format: str
     rtap: Server
     plain: Server
     base: Server | None
@@ -89,7 +94,7 @@ def comparable_servers(
     """Start ``vllm serve``, ``rtap serve --policy single`` and, with ``base``, that of an older checkout.
 
     The plain server stops where a cycle ends, so that all generate the same tokens."""
-    flags, environment = common_flags(model)
+    flags, environment = common_flags()
     flags += ["--served-model-name", SERVED_NAME, "--max-model-len", str(max_model_len)]
     generator = None if confidence_model is None else str(confidence_model)
     ours = serve_command(str(model), generator, ["--policy", "single", *flags])
@@ -106,14 +111,17 @@ def comparable_servers(
         rtap = Server("rtap", start("rtap", ours), model, {})
         plain_url = start("vllm", plain, "/health")
         older = None if base is None else Server("base", start("base", _older_command(base, ours)), model, {})
-        vllm = Server("vllm", plain_url, model, _cycle_end(rtap.url, plain_url))
-        yield Servers(rtap, vllm, older, tuple(flags), environment)
+        fmt: str = httpx.get(f"{rtap.url}/v1/rtap/config").raise_for_status().json()["format"]
+        vllm = Server("vllm", plain_url, model, _cycle_end(plain_url) if fmt == "rtap" else {})
+        yield Servers(fmt, rtap, vllm, older, tuple(flags), environment)
 
 
-def common_flags(model: Path) -> tuple[list[str], dict[str, str]]:
-    """(flags, environment) that ``rtap serve`` gives this model on this machine, for every server of a comparison."""
-    kind = "bundled" if is_bundled(model) else "other"
-    output = subprocess.run([sys.executable, "-c", _PROBE, kind], check=True, capture_output=True, text=True).stdout
+def common_flags() -> tuple[list[str], dict[str, str]]:
+    """(flags, environment) that ``rtap serve`` adds on this machine, for every server of a comparison.
+
+    On a CPU without compilation, which takes minutes a start, and with 1 GiB of KV cache: several servers run at once.
+    """
+    output = subprocess.run([sys.executable, "-c", _PROBE], check=True, capture_output=True, text=True).stdout
     values, environment = json.loads(output.splitlines()[-1])
     flags: list[str] = []
     for name, value in values.items():
@@ -140,10 +148,13 @@ def _older_command(checkout: Path, command: Sequence[str]) -> list[str]:
     return ["env", "-C", str(checkout), f"PYTHONPATH={path}", python, dash_m, module, *rest]
 
 
-def _cycle_end(rtap_url: str, plain_url: str) -> dict[str, Any]:
-    """Request fields that stop the plain server at the end of a cycle; none when a cycle ends with the turn."""
-    if httpx.get(f"{rtap_url}/v1/rtap/config").raise_for_status().json()["format"] != "rtap":
-        return {}
+def report_name(kind: str, model: Path) -> str:
+    """Name of a report on a model; the demo policy has the plain one."""
+    return kind if is_bundled(model) else f"{kind}-{model.name}"
+
+
+def _cycle_end(plain_url: str) -> dict[str, Any]:
+    """Request fields that stop the plain server at the end of a cycle."""
     body = {"model": SERVED_NAME, "prompt": "</answer>", "add_special_tokens": False}
     tokens: list[int] = httpx.post(f"{plain_url}/tokenize", json=body).raise_for_status().json()["tokens"]
     if len(tokens) != 1:
@@ -169,7 +180,9 @@ def processes_of(url: str) -> list[psutil.Process]:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Result of one load. ttft, tpot: seconds of each completed request; tpot leaves the first token out."""
+    """Result of one load. ttft, tpot: seconds of each completed request; tpot leaves the first token out.
+
+    chunks: streaming chunks with text of each completed request."""
 
     seconds: float
     completed: int
@@ -177,6 +190,7 @@ class Load:
     tokens: int
     ttft: tuple[float, ...]
     tpot: tuple[float, ...]
+    chunks: tuple[int, ...]
 
 
 def bench_serve(
@@ -186,6 +200,7 @@ def bench_serve(
 
     Runs in this process, because a new one imports vLLM for ten seconds. seed: order of the prompts, and sampling."""
     from vllm.benchmarks import serve
+    from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
@@ -200,18 +215,72 @@ def bench_serve(
     flags = ["--skip-chat-template", "--disable-tqdm", "--save-detailed"]
     options = parser.parse_args([*(str(word) for pair in arguments.items() for word in pair), *flags])
     LOGS.mkdir(parents=True, exist_ok=True)
-    with (LOGS / "bench-serve.log").open("a") as log, contextlib.redirect_stdout(log):
+    with (
+        (LOGS / "bench-serve.log").open("a") as log,
+        contextlib.redirect_stdout(log),
+        patch.dict(ASYNC_REQUEST_FUNCS, {"openai-chat": stream_chat}),
+    ):
         result: dict[str, Any] = serve.main(cast(Namespace, options))
-    rows = zip(result["errors"], result["latencies"], result["ttfts"], result["output_lens"], strict=True)
-    good = [(latency, ttft, tokens) for error, latency, ttft, tokens in rows if not error and ttft]
+    names = ("errors", "latencies", "ttfts", "output_lens", "itls")
+    rows = [row for row in zip(*(result[name] for name in names), strict=True) if not row[0] and row[2]]
     return Load(
         seconds=result["duration"],
         completed=result["completed"],
         failed=count - result["completed"],
         tokens=result["total_output_tokens"],
-        ttft=tuple(ttft for _, ttft, _ in good),
-        tpot=tuple((latency - ttft) / (tokens - 1) for latency, ttft, tokens in good if tokens > 1),
+        ttft=tuple(ttft for _, _, ttft, _, _ in rows),
+        tpot=tuple((latency - ttft) / (tokens - 1) for _, latency, ttft, tokens, _ in rows if tokens > 1),
+        chunks=tuple(1 + len(gaps) for *_, gaps in rows),
     )
+
+
+async def stream_chat(request: Any, session: Any, pbar: Any = None) -> Any:
+    """Send one request of ``vllm bench serve``. Unlike vLLM's own function, time only chunks that have text.
+
+    vLLM takes the first chunk for the first token, but that one holds the role: a server may send it at once and hold
+    the text back."""
+    from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput, StreamedResponseHandler
+
+    body: dict[str, Any] = {
+        "model": request.model_name or request.model,
+        "messages": [{"role": "user", "content": request.prompt}],
+        "max_completion_tokens": request.output_len,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **(request.extra_body or {}),
+    }
+    output, handler = RequestFuncOutput(prompt_len=request.prompt_len), StreamedResponseHandler()
+    last = output.start_time = time.perf_counter()
+    try:
+        async with session.post(request.api_url, json=body) as response:
+            response.raise_for_status()
+            async for data in response.content.iter_any():
+                for message in handler.add_chunk(data):
+                    if not message.startswith("data: {"):
+                        continue
+                    now, chunk = time.perf_counter(), json.loads(message.removeprefix("data: "))
+                    if "error" in chunk:
+                        raise RuntimeError(chunk["error"])
+                    if usage := chunk.get("usage"):
+                        output.output_tokens, output.prompt_len = usage["completion_tokens"], usage["prompt_tokens"]
+                    if text := "".join(map(_text_of, chunk.get("choices", ()))):
+                        if output.ttft:
+                            output.itl.append(now - last)
+                        else:
+                            output.ttft = now - output.start_time
+                        output.generated_text += text
+                        last = now
+        output.latency, output.success = last - output.start_time, True
+    except Exception as error:  # a failed request is a result of the load
+        output.error = repr(error)
+    if pbar is not None:
+        pbar.update(1)
+    return output
+
+
+def _text_of(choice: Mapping[str, Any]) -> str:
+    delta = choice["delta"]
+    return (delta.get("reasoning") or "") + (delta.get("content") or "")
 
 
 def questions_of(files: Sequence[Path]) -> list[Question]:

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ["OPENAI_API_KEY"] = "none"  # optillm needs one
             proxy = start("optillm", [str(args.optillm), "-c", OPTILLM, "--base-url", f"{plain}/v1"], "/health")
         rules = _rules(scored, plain, args)
-        others = _other_rules(scored, plain, own, proxy, args)
+        others = _other_rules(plain, own, proxy, args)
         levels = asyncio.run(_measure(rules, others, questions, args))
     info = run_info(__file__, arguments, started, seed=args.seed)
     content = {"setting": info, "levels": [{"at": c, "task": t, "rows": list(map(asdict, r))} for c, t, r in levels]}
@@ -127,7 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--logprob-thresholds", type=float, nargs="*", default=[0.9, 0.95], help="of the logprob rule",
     )  # fmt: skip
-    parser.add_argument("--probe-every", type=int, help="also probe thoughts every so many tokens")
     parser.add_argument("--optillm", type=Path, help="a Python that can import optillm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "rivals")
@@ -146,17 +145,13 @@ def _rules(scored: str, plain: str, args: argparse.Namespace) -> dict[str, Rule]
     return rules
 
 
-def _other_rules(scored: str, plain: str, own: str, proxy: str | None, args: argparse.Namespace) -> dict[str, Rule]:
+def _other_rules(plain: str, own: str, proxy: str | None, args: argparse.Namespace) -> dict[str, Rule]:
     """Rules compared at the first concurrency alone."""
     most = args.max_cycles[-1]
     rules = {f"majority of {count}": _ours(plain, RunSpec(VOTE, samples=count), args) for count in args.samples}
     for threshold in args.logprob_thresholds:
         spec = RunSpec(CONFIDENCE, threshold)
         rules[f"logprob {threshold:g}, {most} cycles at most"] = _ours(own, spec, args, max_cycles=most)
-    if args.probe_every is not None:
-        rules[f"{CONFIDENCE}, {most} cycles at most, probes every {args.probe_every} tokens"] = _ours(
-            scored, RunSpec(CONFIDENCE, args.threshold), args, max_cycles=most, probe_every=args.probe_every
-        )
     if proxy is not None:
         rules |= {f"optillm {name}": _optillm(proxy, name) for name in OPTILLM_APPROACHES}
     return rules

@@ -35,8 +35,8 @@ OPTION_DEFAULTS: Mapping[str, str] = {
     "select": "`--select`, else `best` under `confidence` and `last` under the others",
     "patience": "`--patience`, else never",
     "deadline_seconds": "`--deadline-seconds`, else its ceiling",
-    "probe_every": "`--probe-every`, else never",
     "return_cycles": "no",
+    "drafts": "no",
 }
 FAILED = "Any other failure; the log has its cause under the request id"
 

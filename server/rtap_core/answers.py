@@ -1,7 +1,8 @@
 """Extract the final answer from an answer's text, and compare answers.
 
 ``extract_answer`` finds the final answer in a text: answer tags, the last ``\\boxed{}``, "the answer is …", the last
-number of the last line, else the whole text. ``answer_key`` maps equal answers to equal keys, whatever their notation.
+number of the last line, or the right side of the equation there, else the whole text. ``answer_key`` maps equal answers
+to equal keys, whatever their notation.
 Model output is hostile input: both take linear time and evaluate nothing.
 """
 
@@ -14,7 +15,9 @@ _MAX_DIGITS = 200  # a longer number is compared as text
 _MAX_KEY = 2000  # characters of a text compared
 
 _ANSWER_TAG = re.compile(r"<answer>([^<]*)</answer>", re.IGNORECASE)
-_STATED = re.compile(r"(?:\banswer(?: is|:| is:)|####)[ \t*:]*", re.IGNORECASE)
+_STATED = re.compile(r"(?:\banswer(?:(?: (?:to|of|for|in) [^\n]{0,100}?)? is\b|:)|####)[ \t*:]*", re.IGNORECASE)
+_ENUMERATED = re.compile(r"\d{1,2}\.[ \t]+(?=\S)")
+_MARKUP = re.compile(r"\\[\])]|\\end\{\w{1,20}\*?\}")
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _FRACTION = rf"(?:{_DIGITS})(?:\s?/\s?(?:{_DIGITS}))?"
@@ -24,9 +27,11 @@ _MIN_WORDS = 3  # of a sentence; a text with fewer is an answer by itself
 
 _WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
 _FRAC = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
-_NOISE = re.compile(
-    r"\\(?:left|right|,|!|;|:|quad|qquad|displaystyle|circ|degree|\(|\)|\[|\])|\^\{?\\circ\}?|[$`°]|\\ "
-)
+_POWER = re.compile(r"(?<=[\w)\]}])\*\*(?=[\w({+-])")
+_EXPONENT = re.compile(r"\^\{(\w+)\}")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})")
+_SPACE = re.compile(r"\\(?:[,;: ]|quad|qquad)")
+_NOISE = re.compile(r"\\(?:left|right|!|displaystyle|circ|degree|\(|\)|\[|\])|\^\{?\\circ\}?|[$`°]")
 _LATEX_WORDS = {
     r"\times": "×",
     r"\cdot": "×",
@@ -40,7 +45,9 @@ _LATEX_WORDS = {
     r"\pi": "π",
 }
 _MATH = re.compile(r"\\[()\[\]]")
-_ASSIGNED = re.compile(r"^[A-Za-z]\w?\s*=\s*([^=]+)$")
+_ARITHMETIC = re.compile(r"[^<>!≠≤≥≈A-Za-z]+")
+_ASSIGNED = re.compile(r"^[A-Za-z]\w?\s*=\s*((?:[^=<>!≠≤≥≈A-Za-z]+=)*[^=]+)$")
+_DIGIT = re.compile(r"\d")
 _CHOICE = re.compile(
     r"^(?:(?:option|choice|answer)\s+)?(?:\(([a-j])\)|([a-j])[).:])(?=\s|$)|^(?:option|choice)\s+([a-j])$"
 )
@@ -58,22 +65,43 @@ _NUMBER = re.compile(
 )
 _RATIO = re.compile(rf"^([-+]?)\s?({_DIGITS})\s?/\s?([-+]?)({_DIGITS}){_UNIT}$")
 _MIXED = re.compile(r"^([-+]?)\s?(\d+) (\d+)\s?/\s?(\d+)$")
+_LOOSE_SPACE = re.compile(r"\s+(?=\W)|(?<=\W)\s+")
+_COEFFICIENT = re.compile(r"(?<=\d)×(?=[a-z])")  # 3×x is 3x
 _LIST = re.compile(r"^([\[({])(.*)([\])}])$", re.DOTALL)
 
 
 def extract_answer(text: str) -> str:
     """The final answer in the text of an answer. A text that is only an answer is returned unchanged."""
     text = text.strip()
-    tail = text[-_TAIL:]
+    tail = text[-_TAIL:].replace("\\boxed{}", "")
     tags = _ANSWER_TAG.findall(tail)
     if tags and tags[-1].strip():
         return extract_answer(tags[-1])
     if (found := _boxed(tail) or _stated(tail)) is not None:
         return found
-    if not _is_sentence(tail) or _CHOICE.match(_plain(text[:_MAX_KEY])):
+    if _CHOICE.match(_plain(text[:_MAX_KEY])):
         return text
-    numbers = _IN_TEXT.findall(tail.rpartition("\n")[2])
+    line = _last_line(tail)
+    if not _is_sentence(tail):
+        return _right_side(line) or text
+    numbers = _IN_TEXT.findall(line)
     return numbers[-1].strip() if numbers else text
+
+
+def _last_line(text: str) -> str:
+    """The last line that is more than the end of a formula."""
+    while True:
+        text = text.rstrip(" \n\t$*_.")
+        start = max(text.rfind("\\", len(text) - 30), 0)
+        if not _MARKUP.fullmatch(text, start):
+            return text.rpartition("\n")[2]
+        text = text[:start]
+
+
+def _right_side(text: str) -> str:
+    """The value of an arithmetic equation: 8 of ``3 + 5 = 8``. Empty if the text is none."""
+    left, _, right = text.rpartition("=")
+    return right.strip() if _ARITHMETIC.fullmatch(left) and _DIGIT.search(right) else ""
 
 
 def _is_sentence(text: str) -> bool:
@@ -98,7 +126,9 @@ def _stated(text: str) -> str | None:
     starts = [match.end() for match in _STATED.finditer(text)]
     if not starts:
         return None
-    rest = text[starts[-1] :].lstrip("\n* \t")
+    rest = text[starts[-1] :]
+    if rest.startswith("\n"):
+        rest = _ENUMERATED.sub("", rest.lstrip("\n* \t"), count=1)
     end = _SENTENCE_END.search(rest)
     sentence = rest[: end.start()] if end else rest
     sentence = _MATH.sub("", sentence.rpartition("=")[2]).strip(" \t*_`$")
@@ -126,6 +156,8 @@ def _key(answer: str) -> str:
         return next(filter(None, choice.groups()))
     if (parts := _LIST.match(plain)) is not None:
         opening, inside, closing = parts.groups()
+        if opening + closing in ("()", "{}") and (value := _value(inside.strip())) is not None:
+            return str(value)
         keys = [_element_key(part) for part in inside.split(",")]
         if opening == "{" and closing == "}":
             keys = sorted(set(keys))
@@ -135,19 +167,20 @@ def _key(answer: str) -> str:
 
 def _element_key(text: str) -> str:
     value = _value(text.strip())
-    return "".join(text.split()) if value is None else str(value)
+    return _COEFFICIENT.sub("", _LOOSE_SPACE.sub("", text.strip())) if value is None else str(value)
 
 
 def _plain(answer: str) -> str:
     """The answer without LaTeX wrappers, in lower case, with plain signs."""
-    text = answer.strip()
+    text = _SPACE.sub(" ", _THOUSANDS.sub("", _POWER.sub("^", answer.strip())))
     for latex, plain in _LATEX_WORDS.items():
         text = text.replace(latex, plain)
     text = _WRAPPER.sub(r"\1", text)
     text = _FRAC.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
-    text = _NOISE.sub("", text).replace("−", "-").replace("–", "-").strip()
+    text = _EXPONENT.sub(r"^\1", _NOISE.sub("", text)).replace("−", "-").replace("–", "-").strip()
     assigned = _ASSIGNED.match(text)
     text = assigned[1] if assigned is not None else text
+    text = _right_side(text) or text
     return " ".join(text.split()).removesuffix(".").strip().casefold()
 
 

@@ -43,13 +43,20 @@ class CycleEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftEvent:
+    """A step of a sample while it is written. It comes again as a StepEvent when the sample has finished."""
+
+    step: StepEvent
+
+
+@dataclass(frozen=True, slots=True)
 class FinalEvent:
     """The finished trajectory; always the last event."""
 
     trajectory: Trajectory
 
 
-Event = StepEvent | CycleEvent | FinalEvent
+Event = StepEvent | DraftEvent | CycleEvent | FinalEvent
 
 
 @dataclass(slots=True)
@@ -88,6 +95,7 @@ class Recursion:
     confidence: None if no generator is loaded. count_oops: number of Oops tokens in a text.
     prefix: text of an assistant message that the request wants continued; the question ends with it.
     request: passed to the scorer in Judged. cutoff: shared with the engine. clock: monotonic seconds.
+    drafts: report the steps of a vote's samples while they are written, as DraftEvents.
     """
 
     engine: Engine
@@ -98,6 +106,7 @@ class Recursion:
     request: Any = None
     cutoff: Cutoff = field(default_factory=Cutoff)
     clock: Callable[[], float] = time.monotonic
+    drafts: bool = False
 
     def run(self, question_token_ids: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         """Events of one trajectory. Close the generator to abort the cycle in progress."""
@@ -175,16 +184,28 @@ class Recursion:
         """The next ``size`` samples, added to ``state`` and ``drafts``. Their events come sample by sample, as samples
         finish."""
 
+        queue = asyncio.Queue[DraftEvent | asyncio.Task[tuple[list[StepEvent], Cycle, Draft]]]()
+
         async def sample(index: int) -> tuple[list[StepEvent], Cycle, Draft]:
-            draft = self._first_draft(question, state.limits, index)
-            events = [event async for event in self._write(draft, state)]
+            draft, events = self._first_draft(question, state.limits, index), list[StepEvent]()
+            async for event in self._write(draft, state):
+                events.append(event)
+                if self.drafts:
+                    queue.put_nowait(DraftEvent(event))
             return events, await self._judge(draft, question, state), draft
 
-        first = len(state.cycles)
+        first, unfinished = len(state.cycles), size
         tasks = [asyncio.create_task(sample(index)) for index in range(first, first + size)]
+        for task in tasks:
+            task.add_done_callback(queue.put_nowait)
         try:
-            for done in asyncio.as_completed(tasks):
-                events, cycle, draft = await done
+            while unfinished:
+                item = await queue.get()
+                if isinstance(item, DraftEvent):
+                    yield item
+                    continue
+                events, cycle, draft = await item
+                unfinished -= 1
                 for event in events:
                     yield event
                 state.cycles.append(cycle)

@@ -67,7 +67,6 @@ class Limits:
     deadline_seconds: enforced by ``cutoff.Cutoff``, which the caller of the loop starts.
     max_tokens: budget over all cycles, injected tags included (``vote``: per sample); None: the engine's own limit.
     thinking_tokens: budget over the thoughts of all cycles (``vote``: per sample); None: only ``max_tokens``.
-    probe_every: tokens of a thought between probes (``probing.py``), policy ``confidence`` only; None: no probes.
     stop, stop_token_ids: strings and token ids that end the answer of a cycle. Thoughts ignore them.
     include_stop: keep the string, or the token's text, in the answer.
     """
@@ -82,7 +81,6 @@ class Limits:
     deadline_seconds: float | None = None
     max_tokens: int | None = None
     thinking_tokens: int | None = None
-    probe_every: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Set[int] = frozenset()
     include_stop: bool = False
@@ -142,9 +140,7 @@ class Trajectory:
     finish: the engine's last step of the last cycle (``vote``: of the returned sample), for ``finish_reason``.
     partial_answer: text of an incomplete answer if no cycle has a complete one; else None.
     is_fresh_fallback: a continued cycle was empty, and the next ones were fresh.
-    discarded_tokens: sampled, but in no cycle and not returned (probes, or beyond the end of the last cycle).
-    num_probes, num_stopped: probes of thoughts, and thoughts that a probe ended.
-    probe_confidence_tokens: tokens that the confidence generator read for probes.
+    discarded_tokens: sampled beyond the end of the last cycle; in no cycle and not returned.
     """
 
     policy: Policy
@@ -158,9 +154,6 @@ class Trajectory:
     partial_answer: str | None
     is_fresh_fallback: bool = False
     discarded_tokens: int = 0
-    probe_confidence_tokens: int = 0
-    num_probes: int = 0
-    num_stopped: int = 0
 
     @property
     def accepted(self) -> Cycle | None:
@@ -186,7 +179,7 @@ class Trajectory:
     @property
     def confidence_tokens(self) -> int:
         """All tokens that the confidence generator read."""
-        return sum(c.confidence_tokens for c in self.cycles) + self.probe_confidence_tokens
+        return sum(c.confidence_tokens for c in self.cycles)
 
 
 class Step(NamedTuple):  # one per token: a frozen dataclass takes five times as long to construct

@@ -21,11 +21,14 @@ ENV_PREFIX = "RTAP_"
 SECRETS = ("RTAP_API_KEYS",)  # no flag: other users can read a command line
 CLIENTS = ("RTAP_URL", "RTAP_API_KEY")  # variables of the client commands
 _IDEMPOTENCY = "Idempotency-Key is not supported; a retry is a new request"
+_PROBES = "a thought runs to its end: ending it at probes that agree saved too little"
 _HEADERS = "use vLLM's --h11-max-incomplete-event-size, or limit headers in a proxy"
 # Flags of earlier versions, each with what to do instead.
 REMOVED: Mapping[str, str] = {
     "--speculate-below": "the next cycle always starts after the score of the previous one",
     "--logprob-top-k": "confidence=logprob reads the sampled tokens; calibrate it with `rtap calibrate`",
+    "--probe-every": _PROBES,
+    "--probe-answer-tokens": _PROBES,
     "--max-header-bytes": _HEADERS,
     "--max-header-fields": _HEADERS,
     "--idempotency-seconds": _IDEMPOTENCY,
@@ -65,13 +68,6 @@ class Settings(BaseSettings):
         gt=0,
         description="default deadline of a request: return the best answer so far; default: the limit",
     )
-    probe_every: int | None = Field(
-        default=None,
-        ge=1,
-        description="under policy confidence, probe for the answer every so many tokens of a thought; it ends when "
-        "two probes agree and the confidence clears the threshold; default: never",
-    )
-    probe_answer_tokens: int = Field(default=64, ge=1, description="a probe's answer of more tokens is ignored")
     max_cycles_limit: int = Field(default=16, ge=1, description="ceiling for max_cycles of a request")
     samples_limit: int = Field(default=32, ge=1, description="ceiling for samples of a request")
     deadline_seconds_limit: float = Field(default=600.0, gt=0, description="ceiling for deadline_seconds of a request")

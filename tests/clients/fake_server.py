@@ -71,6 +71,7 @@ def stream(*chunks: dict[str, Any]) -> Answer:
 
 THOUGHT = chunk({"reasoning": "2+2", "reasoning_content": "2+2"})
 CYCLE_END = chunk({}, rtap={"event": "cycle", "cycle": CYCLE})
+DRAFTS = [chunk({}, rtap={"event": "draft", "draft": {"index": 0, "text": text}}) for text in ("so ", "4")]
 CONTENT = chunk({"content": "4"})
 LAST = chunk({}, finish="stop", rtap=RTAP)
 

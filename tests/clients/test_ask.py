@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from rtap_client import ask
-from tests.clients.fake_server import REPLY, Answer, Fake, error, fake_server
+from tests.clients.fake_server import CONTENT, CYCLE_END, DRAFTS, LAST, REPLY, Answer, Fake, error, fake_server, stream
 
 MODELS = Answer(body={"object": "list", "data": [{"id": "rtap", "object": "model", "created": 1, "owned_by": "x"}]})
 
@@ -37,7 +37,7 @@ def test_only_the_answer_is_on_stdout(run_ask):
 def test_every_flag_reaches_the_request(run_ask):
     flags = (
         "--model m --policy vote --threshold 0.7 --max-cycles 3 --samples 4 --select last --recursion fresh "
-        "--patience 2 --deadline 5 --probe-every 6 --max-tokens 70 --temperature 0.5 --seed 8 --system brief"
+        "--patience 2 --deadline 5 --max-tokens 70 --temperature 0.5 --seed 8 --system brief"
     )
     with fake_server(Answer(body=REPLY)) as fake:
         assert run_ask("2+2", "--url", fake.url, *flags.split())[0] == 0
@@ -46,7 +46,7 @@ def test_every_flag_reaches_the_request(run_ask):
             "messages": [{"role": "system", "content": "brief"}, {"role": "user", "content": "2+2"}],
             "rtap": {
                 "policy": "vote", "threshold": 0.7, "max_cycles": 3, "samples": 4, "select": "last",
-                "recursion": "fresh", "patience": 2, "deadline_seconds": 5.0, "probe_every": 6,
+                "recursion": "fresh", "patience": 2, "deadline_seconds": 5.0,
             },
         }  # fmt: skip
 
@@ -59,6 +59,19 @@ def test_json_is_one_object_and_cycles_are_on_stderr(run_ask):
     assert (shown["answer"], shown["id"], shown["rtap"]) == ("4", "chatcmpl-1", REPLY["rtap"])
     assert shown["usage"]["completion_tokens"] == 7
     assert err == "1 ✓ 0.900 4\n"
+
+
+def test_on_a_terminal_the_answer_that_is_being_written_is_on_stderr_until_it_is_complete(run_ask, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with fake_server(MODELS, stream(*DRAFTS, CYCLE_END, CONTENT, LAST)) as fake:
+        code, out, err = run_ask("2+2", "--url", fake.url, "--json", "--cycles")
+        assert sent(fake)["rtap"] == {"drafts": True}
+        assert sent(fake)["stream"]
+    shown = json.loads(out)
+    assert (code, shown["answer"], shown["model"], shown["finish_reason"]) == (0, "4", "rtap", "stop")
+    assert (shown["id"], shown["rtap"]) == ("chatcmpl-1", REPLY["rtap"])
+    assert err.endswith("1 ✓ 0.900 4\n")
 
 
 def test_a_dash_reads_the_question_from_stdin(run_ask, monkeypatch):

@@ -12,6 +12,7 @@ from tests.clients.fake_server import (
     CONTENT,
     CYCLE,
     CYCLE_END,
+    DRAFTS,
     LAST,
     REPLY,
     THOUGHT,
@@ -66,6 +67,21 @@ def test_trajectories_and_events_of_the_plain_sdk():
     assert received[1] == CycleEvent(received[1].cycle, 0)
     assert received[1].cycle.to_dict() == CYCLE
     assert (received[-1].text, received[-1].rtap.confidence, received[-1].id) == ("4", 0.9, "chatcmpl-1")
+
+
+def test_drafts_are_events_of_both_clients():
+    with fake_server(stream(*DRAFTS, CYCLE_END, CONTENT, LAST)) as fake:
+        plain = openai.OpenAI(base_url=f"{fake.url}/v1", api_key="none")
+        rtap = {"rtap": {"drafts": True}}
+        for client, options in ((plain, {"extra_body": rtap}), (RTAP(fake.url), rtap)):
+            chunks = client.chat.completions.create(model="rtap", messages=QUESTION, stream=True, **options)
+            received = list(events(chunks))
+            assert [event.type for event in received] == ["draft", "draft", "cycle", "answer", "done"]
+            assert [(event.draft.index, event.draft.text, event.draft.think) for event in received[:2]] == [
+                (0, "so ", ""), (0, "4", ""),
+            ]  # fmt: skip
+            assert received[-1].text == "4"
+        assert all(body["rtap"] == rtap["rtap"] for _, _, body in fake.requests)
 
 
 def test_a_reply_without_trajectory_has_none():

@@ -54,13 +54,10 @@ def test_a_cycle_has_the_servers_fields():
 
 def test_a_trajectory_has_the_servers_fields():
     shown = schema.trajectory_object(
-        server_types.Trajectory(
-            Policy.VOTE, StopReason.SAMPLES, (_cycle(),), 0, "timeout", 0.1, 0.2, None, None, num_probes=2
-        ),
+        server_types.Trajectory(Policy.VOTE, StopReason.SAMPLES, (_cycle(),), 0, "timeout", 0.1, 0.2, None, None),
         with_think=True,
     )
     assert set(types.Trajectory.model_fields) == set(shown)
-    assert set(types.Probes.model_fields) == set(shown["probes"])
     assert set(types.Candidate.model_fields) == set(shown["candidates"][0])
 
 

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from rtap_client.commands import printable
-from rtap_client.streams import AnswerEvent, CycleEvent, DoneEvent, ThinkingEvent
-from rtap_client.types import Cycle, Trajectory
+from rtap_client.streams import AnswerEvent, CycleEvent, DoneEvent, DraftEvent, ThinkingEvent
+from rtap_client.types import Cycle, Draft, Trajectory
 from rtap_client.view import LiveReply, bar, changes, render, summary
 from tests.clients.fake_server import CYCLE, RTAP
 
@@ -76,6 +76,34 @@ def test_a_running_reply_shows_cycles_and_the_last_thoughts_without_the_rejected
     assert "line 13" not in shown
     assert "first thought" not in shown
     assert "<answer>" not in shown
+
+
+def test_a_draft_is_shown_until_its_cycle_ends_and_is_not_repeated_as_thinking():
+    reply = LiveReply("confidence", 0.5, 4)
+    paragraph = "First add.\nSo it is \\boxed{75}."
+    for text in (paragraph[:9], paragraph[9:] + "\x1b[2J\n"):
+        reply.observe(DraftEvent(Draft(index=0, text=text), 0))
+    shown = printed(render(reply, 1.0))
+    assert re.search(r"cycle 1, not judged yet: *\nFirst add\. *\nSo it is \\boxed\{75\}\.\[2J", shown)
+    reply.observe(CycleEvent(cycle(0, "75", 0.1), 0))
+    reply.observe(ThinkingEvent(f"\n{paragraph}\x1b[2J\n", 0))
+    shown = printed(render(reply, 1.0))
+    assert "First add" not in shown
+    assert "75" in shown
+    reply.observe(DraftEvent(Draft(index=1, text="76"), 0))
+    assert "cycle 2, not judged yet" in printed(render(reply, 1.0))
+    reply.observe(AnswerEvent("76", 0))
+    assert reply.draft is None
+
+
+def test_a_draft_of_a_vote_shows_one_sample_first_its_thinking():
+    reply = LiveReply("vote", None, 4)
+    reply.observe(DraftEvent(Draft(index=1, think="2+2"), 0))
+    assert "2+2" in printed(render(reply, 1.0))
+    reply.observe(DraftEvent(Draft(index=1, text="4"), 0))
+    assert "sample 2, not judged yet" in printed(render(reply, 1.0))
+    reply.observe(DraftEvent(Draft(index=2, text="5"), 0))  # the next one that is shown
+    assert "4" not in printed(render(reply, 1.0)).partition("yet:")[2]
 
 
 def test_a_finished_reply_shows_the_answer_and_why_it_stopped():

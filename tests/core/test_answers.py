@@ -1,7 +1,12 @@
 """Final answers: extracted from real models' ways of writing them, and compared by value."""
 
+import json
+import re
 import time
+import warnings
 from fractions import Fraction
+from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -29,11 +34,28 @@ from rtap_core.answers import answer_key, extract_answer, same_answer
         ("25 * 7 + (3 - 1)", "25 * 7 + (3 - 1)"),
         ("(B) Paris has about 2,100,000 inhabitants", "(B) Paris has about 2,100,000 inhabitants"),
         ("A poem of 1802.\nI wandered lonely as a cloud", "A poem of 1802.\nI wandered lonely as a cloud"),
+        ("The final answer to the problem 56 - 47 + 32 is 1.", "1"),
+        ("The final answer is:\n\n1. 7 + 3 = 10", "10"),
+        ("1. 75 - 21 = 54\n2. 54 + 60 = 114", "114"),
+        ("So we get:\n\\[\n5 + 2 - 0 = 7\n\\]", "7"),
+        ("\\begin{align*}\nthe sum &= 60 + 6\\\\\n&= 66\\end{align*}", "66"),
+        ("First \\boxed{5}. Therefore the answer in \\boxed{} is 6.", "5"),
+        ("x = 2\ny = 3", "x = 2\ny = 3"),
         ("", ""),
     ],
 )
 def test_the_final_answer_is_found(text, answer):
     assert extract_answer(text) == answer
+
+
+# Whole outputs of Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct; each answer was checked by reading.
+REAL = [json.loads(line) for line in (Path(__file__).parent / "data/answers.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("row", REAL, ids=lambda row: row["answer"][:20])
+def test_the_final_answer_of_a_real_output_is_found(row):
+    assert extract_answer(row["text"]) == row["answer"]
+    assert same_answer(row["text"], row["reference"]) == row["is_right"]
 
 
 SAME = [
@@ -46,10 +68,17 @@ SAME = [
         "+1234",
         "1234 apples",
         "1.234 \\times 10^{3}",
+        "1{,}234",
+        "1\\,234",
+        "1234\\,\\text{apples}",
+        "1200 + 34 = 1234",
+        "x = 617 \\times 2 = 1234",
         "1.234e3",
         "\\boxed{1234}",
     ),
     ("0.5", "1/2", "50 percent", "\\frac{1}{2}", "\\dfrac12", "50%", "50 \\%", ".5", "2/4", "The answer is 0.50."),
+    ("-6", "(-6)", "13 - 19 = (-6)", "$-6$"),
+    ("x**2 + 3*x", "x^2+3*x", "x^{2} + 3*x", "x^2 + 3x", "x^2 + 3 \\cdot x"),
     ("-3/4", "−0.75", "-\\frac{3}{4}", "\\frac{-3}{4}", "3/-4"),
     ("1 1/2", "1.5", "1\\frac{1}{2}", "3/2", "\\boxed{1.5 square metres}"),
     ("5", "x = 5", "$5$", "\\(5\\)", "5 km", "\\text{5}", "5.", "**5**", "5^\\circ"),
@@ -62,6 +91,7 @@ SAME = [
 DIFFERENT = [
     ("25*7", "257"), ("1.234", "1,234"), ("12,34", "1234"), ("-5", "5"), ("50%", "50"), ("1/3", "0.333"),
     ("(1, 2)", "(2, 1)"), ("[1, 2)", "[1, 2]"), ("3^2", "32"), ("10/0", "10"), ("B", "C"), ("1e3", "13"), ("", "0"),
+    ("2**3", "23"), ("x**2", "x2"), ("3 4", "34"), ("3\\;4", "34"), ("5 = x", "6 = x"), ("y = x + 1", "1"),
     ("2x", "2"), ("2x", "2y"), ("2xy", "2"), ("2\\pi", "2"), ("2\\sqrt{3}", "2"), ("5!", "5"), ("72 cents", "$72"),
     ("5 million", "5"), ("5 and a half", "5"), ("3 quarters", "3"), ("5 pm", "5 am"),
 ]  # fmt: skip
@@ -87,6 +117,52 @@ FORMS = [
 @given(NUMBERS, NUMBERS, st.sampled_from(FORMS), st.sampled_from(FORMS))
 def test_numbers_are_equal_exactly_when_their_values_are(one, other, write, write_other):
     assert same_answer(write(one), write_other(other)) == (Fraction(one) == Fraction(other))
+
+
+SEPARATORS = (
+    "",
+    "**",
+    "*",
+    "+",
+    "-",
+    "/",
+    " ",
+    "^",
+    "^{",
+    "(",
+    "\\,",
+    "\\;",
+    "\\ ",
+    "{,}",
+    "\\times ",
+    "\\cdot",
+    ".",
+    ",",
+    "=",
+    " = ",
+)
+
+
+def value_of(expression: str) -> Fraction | None:
+    """The value of an expression by Python's grammar, each number exact; of an equation that of its right side."""
+    for latex, python in {"\\times ": "*", "\\cdot": "*", "^": "**", "\\": " ", ",": " ", ";": " ", "{": "("}.items():
+        expression = expression.replace(latex, python)
+    exact = re.sub(r"\d*\.?\d+", r"F('\g<0>')", expression.rpartition("=")[2])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Fraction(eval(exact, {"F": Fraction}))
+    except (SyntaxError, ValueError, ArithmeticError, TypeError):
+        return None
+
+
+def test_expressions_of_different_values_are_never_equal():
+    """Every separator between the digits 2, 3 and 4: ``2**34`` is not ``234``."""
+    values: dict[str, set[Fraction | None]] = {}
+    for one, other in product(SEPARATORS, repeat=2):
+        for expression in (f"2{one}3{other}1", f"-2{one}3{other}1"):
+            values.setdefault(answer_key(expression), set()).add(value_of(expression))
+    assert {key: found for key, found in values.items() if len(found) > 1} == {}
 
 
 @given(st.integers(0, 10**15))

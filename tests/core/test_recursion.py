@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rtap_core.cutoff import Cutoff
 from rtap_core.draft import num_thought_tokens
 from rtap_core.format import RTAP, TEXT, THINK
-from rtap_core.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
+from rtap_core.recursion import CycleEvent, DraftEvent, FinalEvent, Recursion, StepEvent
 from rtap_core.types import Continuation, Limits, Policy, Select, StopReason
 from tests.core.scripted import EOS, ScriptedConfidence, ScriptedEngine, decode, encode
 
@@ -213,6 +213,25 @@ async def test_the_first_answer_of_a_vote_is_that_of_the_sample_that_finishes_fi
     done = events[-1].trajectory
     assert [e.cycle.index for e in events if isinstance(e, CycleEvent)] == [1, 2, 0]
     assert (done.first_answer_seconds, done.seconds, done.answer) == (1.0, 3.0, "60")
+
+
+async def test_drafts_are_the_steps_of_a_votes_samples_while_they_are_written():
+    script = [f"<think>{'x' * size}</think><answer>{size}</answer>" for size in (60, 10, 30)]
+
+    async def events(*, drafts: bool) -> list:
+        clock = _Clock()
+        loop = Recursion(clock.engine(script), RTAP, None, lambda _: 0, clock=lambda: clock.now, drafts=drafts)
+        limits = Limits(policy=Policy.VOTE, threshold=1.0, samples=3)
+        return [event async for event in loop.run(QUESTION, limits)]
+
+    got = await events(drafts=True)
+    rest = [event for event in got if not isinstance(event, DraftEvent)]
+    assert rest == await events(drafts=False)
+    for index in range(3):
+        drafts = [event.step for event in got if isinstance(event, DraftEvent) and event.step.cycle_index == index]
+        assert drafts == [event for event in rest if isinstance(event, StepEvent) and event.cycle_index == index]
+        first = next(i for i, e in enumerate(got) if isinstance(e, StepEvent) and e.cycle_index == index)
+        assert all(got.index(DraftEvent(step)) < first for step in drafts)
 
 
 async def test_a_last_answer_that_ended_with_the_turn_gets_no_further_token():

@@ -47,6 +47,6 @@ def test_a_ratio_fails_only_when_its_whole_interval_is_worse(higher_is_better, v
 
 def test_the_flags_of_a_comparison_are_those_of_our_server():
     """A subprocess imports them from the server, which no type checker sees."""
-    flags, environment = harness.common_flags(harness.MODELS / "policy")
+    flags, environment = harness.common_flags()
     assert "--block-size" in flags
     assert "OMP_NUM_THREADS" in environment

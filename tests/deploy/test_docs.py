@@ -170,9 +170,7 @@ def test_every_error_has_a_row() -> None:
 
 def test_every_field_of_the_response_is_described() -> None:
     cycle = Cycle(0, "t", "82", 0.9, True, 10, 3, 0, 20, 0, 0.1, 0.01, 0)
-    whole = Trajectory(
-        Policy.CONFIDENCE, StopReason.THRESHOLD, (cycle,), 0, "timeout", 0.1, 0.1, None, None, num_probes=1
-    )
+    whole = Trajectory(Policy.CONFIDENCE, StopReason.THRESHOLD, (cycle,), 0, "timeout", 0.1, 0.1, None, None)
     text = (ROOT / "docs" / "api.md").read_text("utf-8")
     names = {*trajectory_object(whole, with_think=True), *cycle_object(cycle, with_think=True), *StopReason}
     assert [name for name in names if f"`{name}`" not in text] == []

@@ -4,7 +4,6 @@ import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 
 from tests.e2e.conftest import Running
@@ -89,6 +88,28 @@ def test_cycle_events_come_as_cycles_end_and_before_any_content(server):
             kinds.append("content")
     assert [kind for kind, _ in itertools.groupby(kinds)] == [0, 1, 2, "content"]
     assert "event" not in chunks[-1].rtap
+
+
+@pytest.mark.parametrize("rtap", [EAGER, {"policy": "vote", "samples": 3, "threshold": 1.0}])
+def test_drafts_show_answers_before_they_are_judged(server, rtap):
+    """The chunks of content and of reasoning are the same as without them."""
+
+    def texts(chunks: list, name: str) -> str:
+        return "".join(getattr(c.choices[0].delta, name, None) or "" for c in chunks if c.choices)
+
+    chunks, plain = (_stream(server, rtap=rtap | more, seed=3) for more in ({"drafts": True}, {}))
+    updates = [(n, chunk.rtap) for n, chunk in enumerate(chunks) if getattr(chunk, "rtap", {}).get("event")]
+    drafts = [(n, update["draft"]) for n, update in updates if update["event"] == "draft"]
+    ended = {update["cycle"]["index"]: n for n, update in updates if update["event"] == "cycle"}
+    assert all(n < ended[draft["index"]] for n, draft in drafts)
+    assert all(chunks[n].choices[0].delta.content is None for n, _ in drafts)
+    first = chunks[-1].rtap["cycles"][drafts[0][1]["index"]]
+    assert "".join(draft.get("text", "") for _, draft in drafts if draft["index"] == first["index"]) == first["answer"]
+    assert texts(chunks, "content") == texts(plain, "content")
+    if "max_cycles" in rtap:
+        assert texts(chunks, "reasoning") == texts(plain, "reasoning")
+        assert len(drafts) > 5
+    assert chunks[-1].usage.completion_tokens == plain[-1].usage.completion_tokens
 
 
 def test_thinking_streams_token_by_token(server):
@@ -257,34 +278,3 @@ def test_a_grammar_binds_every_answer_and_no_thought(server, field, pattern):
     assert all(re.fullmatch(pattern, answer) for answer in answers), cycles
     assert "=" in cycles[0]["think"]
     assert re.fullmatch(pattern, reply.choices[0].message.content)
-
-
-def test_probes_end_thoughts_whose_answer_no_longer_changes(server):
-    """The model cannot end its thoughts here; with threshold 0, two probes that agree end one."""
-    body = {"prompt": "</think><answer>", "add_special_tokens": False}
-    tags = httpx.post(f"{server.url}/tokenize", json=body).json()["tokens"]
-    options = {"temperature": 0, "max_tokens": 200, "logit_bias": dict.fromkeys(map(str, tags), -100)}
-    endless = _ask(server, "37*48+65", rtap={"max_cycles": 1, "threshold": 0.0}, **options)
-    assert endless.rtap["cycles"][0]["answer"] is None
-    ended = discarded = 0
-    for question in questions(6):
-        reply = _ask(server, question, rtap={"max_cycles": 1, "threshold": 0.0, "probe_every": 4}, **options)
-        probes, cycle = reply.rtap["probes"], reply.rtap["cycles"][0]
-        assert reply.usage.completion_tokens == cycle["tokens"]
-        assert (cycle["answer"] is not None) == (probes["thoughts_ended"] == 1)
-        assert probes["asked"] > probes["thoughts_ended"]  # two end a thought; some thoughts end before
-        ended, discarded = ended + probes["thoughts_ended"], discarded + reply.rtap["discarded_tokens"]
-    assert ended > 0
-    assert discarded > 0
-    assert server.metrics()["rtap_probes_total{ended=true}"] >= ended
-
-
-def test_a_grammar_turns_probes_off(server):
-    options = {"max_cycles": 1, "threshold": 0.0, "probe_every": 3}
-    for seed in range(2):
-        reply = _ask(
-            server, "37*48+65", seed=seed, rtap=options,
-            response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}},
-        )  # fmt: skip
-        assert "probes" not in reply.rtap
-        assert re.fullmatch(r"-?\d+", reply.choices[0].message.content)

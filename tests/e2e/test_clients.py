@@ -26,7 +26,10 @@ HERE = Path(__file__).with_name("clients")
 FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 # The bundled model never learned JSON.
 SHORT_JSON = ("--logits-processors", "tests.e2e.clients.short_json:ShortJson")
-POLICIES = {"single": {"policy": "single"}, "confidence": {"policy": "confidence", "threshold": 1.0, "max_cycles": 2}}
+POLICIES = {
+    "single": {"policy": "single"},
+    "confidence": {"policy": "confidence", "threshold": 1.0, "max_cycles": 2, "drafts": True},  # which all pass over
+}
 USES = ("basic", "stream", "structured", "tool", "streamed_tool")
 
 

@@ -61,6 +61,10 @@ def cycle_event(written: Cycle) -> dict[str, Any]:
     return chunk({}, rtap={"event": "cycle", "cycle": cycle_object(written, with_think=True)})
 
 
+def draft(index: int, **text: str) -> dict[str, Any]:
+    return chunk({}, rtap={"event": "draft", "draft": {"index": index} | text})
+
+
 def told(cycles: Sequence[Cycle], policy: Policy, stop: StopReason, *, degraded: str | None = None) -> dict[str, Any]:
     """The ``rtap`` object of a finished run."""
     at = next((i for i, c in enumerate(cycles) if c.accepted), None)

@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from rtap_core.types import Policy, StopReason
-from tests.page.scripted_server import CONFIG, MENDED, chunk, cycle, stream_of
+from tests.page.scripted_server import CONFIG, MENDED, chunk, cycle, cycle_event, draft, stream_of
 
 pytestmark = pytest.mark.slow
 VOTE = [
@@ -62,7 +62,7 @@ def test_a_run_with_its_cycles_its_reason_and_its_figures(visit, server):
     assert [title.startswith("Estimate: ") for title in titles[-2:]] == [True, True]
     expect(page.locator("#announcer")).to_have_text(f"Answer: 25*3+7. {reason}")
     (body,) = server.asked
-    assert body["rtap"] == {"return_cycles": True}
+    assert body["rtap"] == {"return_cycles": True, "drafts": True}
     assert (body["stream"], body["messages"][0]["content"]) == (True, "make 82 from 3, 7, 25")
 
 
@@ -95,6 +95,48 @@ def test_while_it_runs_the_answer_is_held_and_stop_closes_the_connection(visit, 
         time.sleep(0.02)
     server.answers = lambda _: stream_of(MENDED)
     ask(page)
+
+
+def test_the_answer_that_is_being_written_is_grey_until_the_accepted_one_replaces_it(visit, server):
+    wrong = "First add: 25+7=32.\nThen 32*3, so \\boxed{96}."
+    first, second = (
+        cycle(n, "", answer, score, accepted=n == 1) for n, answer, score in ((0, wrong, 0.1), (1, "82", 0.9))
+    )
+    start = [chunk({"role": "assistant", "content": ""}), draft(0, text=wrong[:9]), draft(0, text=wrong[9:])]
+    rejected = [cycle_event(first), chunk({"reasoning": f"\n{wrong}\n"}), draft(1, text="8")]
+    server.answers = lambda _: [*start, 1.5, *rejected, 1.5, draft(1, text="2"), *stream_of([first, second])[-4:]]
+    page = visit()
+    page.get_by_role("button", name="Ask", exact=True).click()
+    answer, caption, row = page.locator(".answer-text"), page.locator(".answer .caption"), page.locator(".cycle").last
+    expect(answer).to_have_text(wrong)
+    expect(answer).to_have_attribute("data-state", "held")
+    expect(caption).to_have_text("Answer of cycle 1, not judged yet")
+    expect(row.locator(".cycle-title")).to_have_text("Cycle 1writing its answer")
+    expect(caption).to_have_text("Answer of cycle 2, not judged yet")
+    expect(answer).to_have_text("8")
+    expect(page.locator(".sentence")).to_have_text("Cycle 2 of at most 8: answering…")
+    expect(row.locator("pre")).not_to_contain_text("First add")
+    expect(answer).to_have_attribute("data-state", "final")
+    expect(answer).to_have_text("82")
+
+
+def test_a_vote_shows_the_sample_that_is_being_written(visit, server):
+    voted = stream_of(VOTE, Policy.VOTE, StopReason.SAMPLES)
+    first = [draft(0, think="25+7=32"), draft(0, think=" 32*3=96"), draft(0, text="(25")]
+    ended = [cycle_event(VOTE[2]), 1.5, cycle_event(VOTE[0]), draft(3, text="(25+7)*3"), 1.5]
+    server.answers = lambda _: [voted[0], *first, 1.5, *ended, *voted[1:]]
+    page = visit()
+    page.get_by_role("radio", name="A vote").check()
+    page.get_by_role("button", name="Ask", exact=True).click()
+    caption = page.locator(".answer .caption")
+    expect(caption).to_have_text("Answer of sample 1, not judged yet")
+    expect(page.locator(".cycle").last.locator("pre")).to_have_text("25+7=32 32*3=96")
+    titles = page.locator(".cycle .cycle-title")
+    expect(titles).to_have_text(["Sample 3", "Sample 1writing its answer"])
+    expect(caption).to_have_text("Answer of sample 4, not judged yet")
+    expect(titles).to_have_text(["Sample 1", "Sample 3", "Sample 4writing its answer"])
+    expect(page.locator(".answer-text")).to_have_attribute("data-state", "final")
+    assert page.locator(".cycle").count() == 8
 
 
 def test_the_keyboard_alone_is_enough(visit, server):

@@ -12,7 +12,7 @@ from rtap_training.evaluation.results import Results, RuleParameters, task_resul
 from tests.page.browser import open_page, violations
 
 QUESTIONS = 500
-MOST_BYTES = 300_000
+MOST_BYTES = 400_000
 TASKS = ("countdown", "arithmetic")
 SPECS = [
     RunSpec("single"), *(RunSpec("confidence", threshold) for threshold in (0.5, 0.7, 0.9)), RunSpec("model"),

@@ -1,5 +1,6 @@
 """Chunks as SDKs read them: vLLM's app on a scripted engine, which writes a token at a time."""
 
+import json
 from typing import Any
 
 import httpx
@@ -73,6 +74,52 @@ async def test_content_and_its_log_probabilities_come_in_several_chunks(service,
     assert "".join(texts) == "".join(tokens) == whole.message.content == "82 is 3+79"
     assert [entry.token for entry in whole.logprobs.content] == tokens
     assert len(texts) > 5
+
+
+@pytest.mark.parametrize("rtap", POLICIES)
+async def test_drafts_are_further_chunks_that_a_client_may_pass_over(service, rtap):
+    """The others are the same with and without them: content, log-probabilities, usage, token ids."""
+    write(service, "82 is 3+79", size=1)
+
+    async def chunks(**more: Any) -> list[dict[str, Any]]:
+        body = {
+            "model": "rtap", "messages": [{"role": "user", "content": "82?"}], "stream": True, "logprobs": True,
+            "stream_options": {"include_usage": True}, "return_token_ids": True, "rtap": rtap | more,
+        }  # fmt: skip
+        reply = await service.ask("/v1/chat/completions", json=body)
+        return [json.loads(line[6:]) for line in reply.text.split("\n\n") if line.startswith("data: {")]
+
+    def shown(chunk: dict[str, Any]) -> tuple[Any, ...]:
+        return chunk["choices"], chunk.get("usage"), chunk.get("rtap", {}).get("event")
+
+    got, plain = await chunks(drafts=True), await chunks()
+    drafts = [chunk for chunk in got if chunk.get("rtap", {}).get("event") == "draft"]
+    assert [shown(chunk) for chunk in got if chunk not in drafts] == [shown(chunk) for chunk in plain]
+    for chunk in drafts:
+        (choice,) = chunk["choices"]
+        assert (choice["delta"], choice["logprobs"], choice["finish_reason"], choice.get("token_ids") or []) == (
+            {}, None, None, [],
+        )  # fmt: skip
+    assert bool(drafts) == (rtap["policy"] != "single")
+    texts = ["".join(c["rtap"]["draft"].get("text", "") for c in drafts if c["rtap"]["draft"]["index"] == 0)]
+    assert texts == (["82 is 3+79"] if drafts else [""])
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "82?"}),
+        ("/v1/responses", {"input": "82?"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "82?"}]}),
+    ],
+)
+async def test_drafts_are_for_chat_and_change_no_other_stream(service, path, asked):
+    write(service, "82 is 3+79", size=1)
+    body = {"model": "rtap", "max_tokens": 100, "max_output_tokens": 100, "stream": True} | asked
+    reply = await service.ask(path, json=body | {"rtap": {"drafts": True}})
+    assert reply.status_code == 200
+    assert '"rtap"' in reply.text
+    assert '"draft"' not in reply.text
 
 
 @pytest.mark.parametrize("rtap", POLICIES)

@@ -1,7 +1,9 @@
 """`rtap ask`: ask one question and print the answer. For scripts: only the answer goes to stdout."""
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import openai
 from openai.types.chat import ChatCompletionMessageParam
 
+from rtap_client.client import RTAP
 from rtap_client.commands import (
     EXIT_CODES,
     FAILED,
@@ -26,6 +29,7 @@ from rtap_client.commands import (
     sampling_options,
     usage_error,
 )
+from rtap_client.streams import events
 from rtap_client.types import ChatReply
 
 
@@ -42,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     with connect(args) as client:
         try:
-            reply = client.chat.completions.create(
-                model=args.model or model_names(client)[0],
-                messages=_messages(args.system, question),
-                rtap=rtap_options(args),
-                **sampling_options(args),
-            )
+            model, messages = args.model or model_names(client)[0], _messages(args.system, question)
+            if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+                reply = _watched(client, model, messages, args)
+            else:
+                reply = client.chat.completions.create(
+                    model=model, messages=messages, rtap=rtap_options(args), **sampling_options(args)
+                )
         except openai.OpenAIError as error:
             failure = describe_error(error, client)
             print_error("ask", failure.message)
@@ -60,6 +65,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _messages(system: str | None, question: str) -> list[ChatCompletionMessageParam]:
     opening: list[ChatCompletionMessageParam] = [{"role": "system", "content": system}] if system else []
     return [*opening, {"role": "user", "content": question}]
+
+
+def _watched(
+    client: RTAP, model: str, messages: list[ChatCompletionMessageParam], args: argparse.Namespace
+) -> ChatReply:
+    """The reply, streamed. The terminal shows on stderr what is being written, until it is complete."""
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    from rtap_client.view import LiveReply, being_written
+
+    shown = LiveReply(args.policy or "", None, 0)
+    stream = client.chat.completions.create(
+        model=model,
+        messages=messages,
+        rtap={**rtap_options(args), "drafts": True},
+        stream=True,
+        stream_options={"include_usage": True},
+        **sampling_options(args),
+    )
+    console = Console(stderr=True, highlight=False)
+    with (
+        contextlib.closing(events(stream)) as stream_events,
+        Live(get_renderable=lambda: Group(*being_written(shown)), console=console, transient=True),
+    ):
+        for event in stream_events:
+            shown.observe(event)
+    done = shown.done
+    assert done is not None  # the last event
+    message = {"role": "assistant", "content": done.text or None}
+    choice: Any = {"index": 0, "finish_reason": done.finish_reason, "message": message}
+    fields: dict[str, Any] = {"usage": done.usage, "rtap": done.rtap}
+    return ChatReply.construct(id=done.id, model=model, choices=[choice], **fields)
 
 
 def _json_object(reply: ChatReply) -> dict[str, Any]:

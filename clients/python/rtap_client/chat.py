@@ -95,7 +95,7 @@ class Chat:
         stream = self.client.chat.completions.create(
             model=self.args.model,
             messages=self.messages,
-            rtap=rtap_options(self.args),
+            rtap={**rtap_options(self.args), "drafts": True},
             stream=True,
             stream_options={"include_usage": True},
             **sampling_options(self.args),

@@ -54,7 +54,6 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     rtap.add_argument("--recursion", choices=get_args(Continuation), help="start of further cycles")
     rtap.add_argument("--patience", type=int, metavar="N", help="stop after N cycles without a higher confidence")
     rtap.add_argument("--deadline", type=float, metavar="SECONDS", help="return the best answer so far after this time")
-    rtap.add_argument("--probe-every", type=int, metavar="TOKENS", help="probe for an answer inside a thought")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--system", metavar="TEXT", help="system message")
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="token limit over all cycles")
@@ -64,7 +63,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
 
 def rtap_options(args: argparse.Namespace) -> RtapOptions:
     """Return the ``rtap`` object of the flags that were given."""
-    names = ("policy", "threshold", "max_cycles", "samples", "select", "recursion", "patience", "probe_every")
+    names = ("policy", "threshold", "max_cycles", "samples", "select", "recursion", "patience")
     given: dict[str, Any] = {name: getattr(args, name) for name in names} | {"deadline_seconds": args.deadline}
     return cast(RtapOptions, {name: value for name, value in given.items() if value is not None})
 

@@ -1,4 +1,4 @@
-"""Events of a chat stream: ``thinking``, ``answer``, ``tool_call``, ``cycle`` and ``done``.
+"""Events of a chat stream: ``thinking``, ``draft``, ``answer``, ``tool_call``, ``cycle`` and ``done``.
 
 Works on the streams of ``RTAP`` and of the plain openai SDK.
 """
@@ -12,7 +12,7 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import ChoiceDeltaToolCall
 
-from rtap_client.types import Cycle, CycleUpdate, Trajectory, trajectory
+from rtap_client.types import Cycle, CycleUpdate, Draft, DraftUpdate, Trajectory, trajectory
 
 
 class IncompleteStream(OpenAIError):
@@ -26,6 +26,17 @@ class ThinkingEvent:
     text: str
     choice: int
     type: Literal["thinking"] = "thinking"
+
+
+@dataclass(frozen=True, slots=True)
+class DraftEvent:
+    """New text of an answer that is still to be judged, in a stream with ``rtap={"drafts": True}``.
+
+    The CycleEvent with its index ends it; AnswerEvents bring the accepted answer."""
+
+    draft: Draft
+    choice: int
+    type: Literal["draft"] = "draft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,7 @@ class DoneEvent:
     type: Literal["done"] = "done"
 
 
-Event = ThinkingEvent | AnswerEvent | ToolCallEvent | CycleEvent | DoneEvent
+Event = ThinkingEvent | DraftEvent | AnswerEvent | ToolCallEvent | CycleEvent | DoneEvent
 
 
 @dataclass(slots=True)
@@ -92,14 +103,16 @@ class EventReader:
         self._id = chunk.id or self._id
         self._usage = chunk.usage or self._usage
         self._read_trajectories(chunk)
-        cycle = _finished_cycle(chunk)
+        update = _update(chunk)
         for choice in chunk.choices:
             delta = choice.delta
             if choice.index == 0:
                 self._finish_reason = choice.finish_reason or self._finish_reason
                 self._text += [delta.content] if delta.content else []
-            if cycle is not None:
-                yield CycleEvent(cycle, choice.index)
+            if isinstance(update, Draft):
+                yield DraftEvent(update, choice.index)
+            elif update is not None:
+                yield CycleEvent(update, choice.index)
             reasoning = cast(str | None, getattr(delta, "reasoning", None))
             if reasoning:
                 yield ThinkingEvent(reasoning, choice.index)
@@ -128,12 +141,21 @@ def _as_trajectory(value: Any) -> Trajectory:
     return value if isinstance(value, Trajectory) else Trajectory.construct(**value)
 
 
-def _finished_cycle(chunk: ChatCompletionChunk) -> Cycle | None:
+def _update(chunk: ChatCompletionChunk) -> Cycle | Draft | None:
+    """The finished cycle, or the draft, of one chunk."""
     update: Any = getattr(chunk, "rtap", None)
     if isinstance(update, CycleUpdate):
         return update.cycle
+    if isinstance(update, DraftUpdate):
+        return update.draft
     fields = cast(dict[str, Any], update) if isinstance(update, dict) else {}
-    return Cycle.construct(**fields["cycle"]) if fields.get("event") == "cycle" else None
+    match fields.get("event"):
+        case "cycle":
+            return Cycle.construct(**fields["cycle"])
+        case "draft":
+            return Draft.construct(**fields["draft"])
+        case _:
+            return None
 
 
 @overload

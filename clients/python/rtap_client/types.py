@@ -48,10 +48,10 @@ class RtapOptions(TypedDict, total=False):
     """Stop after this many cycles without a higher confidence."""
     deadline_seconds: float | None
     """Return the best answer so far after this time."""
-    probe_every: int | None
-    """Probe for an answer inside a thought after every N tokens."""
     return_cycles: bool
     """Include each cycle's thinking in the reply."""
+    drafts: bool
+    """Stream answers while they are written, before they are judged: DraftEvents of a stream."""
 
 
 class Logprobs(BaseModel):
@@ -107,13 +107,6 @@ class Candidate(BaseModel):
     """Probability that it is right, or without confidences that it is the model's most frequent answer."""
 
 
-class Probes(BaseModel):
-    """Probes for an answer inside a thought."""
-
-    asked: int
-    thoughts_ended: int
-
-
 class Trajectory(BaseModel):
     """The ``rtap`` object of a reply: the cycles behind the answer and why they ended."""
 
@@ -130,9 +123,7 @@ class Trajectory(BaseModel):
     confidence_tokens: int
     """Tokens that the confidence generator read; not in usage."""
     discarded_tokens: int
-    """Sampled tokens that belong to no cycle, such as those of unused probes; not in usage."""
-    probes: Optional[Probes] = None
-    """None if there were no probes."""
+    """Tokens sampled after the last cycle; not in usage."""
     candidates: Optional[list[Candidate]] = None
     """Distinct answers of a vote, the leader first; None without a vote."""
     degraded: str | None = None
@@ -173,6 +164,24 @@ class CycleUpdate(BaseModel):
     cycle: Cycle
 
 
+class Draft(BaseModel):
+    """New text of a cycle that is being written."""
+
+    index: int
+    """Of the cycle, or of the sample of a vote."""
+    text: str = ""
+    """Of its answer."""
+    think: str = ""
+    """Of its thinking; only in a vote."""
+
+
+class DraftUpdate(BaseModel):
+    """The ``rtap`` field of a chunk that brings new text of an answer still to be judged."""
+
+    event: Literal["draft"]
+    draft: Draft
+
+
 class Delta(ChoiceDelta):
     """The SDK's delta with ``reasoning``."""
 
@@ -186,10 +195,10 @@ class ChunkChoiceWithReasoning(ChunkChoice):
 
 
 class ChatChunk(ChatCompletionChunk):
-    """The SDK's chunk with cycle updates and, in the last one, the trajectory. ``rtap_client.events`` reads them."""
+    """The SDK's chunk with updates and, in the last one, the trajectory. ``rtap_client.events`` reads them."""
 
     choices: list[ChunkChoiceWithReasoning]  # pyright: ignore[reportIncompatibleVariableOverride]
-    rtap: Optional[Union[CycleUpdate, Trajectory]] = None
+    rtap: Optional[Union[CycleUpdate, DraftUpdate, Trajectory]] = None
     rtap_choices: Optional[list[Trajectory]] = None
     """Trajectories of all choices, if ``n`` is above 1."""
 

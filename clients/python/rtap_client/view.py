@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rtap_client.commands import printable
-from rtap_client.streams import AnswerEvent, CycleEvent, DoneEvent, Event, ThinkingEvent
-from rtap_client.types import Cycle, StopReason
+from rtap_client.streams import AnswerEvent, CycleEvent, DoneEvent, DraftEvent, Event, ThinkingEvent
+from rtap_client.types import Cycle, Draft, StopReason
 
 BAR_CELLS = 24
 THOUGHT_LINES = 6
@@ -36,7 +36,9 @@ STOP_PHRASES: dict[StopReason, str] = {
 
 @dataclass(slots=True)
 class LiveReply:
-    """State of a reply while it streams. threshold: None if the policy has none."""
+    """State of a reply while it streams. threshold: None if the policy has none.
+
+    draft: all text so far of the cycle that is being written. rejected: the answer that the reasoning repeats next."""
 
     policy: str
     threshold: float | None
@@ -44,6 +46,8 @@ class LiveReply:
     cycles: list[Cycle] = field(default_factory=list[Cycle])
     thought: str = ""
     reasoning: str = ""
+    draft: Draft | None = None
+    rejected: str = ""
     answer: str = ""
     done: DoneEvent | None = None
     stopped: bool = False
@@ -60,11 +64,17 @@ class LiveReply:
             case ThinkingEvent():
                 self.thought += event.text
                 self.reasoning += event.text
+            case DraftEvent(draft=new):
+                old = self.draft if self.draft is not None and self.draft.index == new.index else Draft(index=new.index)
+                self.draft = Draft(index=new.index, text=old.text + new.text, think=old.think + new.think)
             case AnswerEvent():
                 self.answer += event.text
+                self.draft = None
             case CycleEvent():
                 self.cycles.append(event.cycle)
-                self.thought = ""
+                self.thought = self.rejected = ""
+                if self.draft is not None and self.draft.index == event.cycle.index:
+                    self.rejected, self.draft = self.draft.text, None
             case DoneEvent():
                 self.done = event
                 if event.rtap is not None:
@@ -81,7 +91,7 @@ def render(reply: LiveReply, seconds: float) -> RenderableType:
     if reply.done is None and not reply.stopped:
         at_most = f" of at most {reply.max_cycles}" if reply.policy == "confidence" else ""
         label = f"{reply.noun} {len(reply.cycles) + 1}{at_most} · {reply.policy} · {seconds:.1f} s · Ctrl-C stops"
-        return Group(*parts, Spinner("dots", Text(label, style="dim")), *_thought(reply))
+        return Group(*parts, Spinner("dots", Text(label, style="dim")), *being_written(reply))
     if reply.stopped:
         parts.append(Text(f"stopped after {seconds:.1f} s", style="yellow"))
     elif reply.answer:
@@ -168,13 +178,28 @@ def _cycles(reply: LiveReply) -> Table:
     return table
 
 
-def _thought(reply: LiveReply) -> list[RenderableType]:
-    """The last lines of the thinking, without the rejected answer that the table shows already."""
-    text = printable(reply.thought)
-    if reply.cycles and reply.cycles[-1].answer is not None:
-        text = text.replace(f"<answer>{printable(reply.cycles[-1].answer)}</answer>", "", 1)
-    lines = text.strip().splitlines()[-THOUGHT_LINES:]
-    return [Text("\n".join(lines), style="dim italic")] if lines else []
+def being_written(reply: LiveReply) -> list[RenderableType]:
+    """The last lines of the answer that is being written, or else of the thinking."""
+    draft = reply.draft
+    if draft is not None and draft.text:
+        heading = Text(f"{reply.noun} {draft.index + 1}, not judged yet:", style="dim")
+        return [heading, Text(_last_lines(draft.text), style="dim")]
+    lines = _last_lines(_thought(reply) if draft is None else draft.think)
+    return [Text(lines, style="dim italic")] if lines else []
+
+
+def _last_lines(text: str) -> str:
+    return "\n".join(printable(text).strip().splitlines()[-THOUGHT_LINES:])
+
+
+def _thought(reply: LiveReply) -> str:
+    """The thinking without the rejected answer at its beginning, which was shown already."""
+    rejected = reply.rejected or (reply.cycles[-1].answer or "" if reply.cycles else "")
+    tag, end_tag = r"<[^<>\s]{1,40}>", r"</[^<>\s]{1,40}>"
+    known = re.escape(rejected.strip())
+    # Without its draft an answer is known only in its short form, which is whole only between tags.
+    pattern = rf"\s*({tag})?{known}({end_tag})?" if reply.rejected else rf"\s*{tag}{known}{end_tag}"
+    return re.sub(rf"\A{pattern}", "", reply.thought) if rejected else reply.thought
 
 
 def count(number: int, noun: str) -> str:

@@ -4,17 +4,21 @@ import { OpenAIError } from 'openai';
 import type OpenAI from 'openai';
 import type { Stream } from 'openai/streaming';
 
-import type { ChatChunk, Cycle, Trajectory } from './types.js';
+import type { ChatChunk, Cycle, Draft, Trajectory } from './types.js';
 
 type Chunk = OpenAI.Chat.Completions.ChatCompletionChunk;
 type ToolCall = OpenAI.Chat.Completions.ChatCompletionChunk.Choice.Delta.ToolCall;
 
-/** `thinking`: reasoning, or an answer that was not accepted. `answer`: text of the accepted answer. */
+/**
+ * `thinking`: reasoning, or an answer that was not accepted. `answer`: text of the accepted answer.
+ * `draft`: an answer still to be judged, with `rtap: { drafts: true }`; the `cycle` with its index ends it.
+ */
 export type RtapEvent =
   | { type: 'thinking'; text: string; choice: number }
   | { type: 'answer'; text: string; choice: number }
   | { type: 'tool_call'; call: ToolCall; choice: number }
   | { type: 'cycle'; cycle: Cycle; choice: number }
+  | { type: 'draft'; draft: Draft; choice: number }
   | DoneEvent;
 
 /** End of a stream, with the answer of the first choice. `trajectories`: of every choice. */
@@ -57,6 +61,7 @@ export async function* events(stream: Stream<Chunk> | Stream<ChatChunk>): AsyncG
           if (delta.content) texts.push(delta.content);
         }
         if (rtap && 'cycle' in rtap) yield { type: 'cycle', cycle: rtap.cycle, choice };
+        if (rtap && 'draft' in rtap) yield { type: 'draft', draft: rtap.draft, choice };
         if (delta.reasoning) yield { type: 'thinking', text: delta.reasoning, choice };
         if (delta.content) yield { type: 'answer', text: delta.content, choice };
         for (const call of delta.tool_calls ?? []) yield { type: 'tool_call', call, choice };

@@ -38,10 +38,10 @@ export interface RtapOptions {
   patience?: number | null;
   /** Return the best answer so far after this time. */
   deadline_seconds?: number | null;
-  /** Probe for an answer inside a thought after every N tokens. */
-  probe_every?: number | null;
   /** Include each cycle's thinking and whole answer in the reply. */
   return_cycles?: boolean;
+  /** Stream answers while they are written, before they are judged: `draft` events of a stream. */
+  drafts?: boolean;
 }
 
 /** One Think–Answer cycle. */
@@ -85,6 +85,16 @@ export interface Logprobs {
   tokens: number;
 }
 
+/** New text of a cycle that is being written. */
+export interface Draft {
+  /** Of the cycle, or of the sample of a vote. */
+  index: number;
+  /** Of its answer. */
+  text?: string;
+  /** Of its thinking; only in a vote. */
+  think?: string;
+}
+
 /** A distinct answer of a vote. */
 export interface Candidate {
   answer: string;
@@ -106,10 +116,8 @@ export interface Trajectory {
   first_answer_seconds: number | null;
   /** Tokens that the confidence generator read; not in usage. */
   confidence_tokens: number;
-  /** Sampled tokens that belong to no cycle, such as those of unused probes; not in usage. */
+  /** Tokens sampled after the last cycle; not in usage. */
   discarded_tokens: number;
-  /** Probes for an answer inside a thought; absent if there were none. */
-  probes?: { asked: number; thoughts_ended: number };
   /** Distinct answers of a vote, the leader first; absent without a vote. */
   candidates?: Candidate[];
   /** Why the confidence generator could not be used; absent if it could. */
@@ -129,11 +137,11 @@ export type ReplyChoice = OpenAI.Chat.Completions.ChatCompletion.Choice & { mess
 /** The SDK's completion with the trajectory of its first choice; no `rtap` if the server is not an rtap server. */
 export type ChatReply = Omit<Chat, 'choices'> & { choices: ReplyChoice[]; rtap?: Trajectory };
 
-/** The SDK's chunk with cycle updates and, in the last one, the trajectory. `events` reads them. */
+/** The SDK's chunk with updates and, in the last one, the trajectory. `events` reads them. */
 export type ChatChunk = Omit<Chunk, 'choices'> & {
   choices: (ChunkChoice & { delta: ChunkChoice['delta'] & { reasoning?: string | null } })[];
-  /** A finished cycle or, in the last chunk, the trajectory. */
-  rtap?: { event: 'cycle'; cycle: Cycle } | Trajectory;
+  /** A finished cycle, a draft or, in the last chunk, the trajectory. */
+  rtap?: { event: 'cycle'; cycle: Cycle } | { event: 'draft'; draft: Draft } | Trajectory;
   /** Trajectories of all choices, if `n` is above 1. */
   rtap_choices?: Trajectory[];
 };

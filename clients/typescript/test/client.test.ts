@@ -67,6 +67,19 @@ test('events of a stream, of this client and of the plain one', async () => {
   }
 });
 
+test('drafts show an answer before it is judged', async () => {
+  const body = { model: 'rtap', messages, seed: 9, stream: true, rtap: { ...THREE_CYCLES, drafts: true } } as const;
+  const received: RtapEvent[] = [];
+  for await (const event of events(await client.chat.completions.create(body))) received.push(event);
+  const drafts = received.flatMap((event) => (event.type === 'draft' ? [event.draft] : []));
+  const done = received.at(-1);
+  assert.ok(done?.type === 'done');
+  for (const { index, answer } of done.rtap?.cycles ?? [])
+    if (answer !== null)
+      assert.equal(drafts.filter((draft) => draft.index === index).map((draft) => draft.text).join(''), answer);
+  assert.ok(drafts.length > 3);
+});
+
 test('with n above 1 every choice has its own trajectory', async () => {
   const body = { model: 'rtap', messages, seed: 5, n: 2, rtap: THREE_CYCLES } as const;
   const reply = await client.chat.completions.create(body);

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import msgspec
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from rtap_core import stopping
 from rtap_core.format import TrajectoryFormat
-from rtap_core.recursion import CycleEvent, Event, StepEvent
-from rtap_core.types import Cycle, Limits, Step, StopReason, Trajectory
+from rtap_core.recursion import CycleEvent, DraftEvent, Event, StepEvent
+from rtap_core.types import Cycle, Limits, Policy, Step, StopReason, Trajectory
 from rtap_server.engine.request_state import RequestState
 
 REASONING_PARSER = "rtap"  # registered name of our vLLM reasoning parser
@@ -21,6 +22,9 @@ REASONING_PARSER = "rtap"  # registered name of our vLLM reasoning parser
 REASONING, REASONING_CONTENT = "reasoning", "reasoning_content"
 # Separates reasoning from content in the text for vLLM's reasoning parser. It is removed from model text.
 ANSWER_MARK = "\x1e"
+# Begins the text of an output that is a draft, as a JSON object. The reasoning parser makes it the field DRAFT of a
+# delta, and ResponseRewriter the ``rtap`` field of the chunk.
+DRAFT_MARK, DRAFT = 2 * ANSWER_MARK, "draft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,9 @@ class OutputWriter:
 
     Every token id is passed on exactly once, so that vLLM's usage counts are right. Tokens outside the returned answer
     have the log-probability entry of ``_not_content``, which ResponseRewriter removes.
+
+    ``shows_drafts``: steps of an answer that waits are also passed on at once, as drafts without tokens. Of the samples
+    of a vote, one is shown at a time, its thought included.
     """
 
     def __init__(self, call: GenerateCall, choice: int, fmt: TrajectoryFormat) -> None:
@@ -75,6 +82,9 @@ class OutputWriter:
         self._streams_answer = self._is_stream and stopping.streams_answer(
             call.limits, ends_with_turn=not fmt.has_answer_tags
         )
+        self.shows_drafts = call.state.drafts and self._is_stream and call.parses_reasoning and not self._streams_answer
+        self._samples: dict[int, tuple[str, str]] = {}  # thought and answer, not yet passed on, of unfinished samples
+        self._shown_sample = 0
         limits = call.limits  # a stop string may begin in any but the last step of an answer
         self._num_waiting_characters = 0 if limits.include_stop else max(map(len, limits.stop), default=1) - 1
         self._first: RequestOutput | None = None
@@ -89,12 +99,16 @@ class OutputWriter:
         if isinstance(event, StepEvent):
             is_first = self._first is None
             return self._step(event) or (self._opened() if is_first else ())
+        if isinstance(event, DraftEvent):
+            return self._add_to_sample(event.step)
         if isinstance(event, CycleEvent):
+            self._samples.pop(event.cycle.index, None)
+            outputs: Sequence[RequestOutput] = ()
             if event.stop is not None:
                 self._last_cycle = event.cycle  # the trajectory decides whether it is returned
             elif self._reject(event.cycle):
-                return self._emit()
-            return ()
+                outputs = self._emit()
+            return (*outputs, *self._sample_draft())
         return self._final(event.trajectory)
 
     def _step(self, event: StepEvent) -> Sequence[RequestOutput]:
@@ -120,6 +134,8 @@ class OutputWriter:
             return (self._passed_on(step.native),)
         self._part.text += event.think.replace(ANSWER_MARK, "")
         outputs = self._emit() if self._part.text else ()
+        if self.shows_drafts and self._call.limits.policy is not Policy.VOTE:
+            outputs = (*outputs, *self._draft(event.cycle_index, "", text))
         logprobs = _content_logprobs(self._logprobs(step, is_content=True), step, text, self._opening)
         waiting = self._answers.setdefault(event.cycle_index, [])
         _take_back(waiting, event.taken_back)
@@ -131,6 +147,33 @@ class OutputWriter:
             if ready:
                 outputs = (*outputs, *self._release(ready), *(self._emit() if self._part.text else ()))
         return outputs
+
+    def _add_to_sample(self, step: StepEvent) -> Sequence[RequestOutput]:
+        if self._first is None:
+            self._first = cast(RequestOutput | None, step.step.native)
+        think, answer = self._samples.get(step.cycle_index, ("", ""))
+        self._samples[step.cycle_index] = think + step.think, answer + step.answer
+        return self._sample_draft()
+
+    def _sample_draft(self) -> Sequence[RequestOutput]:
+        """New text of the sample that is shown: the first unfinished one, until it has finished."""
+        if not self._samples:
+            return ()
+        if self._shown_sample not in self._samples:
+            self._shown_sample = min(self._samples)
+        think, answer = self._samples[self._shown_sample]
+        self._samples[self._shown_sample] = "", ""
+        return self._draft(self._shown_sample, think, answer)
+
+    def _draft(self, index: int, think: str, answer: str) -> Sequence[RequestOutput]:
+        """An output without tokens: new text of the cycle or sample ``index``."""
+        if not think and not answer:
+            return ()
+        draft: dict[str, Any] = {"index": index}
+        draft |= {name: text for name, text in (("think", think), ("text", answer)) if text}
+        part = self._new_part(self._part.index)
+        part.text = DRAFT_MARK + msgspec.json.encode(draft).decode()
+        return (self._wrap(part),)
 
     def _pop_ready(self, waiting: list[_Piece]) -> list[_Piece]:
         """Remove and return the steps from which no stop string can take back anything."""

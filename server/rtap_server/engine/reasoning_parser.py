@@ -8,12 +8,20 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+import msgspec
 from typing_extensions import override
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.reasoning import ReasoningParser, ReasoningParserManager
 
 from rtap_core.format import RTAP, THINK
-from rtap_server.engine.output_writer import ANSWER_MARK, REASONING, REASONING_CONTENT, REASONING_PARSER
+from rtap_server.engine.output_writer import (
+    ANSWER_MARK,
+    DRAFT,
+    DRAFT_MARK,
+    REASONING,
+    REASONING_CONTENT,
+    REASONING_PARSER,
+)
 
 
 class RecursiveReasoningParser(ReasoningParser):
@@ -61,11 +69,14 @@ class RecursiveReasoningParser(ReasoningParser):
         current_token_ids: Sequence[int],
         delta_token_ids: Sequence[int],
     ) -> DeltaMessage | None:
+        if delta_text.startswith(DRAFT_MARK):
+            draft: dict[str, Any] = {DRAFT: msgspec.json.decode(delta_text[len(DRAFT_MARK) :])}
+            return DeltaMessage(**draft)
         reasoning, mark, content = delta_text.partition(ANSWER_MARK)
         self._ended = self._ended or bool(mark)
         if not reasoning and not content:
             return None
-        # Only fields that are set are sent; DeltaMessage accepts reasoning_content, which vLLM does not define.
+        # Only fields that are set are sent; DeltaMessage accepts those that vLLM does not define.
         if not content:
             both: dict[str, Any] = {REASONING: reasoning, REASONING_CONTENT: reasoning}
             return DeltaMessage(**both)

@@ -19,9 +19,8 @@ from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationEr
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from rtap_core.probing import Probing
 from rtap_core.recursion import CycleEvent, FinalEvent, Recursion
-from rtap_core.types import Engine, Limits, Policy, Trajectory
+from rtap_core.types import Limits, Trajectory
 from rtap_server.engine.grammars import constrained
 from rtap_server.engine.output_writer import GenerateCall, OutputWriter
 from rtap_server.engine.request_state import RequestState, current_request, salted_prompt
@@ -185,34 +184,6 @@ class RecursiveEngine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _probe_every(self, call: GenerateCall) -> int | None:
-        """Tokens between probes, when the request asks for them and a score can end its thoughts."""
-        server = self._server
-        if call.limits.policy is not Policy.CONFIDENCE or server.confidence is None or not server.format.has_think_tags:
-            return None
-        # A continued message may be past its thought; a grammar constrains the answer from a tag the model writes; the
-        # other two move the end of an answer.
-        params = call.params
-        if call.state.prefix or params.structured_outputs or params.min_tokens or call.limits.stops_answers:
-            return None
-        return call.limits.probe_every
-
-    def _probing(self, engine: Engine, call: GenerateCall, every: int | None) -> Probing | None:
-        """``engine`` with a probe per ``every`` tokens of a thought."""
-        server = self._server
-        if every is None or server.confidence is None:
-            return None
-        return Probing(
-            engine,
-            server.format,
-            server.confidence,
-            question=call.prompt["prompt_token_ids"],
-            request=call,
-            every=every,
-            threshold=call.limits.threshold,
-            answer_tokens=server.settings.probe_answer_tokens,
-        )
-
     async def _choice(self, call: GenerateCall, choice: int) -> AsyncGenerator[RequestOutput, None]:
         """One trajectory as RequestOutputs."""
         server, state, index = self._server, call.state, call.first_choice + choice
@@ -226,10 +197,9 @@ class RecursiveEngine:
             spans = None
             if self._tracing is not None:
                 spans = self._tracing.start_cycles(state.model, index, call.options.get("trace_headers"))
-            is_one_request, probe_every = fits_one_request(call, server), self._probe_every(call)
+            is_one_request = fits_one_request(call, server)
             # Log-probabilities are sorted by step. A key with a token limit pays for a reply that it does not wait for.
             sorts_logprobs = call.parses_reasoning and call.params.logprobs is not None
-            needs_steps = sorts_logprobs or state.tokens_per_minute is not None
             cycles = VllmCycles(
                 self._inner,
                 server,
@@ -240,19 +210,18 @@ class RecursiveEngine:
                 cutoff,
                 spans,
                 stops_at_cycle_end=not is_one_request,
-                in_pieces=probe_every is not None or needs_steps,
+                in_pieces=sorts_logprobs or state.tokens_per_minute is not None,
             )
             one_request = OneRequestCycles(cycles, server, spans) if is_one_request else None
-            engine = one_request or cycles
-            probing = self._probing(engine, call, probe_every)
             loop = Recursion(
-                engine if probing is None else probing,
+                one_request or cycles,
                 server.format,
                 server.scorer(call.limits.policy),
                 server.count_oops,
                 prefix=state.prefix,
                 request=call,
                 cutoff=cutoff,
+                drafts=writer.shows_drafts,
             )
             try:
                 async with aclosing(loop.run(call.prompt["prompt_token_ids"], call.limits)) as events:
@@ -263,7 +232,7 @@ class RecursiveEngine:
                                 spans.end_cycle(event.cycle)
                         elif isinstance(event, FinalEvent):
                             is_finished = True
-                            trajectory = _with_discarded(_with_probes(event.trajectory, probing), one_request)
+                            trajectory = _with_discarded(event.trajectory, one_request)
                             state.trajectories[index] = trajectory
                             server.metrics.observe(trajectory, max_cycles=call.limits.max_cycles)
                         for number, output in enumerate(writer.write(event), 1):
@@ -307,22 +276,10 @@ def _failures_logged(state: RequestState) -> Generator[None]:
         raise
 
 
-def _with_probes(trajectory: Trajectory, probing: Probing | None) -> Trajectory:
-    if probing is None:
-        return trajectory
-    return replace(
-        trajectory,
-        discarded_tokens=trajectory.discarded_tokens + probing.discarded_tokens,
-        probe_confidence_tokens=probing.confidence_tokens,
-        num_probes=probing.num_probes,
-        num_stopped=probing.num_stopped,
-    )
-
-
 def _with_discarded(trajectory: Trajectory, one_request: OneRequestCycles | None) -> Trajectory:
     if one_request is None or not one_request.discarded_tokens:
         return trajectory
-    return replace(trajectory, discarded_tokens=trajectory.discarded_tokens + one_request.discarded_tokens)
+    return replace(trajectory, discarded_tokens=one_request.discarded_tokens)
 
 
 # vLLM tests isinstance(client, EngineClient). Registering keeps __getattr__ delegation, which inheriting would hide

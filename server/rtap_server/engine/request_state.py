@@ -30,6 +30,7 @@ class RequestState:
     body, fields: the raw body and its JSON object; ``fields`` is empty when the body is not JSON.
     limits: resolved recursion limits; None for a request that does not recurse.
     return_cycles: put the thinking of each cycle into the response.
+    drafts: stream answers that are still to be judged, as draft events of a chat stream.
     prefix: text of the last message, when the model continues it. model: the requested model name.
     num_choices: choices started so far, over all prompts of the request.
     cycles: finished cycles that no streaming chunk has reported yet, each with its choice index.
@@ -49,6 +50,7 @@ class RequestState:
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     limits: Limits | None = None
     return_cycles: bool = False
+    drafts: bool = False
     prefix: str = ""
     model: str = ""
     num_choices: int = 0

@@ -80,6 +80,7 @@ def read_recursion_fields(state: RequestState, path: str, server: ServerState) -
         options, server.settings, server.generator, has_confidence=server.confidence is not None, effort=effort(fields)
     )
     state.return_cycles = options.return_cycles
+    state.drafts = options.drafts and path == "/v1/chat/completions"
     state.prefix = continued_text(path, fields)
     model = fields.get("model")
     state.model = model if isinstance(model, str) else ""
@@ -155,7 +156,6 @@ def resolve_limits(
         recursion=options.recursion or settings.recursion or Continuation.CONTINUE,
         patience=options.patience or settings.patience,
         deadline_seconds=options.deadline_seconds or settings.deadline_seconds or settings.deadline_seconds_limit,
-        probe_every=options.probe_every or settings.probe_every,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 from starlette.types import Message, Send
 
-from rtap_server.engine.output_writer import ANSWER_MARK, REASONING, REASONING_CONTENT
+from rtap_server.engine.output_writer import ANSWER_MARK, DRAFT, REASONING, REASONING_CONTENT
 from rtap_server.engine.request_state import RequestState
 from rtap_server.http.errors import shape_error_event
 from rtap_server.http.schema import cycle_object, trajectory_object
@@ -26,7 +26,7 @@ _CHAT, _COMPLETIONS, _RESPONSES, _MESSAGES = (
 )
 # An event that matches has something to complete or to correct. A model's text cannot match: its quotes are escaped.
 _NEEDS_REWRITE: Mapping[str, re.Pattern[bytes]] = {
-    _CHAT: re.compile(rb'"finish_reason":"|"usage":{|"logprobs":{|"tool_calls":\[{'),
+    _CHAT: re.compile(rb'"finish_reason":"|"usage":{|"logprobs":{|"tool_calls":\[{|"delta":{"draft":{'),
     _COMPLETIONS: re.compile(b'"finish_reason":"|"usage":{'),
     _RESPONSES: re.compile(rb'"response.(?:completed|incomplete)"|"logprobs":\[{'),
     _MESSAGES: re.compile(b'"message_(?:start|delta)"'),
@@ -181,6 +181,8 @@ class EventStream:
                 choice["text"] = ""
             if self._path == _CHAT:
                 _join_tool_calls(choice["delta"])
+                if (draft := choice["delta"].pop(DRAFT, None)) is not None:
+                    chunk["rtap"] = {"event": "draft", "draft": draft}
                 _keep_content(choice.get("logprobs"), "content")
                 if choice.get("logprobs") == {"content": []}:
                     choice["logprobs"] = None

@@ -73,13 +73,12 @@ class RtapOptions(BaseModel):
     deadline_seconds: float | None = Field(
         default=None, gt=0, strict=True, description="answer with the best so far after this long"
     )
-    probe_every: int | None = Field(
-        default=None,
-        ge=1,
-        strict=True,
-        description="ask for the answer inside a thought every so many tokens ([below](#inside-a-thought))",
-    )
     return_cycles: bool = Field(default=False, description="put each cycle's thinking and whole answer into the reply")
+    drafts: bool = Field(
+        default=False,
+        description="stream answers while they are written, before they are judged "
+        "([below](#drafts); chat streams only)",
+    )
 
 
 def cycle_object(cycle: Cycle, *, with_think: bool) -> dict[str, Any]:
@@ -118,8 +117,6 @@ def trajectory_object(trajectory: Trajectory, *, with_think: bool) -> dict[str, 
             {"answer": shown["cycles"][one.first]["answer"], "votes": one.votes, "posterior": one.posterior}
             for one in candidates(trajectory.cycles)
         ]
-    if trajectory.num_probes:
-        shown["probes"] = {"asked": trajectory.num_probes, "thoughts_ended": trajectory.num_stopped}
     if trajectory.degraded is not None:
         shown["degraded"] = trajectory.degraded
     return shown

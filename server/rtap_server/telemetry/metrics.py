@@ -51,7 +51,6 @@ class Metrics:
         self._scoring = histogram("rtap_confidence_seconds", "Waiting for the generator's score.", _SCORING_SECONDS)
         self._confidence_tokens = counter("rtap_confidence_tokens", "Tokens the generator read.")
         self._discarded = counter("rtap_discarded_tokens", "Tokens of finished requests that are in no cycle.")
-        self._probes = counter("rtap_probes", "Probes inside a thought; ended: the thought ended.", "ended")
         self._cached = counter("rtap_cached_tokens", "Prompt tokens of cycles found in the prefix cache.")
         self._recomputed = counter("rtap_recomputed_tokens", "Prompt tokens of cycles computed again.")
         self._degraded = counter("rtap_degraded", "Trajectories that continued without the generator.", "reason")
@@ -158,8 +157,6 @@ class Metrics:
             self._avoided.inc(max(0, max_cycles - len(trajectory.cycles)))
         self._discarded.inc(trajectory.discarded_tokens)
         self._confidence_tokens.inc(trajectory.confidence_tokens)
-        self._probes.labels("true").inc(trajectory.num_stopped)
-        self._probes.labels("false").inc(trajectory.num_probes - trajectory.num_stopped)
         before: float | None = None
         for cycle in trajectory.cycles:
             self._observe_cycle(cycle)

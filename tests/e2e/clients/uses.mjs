@@ -12,7 +12,10 @@ export const TOOL = 'look_up';
 export const DESCRIPTION = 'Look up a number.';
 export const Move = z.object({ operation: z.enum(['sum', 'product']), number: z.literal([7, 82]) });
 
-const POLICIES = { single: { policy: 'single' }, confidence: { policy: 'confidence', threshold: 1, max_cycles: 2 } };
+const POLICIES = {
+  single: { policy: 'single' },
+  confidence: { policy: 'confidence', threshold: 1, max_cycles: 2, drafts: true },
+};
 const WRONG = { treshold: 0.5 };
 
 const ancestors = (error) => {

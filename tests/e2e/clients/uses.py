@@ -17,7 +17,10 @@ QUESTION = "make 82 from 3, 7, 25"
 MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
 SAMPLING: dict[str, Any] = {"temperature": 0, "max_tokens": 400}
 # No confidence reaches 1.0, so two cycles are written and every answer is held until it is scored.
-POLICIES = {"single": {"policy": "single"}, "confidence": {"policy": "confidence", "threshold": 1.0, "max_cycles": 2}}
+POLICIES = {
+    "single": {"policy": "single"},
+    "confidence": {"policy": "confidence", "threshold": 1.0, "max_cycles": 2, "drafts": True},
+}
 WRONG = {"treshold": 0.5}
 TOOL, DESCRIPTION = "look_up", "Look up a number."
 

@@ -1,6 +1,8 @@
 """Outputs of one choice: an answer comes in the steps that the model wrote, and whole and streamed replies agree."""
 
 import asyncio
+import itertools
+import json
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from rtap_core.format import RTAP, TEXT, THINK
-from rtap_server.engine.output_writer import ANSWER_MARK
+from rtap_server.engine.output_writer import ANSWER_MARK, DRAFT_MARK
 from tests.core.scripted import encode
 from tests.server.fake_engine import FakeEngine, all_of, ask, build
 
@@ -99,7 +101,7 @@ async def test_without_tags_the_content_is_what_the_model_wrote(text, content, r
     assert "".join(streamed.logprobs).lstrip() == content.lstrip()
 
 
-@pytest.mark.parametrize("rtap", [SINGLE, MODEL, {"policy": "vote", "samples": 1}])
+@pytest.mark.parametrize("rtap", [SINGLE, MODEL])
 @pytest.mark.parametrize("text", ["Eighty-two.\n", "<think>3</think>\n\n82\n", " a</answer>", "<", ""])
 async def test_tags_are_content_of_a_model_without_thoughts(text, rtap):
     streamed, _ = await reply([text], rtap, stream=True, fmt=TEXT)
@@ -176,3 +178,95 @@ async def test_a_client_that_does_not_read_holds_up_its_choices():
             await asyncio.sleep(0)
         assert llm.num_sampled < 50
     assert llm.num_closed == 4
+
+
+async def drafted(script: list[str], rtap: dict[str, Any], *, fmt: Any = RTAP, drafts: bool = True, **wanted: Any):
+    """Outputs of a stream without those that are empty, its drafts with their choices, and the trajectories."""
+    by_sample = iter(script)
+    llm = FakeEngine(
+        (lambda _: next(by_sample)) if rtap.get("policy") == "vote" else lambda p: script[p.count("</answer>")],
+        size=1, ends_turn=fmt is THINK, arrival_seconds=0.001, token_seconds=0.001,
+    )  # fmt: skip
+    asked, state = ask(
+        build(llm, format=fmt), rtap=rtap, output_kind=RequestOutputKind.DELTA, logprobs=0, options=PARSED,
+        **{"max_tokens": None} | wanted,
+    )  # fmt: skip
+    state.drafts = drafts
+    parts = [output.outputs[0] for output in await all_of(asked)]
+    found = [(part.index, json.loads(part.text.removeprefix(DRAFT_MARK))) for part in parts if is_draft(part)]
+    assert not any(part.token_ids or part.logprobs for part in parts if is_draft(part))
+    rest = [
+        (part.index, part.text, list(part.token_ids), part.logprobs, part.finish_reason)
+        for part in parts if not is_draft(part) and (part.text or part.token_ids)
+    ]  # fmt: skip
+    return rest, found, state.trajectories
+
+
+def is_draft(part: Any) -> bool:
+    return part.text.startswith(DRAFT_MARK)
+
+
+@pytest.mark.parametrize(
+    ("script", "rtap", "fmt", "answers"),
+    [
+        ([WRONG, RIGHT.removeprefix("<think>")], {}, RTAP, ["21", "82 = 3+79"]),
+        ([RIGHT, WRONG.removeprefix("<think>")], EAGER, RTAP, ["82 = 3+79", "21"]),
+        ([WRONG, RIGHT, ""], MODEL, RTAP, ["21", "82 = 3+79"]),
+        ([" eighty-\ntwo\n"], {"max_cycles": 2, "recursion": "fresh", "threshold": 0.1}, THINK, [" eighty-\ntwo\n"]),
+        ([RIGHT], SINGLE, RTAP, []),
+        (["eighty-two"], MODEL, THINK, []),
+    ],
+    ids=["second", "earlier", "model", "text", "single", "model-text"],
+)  # fmt: skip
+async def test_drafts_are_the_answers_as_they_are_written_and_change_nothing_else(script, rtap, fmt, answers):
+    rest, found, _ = await drafted(script, rtap, fmt=fmt)
+    plain, none, _ = await drafted(script, rtap, fmt=fmt, drafts=False)
+    assert (rest, none) == (plain, [])
+    assert all(set(draft) == {"index", "text"} for _, draft in found)
+    texts = ["".join(d["text"] for _, d in found if d["index"] == index) for index in range(len(answers))]
+    assert texts == answers
+    assert len(found) == sum(len(text) - sum(map(str.isspace, text)) for text in answers) if fmt is RTAP else True
+
+
+async def test_drafts_of_a_vote_show_one_sample_after_the_other_with_its_thought():
+    script = [f"<think>{'x' * size}</think><answer>{size}</answer>" for size in (60, 10, 30, 90)]
+    rest, found, done = await drafted(script, {"policy": "vote", "samples": 4, "threshold": 1.0})
+    indexes = [index for index, _ in itertools.groupby(draft["index"] for _, draft in found)]
+    assert len(indexes) == len(set(indexes)) > 1
+    first = indexes[0]
+    mine = [draft for _, draft in found if draft["index"] == first]
+    cycle = done[0].cycles[first]
+    assert "".join(draft.get("think", "") for draft in mine) == cycle.think
+    assert "".join(draft.get("text", "") for draft in mine) == cycle.answer
+    assert len(mine) > 50  # live
+    assert sum(len(ids) for _, _, ids, _, _ in rest) == sum(c.tokens for c in done[0].cycles)
+
+
+async def test_a_stop_string_may_be_in_a_draft_but_not_in_the_content():
+    rest, found, _ = await drafted([RIGHT], {}, stop=[" = "])
+    assert "".join(text for _, text, *_ in rest).partition(ANSWER_MARK)[2] == "82"
+    assert "".join(draft["text"] for _, draft in found).startswith("82")
+
+
+async def test_drafts_of_several_choices_carry_their_choice():
+    rest, found, done = await drafted([WRONG, RIGHT.removeprefix("<think>")], {}, n=2)
+    for choice in range(2):
+        mine = [draft for index, draft in found if index == choice]
+        for cycle in done[choice].cycles:
+            assert "".join(draft["text"] for draft in mine if draft["index"] == cycle.index) == cycle.answer
+        assert sum(len(ids) for index, _, ids, *_ in rest if index == choice) == sum(
+            c.tokens for c in done[choice].cycles
+        )
+
+
+@pytest.mark.parametrize(("rtap", "num_requests"), [({}, 1), (VOTE | {"threshold": 1.0}, 3)])
+async def test_a_client_that_leaves_during_a_draft_stops_the_engine(rtap, num_requests):
+    llm = FakeEngine(["<think>3</think><answer>" + "8" * 5_000], size=1, token_seconds=0.001)
+    stream, state = ask(build(llm), rtap=rtap, max_tokens=None, output_kind=RequestOutputKind.DELTA, options=PARSED)
+    state.drafts = True
+    async with aclosing(stream):
+        async for output in stream:
+            if is_draft(output.outputs[0]) and "text" in output.outputs[0].text:
+                break
+    assert llm.num_closed == num_requests
+    assert llm.num_sampled < 5_000

@@ -127,11 +127,10 @@ async def test_patience_ends_a_request_whose_confidence_does_not_rise():
     assert len(llm.calls) == 2
 
 
-@pytest.mark.parametrize(("rtap", "kind"), [({}, "FINAL_ONLY"), ({"probe_every": 9}, "DELTA")])
-async def test_a_thought_that_is_probed_comes_in_pieces(rtap: dict[str, Any], kind: str):
+async def test_a_cycle_is_one_output_when_the_request_wants_one():
     llm = FakeEngine([WRONG, DOUBT])
-    await all_of(ask(build(llm), rtap=rtap)[0])
-    assert {call.params.output_kind for call in llm.calls} == {RequestOutputKind[kind]}
+    await all_of(ask(build(llm))[0])
+    assert {call.params.output_kind for call in llm.calls} == {RequestOutputKind.FINAL_ONLY}
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])

@@ -48,7 +48,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 import rtap_server
 from rtap_server.engine import reasoning_parser, vllm_compat
-from rtap_server.engine.output_writer import ANSWER_MARK, REASONING_PARSER
+from rtap_server.engine.output_writer import ANSWER_MARK, DRAFT_MARK, REASONING_PARSER
 from rtap_server.engine.recursive_engine import RecursiveEngine
 from tests.other_checkpoints import MODELS
 
@@ -181,6 +181,8 @@ def test_the_reasoning_parser_is_registered_and_splits_at_the_mark():
     thought, _, both = deltas
     sent = [json.loads(d.model_dump_json(exclude_unset=True)) for d in (thought, both)]
     assert sent == [{"reasoning": "12", "reasoning_content": "12"}, {"reasoning": "*9", "content": "108"}]
+    draft = parser.extract_reasoning_streaming("", "", DRAFT_MARK + '{"index": 0, "text": "1"}', [], [], [])
+    assert json.loads(draft.model_dump_json(exclude_unset=True)) == {"draft": {"index": 0, "text": "1"}}
     assert parser.has_engine_confirmed_reasoning_end()
     assert not parser.is_reasoning_end([1, 9, 3, 7])  # asked of prompts: a user may write any tag there
     assert parser.is_reasoning_end_streaming([1, 9, 3], [3])

@@ -96,6 +96,12 @@ def test_a_cycle_is_told_before_the_next_event_with_an_empty_delta():
     assert not state.cycles
 
 
+def test_a_draft_is_a_field_of_the_chunk_and_not_of_its_delta():
+    draft = {"index": 1, "text": 'so "108"'}
+    (got,) = _read(_stream().feed(_sse(_chunk({"draft": draft}, index=1, logprobs=None))))
+    assert got == _chunk({}, index=1, logprobs=None) | {"rtap": {"event": "draft", "draft": draft}}
+
+
 def test_several_choices_end_with_all_their_objects():
     state = RequestState(num_choices=2)
     state.trajectories |= {0: _trajectory(), 1: _trajectory(degraded="timeout")}

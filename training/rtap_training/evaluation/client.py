@@ -17,7 +17,7 @@ from rtap_training.evaluation.rules import CONFIDENCE
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Request settings of a run. seed: base of the per-question seeds. max_cycles, max_tokens, probe_every,
+    """Request settings of a run. seed: base of the per-question seeds. max_cycles, max_tokens,
     recursion: None for the server's default."""
 
     concurrency: int
@@ -25,7 +25,6 @@ class Load:
     seed: int
     max_cycles: int | None = None
     max_tokens: int | None = None
-    probe_every: int | None = None
     recursion: str | None = None
 
 
@@ -78,8 +77,6 @@ class RtapServer:
             "seed": question.seed(load.seed),
             "rtap": {**spec.request(max_cycles=load.max_cycles), "return_cycles": True},
         }
-        if load.probe_every is not None:
-            body["rtap"]["probe_every"] = load.probe_every
         if load.recursion is not None and spec.rule == CONFIDENCE:
             body["rtap"]["recursion"] = load.recursion
         if load.max_tokens is not None:

@@ -102,11 +102,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path,
 def _cause(log: Path) -> str:
     """Cause from the log: the server's own message, else the first exception, else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    own = [
-        line
-        for line in lines
-        if re.match(r"rtap serve: (?!loading |ready at |(?:model|format|policy|confidence): )", line)
-    ]
+    start_up = r"rtap serve: (?!loading |ready at |(?:model|format|policy|confidence): )"
+    own = [line for line in lines if re.match(start_up, line)]
     # at the start of a line, or behind vLLM's log prefix
     raised = [found[1] for line in lines if (found := re.search(r"(?:^|\] )([A-Z]\w*(?:Error|Exception): .*)", line))]
     return next(iter([*own, *raised, *reversed(lines)]), "the log is empty")

@@ -6,6 +6,7 @@ Bootstraps resample questions, because answers to the same question are not inde
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -136,10 +137,13 @@ def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float | N
     return float(np.interp(x, np.asarray(xs)[order], np.asarray(ys)[order]))
 
 
+@lru_cache(maxsize=4)
 def bootstrap_weights(n: int, *, seed: int, resamples: int = RESAMPLES) -> Floats:
-    """Counts of each of n questions in each resample: (resamples, n), rows sum to n."""
+    """Counts of each of n questions in each resample: (resamples, n), rows sum to n. Read-only."""
     generator = np.random.default_rng(seed)
-    return generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    weights.setflags(write=False)
+    return weights
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Interval:

@@ -119,7 +119,8 @@ export async function fetchReadiness() {
 /** Send a question and call `onChunk(chunk, line)` for each chunk. Resolves after [DONE].
  * Throws a Problem or, when `signal` aborts, an AbortError. The closed connection makes the server abort. */
 export async function ask(body, { signal, onChunk }) {
-  const request = { ...body, stream: true, stream_options: { include_usage: true } };
+  const rtap = { ...body.rtap, drafts: true };
+  const request = { ...body, rtap, stream: true, stream_options: { include_usage: true } };
   const { response, requestId } = await send("v1/chat/completions", { body: request, signal });
   const interrupted = (message) => new Problem({ title: "The answer was interrupted", message, requestId });
   try {

@@ -26,13 +26,14 @@ export class Row {
     setText(this.title, `${isVote(this.run) ? "Sample" : "Cycle"} ${count(number)}`);
   }
 
-  drawOpen(text, number) {
+  drawOpen(text, number, isAnswering) {
     this.name(number);
     this.element.dataset.state = "open";
     this.think.tabIndex = 0; // scrollable by keyboard while it grows
-    setText(this.state, "generating");
-    setText(this.summary, "Thinking…");
+    setText(this.state, isAnswering ? "writing its answer" : "generating");
+    setText(this.summary, isAnswering ? "Thought" : "Thinking…");
     setText(this.think, text);
+    this.details.hidden = !text;
   }
 
   /** The run ended before this cycle. */

@@ -11,6 +11,7 @@ export function newRun(settings, now) {
     settings, startedAt: now, firstTokenAt: null, endedAt: null, phase: "waiting", id: "",
     cycles: new Map(), // by index
     open: "", // thinking of the current cycle
+    draft: null, // {index, think, text} of the cycle that is being written
     rejectedAnswer: null, // the stream repeats it as reasoning; null afterwards
     content: "", rtap: null, usage: null, problem: null,
     vote: null, // {samples, tokens} of the vote in the same comparison
@@ -30,6 +31,7 @@ export function addChunk(run, chunk, now) {
     run.open = withoutRejectedAnswer(run, run.open + thought);
   }
   run.content += content;
+  if (content) run.draft = null;
   if (chunk.usage && typeof chunk.usage === "object") run.usage = chunk.usage;
   const rtap = chunk.rtap;
   if (!rtap || typeof rtap !== "object") return;
@@ -38,12 +40,28 @@ export function addChunk(run, chunk, now) {
     if (!cycle) return;
     if (!cycle.think) cycle.think = run.open;
     run.rejectedAnswer = cycle.answer;
+    if (run.draft?.index === cycle.index) {
+      run.rejectedAnswer = run.draft.text.trim() || cycle.answer;
+      run.draft = null;
+    }
     run.open = "";
     run.phase = "scored";
+  } else if (rtap.event === "draft") {
+    addDraft(run, rtap.draft, now);
   } else if (!rtap.event) {
     run.rtap = rtap;
     for (const cycle of Array.isArray(rtap.cycles) ? rtap.cycles : []) addCycle(run, cycle);
   }
+}
+
+/** Add text of a cycle that is being written. A finished cycle has no draft. */
+function addDraft(run, raw, now) {
+  if (!raw || typeof raw !== "object" || !Number.isInteger(raw.index) || run.cycles.has(raw.index)) return;
+  if (run.draft?.index !== raw.index) run.draft = { index: raw.index, think: "", text: "" };
+  if (isText(raw.think)) run.draft.think += raw.think;
+  if (isText(raw.text)) run.draft.text += raw.text;
+  run.firstTokenAt ??= now;
+  run.phase = "thinking";
 }
 
 /** Remove a rejected answer, which the stream repeats in its tags as reasoning, and which is shown already. */
@@ -74,7 +92,7 @@ function addCycle(run, raw) {
 
 /** End a run whose stream is complete. */
 export function finish(run, now) {
-  Object.assign(run, { phase: "done", endedAt: now, open: "" });
+  Object.assign(run, { phase: "done", endedAt: now, open: "", draft: null });
 }
 
 /** End a run early. `problem`: a Problem, or null if the user stopped it. */
@@ -88,7 +106,11 @@ export const cyclesOf = (run) => [...run.cycles.values()].sort((a, b) => a.index
 
 export const isVote = (run) => run.settings.policy === "vote";
 
-const noun = (run) => (isVote(run) ? "sample" : "cycle");
+export const noun = (run) => (isVote(run) ? "sample" : "cycle");
+
+/** The thinking of the cycle that is being written. The stream reports that of a sample when it has ended, and its draft
+ * at once. */
+export const openThinking = (run) => (isVote(run) && run.draft ? run.draft.think : run.open);
 
 /** Return the cycle with the highest confidence; the last complete one if none is scored. */
 export function bestSoFar(run) {
@@ -117,7 +139,8 @@ function runningSentence(run) {
   const { policy, max_cycles: most, samples } = run.settings;
   if (policy === "vote") return `${count(run.cycles.size)} of ${plural(samples, "sample")} generated…`;
   if (policy === "single") return "Thinking, in one pass…";
-  return `Cycle ${count(run.cycles.size + 1)} of at most ${count(most)}: thinking…`;
+  const doing = run.draft?.text ? "answering" : "thinking";
+  return `Cycle ${count(run.cycles.size + 1)} of at most ${count(most)}: ${doing}…`;
 }
 
 function reason(run) {

@@ -3,7 +3,7 @@
 import { Row, axis } from "./cycles.js";
 import { count, h, plural, setText } from "./dom.js";
 import { figuresOf } from "./figures.js";
-import { bestSoFar, cyclesOf, isOver, isVote, sentence, tally, tokensOf } from "./run.js";
+import { bestSoFar, cyclesOf, isOver, isVote, noun, openThinking, sentence, tally, tokensOf } from "./run.js";
 
 const RAW_LINES = 2000; // maximum number of raw events to keep
 
@@ -13,6 +13,7 @@ export class RunView {
     this.run = run;
     this.rows = new Map();
     this.openRow = null;
+    this.openIndex = null; // of the cycle in openRow
     this.raw = [];
     this.isCompared = title !== null;
     this.caption = h("p", { class: "caption" }, "Answer");
@@ -62,11 +63,14 @@ export class RunView {
   drawAnswer() {
     const { run } = this;
     const best = run.content ? null : bestSoFar(run);
-    const text = run.content || best?.answer || "";
+    const draft = run.content || (isOver(run) && best) ? "" : run.draft?.text.trim() ?? "";
+    const text = run.content || draft || best?.answer || "";
     const isFinal = run.phase === "done" && Boolean(run.content);
     this.answer.dataset.state = isFinal ? "final" : text ? "held" : "none";
-    this.answer.dataset.size = text.length <= 48 ? "short" : "long";
-    setText(this.caption, isFinal || !text ? "Answer" : isOver(run) ? "Best answer so far" : "Best answer so far, not returned yet");
+    this.answer.dataset.size = !draft && text.length <= 48 ? "short" : "long";
+    const held = draft ? `Answer of ${noun(run)} ${count(run.draft.index + 1)}, not judged yet`
+      : isOver(run) ? "Best answer so far" : "Best answer so far, not returned yet";
+    setText(this.caption, isFinal || !text ? "Answer" : held);
     setText(this.answer, text || (isOver(run) ? "No answer" : "…"));
   }
 
@@ -80,18 +84,21 @@ export class RunView {
     const { run } = this;
     cyclesOf(run).forEach((cycle, position) => {
       if (!this.rows.has(cycle.index)) {
-        this.rows.set(cycle.index, this.openRow ?? new Row(run));
-        this.openRow = null;
+        const isOpen = this.openRow !== null && this.openIndex === cycle.index;
+        this.rows.set(cycle.index, isOpen ? this.openRow : new Row(run));
+        if (isOpen) this.openRow = null;
       }
       const row = this.rows.get(cycle.index);
       const before = position > 0 && !isVote(run) ? cyclesOf(run)[position - 1] : null;
-      row.drawCycle(cycle, before, position + 1);
+      row.drawCycle(cycle, before, cycle.index + 1);
       if (this.cycles.children[position] !== row.element) this.cycles.insertBefore(row.element, this.cycles.children[position] ?? null);
     });
-    if (run.open && !isOver(run)) {
+    const thinking = openThinking(run);
+    if ((thinking || run.draft) && !isOver(run)) {
       this.openRow ??= new Row(run);
+      this.openIndex = run.draft?.index ?? run.cycles.size;
       if (this.openRow.element !== this.cycles.lastChild) this.cycles.append(this.openRow.element);
-      this.openRow.drawOpen(run.open, run.cycles.size + 1);
+      this.openRow.drawOpen(thinking, this.openIndex + 1, Boolean(run.draft?.text));
     } else if (isOver(run) && this.openRow) {
       this.openRow.drawCut();
       this.openRow = null;
