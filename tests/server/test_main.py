@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from rtap_core.artifact import Artifact
 from rtap_core.format import RTAP, TEXT, THINK
 from rtap_core.types import Policy
 from rtap_server.__main__ import _parse, main
@@ -173,4 +174,15 @@ def test_the_socket_file_of_a_server_that_is_gone_says_so_and_blames_no_port(mon
     assert line == (
         f"rtap serve: cannot listen on the unix socket {stale}: Address already in use; if no server uses the file, "
         "delete it, or choose another --uds"
+    )
+
+
+def test_the_start_says_how_to_calibrate_a_confidence_that_is_not():
+    settings = Settings(confidence="yesno")
+    server = build(FakeEngine(["x"]), settings=settings, generator=Artifact(), model="/m", format_source="why")._server
+    facts = server_facts(server, ["/m"])
+    assert facts["confidence"]["is_calibrated"] is False
+    assert start_lines(facts)[3] == (
+        "confidence: yesno, not calibrated, so votes count answers; `rtap calibrate /m --questions FILE -- "
+        "--confidence yesno` fits it and writes the file for --confidence-config"
     )
