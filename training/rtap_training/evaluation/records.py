@@ -74,7 +74,8 @@ class Outcome:
     """Result of one question.
 
     index: position in the task's questions. error: reason of a failure; then the other fields are empty. policy_tokens:
-    sampled and injected tokens, also those that are not returned. generator_tokens: tokens read by the confidence generator.
+    sampled and injected tokens, also those that are not returned. generator_tokens: tokens that the confidence
+    generator read.
     """
 
     index: int
