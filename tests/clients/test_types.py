@@ -10,6 +10,7 @@ import pytest
 import rtap_client
 from rtap_client import types
 from rtap_core import types as server_types
+from rtap_core.features import LogprobFeatures
 from rtap_core.types import Continuation, Policy, Select, StopReason
 from rtap_server.http import schema
 
@@ -45,7 +46,7 @@ def test_the_request_options_are_the_servers():
 
 def _cycle() -> server_types.Cycle:
     values: dict[str, Any] = {f.name: 1 for f in fields(server_types.Cycle)} | {"answer": "4", "think": "2+2"}
-    return server_types.Cycle(**values)
+    return server_types.Cycle(**values | {"logprobs": LogprobFeatures(-0.5, -1.0, -1.0, -0.2, 3)})
 
 
 def test_a_cycle_has_the_servers_fields():
