@@ -162,8 +162,12 @@ def policy_format(config: VllmConfig, chat_template: str | None, settings: Setti
     """The policy's trajectory format with the opening of the settings, and what shows the format.
 
     chat_template: of ``--chat-template``. Raises ConfigError."""
+    try:
+        template = load_chat_template(chat_template)
+    except ValueError as error:
+        raise ConfigError(f"--chat-template {chat_template}: {_reason(error)}") from error
     own: Any = getattr(tokenizer_of(config), "chat_template", None)  # a dict if there are several
-    template = load_chat_template(chat_template) or ("\n".join(own.values()) if isinstance(own, dict) else own or "")
+    template = template or ("\n".join(cast(dict[str, str], own).values()) if isinstance(own, dict) else own or "")
     fmt, source = detect_format(
         rtap_block(config), template=template, vocabulary=_vocabulary(config), override=settings.trajectory_format
     )
