@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.usage.usage_lib import UsageContext
@@ -164,7 +165,7 @@ def policy_format(config: VllmConfig, chat_template: str | None, settings: Setti
     chat_template: of ``--chat-template``. Raises ConfigError."""
     try:
         template = load_chat_template(chat_template)
-    except ValueError as error:
+    except VLLMValidationError as error:
         raise ConfigError(f"--chat-template {chat_template}: {_reason(error)}") from error
     own: Any = getattr(tokenizer_of(config), "chat_template", None)  # a dict if there are several
     template = template or ("\n".join(cast(dict[str, str], own).values()) if isinstance(own, dict) else own or "")

@@ -99,7 +99,7 @@ async def test_without_tags_the_content_is_what_the_model_wrote(text, content, r
     assert "".join(streamed.logprobs).lstrip() == content.lstrip()
 
 
-@pytest.mark.parametrize("rtap", [SINGLE, MODEL, {"policy": "vote", "samples": 1}])
+@pytest.mark.parametrize("rtap", [SINGLE, MODEL])
 @pytest.mark.parametrize("text", ["Eighty-two.\n", "<think>3</think>\n\n82\n", " a</answer>", "<", ""])
 async def test_tags_are_content_of_a_model_without_thoughts(text, rtap):
     streamed, _ = await reply([text], rtap, stream=True, fmt=TEXT)
