@@ -30,6 +30,11 @@ from tests.server.fake_engine import FakeEngine, build
         (["--api-keys-file", "/nowhere/keys"], {}, "cannot read the API keys file /nowhere/keys: No such file"),
         ([], {"RTAP_API_KEYS": ","}, "RTAP_API_KEYS must be keys of printable ASCII"),
         (["--reasoning-parser", "qwen3"], {}, "leave out --reasoning-parser qwen3"),
+        (
+            ["--chat-template", "/nowhere.jinja"],
+            {},
+            "The supplied chat template string (/nowhere.jinja) appears path-like",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(flags, environ, sentence, monkeypatch, capsys):
@@ -98,7 +103,7 @@ def test_a_model_is_called_rtap_and_by_its_own_name(flags, names, monkeypatch):
             "model (one turn, as with plain vLLM), the default without a confidence source; --policy vote, or "
             '"rtap": {"policy": "vote"} in a request, votes adaptively',
             "none, so no answer is scored; --confidence-model (a generator of `rtap train generator`) or --confidence "
-            "logprob (no second model) adds scores and policy confidence",
+            "logprob (no second model; `rtap calibrate` fits it) adds scores and policy confidence",
         ),
         (
             Settings(policy=Policy.VOTE), None, THINK,
