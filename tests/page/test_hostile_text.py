@@ -4,7 +4,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.page.browser import open_page
-from tests.page.scripted_server import CONFIG, chunk, cycle, refusal, stream_of
+from tests.page.scripted_server import CONFIG, chunk, cycle, draft, refusal, stream_of
 from tests.page.test_flows import ask
 
 pytestmark = pytest.mark.slow
@@ -43,11 +43,14 @@ def test_in_thoughts_answers_and_contents(visit, server, width):
 
 
 def test_in_a_thought_that_is_being_written(visit, server):
-    server.answers = lambda _: [chunk({"reasoning": MARKUP}), chunk({"reasoning": BIDI}), 60.0]
+    written = [draft(0, text=MARKUP), draft(0, text=BIDI)]
+    server.answers = lambda _: [chunk({"reasoning": MARKUP}), chunk({"reasoning": BIDI}), *written, 60.0]
     page = visit()
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.locator(".thinking pre")).to_contain_text("constructor.constructor")
     assert page.locator(".thinking pre").text_content() == MARKUP + BIDI
+    expect(page.locator(".answer-text")).to_contain_text("reversed")
+    assert page.locator(".answer-text").text_content() == MARKUP + BIDI
     is_untouched(page)
     page.get_by_role("button", name="Stop").click()
 
@@ -82,7 +85,7 @@ EVENTS = [
     chunk({}, rtap={"event": "cycle", "cycle": {"index": -1, "answer": MARKUP}}),
     chunk({}, rtap={"event": "draft", "draft": MARKUP}),
     chunk({}, rtap={"event": "draft", "draft": {"index": "__proto__", "text": MARKUP}}),
-    chunk({}, rtap={"event": "draft", "draft": {"index": 7, "text": {"a": 1}, "think": MARKUP}}),
+    chunk({}, rtap={"event": "draft", "draft": {"index": 7, "text": {"a": 1}, "think": 7}}),
     chunk({}, rtap={"event": "cycle", "cycle": {"index": 0, "answer": {"a": 1}, "think": 7, "confidence": MARKUP}}),
     chunk({}, rtap={"event": "cycle", "cycle": {"index": 10**9, "answer": "x", "confidence": 1e9, "tokens": "9"}}),
     chunk(None, rtap={"stop_reason": MARKUP, "confidence": MARKUP, "cycles": MARKUP, "degraded": MARKUP}),

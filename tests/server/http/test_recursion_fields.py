@@ -74,7 +74,7 @@ def test_whatever_comes_there_are_options_within_the_ceilings_or_a_sentence(raw)
         assert 0 < len(str(options)) < 500
         return
     for name, given_ in raw.items():  # nothing is taken for something else
-        assert getattr(options, name) == given_ or name == "return_cycles", name  # a flag may be "yes"
+        assert getattr(options, name) == given_ or name in ("return_cycles", "drafts"), name  # a flag may be "yes"
     assert (options.max_cycles or 1) <= SETTINGS.max_cycles_limit
     assert (options.samples or 1) <= SETTINGS.samples_limit
     assert 0 < (options.deadline_seconds or 1) <= SETTINGS.deadline_seconds_limit

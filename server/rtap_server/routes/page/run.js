@@ -39,11 +39,8 @@ export function addChunk(run, chunk, now) {
     const cycle = addCycle(run, rtap.cycle);
     if (!cycle) return;
     if (!cycle.think) cycle.think = run.open;
-    run.rejectedAnswer = cycle.answer;
-    if (run.draft?.index === cycle.index) {
-      run.rejectedAnswer = run.draft.text.trim() || cycle.answer;
-      run.draft = null;
-    }
+    run.rejectedAnswer = isText(rtap.cycle.text) ? rtap.cycle.text : cycle.answer;
+    if (run.draft?.index === cycle.index) run.draft = null;
     run.open = "";
     run.phase = "scored";
   } else if (rtap.event === "draft") {
@@ -57,6 +54,7 @@ export function addChunk(run, chunk, now) {
 /** Add text of a cycle that is being written. A finished cycle has no draft. */
 function addDraft(run, raw, now) {
   if (!raw || typeof raw !== "object" || !Number.isInteger(raw.index) || run.cycles.has(raw.index)) return;
+  if (!isText(raw.think) && !isText(raw.text)) return;
   if (run.draft?.index !== raw.index) run.draft = { index: raw.index, think: "", text: "" };
   if (isText(raw.think)) run.draft.think += raw.think;
   if (isText(raw.text)) run.draft.text += raw.text;
