@@ -215,7 +215,8 @@ def to_markdown(
         "## Disagreements",
         "",
         f"In {texts} of the {sum(p.count for p in differing)} pairs one side is a text without a final answer, in "
-        "which math-verify reads some number. The others are mostly arithmetic that `rtap_core.answers` does not evaluate.",
+        "which math-verify reads some number. The others are mostly arithmetic that `rtap_core.answers` does not "
+        "evaluate.",
         "",
         "| one | other | pairs | equal for |",
         "|---|---|---|---|",
