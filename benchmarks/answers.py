@@ -30,6 +30,7 @@ from rtap_training.tasks.equivalence import Comparer
 # Written independently of rtap_core.answers.
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _STATED = re.compile(r"answer(?: is|:)|####", re.IGNORECASE)
+_WORD = re.compile(r"[A-Za-z]{2,}")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -196,7 +197,8 @@ def to_markdown(
         "## Extraction",
         "",
         'How the answer is written: in `\\boxed{}`, after "the answer is", or neither. Right: by the extracted answer, '
-        "by the last number of the text, and by math-verify's own extraction from the whole text.",
+        "by the last number of the text, and by math-verify's own extraction from the whole text. Empty boxes are "
+        "boxes too, and math-verify evaluates expressions, those of the question included.",
         "",
         "| samples | written | texts | extracted as in the last box | right, extracted | right, last number | right, "
         "math-verify |",
@@ -207,7 +209,18 @@ def to_markdown(
             as_written = f"{e.as_written:,}" if e.kind == "box" else "–"
             right = f"{e.ours:,} | {e.last_number:,} | {e.math_verify:,}"
             lines.append(f"| {name} | {e.kind} | {e.texts:,} | {as_written} | {right} |")
-    lines += ["", "## Disagreements", "", "| one | other | pairs | equal for |", "|---|---|---|---|"]
+    texts = sum(p.count for p in differing if max(len(_WORD.findall(text)) for text in (p.one, p.other)) >= 3)
+    lines += [
+        "",
+        "## Disagreements",
+        "",
+        f"In {texts} of the {sum(p.count for p in differing)} pairs one side is a text without a final answer, in "
+        "which math-verify reads some number. The others are mostly arithmetic that `rtap_core.answers` does not "
+        "evaluate.",
+        "",
+        "| one | other | pairs | equal for |",
+        "|---|---|---|---|",
+    ]
     for p in sorted(differing, key=lambda p: -p.count):
         cells = (f"`{json.dumps(text[:80])[1:-1].replace('|', chr(92) + '|')}`" for text in (p.one, p.other))
         lines.append(f"| {' | '.join(cells)} | {p.count} | {'ours' if p.ours else 'math-verify'} |")

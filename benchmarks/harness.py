@@ -48,7 +48,7 @@ from rtap_server.engine.engine_config import cpu_defaults
 from vllm.platforms import current_platform
 before = dict(os.environ)
 is_cpu = current_platform.is_cpu()
-args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=2**30 if is_cpu else None,
+args = Namespace(enable_chunked_prefill=None, block_size=None, kv_cache_memory_bytes=2**29 if is_cpu else None,
                  enforce_eager=is_cpu, dtype="auto", distributed_executor_backend=None, tensor_parallel_size=1,
                  pipeline_parallel_size=1)
 cpu_defaults(args, bundled=False)
@@ -119,7 +119,7 @@ def comparable_servers(
 def common_flags() -> tuple[list[str], dict[str, str]]:
     """(flags, environment) that ``rtap serve`` adds on this machine, for every server of a comparison.
 
-    On a CPU without compilation, which takes minutes a start, and with 1 GiB of KV cache: several servers run at once.
+    On a CPU without compilation, which takes minutes a start, and with 512 MiB of KV cache: several run at once.
     """
     output = subprocess.run([sys.executable, "-c", _PROBE], check=True, capture_output=True, text=True).stdout
     values, environment = json.loads(output.splitlines()[-1])
