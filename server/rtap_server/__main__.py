@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
     """(vLLM's arguments, settings, True when the bundled models are served)."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.exceptions import VLLMValidationError
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):
@@ -75,7 +76,10 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
     _refuse_unsupported(args)
     settings = load_settings(values, environ)
     args.trust_request_chat_template = args.trust_request_chat_template or settings.allow_request_templates
-    validate_parsed_serve_args(args)
+    try:
+        validate_parsed_serve_args(args)
+    except VLLMValidationError as error:
+        raise ConfigError(str(error)) from error
     if settings.log_format == "json":
         _log_as_json(args)
     if args.otlp_traces_endpoint:

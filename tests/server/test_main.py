@@ -30,6 +30,11 @@ from tests.server.fake_engine import FakeEngine, build
         (["--api-keys-file", "/nowhere/keys"], {}, "cannot read the API keys file /nowhere/keys: No such file"),
         ([], {"RTAP_API_KEYS": ","}, "RTAP_API_KEYS must be keys of printable ASCII"),
         (["--reasoning-parser", "qwen3"], {}, "leave out --reasoning-parser qwen3"),
+        (
+            ["--chat-template", "/nowhere.jinja"],
+            {},
+            "The supplied chat template string (/nowhere.jinja) appears path-like",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(flags, environ, sentence, monkeypatch, capsys):
