@@ -103,7 +103,7 @@ def test_a_model_is_called_rtap_and_by_its_own_name(flags, names, monkeypatch):
             "model (one turn, as with plain vLLM), the default without a confidence source; --policy vote, or "
             '"rtap": {"policy": "vote"} in a request, votes adaptively',
             "none, so no answer is scored; --confidence-model (a generator of `rtap train generator`) or --confidence "
-            "logprob (no second model) adds scores and policy confidence",
+            "logprob (no second model; `rtap calibrate` fits it) adds scores and policy confidence",
         ),
         (
             Settings(policy=Policy.VOTE), None, THINK,

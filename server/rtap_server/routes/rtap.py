@@ -184,7 +184,7 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
     if confidence["kind"] == "none":
         scores = (
             "none, so no answer is scored; --confidence-model (a generator of `rtap train generator`) or --confidence "
-            "logprob (no second model) adds scores and policy confidence"
+            "logprob (no second model; `rtap calibrate` fits it) adds scores and policy confidence"
         )
     return [
         f"model: {facts['model']}, which requests call {names}; --served-model-name changes it",
