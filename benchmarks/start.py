@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(arguments)
     started = datetime.now(UTC)
-    flags, environment = common_flags(args.model)
+    flags, environment = common_flags()
     flags += ["--served-model-name", SERVED_NAME, "--max-model-len", str(args.max_model_len), *args.flags.split()]
     commands = {
         "rtap": serve_command(str(args.model), None, flags),
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, default=MODELS / "policy")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--flags", default="--enforce-eager", help="more flags of both servers, in one argument")
+    parser.add_argument("--flags", default="", help="more flags of both servers, in one argument")
     parser.add_argument("--ready-seconds", type=float, default=READY_SECONDS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser
