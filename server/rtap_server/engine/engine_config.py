@@ -15,7 +15,6 @@ import torch
 from pydantic import ValidationError
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.usage.usage_lib import UsageContext
@@ -163,12 +162,10 @@ def policy_format(config: VllmConfig, chat_template: str | None, settings: Setti
     """The policy's trajectory format with the opening of the settings, and what shows the format.
 
     chat_template: of ``--chat-template``. Raises ConfigError."""
-    try:
-        template = load_chat_template(chat_template)
-    except VLLMValidationError as error:
-        raise ConfigError(f"--chat-template {chat_template}: {_reason(error)}") from error
     own: Any = getattr(tokenizer_of(config), "chat_template", None)  # a dict if there are several
-    template = template or ("\n".join(cast(dict[str, str], own).values()) if isinstance(own, dict) else own or "")
+    template = load_chat_template(chat_template) or (
+        "\n".join(cast(dict[str, str], own).values()) if isinstance(own, dict) else own or ""
+    )
     fmt, source = detect_format(
         rtap_block(config), template=template, vocabulary=_vocabulary(config), override=settings.trajectory_format
     )

@@ -35,7 +35,6 @@ async def _refusal(*flags: str) -> str:
         ([str(MODELS / "confidence")], "is a classifier and generates no text: give a generating model"),
         ([POLICY, "--oops-lexicon", "/nowhere"], "cannot read the Oops lexicon /nowhere"),
         ([POLICY, "--trajectory-format", "xml"], "unknown trajectory format 'xml'"),
-        ([POLICY, "--chat-template", "/nowhere.jinja"], "--chat-template /nowhere.jinja: The supplied"),
         (
             [POLICY, "--confidence-model", str(MODELS / "confidence"), "--confidence-engine-args", '{"speed": 1}'],
             "--confidence-engine-args: ",
