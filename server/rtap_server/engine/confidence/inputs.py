@@ -95,8 +95,9 @@ def plain_messages(conversation: Iterable[Mapping[str, Any]]) -> list[Message]:
 def _text_of(message: Mapping[str, Any]) -> str:
     content: Any = message.get("content") or ""
     parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
-    calls = [cast(Mapping[str, Any], call).get("function") for call in message.get("tool_calls") or ()]
-    return "\n".join([*(part for part in parts if part), *(json.dumps(call) for call in calls)])
+    functions: list[Any] = [call.get("function") or {} for call in message.get("tool_calls") or ()]
+    calls = [json.dumps({name: function.get(name) for name in ("name", "arguments")}) for function in functions]
+    return "\n".join(filter(None, [*parts, *calls]))
 
 
 def alternating(messages: Iterable[Message]) -> list[Message]:
