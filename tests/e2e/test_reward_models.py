@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,22 @@ def judging(reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield started
 
 
-def expected(folder: Path, *messages: dict[str, str]) -> float:
-    """The score of transformers for a chat, as a probability."""
+@pytest.fixture(scope="module")
+def expected(reward_model: Path) -> Callable[..., Any]:
+    """The score of transformers for a chat, as a probability within 1e-3."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False)
-    with torch.no_grad():
-        return model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits.sigmoid().item()
+    tokenizer: Any = AutoTokenizer.from_pretrained(reward_model)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32)
+
+    def score(*messages: dict[str, str]) -> Any:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+        with torch.no_grad():
+            logits = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits
+        return pytest.approx(logits.sigmoid().item(), abs=1e-3)
+
+    return score
 
 
 def _chat(*messages: tuple[str, str]) -> list[dict[str, str]]:
@@ -47,31 +53,31 @@ def _chat(*messages: tuple[str, str]) -> list[dict[str, str]]:
 
 
 SYSTEM, USER = ("system", "Be brief."), ("user", QUESTION)
+PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+PLAIN_PROMPT = f"user\n{QUESTION}\nassistant\n"  # without the policy's special tokens
 BODIES = {
     "/v1/chat/completions": ({"messages": _chat(SYSTEM, USER)}, _chat(SYSTEM, USER)),
     "/v1/messages": ({"system": SYSTEM[1], "messages": _chat(USER), "max_tokens": 200}, _chat(SYSTEM, USER)),
     "/v1/responses": ({"instructions": SYSTEM[1], "input": QUESTION}, _chat(SYSTEM, USER)),
-    "/v1/completions": ({"prompt": QUESTION, "max_tokens": 200}, _chat(USER)),
+    "/v1/completions": ({"prompt": PROMPT, "max_tokens": 200}, _chat(("user", PLAIN_PROMPT))),
 }
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_every_endpoint_is_judged_as_transformers_judges_its_chat(path, judging, reward_model):
+def test_every_endpoint_is_judged_as_transformers_judges_its_chat(path, judging, expected):
     body, messages = BODIES[path]
     limits = {"policy": "confidence", "max_cycles": 1, "return_cycles": True}
     reply = httpx.post(f"{judging.url}{path}", json={"model": "rtap", "seed": 3, **body, "rtap": limits}, timeout=120)
     assert reply.status_code == 200, reply.text
     fields: Any = reply.json()
     (cycle,) = (fields.get("rtap") or fields["choices"][0]["rtap"])["cycles"]
-    assert cycle["confidence"] == pytest.approx(
-        expected(reward_model, *messages, {"role": "assistant", "content": cycle["text"]}), abs=1e-3
-    )
+    assert cycle["confidence"] == expected(*messages, {"role": "assistant", "content": cycle["text"]})
 
 
-def test_an_answer_from_elsewhere_and_a_vote_are_judged_too(judging, reward_model):
+def test_an_answer_from_elsewhere_and_a_vote_are_judged_too(judging, expected):
     reply = httpx.post(f"{judging.url}/v1/rtap/score", json={"question": QUESTION, "answer": ANSWER}, timeout=120)
     chat = _chat(USER, ("assistant", ANSWER))
-    assert reply.json()["confidence"] == pytest.approx(expected(reward_model, *chat), abs=1e-3)
+    assert reply.json()["confidence"] == expected(*chat)
     body = {"model": "rtap", "messages": _chat(USER), "rtap": {"policy": "vote", "samples": 2, "threshold": 1}}
     cycles = httpx.post(f"{judging.url}/v1/chat/completions", json=body, timeout=120).json()["rtap"]["cycles"]
     assert all(cycle["confidence"] is not None for cycle in cycles if cycle["answer"] is not None)
@@ -83,7 +89,7 @@ def test_what_the_generator_judges_is_announced(judging, reward_model):
     assert "its scores are not calibrated" in log
 
 
-def test_a_remote_reward_model_gives_the_same_score(reward_model, tmp_path):
+def test_a_remote_reward_model_gives_the_same_score(reward_model, expected, tmp_path):
     generator_port, port = free_port(), free_port()
     sizes = [flag for name, value in ENGINE.items() for flag in (f"--{name.replace('_', '-')}", str(value))]
     command = [
@@ -98,4 +104,4 @@ def test_a_remote_reward_model_gives_the_same_score(reward_model, tmp_path):
         score = {"question": QUESTION, "answer": ANSWER}
         reply = httpx.post(f"{started.url}/v1/rtap/score", json=score, timeout=120)
         chat = _chat(USER, ("assistant", ANSWER))
-        assert reply.json()["confidence"] == pytest.approx(expected(reward_model, *chat), abs=1e-3)
+        assert reply.json()["confidence"] == expected(*chat)
