@@ -164,7 +164,7 @@ def save_reward_model(folder: Path, *, labels: int = 1, seed: int = 0) -> Path:
     """Save a classifier with a random head, a tokenizer and a chat template of its own.
 
     Its body is SmolLM2-135M-Instruct where ``~/models`` has it, else a tiny random Llama."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(seed)
     smollm = Path("~/models/smollm2-135m-instruct").expanduser()
@@ -189,7 +189,6 @@ def save_reward_model(folder: Path, *, labels: int = 1, seed: int = 0) -> Path:
 def small_tokenizer(template: str | None = CHATML) -> Any:
     """A byte-level BPE tokenizer with a few merges and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
