@@ -1,4 +1,4 @@
-"""Test checkpoints: the bundled ones in the `think` format, a LoRA adapter, and small models of public families."""
+"""Test checkpoints: the bundled ones in the `think` format, a LoRA adapter, models of other families."""
 
 import json
 import shutil
@@ -29,6 +29,10 @@ from rtap_core.artifact import BUNDLED_MODELS as MODELS
 
 RANK = 4
 END_ID = 447  # `</answer>` in the bundled tokenizer
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
 
 
 def save_think(name: str, folder: Path) -> Path:
@@ -154,3 +158,45 @@ def save_family(name: str, folder: Path) -> Path:
                 model.lm_head.weight[after, before] = 1.0
     model.save_pretrained(folder)
     return folder
+
+
+def save_reward_model(folder: Path, *, labels: int = 1, seed: int = 0) -> Path:
+    """Save a classifier with a random head, a tokenizer and a chat template of its own.
+
+    Its body is SmolLM2-135M-Instruct where ``~/models`` has it, else a tiny random Llama."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(seed)
+    smollm = Path("~/models/smollm2-135m-instruct").expanduser()
+    kind: Any = AutoModelForSequenceClassification
+    if (smollm / "model.safetensors").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(smollm)
+        model = kind.from_pretrained(smollm, num_labels=labels, dtype=torch.float32)
+    else:
+        tokenizer = small_tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, num_labels=labels,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        model = kind.from_config(config, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=1.0 / model.score.in_features**0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small_tokenizer(template: str | None = CHATML) -> Any:
+    """A byte-level BPE tokenizer with a few merges and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    special = ["<|start|>", "<|stop|>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["the user asks the assistant to make a number from other numbers"] * 4, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|stop|>", pad_token="<|pad|>")
+    made.chat_template = template
+    return made

@@ -77,12 +77,17 @@ class Settings(BaseSettings):
     )
     confidence_model: str | None = Field(
         default=None,
-        description="generator: checkpoint of a one-label classifier, or address of a vLLM /classify server",
+        description="generator: checkpoint of a classifier or reward model, or address of a vLLM /classify server",
     )
     confidence_config: Path | None = Field(
         default=None,
         description="JSON file of `rtap calibrate`, or config.json of a remote generator: threshold and calibration, "
         "in place of a local generator's own",
+    )
+    confidence_input: Literal["auto", "token_ids", "chat"] = Field(
+        default="auto",
+        description="what a generator reads: the policy's token ids, or a chat in its own template; auto: token_ids "
+        "when the tokenizers are the same",
     )
     confidence_timeout_seconds: float = Field(
         default=10.0, gt=0, description="on timeout the request continues without the generator"
@@ -168,6 +173,8 @@ class Settings(BaseSettings):
             raise ValueError(f"confidence=remote needs a http(s) address as confidence_model, not {model!r}")
         if kind == "pooling" and is_url:
             raise ValueError("confidence=pooling needs a checkpoint as confidence_model, not an address")
+        if self.confidence_input != "auto" and kind not in ("pooling", "remote"):
+            raise ValueError(f"confidence_input needs confidence=pooling or remote, not {kind}")
         if self.confidence_config is not None and kind == "none":
             raise ValueError("confidence_config needs a confidence: name its --confidence or --confidence-model")
         return self

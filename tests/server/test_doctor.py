@@ -129,8 +129,7 @@ def test_a_generator_that_does_not_fit(copied):
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace("<answer>", "<reply>"))
     found = doctor.generator_check(POLICY, other)
-    assert (found["status"], "have different tokenizers" in found["found"]) == ("failed", True)
-    assert "rtap train generator" in found["todo"]
+    assert (found["status"], "reads chats in its own template" in found["found"]) == ("ok", True)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rtap": {"threshold": 7}}))
     assert "the rtap block of config.json is wrong at threshold" in doctor.generator_check(POLICY, other)["found"]

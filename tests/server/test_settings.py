@@ -58,6 +58,7 @@ def test_an_unknown_variable_is_refused(monkeypatch):
         (["--confidence", "remote", "--confidence-model", "/x"], "confidence=remote needs a http(s) address"),
         (["--confidence-config", "c.json"], "confidence_config needs a confidence"),
         (["--confidence-engine-args", "{"], "--confidence-engine-args is not JSON"),
+        (["--confidence-input", "chat"], "confidence_input needs confidence=pooling or remote, not none"),
         (["--confidence-engine-args", "[1]"], "--confidence-engine-args must be a JSON object"),
     ],
 )

@@ -214,13 +214,20 @@ def check_classifier(config: VllmConfig) -> Artifact:
     return read_artifact(hf.to_dict())
 
 
-def check_same_tokenizer(policy: VllmConfig, scorer: VllmConfig) -> None:
-    """Raise ConfigError for different tokenizers: the generator reads the policy's token ids."""
-    if _vocabulary(policy) != _vocabulary(scorer):
+def reads_chat(settings: Settings, policy: str, *, same_tokenizer: bool) -> bool:
+    """True when the generator reads a chat, False when it reads the policy's token ids.
+
+    Raises ConfigError when ``--confidence-input token_ids`` cannot work."""
+    if settings.confidence_input == "token_ids" and not same_tokenizer:
         raise ConfigError(
-            f"the generator {scorer.model_config.model} and the policy {policy.model_config.model} have different "
-            "tokenizers; use a generator trained for this policy"
+            f"the generator {settings.confidence_model} and the policy {policy} have different tokenizers, so "
+            "--confidence-input token_ids cannot work; use chat, or a generator trained for this policy"
         )
+    return settings.confidence_input == "chat" or not same_tokenizer
+
+
+def have_same_tokenizer(policy: VllmConfig, scorer: VllmConfig) -> bool:
+    return _vocabulary(policy) == _vocabulary(scorer)
 
 
 def check_tags(fmt: TrajectoryFormat, policy: VllmConfig) -> None:

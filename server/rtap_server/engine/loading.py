@@ -16,40 +16,44 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rtap_core.artifact import UNCALIBRATED, Artifact, read_artifact_file
+from rtap_core.artifact import UNCALIBRATED, Artifact, read_artifact, read_artifact_file
 from rtap_core.errors import ConfigError
 from rtap_core.format import TrajectoryFormat, default_recursion
 from rtap_core.lexicon import DEFAULT_PATH, Lexicon, OopsCounter, load_lexicon
-from rtap_core.types import Confidence
+from rtap_core.types import Confidence, Judged
 from rtap_server import __version__
 from rtap_server.engine.checkpoint_safety import check_folder
+from rtap_server.engine.confidence.inputs import ChatInput, Input, LocalChatTokenizer, read_token_ids
 from rtap_server.engine.confidence.logprob import LogisticConfidence, check_logistic
 from rtap_server.engine.confidence.pooling import PoolingConfidence
-from rtap_server.engine.confidence.remote import PROBE, RemoteConfidence
+from rtap_server.engine.confidence.remote import PROBE, RemoteConfidence, RemoteTokenizer
 from rtap_server.engine.confidence.yesno import YesNoConfidence, yes_no_ids
 from rtap_server.engine.engine_config import (
     check_classifier,
     check_policy,
-    check_same_tokenizer,
     encode,
     end_of_turn_ids,
     engine_config,
     generator_args,
+    have_same_tokenizer,
     policy_format,
+    reads_chat,
     rtap_block,
 )
 from rtap_server.engine.grammars import use_guidance
+from rtap_server.engine.request_state import current_request
 from rtap_server.engine.server_state import Drain, ServerState
 from rtap_server.engine.supervisor import SupervisedEngine
 from rtap_server.engine.vllm_compat import (
     disable_envs_cache,
     enable_envs_cache,
     isolate_engines,
+    on_chat,
     tokenizer_of,
 )
 from rtap_server.settings import Settings
 from rtap_server.telemetry.feedback import Feedback
-from rtap_server.telemetry.logs import captured_stderr
+from rtap_server.telemetry.logs import announce, captured_stderr
 from rtap_server.telemetry.metrics import Metrics
 
 _TAG_CHARACTERS = 64
@@ -95,23 +99,24 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
     fmt, format_source = policy_format(policy_config, args.chat_template, settings)
     if settings.recursion is None:
         settings = settings.model_copy(update={"recursion": default_recursion(rtap_block(policy_config))})
-    if generator_config is not None:
-        check_same_tokenizer(policy_config, generator_config)
     policy: AsyncLLM | None = None
     generator: SupervisedEngine | None = None
     loading: asyncio.Task[AsyncLLM] | None = None
     client = httpx.AsyncClient()
     isolate_engines()
     try:
-        remote = await _remote(settings, policy_config, client)
+        input_of = await _input(settings, policy_config, generator_config, artifact, client)
+        remote = await _remote(settings, policy_config, client, input_of)
         # Only loading is parallel: vLLM keeps the current config in a global while one is made.
         if generator_config is not None:
             loading = asyncio.create_task(asyncio.to_thread(_load, generator_config, log_stats=False))
         policy = await asyncio.to_thread(_load, policy_config, log_stats=not policy_args.disable_log_stats)
         await policy.reset_mm_cache()  # dummy inputs of start-up
+        if input_of is not read_token_ids:
+            on_chat(policy, _keep_messages)
         if loading is not None and generator_config is not None:
             generator = SupervisedEngine("confidence", await loading, partial(_reload, generator_config))
-        confidence = _confidence(settings, policy, generator, remote)
+        confidence = _confidence(settings, policy, generator, remote, input_of)
         if logistic is not None:
             confidence = LogisticConfidence(logistic, policy, settings.confidence_timeout_seconds, confidence)
         supervised = [SupervisedEngine("policy", policy), *([] if generator is None else [generator])]
@@ -175,23 +180,65 @@ def _artifact(settings: Settings, generator: VllmConfig | None) -> Artifact:
     return artifact
 
 
-async def _remote(settings: Settings, policy: VllmConfig, client: httpx.AsyncClient) -> RemoteConfidence | None:
+async def _input(
+    settings: Settings,
+    policy: VllmConfig,
+    generator: VllmConfig | None,
+    artifact: Artifact,
+    client: httpx.AsyncClient,
+) -> Input:
+    """What a generator reads; announced when that is a chat. Raises ConfigError."""
+    address, tokenizer = str(settings.confidence_model), tokenizer_of(policy)
+    if generator is not None:
+        same, max_model_len = have_same_tokenizer(policy, generator), generator.model_config.max_model_len
+        chat = LocalChatTokenizer(tokenizer_of(generator), generator.model_config.hf_text_config.pad_token_id)
+    elif settings.confidence_kind == "remote":
+        chat = RemoteTokenizer(address, client)
+        probe, max_model_len = await chat.check()
+        same = probe == encode(tokenizer, PROBE)
+    else:
+        return read_token_ids
+    if not reads_chat(settings, policy.model_config.model, same_tokenizer=same):
+        return read_token_ids
+    block = Artifact() if generator is None else read_artifact(generator.model_config.hf_config.to_dict())
+    own = block if artifact.source is not None else artifact  # a file of `rtap calibrate` may be about any generator
+    is_ours = own.kind == "confidence"
+    announce(f"{address} judges {'thought and answer' if is_ours else 'the answer'} as a chat in its own template")
+    if not artifact.is_calibrated:
+        announce("its scores are not calibrated, so thresholds mean little; `rtap calibrate` fits them")
+    return ChatInput(chat, tokenizer.decode, max_model_len, reads_thought=is_ours)
+
+
+async def _remote(
+    settings: Settings, policy: VllmConfig, client: httpx.AsyncClient, input_of: Input
+) -> RemoteConfidence | None:
     if settings.confidence_kind != "remote":
         return None
-    remote = RemoteConfidence(str(settings.confidence_model), settings.confidence_timeout_seconds, client)
-    await remote.check(encode(tokenizer_of(policy), PROBE))
+    remote = RemoteConfidence(
+        str(settings.confidence_model), settings.confidence_timeout_seconds, client, input_of=input_of
+    )
+    probe = encode(tokenizer_of(policy), PROBE)
+    await remote.check(Judged(probe, probe, probe, answer=PROBE))
     return remote
 
 
+def _keep_messages(messages: list[Any]) -> None:
+    current_request().messages = messages
+
+
 def _confidence(
-    settings: Settings, policy: AsyncLLM, generator: SupervisedEngine | None, remote: RemoteConfidence | None
+    settings: Settings,
+    policy: AsyncLLM,
+    generator: SupervisedEngine | None,
+    remote: RemoteConfidence | None,
+    input_of: Input,
 ) -> Confidence | None:
     """The confidence source without its calibration; None when there is none, and for log-probabilities."""
     kind, timeout = settings.confidence_kind, settings.confidence_timeout_seconds
     if kind == "pooling":
         assert generator is not None
         assert generator.engine is not None
-        return PoolingConfidence(generator, timeout, generator.engine.model_config.max_model_len)
+        return PoolingConfidence(generator, timeout, generator.engine.model_config.max_model_len, input_of)
     if kind == "yesno":
         question, yes, no = yes_no_ids(lambda text: encode(policy.renderer.tokenizer, text), settings.yesno_question)
         return YesNoConfidence(policy, question, yes, no, timeout)

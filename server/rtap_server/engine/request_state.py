@@ -6,7 +6,7 @@
 import hmac
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ class RequestState:
     return_cycles: put the thinking of each cycle into the response.
     drafts: stream answers that are still to be judged, as draft events of a chat stream.
     prefix: text of the last message, when the model continues it. model: the requested model name.
+    messages: the chat that vLLM rendered last, for a generator that reads chats; empty for other prompts.
     num_choices: choices started so far, over all prompts of the request.
     cycles: finished cycles that no streaming chunk has reported yet, each with its choice index.
     trajectories: finished trajectories by choice index.
@@ -52,6 +53,7 @@ class RequestState:
     return_cycles: bool = False
     drafts: bool = False
     prefix: str = ""
+    messages: Sequence[Mapping[str, Any]] = ()
     model: str = ""
     num_choices: int = 0
     cycles: deque[tuple[int, Cycle]] = field(default_factory=deque[tuple[int, Cycle]])

@@ -73,6 +73,20 @@ def on_output(engine: "AsyncLLM", callback: Callable[[], None]) -> None:
     core.get_output_async = receive_observed
 
 
+def on_chat(engine: "AsyncLLM", callback: Callable[[list[Any]], None]) -> None:
+    """Call ``callback`` with the parsed messages of every chat that ``engine`` renders, in the request's own task."""
+    renderer: Any = engine.renderer
+    render = renderer.render_chat_async
+
+    async def render_observed(*args: Any, **options: Any) -> Any:
+        conversations, prompts = await render(*args, **options)
+        for messages in conversations:
+            callback(messages)
+        return conversations, prompts
+
+    renderer.render_chat_async = render_observed
+
+
 def process_ids(engine: "AsyncLLM") -> list[int]:
     """Engine processes on this machine; none when Ray runs them, whose death Ray reports to vLLM."""
     manager: Any = _resources(engine).engine_manager

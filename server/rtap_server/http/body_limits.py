@@ -112,7 +112,7 @@ class BodyLimitsMiddleware:
         finally:
             body.release()
             # asyncio keeps a cancelled timer for a while, and with it the context that the state is in.
-            state.body, state.fields = b"", {}
+            state.body, state.fields, state.messages = b"", {}, ()
 
     def _check_head(self, scope: Scope, path: str, body: "Body") -> Scope:
         """Refuse what needs no body for it. Returns the scope with the content type that the route expects."""

@@ -70,6 +70,7 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
 
     def encode(request: ScoreRequest) -> Judged:
         messages = [{"role": "user", "content": request.question}]
+        current_request().messages = messages
         prompt = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         question = server.encode(prompt)
         cycle = server.encode(server.format.render_cycle(request.think, request.answer))

@@ -9,8 +9,9 @@ import pytest
 import rtap_server.engine.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
 from rtap_core.errors import ConfigError
 from rtap_server.__main__ import _parse
-from rtap_server.engine.engine_config import cpu_defaults, emulates_bfloat16
+from rtap_server.engine.engine_config import cpu_defaults, emulates_bfloat16, reads_chat
 from rtap_server.engine.loading import start_engines
+from rtap_server.settings import Settings
 from tests.other_checkpoints import MODELS, save_adapter, save_family, save_think
 
 POLICY = str(MODELS / "policy")
@@ -90,13 +91,29 @@ async def test_an_adapter_is_told_where_it_belongs(tmp_path):
         assert "a generator's is merged into it first" in refusal
 
 
-async def test_a_generator_with_another_tokenizer_is_refused(tmp_path):
+async def test_a_generator_with_another_tokenizer_cannot_read_token_ids(tmp_path):
     other = tmp_path / "confidence"
     shutil.copytree(MODELS / "confidence", other)
     text = (other / "tokenizer.json").read_text()
     assert "<answer>" in text
     (other / "tokenizer.json").write_text(text.replace("<answer>", "<reply>"))
-    assert "have different tokenizers" in await _refusal(POLICY, "--confidence-model", str(other))
+    refusal = await _refusal(POLICY, "--confidence-model", str(other), "--confidence-input", "token_ids")
+    assert f"the generator {other} and the policy {POLICY} have different tokenizers" in refusal
+
+
+@pytest.mark.parametrize(
+    ("chosen", "same_tokenizer", "is_chat"),
+    [
+        ("auto", True, False),
+        ("auto", False, True),
+        ("chat", True, True),
+        ("chat", False, True),
+        ("token_ids", True, False),
+    ],
+)
+def test_a_generator_reads_a_chat_when_its_tokenizer_is_another(chosen, same_tokenizer, is_chat):
+    settings = Settings(confidence_model="generator", confidence_input=chosen)
+    assert reads_chat(settings, "policy", same_tokenizer=same_tokenizer) is is_chat
 
 
 async def test_a_remote_generator_that_is_not_there_is_refused():

@@ -32,6 +32,8 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.parser.abstract_parser import DelegatingParser
 from vllm.pooling_params import PoolingParams
 from vllm.reasoning import ReasoningParser, ReasoningParserManager
+from vllm.renderers import ChatParams, renderer_from_config
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -307,6 +309,19 @@ def test_the_supervisor_uses_these_members_of_an_engine():
     assert _parameters(AsyncLLM.shutdown) == ["self", "timeout"]
     assert _parameters(AsyncLLM.get_num_unfinished_requests) == ["self"]
     assert isinstance(AsyncLLM.errored, property)
+
+
+async def test_messages_are_known_when_a_chat_is_rendered():
+    """All routes with messages render them here; tests/e2e/test_reward_models.py asks each."""
+    assert "renderer.render_chat_async(" in inspect.getsource(OnlineRenderer.preprocess_chat)
+    for render in (OnlineRenderer.render_chat, OnlineRenderer.render_responses):
+        assert "self.preprocess_chat(" in inspect.getsource(render)
+    config = AsyncEngineArgs(model=POLICY, kv_cache_memory_bytes=2**20).create_engine_config()
+    engine, seen = SimpleNamespace(renderer=renderer_from_config(config)), []
+    vllm_compat.on_chat(engine, seen.append)  # type: ignore[arg-type]
+    parts = [{"type": "text", "text": "2 +"}, {"type": "text", "text": "2?"}]
+    rendered = await engine.renderer.render_chat_async([[{"role": "user", "content": parts}]], ChatParams())
+    assert seen == rendered[0] == [[{"role": "user", "content": "2 +\n2?"}]]
 
 
 def test_only_vllm_compat_uses_private_names():

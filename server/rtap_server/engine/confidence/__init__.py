@@ -4,7 +4,8 @@ Each implements ``rtap_core.types.Confidence`` and raises ConfidenceError when i
 """
 
 import asyncio
-from collections.abc import Awaitable, Generator
+import math
+from collections.abc import Awaitable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -55,6 +56,15 @@ class CircuitBreaker:
         finally:
             if is_trial:
                 self._is_trying = False
+
+
+def probability(logits: Sequence[float]) -> float:
+    """P(right) from a classifier's logits, whatever activation its config names: the sigmoid of one logit, or the
+    softmax of two (wrong, right). Raises ConfidenceError."""
+    if len(logits) not in (1, 2) or not all(map(math.isfinite, logits)):
+        raise ConfidenceError(f"the generator returned {list(logits)[:3]} instead of one or two logits")
+    margin = logits[-1] - logits[0] if len(logits) == 2 else logits[0]
+    return 1.0 / (1.0 + math.exp(-max(-700.0, margin)))
 
 
 def refuse_images(judged: Judged) -> None:

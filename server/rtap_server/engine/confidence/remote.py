@@ -2,72 +2,101 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import cast
+from http import HTTPStatus
+from typing import Any, cast
 
 import httpx
 
 from rtap_core.errors import ConfidenceError, ConfigError
 from rtap_core.types import Judged, Score
-from rtap_server.engine.confidence import CircuitBreaker, refuse_images
+from rtap_server.engine.confidence import CircuitBreaker, probability, refuse_images
+from rtap_server.engine.confidence.inputs import Input, Message, TemplateRefused, read_token_ids
 from rtap_server.engine.output_writer import GenerateCall
 from rtap_server.engine.request_state import salted_prompt
 
 # Text that tokenizers encode differently: tags, digits, spaces, a letter outside ASCII.
 PROBE = "<think>12 * 9 = 108 é</think><answer>108</answer>"
+_NO_REPLY = (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError, LookupError, TypeError)
 
 
 class RemoteConfidence:
-    """A vLLM server with ``/classify``. It receives token ids, so it must share the policy's tokenizer."""
+    """A vLLM server with ``/classify``, which receives token ids."""
 
-    def __init__(self, address: str, timeout_seconds: float, client: httpx.AsyncClient) -> None:
+    def __init__(
+        self, address: str, timeout_seconds: float, client: httpx.AsyncClient, input_of: Input = read_token_ids
+    ) -> None:
+        """input_of: what the server reads."""
         self._address, self._timeout_seconds, self._client = address.rstrip("/"), timeout_seconds, client
-        self._breaker = CircuitBreaker()
+        self._input_of, self._breaker = input_of, CircuitBreaker()
 
     async def score(self, judged: Judged) -> Score:
-        """One request to the remote server."""
+        """One request to the remote server, and one more to tokenise a chat."""
         refuse_images(judged)
-        token_ids = [*judged.question_token_ids, *judged.cycle_token_ids]
         with self._breaker.attempt():
-            probability = await self._classify(token_ids, _trace_headers(judged.request))
-        return Score(probability, len(token_ids))
+            try:
+                async with asyncio.timeout(self._timeout_seconds):  # httpx's timeouts are per read
+                    read = await self._input_of(judged)
+                    return Score(await self._classify(read, _trace_headers(judged.request)), len(read))
+            except (TimeoutError, httpx.TimeoutException) as error:
+                raise ConfidenceError("the remote generator timed out", reason="timeout") from error
+            except _NO_REPLY as error:
+                raise ConfidenceError(f"the remote generator failed: {type(error).__name__}") from error
 
-    async def _classify(self, token_ids: list[int], headers: dict[str, str]) -> float:
-        try:
-            async with asyncio.timeout(self._timeout_seconds):  # httpx's timeouts are per read
-                reply = await self._client.post(
-                    f"{self._address}/classify",
-                    json=salted_prompt({"input": [token_ids]}),
-                    headers=headers,
-                    timeout=None,
-                )
-            reply.raise_for_status()
-            probability = float(reply.json()["data"][0]["probs"][-1])
-        except (TimeoutError, httpx.TimeoutException) as error:
-            raise ConfidenceError("the remote generator timed out", reason="timeout") from error
-        except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError, LookupError, TypeError) as error:
-            raise ConfidenceError(f"the remote generator failed: {type(error).__name__}") from error
-        if not 0.0 <= probability <= 1.0:
-            raise ConfidenceError(f"the remote generator sent {probability}, which is not a probability")
-        return probability
+    async def _classify(self, read: Sequence[int], headers: dict[str, str]) -> float:
+        reply = await self._client.post(
+            f"{self._address}/classify",
+            json=salted_prompt({"input": [list(read)], "use_activation": False}),
+            headers=headers,
+            timeout=None,
+        )
+        reply.raise_for_status()
+        return probability([float(logit) for logit in reply.json()["data"][0]["probs"]])
 
-    async def check(self, encode_ids: Sequence[int]) -> None:
-        """Raise ConfigError unless the server answers and tokenises like the policy. encode_ids: of PROBE."""
+    async def check(self, judged: Judged) -> None:
+        """Raise ConfigError when the server refuses to score ``judged``. A slow one may be starting."""
         try:
-            reply = await self._client.post(
-                f"{self._address}/tokenize", json={"prompt": PROBE, "add_special_tokens": False}, timeout=10.0
-            )
-            reply.raise_for_status()
-            tokens = cast(list[int], reply.json()["tokens"])
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            await self.score(judged)
+        except ConfidenceError as error:
+            if error.reason != "timeout":
+                raise ConfigError(
+                    f"{self._address}/classify gives no score: {error}; serve a classifier of one label (right) or two "
+                    "(wrong, right) with `vllm serve CHECKPOINT --runner pooling`"
+                ) from error
+
+
+class RemoteTokenizer:
+    """ChatTokenizer of a vLLM server: the server renders and tokenises."""
+
+    def __init__(self, address: str, client: httpx.AsyncClient) -> None:
+        self._address, self._client = address.rstrip("/"), client
+
+    async def chat(self, messages: Sequence[Message]) -> list[int]:
+        body = {"messages": list(messages), "add_generation_prompt": False}
+        reply = await self._client.post(f"{self._address}/tokenize", json=body, timeout=None)
+        if reply.status_code == HTTPStatus.BAD_REQUEST:
+            raise TemplateRefused
+        return _tokens(reply)
+
+    async def text(self, text: str) -> list[int]:
+        return _tokens(await self._client.post(f"{self._address}/tokenize", json={"prompt": text}, timeout=None))
+
+    async def check(self) -> tuple[list[int], int]:
+        """Token ids of PROBE, and the server's context length. Raises ConfigError when no server answers."""
+        body = {"prompt": PROBE, "add_special_tokens": False}
+        try:
+            reply = await self._client.post(f"{self._address}/tokenize", json=body, timeout=10.0)
+            return _tokens(reply), int(reply.json()["max_model_len"])
+        except _NO_REPLY as error:
             raise ConfigError(
                 f"no vLLM classify server answers at {self._address} ({type(error).__name__}); "
                 "start it with `vllm serve CHECKPOINT --runner pooling`"
             ) from error
-        if tokens != list(encode_ids):
-            raise ConfigError(
-                f"the generator at {self._address} and the policy have different tokenizers; use a generator trained "
-                "for this policy"
-            )
+
+
+def _tokens(reply: httpx.Response) -> list[int]:
+    reply.raise_for_status()
+    body: Any = reply.json()
+    return cast(list[int], body["tokens"])
 
 
 def _trace_headers(call: GenerateCall | None) -> dict[str, str]:
