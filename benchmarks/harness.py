@@ -234,13 +234,14 @@ def bench_serve(
     )
 
 
-async def stream_chat(request: Any, session: Any, pbar: Any = None) -> Any:
+async def stream_chat(request_func_input: Any, session: Any, pbar: Any = None) -> Any:
     """Send one request of ``vllm bench serve``. Unlike vLLM's own function, time only chunks that have text.
 
     vLLM takes the first chunk for the first token, but that one holds the role: a server may send it at once and hold
     the text back."""
     from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput, StreamedResponseHandler
 
+    request = request_func_input  # vLLM passes it by this name
     body: dict[str, Any] = {
         "model": request.model_name or request.model,
         "messages": [{"role": "user", "content": request.prompt}],

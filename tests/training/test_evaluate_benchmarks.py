@@ -104,8 +104,9 @@ def test_the_first_token_is_the_first_chunk_with_text(tmp_path: Path) -> None:
         while not server.started:
             await asyncio.sleep(0.01)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/chat/completions"
+        request = RequestFuncInput("2+2?", url, 1, 8, "rtap")
         async with aiohttp.ClientSession() as session:
-            output = await harness.stream_chat(RequestFuncInput("2+2?", url, 1, 8, "rtap"), session)
+            output = await harness.stream_chat(request_func_input=request, session=session, pbar=None)
         server.should_exit = True
         await running
         return output
