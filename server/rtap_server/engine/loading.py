@@ -204,8 +204,6 @@ async def _input(
     own = block if artifact.source is not None else artifact  # a file of `rtap calibrate` may be about any generator
     is_ours = own.kind == "confidence"
     announce(f"{address} judges {'thought and answer' if is_ours else 'the answer'} as a chat in its own template")
-    if not artifact.is_calibrated:
-        announce("its scores are not calibrated, so thresholds mean little; `rtap calibrate` fits them")
     return ChatInput(chat, tokenizer.decode, max_model_len, reads_thought=is_ours)
 
 
