@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rtap_core.format import TrajectoryFormat, parse_cycle
-from rtap_core.recursion import CycleEvent, FinalEvent, Recursion, StepEvent
+from rtap_core.recursion import CycleEvent, DraftEvent, FinalEvent, Recursion, StepEvent
 from rtap_core.types import Judged, Limits, Policy, Score
 from rtap_training.rl.lockstep import Generate, Lockstep, RowEngine, in_lockstep
 
@@ -136,6 +136,8 @@ async def _collect(asked: RolloutQuestion, recursion: Recursion, limits: Limits,
                     ids = (*ids, *closing)
                 text = (dialect.format.think_open if opened and not cycles else "") + dialect.decode(written)
                 cycles.append(RolledCycle(ids, text, cycle.answer, cycle.confidence == 1.0, cycle.oops_tokens))
+            case DraftEvent():
+                pass  # of streams
             case FinalEvent():
                 row.finish(is_right=cycles[-1].is_right)
     return Rollout(asked.question, asked.prompt_ids, row.ids, row.is_boundary, row.logps, tuple(cycles))
