@@ -157,8 +157,7 @@ def fit_logistic(features: Floats, labels: Bools, start: Floats, *, steps: int =
 def fit_features(features: Floats, labels: Bools) -> list[float]:
     """Bias and weights of a logistic regression on features (N, F)."""
     columns: Floats = np.column_stack([np.ones(len(features)), features])
-    start: Floats = np.zeros(1 + features.shape[1])
-    return fit_logistic(columns, labels, start).tolist()
+    return fit_logistic(columns, labels, np.zeros_like(columns[0])).tolist()
 
 
 def cross_validated(features: Floats, labels: Bools, questions: Sequence[int]) -> Floats:
