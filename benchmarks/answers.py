@@ -2,9 +2,9 @@
 
     python benchmarks/answers.py SAMPLES.jsonl [SAMPLES.jsonl …]
 
-Each line of a file has ``id`` (of the question), ``answer`` (the reference) and ``text`` (of one sample). Compared are
-the samples of a question with each other and with the reference. math-verify receives the extracted answers and runs in
-a process that is killed after five seconds. Writes docs/results/answers.{json,md}.
+The files are samples of ``rtap eval``. Compared are the samples of a question with each other and with the reference.
+math-verify receives the extracted answers and runs in a process that is killed after five seconds. Writes
+docs/results/answers.{json,md}.
 """
 
 import argparse
@@ -87,8 +87,8 @@ def pairs_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     by_question: dict[str, list[str]] = {}
     for row in rows:
         answer = extract_answer(row["text"])
-        yield answer, row["answer"]
-        by_question.setdefault(row["id"], []).append(answer)
+        yield answer, row["reference"]
+        by_question.setdefault(row["question"], []).append(answer)
     for answers in by_question.values():
         yield from combinations(answers, 2)
 
@@ -129,7 +129,7 @@ def extraction(rows: Sequence[Mapping[str, Any]], comparer: Comparer) -> list[Ex
     """How answers are written, and which extraction finds the right one."""
     kinds: dict[str, list[tuple[bool, bool, bool, bool]]] = {}
     for row in rows:
-        text, reference = row["text"], row["answer"]
+        text, reference = row["text"], row["reference"]
         boxes, numbers, found = _BOX.findall(text), _NUMBER.findall(text), extract_answer(text)
         kind = "box" if boxes else "stated" if _STATED.search(text) else "neither"
         as_written = not boxes or found == boxes[-1].strip()

@@ -1,11 +1,10 @@
 """Openings of a continued cycle, compared on a model that was not trained to continue: corrected and broken answers.
 
-    python benchmarks/openings.py MODEL SAMPLES.jsonl --questions QUESTIONS.jsonl
+    python benchmarks/openings.py MODEL SAMPLES.jsonl --prompt PROMPT
 
-Of the first sample of each question, some right and some wrong ones are continued: the prompt, the sample without its
-end of turn, an opening, then up to 300 sampled tokens. ``fresh`` is the second kept sample of the same question
-instead. Each line of SAMPLES has ``id``, ``sample``, ``answer`` (the reference), ``text``, ``finish``,
-``prompt_tokens`` and ``token_ids``; QUESTIONS has ``id`` and ``question``. Writes docs/results/openings.{json,md}.
+Of the first sample of each question, some right and some wrong ones are continued: the prompt, the sample's text, an
+opening, then up to 300 sampled tokens. ``fresh`` is the second kept sample of the same question instead. SAMPLES are
+those of ``rtap eval``, PROMPT is its ``--prompt``. Writes docs/results/openings.{json,md}.
 """
 
 import argparse
@@ -21,6 +20,9 @@ from typing import Any
 from harness import RESULTS, interval_text, list_info, run_info, write_report
 
 from rtap_core.answers import extract_answer, same_answer
+from rtap_training.evaluation.question_files import GYM_PROMPT, SLOT, Question
+from rtap_training.evaluation.records import Run
+from rtap_training.evaluation.samples import read_samples
 from rtap_training.evaluation.statistics import Interval, paired_difference
 
 OPENINGS = (
@@ -30,18 +32,15 @@ OPENINGS = (
     "\n\nLet me verify the answer by computing it in another way.\n",
 )
 FRESH = "fresh"
-PROMPT = "{question}\n\nWrite one equation for each step and nothing else, then the final answer in \\boxed{{}}."
 
 
 @dataclass(frozen=True, slots=True)
 class First:
     """The first answer to a question, and the second sample."""
 
-    id: str
+    question: str
     reference: str
     prompt: str
-    prompt_tokens: int
-    token_ids: tuple[int, ...]
     text: str
     is_right: bool
     second: str
@@ -52,7 +51,7 @@ class First:
 class Result:
     """A continuation, or the second sample. answer: extracted; that of the first cycle if the text is empty."""
 
-    id: str
+    question: str
     opening: str
     text: str
     answer: str
@@ -67,50 +66,42 @@ class Result:
         return not self.text.strip()
 
 
-def first_answers(
-    rows: Sequence[Mapping[str, Any]], questions: Mapping[str, str], template: str, *, right: int, wrong: int
-) -> list[First]:
-    """The first ``right`` right and ``wrong`` wrong answers that ended by themselves and have a second sample."""
-    by_question: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for row in rows:
-        by_question.setdefault(row["id"], {})[row["sample"]] = row
-    left = {True: right, False: wrong}
+def first_answers(votes: Sequence[Run], questions: Mapping[str, Sequence[Question]], template: str) -> list[First]:
+    """The first answers that ended by themselves."""
     found: list[First] = []
-    for name, samples in by_question.items():
-        if 0 in samples and 1 in samples and samples[0]["finish"] == "stop":
-            first, second = samples[0], samples[1]
-            is_right = same_answer(first["text"], first["answer"])
-            if left[is_right] > 0:
-                left[is_right] -= 1
+    for vote in votes:
+        for outcome in vote.outcomes:
+            question, (first, second) = questions[vote.task][outcome.index], outcome.cycles
+            if first.answer is not None and first.text is not None:
+                prompt = template.replace(SLOT, question.text)
                 found.append(
                     First(
-                        name, first["answer"], template.format(question=questions[name]), first["prompt_tokens"],
-                        tuple(first["token_ids"]), first["text"], is_right, second["text"], len(second["token_ids"]),
+                        question.text,
+                        question.answer,
+                        prompt,
+                        first.text,
+                        first.is_correct,
+                        second.text or "",
+                        second.tokens,
                     )
-                )  # fmt: skip
+                )
     return found
 
 
-def continued_prompts(firsts: Sequence[First], openings: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids that each first answer continues from, for each opening in turn.
+def some(firsts: Sequence[First], *, right: int, wrong: int) -> list[First]:
+    """The first ``right`` right and ``wrong`` wrong ones."""
+    return [f for f in firsts if f.is_right][:right] + [f for f in firsts if not f.is_right][:wrong]
 
-    Raises SystemExit if a prompt is not that of the sample."""
-    special = set(tokenizer.all_special_ids)
+
+def continued_prompts(firsts: Sequence[First], openings: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids that each first answer continues from, for each opening in turn."""
     prompts: list[list[int]] = []
     for first in firsts:
         conversation = [{"role": "user", "content": first.prompt}]
-        text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
-        if len(prompt) != first.prompt_tokens:
-            raise SystemExit(
-                f"the prompt of {first.id} has {len(prompt)} tokens, that of its sample {first.prompt_tokens}: "
-                "give the --prompt and the model that the samples were made with"
-            )
-        answer = list(first.token_ids)
-        while answer and answer[-1] in special:
-            answer.pop()
+        prompt = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        parts = [tokenizer.encode(part, add_special_tokens=False) for part in (prompt, first.text)]
         for opening in openings:
-            prompts.append([*prompt, *answer, *tokenizer.encode(opening, add_special_tokens=False)])
+            prompts.append([*parts[0], *parts[1], *tokenizer.encode(opening, add_special_tokens=False)])
     return prompts
 
 
@@ -119,7 +110,7 @@ def result_of(first: First, opening: str, text: str, tokens: int) -> Result:
     answer = extract_answer(text if text.strip() else first.text)
     is_same = same_answer(answer, first.text)
     return Result(
-        first.id, opening, text, answer, first.is_right, same_answer(answer, first.reference), is_same, tokens
+        first.question, opening, text, answer, first.is_right, same_answer(answer, first.reference), is_same, tokens
     )
 
 
@@ -203,8 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="openings.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("samples", type=Path, nargs="+")
-    parser.add_argument("--questions", type=Path, nargs="+", required=True)
-    parser.add_argument("--prompt", default=PROMPT, help="template that the samples were made with")
+    parser.add_argument("--prompt", default=GYM_PROMPT, help="the --prompt that the samples were made with")
     parser.add_argument("--openings", nargs="+", default=list(OPENINGS))
     parser.add_argument("--right", type=int, default=100, help="right first answers (default: 100)")
     parser.add_argument("--wrong", type=int, default=100, help="wrong first answers (default: 100)")
@@ -214,12 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args, started = parser.parse_args(arguments), datetime.now(UTC)
-    samples, questions = (
-        [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()]
-        for paths in (args.samples, args.questions)
-    )
-    texts = {row["id"]: row["question"] for row in questions}
-    firsts = first_answers(samples, texts, args.prompt, right=args.right, wrong=args.wrong)
+    questions, votes = read_samples(args.samples, 2)
+    firsts = some(first_answers(votes, questions, args.prompt), right=args.right, wrong=args.wrong)
     results = [result_of(first, FRESH, first.second, first.second_tokens) for first in firsts]
     results += continue_answers(args.model, firsts, args)
     right = sum(first.is_right for first in firsts)

@@ -15,6 +15,7 @@ from harness import Server, Servers
 
 from rtap_core.format import RTAP
 from rtap_training.evaluation.question_files import Question
+from rtap_training.evaluation.samples import read_samples
 from rtap_training.tasks.equivalence import Comparer
 
 # ------------------------------------------------------------------------------------------------------------- parity
@@ -96,9 +97,9 @@ def comparer() -> Iterator[Comparer]:
 
 
 ROWS = [
-    {"id": "a", "answer": "0.5", "text": "So \\boxed{1/2}"},
-    {"id": "a", "answer": "0.5", "text": "The answer is 2."},
-    {"id": "a", "answer": "0.5", "text": "\\boxed{1 + 1}"},
+    {"question": "a", "reference": "0.5", "text": "So \\boxed{1/2}"},
+    {"question": "a", "reference": "0.5", "text": "The answer is 2."},
+    {"question": "a", "reference": "0.5", "text": "\\boxed{1 + 1}"},
 ]
 
 
@@ -124,9 +125,7 @@ def test_extraction_is_counted_by_how_the_answer_is_written(comparer: Comparer) 
 
 
 class Letters:
-    """A tokenizer of code points; 0 ends the turn."""
-
-    all_special_ids = (0,)
+    """A tokenizer of code points."""
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **_: Any) -> str:
         return f"<{conversation[0]['content']}>"
@@ -135,29 +134,35 @@ class Letters:
         return list(map(ord, text))
 
 
-def sample(name: str, number: int, text: str, finish: str = "stop") -> dict[str, Any]:
-    ids = [*map(ord, text), 0]
-    return {"id": name, "sample": number, "answer": "4", "text": text, "finish": finish, "prompt_tokens": 4,
-            "token_ids": ids}  # fmt: skip
-
-
-def test_first_answers_are_continued_after_their_tokens_without_the_end_of_turn() -> None:
-    texts = {"r": "45", "w": "54", "v": "55"}
-    rows = [sample(name, number, text) for name, both in texts.items() for number, text in enumerate(both)]
-    rows += [sample("cut", 0, "4", "length"), sample("cut", 1, "4"), sample("one", 0, "4")]
-    questions = dict.fromkeys(("r", "w", "v", "cut", "one"), "2")
-    firsts = openings.first_answers(rows, questions, "{question}!", right=5, wrong=1)
-    assert [(f.id, f.is_right, f.second) for f in firsts] == [("r", True, "5"), ("w", False, "4")]
-    assert openings.continued_prompts(firsts, ["", " Wait"], Letters()) == [
-        [*map(ord, text)] for text in ("<2!>4", "<2!>4 Wait", "<2!>5", "<2!>5 Wait")
+def firsts_of(folder: Path, texts: Mapping[str, str]) -> list[openings.First]:
+    """First answers to questions whose answer is 4, from samples of one letter. A blank is a sample that was cut."""
+    rows = [
+        {"task": "sums", "question": question, "reference": "4", "text": text, "tokens": 2, "sample": number}
+        | ({"answer": None} if text == " " else {})
+        for question, both in texts.items()
+        for number, text in enumerate(both)
     ]
-    with pytest.raises(SystemExit, match="prompt of r has 3 tokens, that of its sample 4"):
-        openings.continued_prompts(openings.first_answers(rows, questions, "2", right=1, wrong=0), [""], Letters())
+    path = folder / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    questions, votes = read_samples([path], 2)
+    return openings.first_answers(votes, questions, "{question}!")
 
 
-def test_mended_and_broken_answers_are_paired_with_fresh_ones() -> None:
-    rows = [sample("r", 0, "4"), sample("r", 1, "5"), sample("w", 0, "5"), sample("w", 1, "5")]
-    right, wrong = openings.first_answers(rows, {"r": "2", "w": "2"}, "{question}", right=1, wrong=1)
+def test_first_answers_are_continued_after_their_text(tmp_path: Path) -> None:
+    firsts = firsts_of(tmp_path, {"r": "45", "w": "54", "v": "55", "cut": " 4", "one": "4"})
+    assert [(f.question, f.is_right, f.second) for f in firsts] == [
+        ("r", True, "5"),
+        ("w", False, "4"),
+        ("v", False, "5"),
+    ]
+    firsts = openings.some(firsts, right=5, wrong=1)
+    assert openings.continued_prompts(firsts, ["", " Wait"], Letters()) == [
+        [*map(ord, text)] for text in ("<r!>4", "<r!>4 Wait", "<w!>5", "<w!>5 Wait")
+    ]
+
+
+def test_mended_and_broken_answers_are_paired_with_fresh_ones(tmp_path: Path) -> None:
+    right, wrong = firsts_of(tmp_path, {"r": "45", "w": "55"})
     results = [openings.result_of(first, openings.FRESH, first.second, 2) for first in (right, wrong)]
     results += [openings.result_of(right, "", " ", 1), openings.result_of(wrong, "", "So the sum is 4.", 9)]
     fresh, again = openings.rows_of(results, [openings.FRESH, ""])
