@@ -246,7 +246,7 @@ def test_training_alone_works_on_a_mac() -> None:
 
 def test_an_unknown_extra_is_named_with_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert setup_env.main(["--venv", str(tmp_path / "venv"), "gpu"]) == 1
-    assert "no such extra: gpu; there are serve, cpu, cuda, train, ray, dev." in capsys.readouterr().err
+    assert "no such extra: gpu; there are serve, cpu, cuda, train, rg, ray, dev." in capsys.readouterr().err
     assert not (tmp_path / "venv").exists()
 
 

@@ -170,7 +170,7 @@ def test_logs_metrics_and_spans_have_no_text_of_requests_and_no_keys(operated, r
         if reply.status_code != 200:
             assert error_of(path, reply.json())
             assert reply.headers["x-request-id"]
-    assert statuses == {True: 8, False: 12}  # log-probabilities cannot score a given answer
+    assert statuses == {True: 9, False: 11}
     for schema in SCHEMAS:
         grammar = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         assert _chat(operated, chat | {"response_format": grammar}).status_code in (200, 400)
