@@ -253,6 +253,9 @@ def test_kept_samples_give_the_same_rows_without_a_server(
     error = capsys.readouterr().err
     assert "needs no server" in error
     assert "omit --questions" in error
+    for more in (["--confidence-model", "G"], ["--policies", "vote"], ["--prompt", "{question}"], ["--resume"]):
+        assert main(["--from-samples", str(file), *more]) == 2
+        assert "asks no server; omit" in capsys.readouterr().err
 
 
 def test_rules_take_turns_in_rounds(plain: FakeServer, questions: Path) -> None:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rtap_training.evaluation.judgement import WORST, judge
-from rtap_training.evaluation.page import bar, interval, percent, task_view, to_html
+from rtap_training.evaluation.page import bar, choose, interval, percent, task_view, to_html
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
 from rtap_training.evaluation.results import Results, RuleParameters, task_results
@@ -147,4 +147,14 @@ def test_intervals_and_where_they_are_drawn() -> None:
 
 def test_a_headline_without_a_vote_names_the_cost_alone() -> None:
     task = task_results(TASK, [run(RunSpec("confidence", 0.5), 4)], questions(4), PARAMETERS)
-    assert task_view(task)["headline"].endswith("with 40.0 tokens a question.")
+    assert task_view(task, 0.5)["headline"].endswith("with 40.0 tokens a question.")
+
+
+def test_a_threshold_is_highlighted_if_it_was_chosen_or_is_served_and_not_for_its_accuracy() -> None:
+    runs = [run(RunSpec("confidence", t), 4) for t in (0.2, 0.7)]
+    task = task_results(TASK, runs, questions(4), PARAMETERS)
+    task = replace(task, rows=tuple(row for row in task.rows if "chosen" not in row.label))
+    assert choose(task).confidence is None
+    served = choose(task, 0.7).confidence
+    assert served is not None
+    assert served.threshold == 0.7

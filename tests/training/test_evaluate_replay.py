@@ -112,9 +112,21 @@ def test_live_runs_compare_with_the_majority_as_drawn() -> None:
     assert 0.4 < rules(vote, questions)["majority x2"].right.mean() < 0.6
 
 
-def test_rules_of_confidence_need_one_for_every_answer() -> None:
-    found = rules(*vote_of([[record("4", confidence=0.5), record("4"), record(None)]]))
-    assert not {label for label in found if label.startswith(("weighted", "cges", "confidence"))}
+def test_a_question_with_an_unscored_answer_counts_votes_and_is_reported() -> None:
+    scored = [record("4", right=True, confidence=0.9), record("5", confidence=0.1), record("5", confidence=0.1)]
+    found = rules(*vote_of([scored, [*scored[:2], record("5")]]))
+    assert found["weighted x3 (1 questions not fully scored)"].right.tolist() == [1.0, 0.0]
+    assert {label.split("@")[0] for label in found if "scored" in label} >= {"cges", "confidence"}
+    assert not [label for label in rules(*vote_of([[record("4")] * 3])) if "weighted" in label]
+
+
+def test_judged_tokens_of_a_replayed_generator_are_unknown() -> None:
+    scored = replace(record("4", confidence=0.9), logprobs={"mean": -0.1})
+    free = rules(*vote_of([[scored] * 2]))["weighted x2"]
+    assert free.judged is not None
+    paid = rules(*vote_of([[record("4", confidence=0.9)] * 2]))
+    assert paid["weighted x2"].judged is None
+    assert row_of(paid["weighted x2"], Reference(paid["majority x2"], []), is_live=False).total_token_ratio is None
 
 
 def test_without_extraction_texts_that_state_one_answer_are_different_answers() -> None:

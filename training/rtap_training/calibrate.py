@@ -301,7 +301,7 @@ def _written(path: Path) -> Generator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from rtap_training.evaluate import _positive, _temperature  # pyright: ignore[reportPrivateUsage]
+    from rtap_training.evaluate import positive, temperature
     from rtap_training.evaluation.question_files import SPLITS
 
     parser = argparse.ArgumentParser(
@@ -321,17 +321,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--server", metavar="URL", help="address of a running rtap server, instead of MODEL")
     parser.add_argument("--from-samples", type=Path, metavar="FILE", help="samples of an earlier run, instead of both")
     parser.add_argument("--output", type=Path, default=Path("confidence.json"), help="file (default: %(default)s)")
-    parser.add_argument("--samples", type=_positive, default=8, metavar="N", help="of each question (default: 8)")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each task")
-    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="of a sample (default: the server's)")
+    parser.add_argument("--samples", type=positive, default=8, metavar="N", help="of each question (default: 8)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each task")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="of a sample (default: the server's)")
     parser.add_argument(
-        "--temperature", type=_temperature, default=1.0, metavar="T", help="as your clients use (default: 1.0)"
+        "--temperature", type=temperature, default=1.0, metavar="T", help="as your clients use (default: 1.0)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples (default: 0)")
-    parser.add_argument("--concurrency", type=_positive, default=32, metavar="N", help="requests at once (default: 32)")
-    parser.add_argument("--timeout", type=_positive, default=600, metavar="SECONDS", help="of a request (default: 600)")
+    parser.add_argument("--concurrency", type=positive, default=32, metavar="N", help="requests at once (default: 32)")
+    parser.add_argument("--timeout", type=positive, default=600, metavar="SECONDS", help="of a request (default: 600)")
     parser.add_argument(
-        "--ready-timeout", type=_positive, default=300, metavar="SECONDS", help="of the server's start (default: 300)"
+        "--ready-timeout", type=positive, default=300, metavar="SECONDS", help="of the server's start (default: 300)"
     )
     parser.add_argument(
         "--api-key", default=os.environ.get("RTAP_API_KEY"), help="API key of the server (default: RTAP_API_KEY)"

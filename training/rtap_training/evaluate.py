@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--confidence-config", type=Path, metavar="FILE", help=text)
     text = "message with {question} in it (default: the question; for rg: also to answer in \\boxed{})"
     what.add_argument("--prompt", metavar="TEMPLATE", help=text)
-    what.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each task")
+    what.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each task")
     text = "only this half of the questions (default: both)"
     what.add_argument("--split", choices=("calibration", "test"), help=text)
     policies = f"stopping rules to measure, from {','.join(RULES)} (default: all that the server can)"
@@ -148,19 +148,19 @@ def _parser() -> argparse.ArgumentParser:
     thresholds = "0.95,0.8,0.85,0.9,0.98"
     text = "thresholds of the adaptive vote; the server is asked with the first"
     _add(what, "--vote-thresholds", _list(_share), thresholds, text, "LIST")
-    _add(what, "--samples", _list(_positive), "1,2,4,8,16", "numbers of samples to vote over", "LIST")
-    what.add_argument("--max-cycles", type=_positive, metavar="N", help="maximum cycles (default: the server's)")
+    _add(what, "--samples", _list(positive), "1,2,4,8,16", "numbers of samples to vote over", "LIST")
+    what.add_argument("--max-cycles", type=positive, metavar="N", help="maximum cycles (default: the server's)")
     text = "how further cycles start (default: the server's)"
     what.add_argument("--recursion", choices=("continue", "fresh"), help=text)
-    what.add_argument("--max-tokens", type=_positive, metavar="N", help="maximum tokens per reply (default: no limit)")
-    _add(what, "--temperature", _temperature, "1.0", "sampling temperature", "T")
+    what.add_argument("--max-tokens", type=positive, metavar="N", help="maximum tokens per reply (default: no limit)")
+    _add(what, "--temperature", temperature, "1.0", "sampling temperature", "T")
     _add(what, "--seed", int, "0", "seed; every question derives its own from it", "S")
     how = parser.add_argument_group("load and output")
-    _add(how, "--concurrency", _positive, "32", "concurrent requests", "N")
+    _add(how, "--concurrency", positive, "32", "concurrent requests", "N")
     text = "parts into which questions are split; rules alternate part by part, for ratios of seconds with an interval"
-    _add(how, "--rounds", _positive, "1", text, "N")
-    _add(how, "--timeout", _positive, "600", "timeout of one request", "SECONDS")
-    _add(how, "--ready-timeout", _positive, "300", "timeout of a server start", "SECONDS")
+    _add(how, "--rounds", positive, "1", text, "N")
+    _add(how, "--timeout", positive, "600", "timeout of one request", "SECONDS")
+    _add(how, "--ready-timeout", positive, "300", "timeout of a server start", "SECONDS")
     _add(
         how,
         "--token-budget",
@@ -211,7 +211,8 @@ def _rule(text: str) -> str:
     return text
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return int(text)
@@ -221,7 +222,8 @@ def _share(text: str) -> float:
     return _number(text, high=1.0)
 
 
-def _temperature(text: str) -> float:
+def temperature(text: str) -> float:
+    """Parse a sampling temperature."""
     return _number(text, high=2.0)
 
 

@@ -28,8 +28,8 @@ class Row:
 
     The rest compares with the plain majority of all samples on the same questions, None without one. difference: in
     accuracy. token_ratio: of policy tokens. total_token_ratio: with the tokens that the generator read added to the
-    rule. wall_ratio: of seconds, over rounds of live runs. at_equal_tokens: accuracy minus that of the adaptive vote
-    at as many tokens; None beyond its curve.
+    rule, None if unknown. wall_ratio: of seconds, over rounds of live runs. at_equal_tokens: accuracy minus that of the
+    adaptive vote at as many tokens; None beyond its curve.
     """
 
     label: str
@@ -79,7 +79,9 @@ def row_of(figures: Figures, reference: Reference | None, *, is_live: bool, wall
         row,
         difference=paired_difference(list(figures.right), list(majority.right)),
         token_ratio=paired_ratio(figures.tokens, majority.tokens),
-        total_token_ratio=float((figures.tokens + figures.judged).sum() / majority.tokens.sum()),
+        total_token_ratio=None
+        if figures.judged is None
+        else float((figures.tokens + figures.judged).sum() / majority.tokens.sum()),
         at_equal_tokens=_at_equal_tokens(figures, [restrict(one, figures.indices) for one in reference.adaptive]),
     )
 
@@ -115,7 +117,8 @@ def restrict(figures: Figures, indices: Collection[int]) -> Figures:
     """The figures on those questions only, in question order."""
     wanted = set(indices)
     at = [i for i, index in enumerate(figures.indices) if index in wanted]
-    columns = (figures.right[at], figures.samples[at], figures.tokens[at], figures.judged[at])
+    judged = None if figures.judged is None else figures.judged[at]
+    columns = (figures.right[at], figures.samples[at], figures.tokens[at], judged)
     return Figures(figures.spec, tuple(figures.indices[i] for i in at), *columns, note=figures.note)
 
 

@@ -45,13 +45,20 @@ def to_html(results: Results) -> str:
         setting=results.setting,
         facts=facts(results.setting),
         errors=results.errors,
-        tasks=[task_view(task) for task in results.tasks],
+        tasks=[task_view(task, served_threshold(results.setting)) for task in results.tasks],
     )
 
 
-def task_view(task: TaskResults) -> View:
-    """Template variables of a task."""
-    chosen = choose(task)
+def served_threshold(setting: Mapping[str, Any]) -> float | None:
+    """The server's threshold, if its default policy is the confidence rule."""
+    served: Mapping[str, Any] = setting.get("server") or {}
+    defaults: Mapping[str, Any] = served.get("defaults") or {}
+    return defaults.get("threshold") if defaults.get("policy") == CONFIDENCE else None
+
+
+def task_view(task: TaskResults, threshold: float | None = None) -> View:
+    """Template variables of a task. threshold: that of the server."""
+    chosen = choose(task, threshold)
     shown = [row for row in task.rows if row.n]
     low = min((row.accuracy.low for row in shown), default=0.0)
     high = max((row.accuracy.high for row in shown), default=1.0)
@@ -73,9 +80,11 @@ def task_view(task: TaskResults) -> View:
     }
 
 
-def choose(task: TaskResults) -> Chosen:
-    """Rows to highlight: single cycle, adaptive vote, chosen (or most accurate) threshold, majority of all samples.
-    Live rows come before replayed ones."""
+def choose(task: TaskResults, threshold: float | None = None) -> Chosen:
+    """Rows to highlight: single cycle, adaptive vote, chosen (or served) threshold, majority of all samples.
+
+    Live rows come before replayed ones. The most accurate threshold is not highlighted: selected and judged on the same
+    questions it would look better than it is."""
     shown = sorted((row for row in task.rows if row.n), key=lambda row: not row.is_live)
     curve = [row for row in shown if row.rule == CONFIDENCE]
     votes = [row for row in shown if row.rule in (ADAPTIVE, CGES)]
@@ -84,7 +93,7 @@ def choose(task: TaskResults) -> Chosen:
         adaptive=next((row for row in votes if row.threshold == ADAPTIVE_THRESHOLD), next(iter(votes), None)),
         confidence=next(
             (row for row in curve if row.label.endswith(CHOSEN)),
-            max(curve, key=lambda row: row.accuracy.value, default=None),
+            next((row for row in curve if row.threshold == threshold), None),
         ),
         majority=next((row for row in shown if row.label == task.majority), None),
     )

@@ -4,7 +4,7 @@ The figures of a question are means over ORDERS orders of its samples, so that c
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
@@ -19,6 +19,7 @@ from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY,
 from rtap_training.evaluation.statistics import Floats
 
 ORDERS = 20
+SCORED = (CGES, CONFIDENCE, WEIGHTED)
 VOTES = (ADAPTIVE, CGES, MAJORITY, WEIGHTED)
 TEXT = " by text"  # texts are compared instead of the answers extracted from them
 
@@ -26,14 +27,14 @@ TEXT = " by text"  # texts are compared instead of the answers extracted from th
 @dataclass(frozen=True, slots=True)
 class Figures:
     """A rule on the questions at positions ``indices`` of a task: share right, samples, tokens of the policy and of the
-    generator, each by question. spec: the rule. note: appended to its label."""
+    generator, each by question. judged: None if unknown. spec: the rule. note: appended to its label."""
 
     spec: RunSpec
     indices: tuple[int, ...]
     right: Floats
     samples: Floats
     tokens: Floats
-    judged: Floats
+    judged: Floats | None
     note: str = ""
 
     @property
@@ -78,7 +79,9 @@ def replay(
     vote_thresholds: Sequence[float],
     thresholds: Sequence[float],
 ) -> list[Figures]:
-    """Every rule that the samples of ``vote`` allow; those with confidences only if every answer has one.
+    """Every rule that the samples of ``vote`` allow; those with confidences only if some answer has one.
+
+    Votes with an unscored answer count answers, as on the server; the label says in how many questions there is one.
 
     sizes: numbers of samples of plain and weighted votes. vote_thresholds: of adaptive votes. thresholds: of the
     confidence rule, which makes fresh attempts, at most as many as there are samples.
@@ -86,8 +89,10 @@ def replay(
     kept, most = _kept(vote, questions), vote.spec.samples or 1
     if not kept:
         return []
-    complete = [s.cycle for samples in kept.values() for s in samples if s.cycle.answer is not None]
-    is_scored = bool(complete) and all(cycle.confidence is not None for cycle in complete)
+    complete = {i: [s.cycle for s in samples if s.cycle.answer is not None] for i, samples in kept.items()}
+    is_scored = any(cycle.confidence is not None for cycles in complete.values() for cycle in cycles)
+    unscored = sum(any(cycle.confidence is None for cycle in cycles) for cycles in complete.values())
+    note = f" ({unscored} questions not fully scored)" if unscored else ""
     sizes = sorted({size for size in (1, *sizes, most) if size <= most})
     specs = [RunSpec(SINGLE), *(RunSpec(MAJORITY, samples=size) for size in sizes if size > 1)]
     if most > 1:
@@ -97,7 +102,13 @@ def replay(
         specs += [RunSpec(CGES, t, most) for t in sorted(vote_thresholds)]
         specs += [RunSpec(CONFIDENCE, t, most) for t in thresholds]
     orders = {index: _orders(questions[index], samples) for index, samples in kept.items()}
+    # A generator's tokens are not kept by sample; log-probabilities cost none.
+    is_free = all(c.logprobs is not None for o in vote.answered for c in o.cycles if c.confidence is not None)
     found = [_figures(spec, orders) for spec in specs]
+    found = [
+        replace(one, judged=one.judged if is_free else None, note=one.note + note) if one.spec.rule in SCORED else one
+        for one in found
+    ]
     if any(sample.text_key != sample.key for samples in kept.values() for sample in samples):
         by_text = [RunSpec(SINGLE), *([RunSpec(MAJORITY, samples=most)] if most > 1 else [])]
         found += [_figures(spec, orders, by_text=True) for spec in by_text]

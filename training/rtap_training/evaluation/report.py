@@ -167,7 +167,8 @@ def to_markdown(results: Results) -> str:
     parts = [
         "# Accuracy and cost of the stopping rules",
         "![accuracy against tokens](accuracy_vs_tokens.png)",
-        "Intervals are 95 %: Wilson for accuracies of live runs, paired bootstrap over questions (seconds: over "
+        "Intervals are 95 %: Wilson for accuracies of live rules, normal over questions for tokens and for accuracies "
+        "of replayed rules (Wilson where no order matters), paired bootstrap over questions (seconds: over "
         "rounds) for differences and ratios. *Majority* is the plain majority of all samples. *Replayed* rules decide "
         f"on the kept samples of `vote`, in {ORDERS} random orders of each question's samples. `majority` counts "
         "answers, `weighted` sums confidences; `adaptive` and `cges` are the same with a threshold, drawn in waves. "
