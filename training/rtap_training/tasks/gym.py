@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,21 +27,17 @@ DEFAULTS = {"size": 200, "seed": 0}
 LIMIT_SECONDS = 5.0
 _OPEN_SECONDS = 600.0  # the first import of reasoning-gym takes minutes on a busy machine
 MAX_LENGTH = 2000
-# Their verifiers evaluate the answer as Python; only arithmetic is passed on to them.
-EVALUATING = frozenset(
-    (
-        "binary_matrix",
-        "countdown",
-        "intermediate_integration",
-        "n_queens",
-        "polynomial_multiplication",
-        "puzzle24",
-        "simple_integration",
-        "spiral_matrix",
-        "string_insertion",
-    )
-)
+# Their answer is a formula that uses given numbers; only the verifier may judge it, as any formula has the right value.
+FORMULAS = frozenset(("countdown", "puzzle24"))
+# Their verifiers evaluate the answer with sympy's parse_expr; only arithmetic is passed on to them.
+PARSING = frozenset(("intermediate_integration", "polynomial_multiplication", "simple_integration"))
 _ARITHMETIC = re.compile(r"[\d\s+\-*/().]*")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_OPERATORS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-"}
+_LAYOUT = re.compile(r"\\left|\\right|\\[,;:! ]|\\[()\[\]]|\$")
+_VALUE = re.compile(r"=\s*-?[\d.]+\s*\.?\s*$")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +89,8 @@ def _create(source: str, name: str, options: Mapping[str, Any]) -> Any:
         known: Mapping[str, tuple[Any, Any]] = importlib.import_module("reasoning_gym.factory").DATASETS
     except ImportError as error:
         raise ConfigError(f"{source!r} needs reasoning-gym; install it with `pip install 'rtap[rg]'`") from error
+    if name == "composite":
+        raise ConfigError(f"{source!r} mixes other datasets; name these instead, each as rg:NAME")
     if name not in known:
         near = difflib.get_close_matches(name, known) or sorted(known)
         raise ConfigError(f"{source!r}: reasoning-gym has no dataset {name!r}; choose from {', '.join(near)}")
@@ -117,10 +116,16 @@ class Verifier:
         """True if the answer has the full score, or is the reference number in another notation."""
         if len(answer) > MAX_LENGTH:
             return False
+        if question.dataset in FORMULAS:
+            formula = plain_formula(answer)
+            return formula is not None and self._verdict(question, formula)
         if _is_number(question.answer) and same_text(answer, question.answer):
             return True
-        if question.dataset in EVALUATING and not _ARITHMETIC.fullmatch(answer):
+        if question.dataset in PARSING and not _ARITHMETIC.fullmatch(answer):
             return same_answer(answer, question.answer)
+        return self._verdict(question, answer)
+
+    def _verdict(self, question: GymQuestion, answer: str) -> bool:
         key = (question, answer)
         with self._lock:
             if key not in self._verdicts:
@@ -145,6 +150,18 @@ class Verifier:
             self._ready.clear()
             return 0.0
         return float(reply["score"])
+
+
+def plain_formula(answer: str) -> str | None:
+    """The formula with ``+ - * /`` in place of LaTeX and without a final ``= value``; None if it is not arithmetic."""
+    replaced = 1
+    while replaced:
+        answer, replaced = _FRACTION.subn(r"((\1)/(\2))", answer)
+    for written, operator in _OPERATORS.items():
+        answer = answer.replace(written, operator)
+    formula = _VALUE.sub("", _LAYOUT.sub("", answer)).strip()
+    is_plain = _ARITHMETIC.fullmatch(formula) and not re.search(r"\*\s*\*|/\s*/", formula)  # no powers
+    return formula if formula and is_plain else None
 
 
 def _is_number(text: str) -> bool:
