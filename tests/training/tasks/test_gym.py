@@ -42,7 +42,8 @@ PACKAGE = """
     class Countdown(Sums):
         def score_answer(self, answer, entry):
             numbers = sorted(re.findall(r"\\d+", answer))
-            return 1.0 if numbers in (["1", "2", "2"], ["1", "1", "2", "2"]) and eval(answer) == entry["metadata"]["sum"] else 0.0
+            is_allowed = numbers in (["1", "2", "2"], ["1", "1", "2", "2"])
+            return 1.0 if is_allowed and eval(answer) == entry["metadata"]["sum"] else 0.0
 """
 EVALUATING = """
     from reasoning_gym.datasets import Sums
