@@ -28,8 +28,10 @@ from starlette.routing import Route
 
 from rtap_core.errors import ConfigError
 from rtap_training.evaluate import main
+from rtap_training.evaluation import question_files
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.server_process import running_server, serve_command
+from rtap_training.tasks import gym
 
 QUESTIONS = 60
 ROOT = Path(__file__).resolve().parents[2]
@@ -335,6 +337,16 @@ def test_another_reference_answer_is_another_evaluation(fake: FakeServer, questi
     assert evaluate(fake, questions, *more) == 0
     assert len(fake.requests) == 2 * asked
     assert results_of(questions)["tasks"][0]["measurements"][0]["accuracy"]["value"] == 0.0
+
+
+def test_a_verifier_that_does_not_start_ends_the_evaluation_before_the_first_request(
+    fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = gym.GymQuestion("2 + 3?", "5", "nothing", "nothing", "{}", 0)
+    monkeypatch.setattr(question_files, "read_dataset", lambda _: [entry])
+    assert main(["--server", fake.url, "--questions", "rg:nothing", "--output", str(questions.parent / "out")]) == 2
+    assert "the verifier of nothing does not start" in capsys.readouterr().err
+    assert fake.requests == []
 
 
 def test_judging_is_not_timed(fake: FakeServer, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.question_files import GYM_PROMPT, load_questions
-from rtap_training.tasks.gym import Verifier, read_dataset
+from rtap_training.tasks.gym import Counts, Verifier, read_dataset
 
 PACKAGE = """
+    import os
     import re
     import time
     from dataclasses import dataclass
@@ -35,6 +36,8 @@ PACKAGE = """
         def score_answer(self, answer, entry):
             if answer == "loop":
                 time.sleep(60)
+            if answer == "exit":
+                os._exit(1)
             if answer == "fail":
                 raise ValueError
             return 1.0 if answer == f"={entry['metadata']['sum']}" else 0.5
@@ -128,6 +131,17 @@ def test_only_a_full_score_is_right_and_a_verifier_that_hangs_is_ended(verifier:
     assert not verifier.is_right(question, "loop")
     assert verifier.is_right(question, "=5")
     assert not verifier.is_right(question, "5" * 10_000)
+    assert not verifier.is_right(question, "exit")
+    assert verifier.counts == Counts(judged=5, errors=1, timeouts=1, crashes=1)
+
+
+def test_a_verifier_that_does_not_start_is_one_sentence(verifier: Verifier, tmp_path: Path) -> None:
+    question, *_ = read_dataset("rg:sums?size=2")
+    package = tmp_path / "reasoning_gym" / "__init__.py"
+    for code, reason in (("raise ImportError('no')", "ImportError: no"), ("import os; os._exit(1)", "process crashed")):
+        package.write_text(code)
+        with pytest.raises(ConfigError, match=f"the verifier of sums does not start: .*{reason}"):
+            verifier.start(question)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from rtap_training.evaluation.measurement import measure
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import Outcome, Reply, Round, Run, RunFile, RunSpec
 from rtap_training.evaluation.rules import SINGLE
+from rtap_training.tasks import gym
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,11 @@ class Session:
         return [self._finished(task, spec, files[spec], failed[spec], rounds) for spec in specs]
 
     async def warm_up(self, server: RtapServer) -> None:
-        """Send a few unmeasured requests. Raises ConfigError if the server answers none of them."""
+        """Start the verifiers, then send a few unmeasured requests. Raises ConfigError if a verifier does not start or
+        the server answers no request."""
+        for question in (question for rows in self.questions.values() for question in rows):
+            if question.gym is not None:
+                gym.start(question.gym)
         task, questions = next(iter(self.questions.items()))
         few = questions[: 2 * self.load.concurrency]
         run = await server.run(task, few, RunSpec(SINGLE), self.load, on_outcome=lambda _: None)

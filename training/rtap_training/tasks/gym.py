@@ -11,9 +11,9 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote
 
 from rtap_core.answers import same_answer as same_text
@@ -103,6 +103,16 @@ def _create(source: str, name: str, options: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{source!r}: {name} refuses these options: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Numbers of distinct answers passed to verifiers, and of those that count as wrong because the verifier failed."""
+
+    judged: int = 0
+    errors: int = 0
+    timeouts: int = 0
+    crashes: int = 0
+
+
 class Verifier:
     """Verifiers of datasets in a worker process. Thread-safe."""
 
@@ -111,6 +121,17 @@ class Verifier:
         self._worker, self._lock = Worker(), Lock()
         self._ready: set[tuple[str, str]] = set()
         self._verdicts: dict[tuple[GymQuestion, str], bool] = {}
+        self._counts = Counts()
+
+    @property
+    def counts(self) -> Counts:
+        """Counts so far."""
+        return self._counts
+
+    def start(self, question: GymQuestion) -> None:
+        """Load the verifier of the question's dataset. Raises ConfigError if it does not start."""
+        with self._lock:
+            self._start(question)
 
     def is_right(self, question: GymQuestion, answer: str) -> bool:
         """True if the answer has the full score, or is the reference number in another notation."""
@@ -136,20 +157,48 @@ class Verifier:
         """Stop the worker."""
         self._worker.close()
 
-    def _score(self, question: GymQuestion, answer: str) -> float:
+    def _start(self, question: GymQuestion) -> None:
         source = (question.dataset, question.options)
-        request = {"dataset": question.dataset, "options": json.loads(question.options)}
-        if source not in self._ready:
-            opened = self._worker.ask(request, _OPEN_SECONDS)
-            if opened["error"]:
-                raise ConfigError(f"the verifier of {question.dataset} does not start: {opened['error']}")
-            self._ready.add(source)
+        if source in self._ready:
+            return
         try:
-            reply = self._worker.ask(request | {"index": question.index, "answer": answer}, self._limit)
-        except OSError:  # took too long, or crashed
+            opened = self._worker.ask(_request(question), _OPEN_SECONDS)
+        except OSError as error:
             self._ready.clear()
+            reason = f"it took over {_OPEN_SECONDS:g} s" if isinstance(error, TimeoutError) else "its process crashed"
+            raise ConfigError(f"the verifier of {question.dataset} does not start: {reason}") from error
+        if opened["error"]:
+            raise ConfigError(f"the verifier of {question.dataset} does not start: {opened['error']}")
+        self._ready.add(source)
+
+    def _score(self, question: GymQuestion, answer: str) -> float:
+        self._start(question)
+        self._count("judged")
+        subject = f"{answer[:200]!r} by {question.dataset}"
+        try:
+            reply = self._worker.ask(_request(question) | {"index": question.index, "answer": answer}, self._limit)
+        except TimeoutError:
+            self._ready.clear()
+            self._count("timeouts", f"{subject} took over {self._limit:g} s")
             return 0.0
+        except OSError:
+            self._ready.clear()
+            self._count("crashes", f"{subject} crashed the worker")
+            return 0.0
+        if reply["error"]:
+            self._count("errors", f"{subject}: {reply['error']}")
         return float(reply["score"])
+
+    def _count(self, name: str, warning: str | None = None) -> None:
+        """Count an outcome; log its first occurrence."""
+        so_far = cast(int, getattr(self._counts, name))
+        self._counts = replace(self._counts, **{name: so_far + 1})
+        if warning is not None and so_far == 0:
+            logger.warning("verifying answers: %s; counted as wrong, further cases are only counted", warning)
+
+
+def _request(question: GymQuestion) -> dict[str, Any]:
+    return {"dataset": question.dataset, "options": json.loads(question.options)}
 
 
 def plain_formula(answer: str) -> str | None:
@@ -179,3 +228,13 @@ atexit.register(_verifier.close)
 def is_right(question: GymQuestion, answer: str) -> bool:
     """True if the dataset's verifier accepts the answer, by the verifier of this process."""
     return _verifier.is_right(question, answer)
+
+
+def start(question: GymQuestion) -> None:
+    """Load the verifier of the question's dataset in the worker of this process."""
+    _verifier.start(question)
+
+
+def counts() -> Counts:
+    """Counts of the verifier of this process."""
+    return _verifier.counts
