@@ -343,7 +343,11 @@ def test_a_verifier_that_does_not_start_ends_the_evaluation_before_the_first_req
     fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = gym.GymQuestion("2 + 3?", "5", "nothing", "nothing", "{}", 0)
-    monkeypatch.setattr(question_files, "read_dataset", lambda _: [entry])
+
+    def read(_: str) -> list[gym.GymQuestion]:
+        return [entry]
+
+    monkeypatch.setattr(question_files, "read_dataset", read)
     assert main(["--server", fake.url, "--questions", "rg:nothing", "--output", str(questions.parent / "out")]) == 2
     assert "the verifier of nothing does not start" in capsys.readouterr().err
     assert fake.requests == []
