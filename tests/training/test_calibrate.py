@@ -34,7 +34,7 @@ def rows(questions: int = 60, samples: int = 8, seed: int = 0) -> list[dict[str,
             share = TRUTH.confidence(None, known)
             found.append({
                 "question": f"q{question}", "reference": "1", "sample": number, "answer": "1", "text": "1", "tokens": 9,
-                "is_correct": bool(rng.random() < share), "logprobs": known.shown(),
+                "is_correct": bool(rng.random() < share), "logprobs": known.shown(), "kind": "logprob",
                 "confidence": Logistic(bias=2.0, generator=1.0).confidence(share, None),
             })  # fmt: skip
     return found
@@ -103,6 +103,7 @@ def test_only_the_wanted_half_of_the_questions_is_fitted(tmp_path: Path, capsys:
 
 
 RIGHT = [row | {"is_correct": True} for row in rows()]
+UNSCORED = [row | {"logprobs": None, "confidence": None, "kind": None} for row in rows()]
 
 
 @pytest.mark.parametrize(
@@ -111,11 +112,11 @@ RIGHT = [row | {"is_correct": True} for row in rows()]
         ([], "has no samples with an answer"),
         ([{"question": "q"}], r"samples.jsonl:1: not a sample \(KeyError"),
         ([7], r"samples.jsonl:1: not a sample"),
-        ([{"question": "q", "is_correct": True, "confidence": 7}], "confidence 7 is not between 0 and 1"),
+        ([rows()[0] | {"confidence": 7}], "confidence 7 is not between 0 and 1"),
         (RIGHT, "all 480 samples are right, so nothing separates them; give harder questions"),
         ([row | {"is_correct": False} for row in rows()], "give easier questions"),
         (rows(questions=4), "of 4 questions are too few; give at least 10 questions"),
-        ([row | {"logprobs": None, "confidence": None} for row in rows()], "none of the 480 samples has a confidence"),
+        (UNSCORED, "none of the 480 samples has a confidence"),
         ([row | {"logprobs": {"mean": "x"}} for row in rows()], "the samples hold wrong features"),
         ([row | {"logprobs": row["logprobs"] | {"mean": float("nan")}} for row in rows()], "wrong features"),
     ],
@@ -137,13 +138,22 @@ def test_what_cannot_be_fitted_is_one_sentence(
     [
         ([], "no questions: give --questions FILE"),
         (["--questions", "absent.jsonl"], "absent.jsonl"),
+        (["M", "--server", "http://x"], "give only one of them"),
+        (["--from-samples", "s.jsonl", "--questions", "q.jsonl"], "has its own questions; omit MODEL"),
+        (["--from-samples", "s.jsonl", "--", "--max-model-len", "9"], "needs no server"),
+        (["--questions", "{questions}", "--output", "/proc/no/c.json"], "cannot write /proc/no/c.samples.jsonl"),
         (["--from-samples", "absent.jsonl"], "cannot read the samples file absent.jsonl: no such file"),
         (["--questions", "{questions}", "--server", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
     ],
 )
 def test_missing_input_is_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     questions = written(tmp_path / "q.jsonl", [{"question": "1+1", "answer": "2"}])
     assert main([one.replace("{questions}", str(questions)) for one in arguments]) == 2
     assert message in capsys.readouterr().err
@@ -169,6 +179,7 @@ def test_a_server_is_sampled_one_scored_cycle_a_request_and_the_samples_are_kept
                 "1", row["is_correct"], row["confidence"], 9, 0, 0, None, text="1", logprobs=row["logprobs"]
             )
             outcomes.append(Outcome(index, cycles=(cycle,)))
+            on_outcome(outcomes[-1])
         return Run(task, spec, tuple(outcomes), None)
 
     monkeypatch.setattr(client.RtapServer, "connect", connect)
@@ -208,3 +219,44 @@ def test_without_flags_of_the_server_its_confidence_is_logprob(monkeypatch: pyte
         with pytest.raises(SystemExit), calibrate._address(args, flags):
             pass
     assert [command[-4:].count("logprob") for command in commands] == [1, 1, 0, 0]
+
+
+def test_kept_scores_of_a_calibrated_generator_keep_its_calibration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = {"bias": 0.5, "generator": 2.0}
+    scored = [one | {"logprobs": None, "kind": "pooling", "logistic": first} for one in rows()]
+    output = tmp_path / "c.json"
+    assert main(["--from-samples", str(written(tmp_path / "s.jsonl", scored)), "--output", str(output)]) == 0
+    found = read_artifact_file(output)
+    assert found.source == "pooling"
+    assert found.logistic is not None
+    assert found.logistic.generator == pytest.approx(2.0, rel=0.15)
+    for wrong, message in (
+        ([one | {"kind": None} for one in scored], "confidences without kind and logistic"),
+        ([*scored, scored[0] | {"logistic": None}], "samples of 2 different confidences"),
+    ):
+        assert main(["--from-samples", str(written(tmp_path / "s.jsonl", wrong)), "--output", str(output)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_run_keeps_what_was_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def connect(server: client.RtapServer) -> client.RtapServer:
+        server.config = {"confidence": {"kind": "yesno", "logistic": None}}
+        return server
+
+    async def run(*_: Any, on_outcome: Any) -> Run:
+        on_outcome(Outcome(0, cycles=(CycleRecord("2", True, 0.5, 9, 0, 0, None, text="2"),)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client.RtapServer, "connect", connect)
+    monkeypatch.setattr(client.RtapServer, "run", run)
+    questions = written(tmp_path / "q.jsonl", [{"question": "1+1", "answer": "2"}])
+    flags = ["--server", "http://x", "--questions", str(questions), "--output", str(tmp_path / "c.json")]
+    assert main(flags) == 130
+    kept = tmp_path / "c.samples.jsonl"
+    assert f"--from-samples {kept}" in capsys.readouterr().err
+    (line,) = kept.read_text().splitlines()
+    assert json.loads(line)["kind"] == "yesno"

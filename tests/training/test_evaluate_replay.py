@@ -164,9 +164,7 @@ def test_a_threshold_is_chosen_on_one_half_within_the_budget_and_judged_on_the_o
     assert chosen is not None
     assert (chosen.label, len(chosen.indices)) == (f"confidence@0.5{CHOSEN}", 10)
     assert chosen.right.mean() == 0.0  # judged on the odd questions
-    dear = choose_threshold(curve, majority, even, budget=0.05)  # none is affordable: the cheaper of the best
-    assert dear is not None
-    assert dear.spec.threshold == 0.5
+    assert choose_threshold(curve, majority, even, budget=0.05) is None  # none is affordable
     assert choose_threshold(curve, majority, range(20), budget=1.0) is None
     assert choose_threshold([], majority, even, budget=1.0) is None
 
@@ -193,6 +191,14 @@ def test_samples_are_read_back_as_they_were_written_and_a_text_is_enough(tmp_pat
         read_samples([plain], 1)
     with pytest.raises(ConfigError, match="no such file"):
         read_samples([tmp_path / "missing"], 1)
+
+
+def test_a_last_line_without_newline_is_a_sample(tmp_path: Path) -> None:
+    file = tmp_path / "s.jsonl"
+    lines = [{"question": "2+2", "reference": "4", "text": text, "tokens": 9} for text in "45"]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    _, (vote,) = read_samples([file], 2)
+    assert len(vote.outcomes[0].cycles) == 2
 
 
 def test_a_calibration_computes_confidences_of_kept_log_probabilities(tmp_path: Path) -> None:

@@ -13,14 +13,15 @@ import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from rtap_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rtap_training.evaluation.question_files import Question
-    from rtap_training.evaluation.records import CycleRecord, Run
+    from rtap_training.evaluation.records import Outcome
 
 LOGPROB = "logprob"
 _CONFIDENCE_FLAGS = ("--confidence", "--confidence-model")
@@ -53,8 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     args = _parser().parse_args(arguments[:at])
     shown = [text.replace(args.api_key, "…") for text in arguments] if args.api_key else arguments
+    serve_flags = arguments[at + 1 :]
     try:
-        served = _read(args.from_samples, args.split) if args.from_samples else _sampled(args, arguments[at + 1 :])
+        _check_arguments(args, serve_flags)
+        served = _read(args.from_samples, args.split) if args.from_samples else _sampled(args, serve_flags)
         block, report = fit(served)
         content = {"rtap": block, "command": shlex.join(["rtap", "calibrate", *shown])}
         with _written(args.output):
@@ -62,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"rtap calibrate: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        kept = _kept(args.output)
+        sys.stderr.write(f"rtap calibrate: interrupted; fit the samples so far with --from-samples {kept}\n")
+        return 130
     sys.stdout.write(f"{report}\nwrote {args.output}; serve it with --confidence-config {args.output}\n")
     return 0
 
@@ -175,65 +182,66 @@ FIGURES = ("within_auroc", "ece", "brier")
 
 
 def _read(path: Path, split: str | None) -> Served:
-    """Samples of a JSONL file: ``question``, ``is_correct`` (or ``reference`` and ``answer``), ``confidence`` and
-    ``logprobs``, as ``rtap eval`` and ``rtap calibrate`` keep them. Samples without an answer are left out."""
-    from rtap_training.evaluation.question_files import Question
-    from rtap_training.evaluation.records import whole_lines
+    """Samples of a file that ``rtap eval`` or ``rtap calibrate`` wrote, without those that have no answer.
 
-    if not path.is_file():
-        raise ConfigError(f"cannot read the samples file {path}: no such file")
-    samples = list[Sample]()
-    for number, line in enumerate(whole_lines(path), start=1):
-        try:
-            row = cast(dict[str, Any], json.loads(line))
-            reference = "" if "is_correct" in row else row["reference"]
-            question = Question(row["question"], reference, row.get("task", path.stem))
-            if row.get("answer", "") is None or split not in (None, question.split):
-                continue
-            right = row["is_correct"] if "is_correct" in row else question.is_right(row["answer"])
-            confidence = None if row.get("confidence") is None else _share(row["confidence"])
-            samples.append(Sample(question.text, bool(right), confidence, row.get("logprobs")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+    Raises ConfigError for scores of unknown origin: their calibration could not follow that of the server."""
+    from rtap_training.evaluation.samples import sample_rows
+
+    samples, sources = list[Sample](), list[tuple[str | None, Mapping[str, float] | None]]()
+    for question, cycle, row in sample_rows([path]):
+        if cycle.answer is None or split not in (None, question.split):
+            continue
+        kind = row.get("kind") or (None if cycle.logprobs is None else LOGPROB)
+        if kind is None and cycle.confidence is not None:
             raise ConfigError(
-                f"{path}:{number}: not a sample ({type(error).__name__}: {error}); a line needs question, is_correct, "
-                "and logprobs or confidence"
-            ) from error
+                f"{path} has confidences without kind and logistic, the server's calibration that they include; sample "
+                "again with `rtap calibrate MODEL`"
+            )
+        source = (kind, row.get("logistic"))
+        samples.append(Sample(question.text, cycle.is_correct, cycle.confidence, cycle.logprobs))
+        if kind is not None and source not in sources:
+            sources.append(source)
     if not samples:
-        raise ConfigError(f"{path} has no samples with an answer; keep some with `rtap calibrate` or `rtap eval`")
-    has_logprobs = any(one.logprobs is not None for one in samples)
-    return Served(LOGPROB if has_logprobs else None, samples)
-
-
-def _share(value: Any) -> float:
-    share = float(value)
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"confidence {value} is not between 0 and 1")
-    return share
+        raise ConfigError(f"{path} has no samples with an answer; sample again with a larger --max-tokens")
+    if len(sources) > 1:
+        raise ConfigError(f"{path} has samples of {len(sources)} different confidences; give those of one server")
+    samples.sort(key=lambda one: one.question)  # concurrent samples are kept as they come
+    kind, logistic = sources[0] if sources else (None, None)
+    return Served(kind, samples, logistic)
 
 
 def _sampled(args: argparse.Namespace, serve_flags: Sequence[str]) -> Served:
     """Sample the questions through a server, and keep the samples."""
     from rtap_training.evaluation.question_files import load_questions
-    from rtap_training.evaluation.samples import write_samples
 
     if not args.questions:
         raise ConfigError("no questions: give --questions FILE, or --from-samples FILE of an earlier run")
     questions = load_questions(args.questions, limit=args.limit, prompt=args.prompt, split=args.split)
-    kept = args.output.with_suffix(".samples.jsonl")
+    kept = _kept(args.output)
+    with _written(kept):  # before hours of sampling
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.open("a").close()
     with _address(args, serve_flags) as url:
-        source, runs = asyncio.run(_ask_all(args, url, questions))
-    with _written(kept):
-        write_samples(kept, runs, questions)
-    samples = [
-        Sample(questions[run.task][outcome.index].text, cycle.is_correct, cycle.confidence, cycle.logprobs)
-        for run in runs
-        for outcome in run.outcomes
-        for cycle in outcome.cycles
-        if cycle.answer is not None
-    ]
-    if not samples:
-        raise ConfigError(f"no sample has an answer ({kept} has the texts); raise --max-tokens")
-    return Served(source["kind"], samples, source.get("logistic"))
+        asyncio.run(_ask_all(args, url, questions, kept))
+    return _read(kept, None)
+
+
+def _kept(output: Path) -> Path:
+    """File of the samples."""
+    return output.with_suffix(".samples.jsonl")
+
+
+def _check_arguments(args: argparse.Namespace, serve_flags: Sequence[str]) -> None:
+    """Raise ConfigError for contradictory arguments."""
+    if args.from_samples and (args.model or args.server or args.questions or serve_flags):
+        raise ConfigError(
+            "--from-samples needs no server and has its own questions; omit MODEL, --server, --questions and flags "
+            "after --"
+        )
+    if args.server and (args.model or serve_flags):
+        raise ConfigError("--server uses a running server, MODEL and flags after -- start one; give only one of them")
+    if args.output.is_dir():
+        raise ConfigError(f"--output {args.output} is a folder; give the name of a file")
 
 
 @contextmanager
@@ -254,34 +262,34 @@ def _address(args: argparse.Namespace, serve_flags: Sequence[str]) -> Generator[
 
 
 async def _ask_all(
-    args: argparse.Namespace, url: str, questions: "Mapping[str, Sequence[Question]]"
-) -> "tuple[Mapping[str, Any], list[Run]]":
-    """(the server's confidence, the samples by task). A sample is one scored cycle of its own request."""
+    args: argparse.Namespace, url: str, questions: "Mapping[str, Sequence[Question]]", kept: Path
+) -> None:
+    """Append samples to ``kept`` as they come. A sample is one scored cycle of its own request."""
     from rtap_training.evaluation.client import Load, RtapServer
-    from rtap_training.evaluation.records import Outcome, Run, RunSpec
+    from rtap_training.evaluation.records import RunSpec
     from rtap_training.evaluation.rules import CONFIDENCE
+    from rtap_training.evaluation.samples import sample_line
 
     server = RtapServer(url, api_key=args.api_key, timeout_seconds=args.timeout, concurrency=args.concurrency)
     await server.connect()
     source: Mapping[str, Any] = server.config["confidence"]
     if source["kind"] == "none":
         raise ConfigError(f"the server at {url} has no confidence; start it with --confidence or --confidence-model")
-    spec, runs = RunSpec(CONFIDENCE, threshold=1.0), list[Run]()
+    spec = RunSpec(CONFIDENCE, threshold=1.0)
     load = Load(args.concurrency, args.temperature, args.seed, max_cycles=1, max_tokens=args.max_tokens)
-    for task, rows in questions.items():
-        found: list[list[CycleRecord]] = [[] for _ in rows]
-        for number in range(args.samples):
+    with _written(kept), kept.open("w", encoding="utf-8", buffering=1) as file:
+        for task, number in product(questions, range(args.samples)):
+            rows = questions[task]
+
+            def keep(outcome: "Outcome", rows: "Sequence[Question]" = rows, number: int = number) -> None:
+                file.writelines(sample_line(rows[outcome.index], number, cycle, source) for cycle in outcome.cycles)
+
             part = replace(load, seed=load.seed + number)
-            run = await server.run(task, rows, spec, part, on_outcome=lambda _: None)
+            run = await server.run(task, rows, spec, part, on_outcome=keep)
             if not run.answered:
                 raise ConfigError(f"every request failed: {run.outcomes[0].error}")
-            for outcome in run.answered:
-                found[outcome.index] += outcome.cycles
             failed = len(run.outcomes) - len(run.answered)
             sys.stderr.write(f"{task}: {number + 1} of {args.samples} samples of each question, {failed} failed\n")
-        outcomes = (Outcome(index, cycles=tuple(cycles)) for index, cycles in enumerate(found))
-        runs.append(Run(task, spec, tuple(outcomes), wall_seconds=None))
-    return source, runs
 
 
 @contextmanager

@@ -72,6 +72,8 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
         budget=args.token_budget,
     )
     kept = tuple(args.from_samples or ())
+    if kept and (args.confidence_model or args.policies or args.prompt or args.resume):
+        raise ConfigError("--from-samples asks no server; omit --confidence-model, --policies, --prompt and --resume")
     return EvaluationConfig(
         rules=None if args.policies is None else frozenset(args.policies),
         parameters=parameters,

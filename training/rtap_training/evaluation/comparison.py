@@ -88,9 +88,9 @@ def choose_threshold(
     curve: Sequence[Figures], majority: Figures | None, selecting: Collection[int], *, budget: float
 ) -> Figures | None:
     """The most accurate threshold on the questions ``selecting`` within ``budget`` times the majority's tokens, on the
-    other questions. Ties go to fewer tokens; without a majority, or if none is within the budget, all are candidates.
+    other questions. Ties go to fewer tokens; without a majority all are candidates.
 
-    None if a half is empty."""
+    None if a half is empty or no threshold is within the budget."""
     common = (
         {index for index in curve[0].indices if all(index in one.indices for one in curve)} if curve else set[int]()
     )
@@ -104,7 +104,9 @@ def choose_threshold(
         return float(restrict(one, on).tokens.mean())
 
     allowed = float("inf") if majority is None else budget * tokens(majority)
-    candidates = [one for one in curve if tokens(one) <= allowed] or curve
+    candidates = [one for one in curve if tokens(one) <= allowed]
+    if not candidates:
+        return None
     chosen = max(candidates, key=lambda one: (float(restrict(one, on).right.mean()), -tokens(one)))
     return replace(restrict(chosen, off), note=chosen.note + CHOSEN)
 

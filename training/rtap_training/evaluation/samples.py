@@ -2,11 +2,12 @@
 
 Fields of a line: ``task``, ``question``, ``reference`` (the reference answer), ``sample`` (number), ``think``, ``text``
 (the whole answer), ``answer`` (extracted; null if the sample was cut), ``is_correct``, ``tokens``, ``confidence`` and
-``logprobs`` (both may be null). ``question``, ``reference``, ``text`` and ``tokens`` are enough: the rest is computed.
+``logprobs`` (both may be null), ``kind`` and ``logistic`` (the server's confidence and the calibration it applied).
+``question``, ``reference``, ``text`` and ``tokens`` are enough: the rest is computed.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,31 +17,47 @@ from rtap_core.artifact import Logistic, read_artifact_file
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec, whole_lines, write_atomically
+from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec, write_atomically
 from rtap_training.evaluation.rules import VOTE
 
 
-def write_samples(path: Path, votes: Sequence[Run], questions: Mapping[str, Sequence[Question]]) -> None:
-    """Write the samples of all votes."""
-    rows = [
-        {
-            "task": vote.task,
-            "question": questions[vote.task][outcome.index].text,
-            "reference": questions[vote.task][outcome.index].answer,
-            "sample": number,
-            "think": cycle.think,
-            "text": cycle.text,
-            "answer": cycle.answer,
-            "is_correct": cycle.is_correct,
-            "tokens": cycle.tokens,
-            "confidence": cycle.confidence,
-            "logprobs": cycle.logprobs,
-        }
+def write_samples(
+    path: Path,
+    votes: Sequence[Run],
+    questions: Mapping[str, Sequence[Question]],
+    *,
+    confidence: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the samples of all votes. confidence: that of GET /v1/rtap/config."""
+    lines = [
+        sample_line(questions[vote.task][outcome.index], number, cycle, confidence)
         for vote in votes
         for outcome in vote.answered
         for number, cycle in enumerate(outcome.cycles)
     ]
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(path, "".join(lines))
+
+
+def sample_line(
+    question: Question, number: int, cycle: CycleRecord, confidence: Mapping[str, Any] | None = None
+) -> str:
+    """The line of one sample. confidence: see ``write_samples``."""
+    row = {
+        "task": question.task,
+        "question": question.text,
+        "reference": question.answer,
+        "sample": number,
+        "think": cycle.think,
+        "text": cycle.text,
+        "answer": cycle.answer,
+        "is_correct": cycle.is_correct,
+        "tokens": cycle.tokens,
+        "confidence": cycle.confidence,
+        "logprobs": cycle.logprobs,
+    }
+    if confidence is not None:
+        row |= {"kind": confidence["kind"], "logistic": confidence.get("logistic")}
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_samples(
@@ -57,21 +74,9 @@ def read_samples(
     Raises ConfigError with the file and line at fault."""
     logistic = None if confidence_config is None else _logistic(confidence_config)
     found: dict[Question, list[CycleRecord]] = {}
-    for path in paths:
-        if not path.is_file():
-            raise ConfigError(f"cannot read the samples file {path}: no such file")
-        for number, line in enumerate(whole_lines(path), start=1):
-            try:
-                row: dict[str, Any] = json.loads(line)
-                question = Question(row["question"], row["reference"], row.get("task") or path.stem)
-                cycle = _cycle(question, row, logistic)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise ConfigError(
-                    f"{path}:{number}: not a sample ({type(error).__name__}: {error}); a line needs question, "
-                    "reference, text and tokens"
-                ) from error
-            if split in (None, question.split):
-                found.setdefault(question, []).append(cycle)
+    for question, cycle, _ in sample_rows(paths, logistic):
+        if split in (None, question.split):
+            found.setdefault(question, []).append(cycle)
     questions: dict[str, list[Question]] = {}
     outcomes: dict[str, list[Outcome]] = {}
     for question, cycles in found.items():
@@ -93,6 +98,34 @@ def read_samples(
     return {task: questions[task] for task in outcomes}, runs
 
 
+def sample_rows(
+    paths: Sequence[Path], logistic: Logistic | None = None
+) -> Iterator[tuple[Question, CycleRecord, Mapping[str, Any]]]:
+    """(question, sample, all fields) of each line. logistic: computes confidences, in place of those kept.
+
+    Raises ConfigError with the file and line at fault."""
+    for path in paths:
+        try:
+            lines = path.read_text("utf-8").split("\n")
+        except FileNotFoundError as error:
+            raise ConfigError(f"cannot read the samples file {path}: no such file") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read the samples file {path}: {error}") from error
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row: dict[str, Any] = json.loads(line)
+                question = Question(row["question"], row["reference"], row.get("task") or path.stem)
+                cycle = _cycle(question, row, logistic)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ConfigError(
+                    f"{path}:{number}: not a sample ({type(error).__name__}: {error}); a line needs question, "
+                    "reference, text and tokens"
+                ) from error
+            yield question, cycle, row
+
+
 def _logistic(path: Path) -> Logistic:
     logistic = read_artifact_file(path).logistic
     if logistic is None or not logistic.reads_logprobs or logistic.generator:
@@ -103,7 +136,9 @@ def _logistic(path: Path) -> Logistic:
 def _cycle(question: Question, row: Mapping[str, Any], logistic: Logistic | None) -> CycleRecord:
     text: str | None = row["text"]
     answer = row["answer"] if "answer" in row else extract_answer(text or "") or None
-    confidence = row.get("confidence")
+    confidence = None if row.get("confidence") is None else float(row["confidence"])
+    if confidence is not None and not 0.0 <= confidence <= 1.0:
+        raise ValueError(f"confidence {row['confidence']} is not between 0 and 1")
     if logistic is not None:
         confidence = None if answer is None else logistic.confidence(None, LogprobFeatures.from_shown(row["logprobs"]))
     record = CycleRecord(answer, False, confidence, row["tokens"], 0, 0, None)
