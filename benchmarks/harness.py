@@ -89,11 +89,12 @@ class Servers:
 @contextmanager
 def comparable_servers(
     model: Path, *, confidence_model: Path | None, max_model_len: int, plain_flags: Sequence[str] = (),
-    base: Path | None = None,
+    base: Path | None = None, plain_first: bool = False,
 ) -> Generator[Servers]:  # fmt: skip
     """Start ``vllm serve``, ``rtap serve --policy single`` and, with ``base``, that of an older checkout.
 
-    The plain server stops where a cycle ends, so that all generate the same tokens."""
+    The plain server stops where a cycle ends, so that all generate the same tokens. plain_first: start it before ours.
+    """
     flags, environment = common_flags()
     flags += ["--served-model-name", SERVED_NAME, "--max-model-len", str(max_model_len)]
     generator = None if confidence_model is None else str(confidence_model)
@@ -108,8 +109,10 @@ def comparable_servers(
             )
 
         # One after the other: each measures the free memory while it starts.
-        rtap = Server("rtap", start("rtap", ours), model, {})
-        plain_url = start("vllm", plain, "/health")
+        commands = {"rtap": (ours, "/ready"), "vllm": (plain, "/health")}
+        order = sorted(commands, reverse=plain_first)
+        urls = {name: start(name, *commands[name]) for name in order}
+        rtap, plain_url = Server("rtap", urls["rtap"], model, {}), urls["vllm"]
         older = None if base is None else Server("base", start("base", _older_command(base, ours)), model, {})
         fmt: str = httpx.get(f"{rtap.url}/v1/rtap/config").raise_for_status().json()["format"]
         vllm = Server("vllm", plain_url, model, _cycle_end(plain_url) if fmt == "rtap" else {})

@@ -21,7 +21,7 @@ from harness import RESULTS, interval_text, list_info, run_info, write_report
 
 from rtap_core.answers import extract_answer, same_answer
 from rtap_training.evaluation.question_files import GYM_PROMPT, SLOT, Question
-from rtap_training.evaluation.records import Run
+from rtap_training.evaluation.records import CycleRecord, Run
 from rtap_training.evaluation.samples import read_samples
 from rtap_training.evaluation.statistics import Interval, paired_difference
 
@@ -38,13 +38,11 @@ FRESH = "fresh"
 class First:
     """The first answer to a question, and the second sample."""
 
-    question: str
-    reference: str
+    question: Question
     prompt: str
     text: str
     is_right: bool
-    second: str
-    second_tokens: int
+    second: CycleRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +72,7 @@ def first_answers(votes: Sequence[Run], questions: Mapping[str, Sequence[Questio
             question, (first, second) = questions[vote.task][outcome.index], outcome.cycles
             if first.answer is not None and first.text is not None:
                 prompt = template.replace(SLOT, question.text)
-                found.append(
-                    First(
-                        question.text,
-                        question.answer,
-                        prompt,
-                        first.text,
-                        first.is_correct,
-                        second.text or "",
-                        second.tokens,
-                    )
-                )
+                found.append(First(question, prompt, first.text, first.is_correct, second))
     return found
 
 
@@ -108,9 +96,9 @@ def continued_prompts(firsts: Sequence[First], openings: Sequence[str], tokenize
 def result_of(first: First, opening: str, text: str, tokens: int) -> Result:
     """What became of a first answer."""
     answer = extract_answer(text if text.strip() else first.text)
-    is_same = same_answer(answer, first.text)
+    is_right = first.question.is_right(answer)
     return Result(
-        first.question, opening, text, answer, first.is_right, same_answer(answer, first.reference), is_same, tokens
+        first.question.text, opening, text, answer, first.is_right, is_right, same_answer(answer, first.text), tokens
     )
 
 
@@ -168,8 +156,8 @@ def to_markdown(info: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
         "",
         "A model that was not trained to continue goes on after its first answer. Mended: share of the wrong first "
         "answers that end right. Broken: share of the right ones that end wrong. Same: the answer of the first cycle "
-        "again. An empty continuation keeps the first answer. `fresh` is an independent sample instead. 95 % intervals "
-        "by bootstrap over questions, differences paired by question.",
+        "again. An empty continuation keeps the first answer. `fresh` is another kept sample of the question instead. "
+        "95 % intervals by bootstrap over questions, differences paired by question.",
         "",
         *list_info(info),
         "",
@@ -206,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, started = parser.parse_args(arguments), datetime.now(UTC)
     questions, votes = read_samples(args.samples, 2)
     firsts = some(first_answers(votes, questions, args.prompt), right=args.right, wrong=args.wrong)
-    results = [result_of(first, FRESH, first.second, first.second_tokens) for first in firsts]
+    results = [result_of(first, FRESH, first.second.text or "", first.second.tokens) for first in firsts]
     results += continue_answers(args.model, firsts, args)
     right = sum(first.is_right for first in firsts)
     info = run_info(__file__, arguments, started, model=args.model.name, right=right, wrong=len(firsts) - right)

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"start {start + 1} of {args.starts}", flush=True)
         with comparable_servers(
             args.model, confidence_model=generator, max_model_len=args.max_model_len, plain_flags=plain_flags,
-            base=args.base,
+            base=args.base, plain_first=start % 2 == 0,
         ) as servers:  # fmt: skip
             for concurrency in args.concurrency:
                 measured[concurrency].append(_measure(servers, prompts, concurrency, start, args))

@@ -178,6 +178,7 @@ def _plain(answer: str) -> str:
     text = _WRAPPER.sub(r"\1", text)
     text = _FRAC.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
     text = _EXPONENT.sub(r"^\1", _NOISE.sub("", text)).replace("−", "-").replace("–", "-").strip()
+    text = " ".join(text.split())  # runs of spaces would make the next two quadratic
     assigned = _ASSIGNED.match(text)
     text = assigned[1] if assigned is not None else text
     text = _right_side(text) or text

@@ -89,13 +89,16 @@ def detect_format(
 
 
 def default_recursion(block: Mapping[str, Any] | None) -> Continuation:
-    """``recursion`` in the ``rtap`` block of a checkpoint's ``config.json``; without it a model that has the block was
+    """``recursion`` in the ``rtap`` block of a checkpoint's ``config.json``; without it a model of format ``rtap`` was
     trained to continue, and for any other model further cycles are fresh.
 
     Raises ConfigError for an unknown value."""
-    name = (block or {}).get("recursion", Continuation.CONTINUE if block else Continuation.FRESH)
-    if name not in list(Continuation):
-        raise ConfigError(f"unknown recursion {name!r} in config.json; use one of {sorted(Continuation)}")
+    declared = block or {}
+    default = Continuation.CONTINUE if declared.get("format") == RTAP.name else Continuation.FRESH
+    name = declared.get("recursion") or default
+    names = [continuation.value for continuation in Continuation]
+    if name not in names:
+        raise ConfigError(f"unknown recursion {name!r} in config.json; use one of {names}")
     return Continuation(name)
 
 

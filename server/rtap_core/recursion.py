@@ -270,6 +270,7 @@ class Recursion:
             except ConfidenceError as error:
                 state.degraded = error.reason if state.degraded is None else state.degraded
             seconds = self.clock() - began
+        draft.logprobs = []  # an object for each token, and a vote keeps its drafts
         if state.first_answer_seconds is None and draft.parser.answer is not None:
             state.first_answer_seconds = self.clock() - state.started
         first = draft.first

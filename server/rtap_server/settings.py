@@ -48,7 +48,8 @@ class Settings(BaseSettings):
         default=None, description="stopping policy; default: confidence with a generator, else model"
     )
     threshold: Fraction | None = Field(
-        default=None, description="confidence that ends a request; default: the generator's own, else 0.5"
+        default=None,
+        description="confidence that ends a request; default: the generator's own, else 0.5; under vote 0.95",
     )
     max_cycles: int = Field(default=8, ge=1, description="default for max_cycles of a request")
     samples: int = Field(default=8, ge=1, description="default for samples of a request under policy vote")
@@ -58,7 +59,7 @@ class Settings(BaseSettings):
     recursion: Continuation | None = Field(
         default=None,
         description="a further cycle continues the trajectory or is a fresh attempt; default: the checkpoint's own, "
-        "else fresh",
+        "continue for format rtap, else fresh",
     )
     patience: int | None = Field(
         default=None, ge=1, description="stop after this many cycles without a new highest confidence"
@@ -222,8 +223,8 @@ def load_settings(args: Mapping[str, Any], environ: Mapping[str, str]) -> Settin
     unknown = sorted(k for k in environ if k.startswith(ENV_PREFIX) and k not in (*known, *SECRETS, *CLIENTS))
     if unknown:
         removed = {f"{ENV_PREFIX}{flag[2:].replace('-', '_').upper()}": reason for flag, reason in REMOVED.items()}
-        if unknown[0] in removed:
-            raise ConfigError(f"{unknown[0]} was removed: {removed[unknown[0]]}")
+        for name in filter(removed.get, unknown):
+            raise ConfigError(f"{name} was removed: {removed[name]}")
         raise ConfigError(
             f"unknown variables: {', '.join(f'{name}{closest_match(name, known)}' for name in unknown)}; "
             "fix or unset them: `rtap serve --help=R-TAP` lists all"

@@ -16,6 +16,7 @@ from rtap_core.format import (
     THINK,
     CycleParser,
     TrajectoryFormat,
+    default_recursion,
     detect_format,
     format_from_config,
     parse_cycle,
@@ -238,3 +239,21 @@ def test_tags_in_the_answer_of_a_text_model_are_text(text, ended):
     assert parser.take_answer(final=True) == text
     assert (parser.answer, parser.partial_answer) == (text.strip() or None if ended else None, text.strip() or None)
     assert (parser.think, parser.closing_tag) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("block", "recursion"),
+    [
+        (None, "fresh"), ({"format": "rtap"}, "continue"), ({"format": "think"}, "fresh"),
+        ({"threshold": 0.5}, "fresh"),
+        ({"format": "think", "recursion": "continue"}, "continue"), ({"format": "rtap", "recursion": "fresh"}, "fresh"),
+    ],
+)  # fmt: skip
+def test_only_models_that_were_trained_to_continue_continue(block, recursion):
+    assert default_recursion(block) == recursion
+
+
+@pytest.mark.parametrize("wrong", ["again", ["fresh"], 3])
+def test_an_unknown_recursion_is_one_sentence(wrong):
+    with pytest.raises(ConfigError, match=r"unknown recursion .*; use one of \['continue', 'fresh'\]"):
+        default_recursion({"recursion": wrong})

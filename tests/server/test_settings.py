@@ -84,4 +84,4 @@ def test_a_removed_variable_is_refused_with_its_sentence(flag):
     assert flag[2:].replace("-", "_") not in Settings.model_fields
     name = f"RTAP_{flag[2:].replace('-', '_').upper()}"
     with pytest.raises(ConfigError, match=f"^{re.escape(f'{name} was removed: {REMOVED[flag]}')}$"):
-        load_settings({}, {name: "1"})
+        load_settings({}, {name: "1", "RTAP_AAA": "1"})

@@ -28,7 +28,10 @@ from starlette.routing import Route
 
 from rtap_core.errors import ConfigError
 from rtap_training.evaluate import main
+from rtap_training.evaluation import question_files
+from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.server_process import running_server, serve_command
+from rtap_training.tasks import gym
 
 QUESTIONS = 60
 ROOT = Path(__file__).resolve().parents[2]
@@ -327,6 +330,40 @@ def test_resume_asks_only_what_is_missing(fake: FakeServer, questions: Path) -> 
     assert single[1]["wall_seconds"] is None  # of an interrupted run
     assert evaluate(fake, questions, *more, "--resume", "--seed", "1") == 0  # another seed is another evaluation
     assert len(fake.requests) == asked + 2 * warm_up + 3 * QUESTIONS - 50
+
+
+def test_another_reference_answer_is_another_evaluation(fake: FakeServer, questions: Path) -> None:
+    more = ("--policies", "single", "--limit", "3", "--resume")
+    assert evaluate(fake, questions, *more) == 0
+    asked = len(fake.requests)
+    questions.write_text(questions.read_text().replace('"right"', '"left"'))
+    assert evaluate(fake, questions, *more) == 0
+    assert len(fake.requests) == 2 * asked
+    assert results_of(questions)["tasks"][0]["measurements"][0]["accuracy"]["value"] == 0.0
+
+
+def test_a_verifier_that_does_not_start_ends_the_evaluation_before_the_first_request(
+    fake: FakeServer, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = gym.GymQuestion("2 + 3?", "5", "nothing", "nothing", "{}", 0)
+
+    def read(_: str) -> list[gym.GymQuestion]:
+        return [entry]
+
+    monkeypatch.setattr(question_files, "read_dataset", read)
+    assert main(["--server", fake.url, "--questions", "rg:nothing", "--output", str(questions.parent / "out")]) == 2
+    assert "the verifier of nothing does not start" in capsys.readouterr().err
+    assert fake.requests == []
+
+
+def test_judging_is_not_timed(fake: FakeServer, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(_: Question, answer: str | None) -> bool:
+        time.sleep(0.5)
+        return answer == "right"
+
+    monkeypatch.setattr(Question, "is_right", slow)
+    assert evaluate(fake, questions, "--policies", "single", "--limit", "4", "--concurrency", "1") == 0
+    assert results_of(questions)["tasks"][0]["measurements"][0]["wall_seconds"] < 2.0  # judging takes 4 seconds
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def firsts_of(folder: Path, texts: Mapping[str, str]) -> list[openings.First]:
 
 def test_first_answers_are_continued_after_their_text(tmp_path: Path) -> None:
     firsts = firsts_of(tmp_path, {"r": "45", "w": "54", "v": "55", "cut": " 4", "one": "4"})
-    assert [(f.question, f.is_right, f.second) for f in firsts] == [
+    assert [(f.question.text, f.is_right, f.second.text) for f in firsts] == [
         ("r", True, "5"),
         ("w", False, "4"),
         ("v", False, "5"),
@@ -163,7 +163,7 @@ def test_first_answers_are_continued_after_their_text(tmp_path: Path) -> None:
 
 def test_mended_and_broken_answers_are_paired_with_fresh_ones(tmp_path: Path) -> None:
     right, wrong = firsts_of(tmp_path, {"r": "45", "w": "55"})
-    results = [openings.result_of(first, openings.FRESH, first.second, 2) for first in (right, wrong)]
+    results = [openings.result_of(first, openings.FRESH, first.second.text or "", 2) for first in (right, wrong)]
     results += [openings.result_of(right, "", " ", 1), openings.result_of(wrong, "", "So the sum is 4.", 9)]
     fresh, again = openings.rows_of(results, [openings.FRESH, ""])
     assert (fresh["mended"]["value"], fresh["broken"]["value"], fresh["tokens"]["value"]) == (0, 1, 2)

@@ -247,8 +247,10 @@ def check_tags(fmt: TrajectoryFormat, policy: VllmConfig) -> None:
 
 
 def rtap_block(config: VllmConfig) -> dict[str, Any] | None:
-    """The ``rtap`` block of the checkpoint's config.json."""
-    return getattr(config.model_config.hf_config, "rtap", None)
+    """The ``rtap`` block of the checkpoint's config.json. Raises ConfigError for a wrong one."""
+    block: dict[str, Any] | None = getattr(config.model_config.hf_config, "rtap", None)
+    read_artifact({"rtap": block})
+    return block
 
 
 def _vocabulary(config: VllmConfig) -> dict[str, int]:

@@ -105,8 +105,8 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
     client = httpx.AsyncClient()
     isolate_engines()
     try:
-        input_of = await _input(settings, policy_config, generator_config, artifact, client)
-        remote = await _remote(settings, policy_config, client, input_of)
+        input_of, max_read = await _input(settings, policy_config, generator_config, artifact, client)
+        remote = await _remote(settings, policy_config, client, input_of, max_read)
         # Only loading is parallel: vLLM keeps the current config in a global while one is made.
         if generator_config is not None:
             loading = asyncio.create_task(asyncio.to_thread(_load, generator_config, log_stats=False))
@@ -176,6 +176,11 @@ def _artifact(settings: Settings, generator: VllmConfig | None) -> Artifact:
     artifact = Artifact() if generator is None else check_classifier(generator)
     if settings.confidence_config is not None:
         artifact = read_artifact_file(settings.confidence_config)
+        if artifact.logistic is None and settings.confidence_kind in ("logprob", "yesno"):
+            raise ConfigError(
+                f"{settings.confidence_config} has no calibration for confidence={settings.confidence_kind}: fit one "
+                "with `rtap calibrate`"
+            )
     check_logistic(artifact, settings.confidence_kind)
     return artifact
 
@@ -186,34 +191,36 @@ async def _input(
     generator: VllmConfig | None,
     artifact: Artifact,
     client: httpx.AsyncClient,
-) -> Input:
-    """What a generator reads; announced when that is a chat. Raises ConfigError."""
+) -> tuple[Input, int]:
+    """What a generator reads, announced when that is a chat, and its context length. Raises ConfigError."""
     address, tokenizer = str(settings.confidence_model), tokenizer_of(policy)
     if generator is not None:
         same, max_model_len = have_same_tokenizer(policy, generator), generator.model_config.max_model_len
-        chat = LocalChatTokenizer(tokenizer_of(generator), generator.model_config.hf_text_config.pad_token_id)
+        chat = LocalChatTokenizer(
+            tokenizer_of(generator), getattr(generator.model_config.hf_text_config, "pad_token_id", None)
+        )
     elif settings.confidence_kind == "remote":
         chat = RemoteTokenizer(address, client)
         probe, max_model_len = await chat.check()
         same = probe == encode(tokenizer, PROBE)
     else:
-        return read_token_ids
+        return read_token_ids, policy.model_config.max_model_len
     if not reads_chat(settings, policy.model_config.model, same_tokenizer=same):
-        return read_token_ids
+        return read_token_ids, max_model_len
     block = Artifact() if generator is None else read_artifact(generator.model_config.hf_config.to_dict())
     own = block if artifact.source is not None else artifact  # a file of `rtap calibrate` may be about any generator
     is_ours = own.kind == "confidence"
     announce(f"{address} judges {'thought and answer' if is_ours else 'the answer'} as a chat in its own template")
-    return ChatInput(chat, tokenizer.decode, max_model_len, reads_thought=is_ours)
+    return ChatInput(chat, tokenizer.decode, max_model_len, reads_thought=is_ours), max_model_len
 
 
 async def _remote(
-    settings: Settings, policy: VllmConfig, client: httpx.AsyncClient, input_of: Input
+    settings: Settings, policy: VllmConfig, client: httpx.AsyncClient, input_of: Input, max_model_len: int
 ) -> RemoteConfidence | None:
     if settings.confidence_kind != "remote":
         return None
     remote = RemoteConfidence(
-        str(settings.confidence_model), settings.confidence_timeout_seconds, client, input_of=input_of
+        str(settings.confidence_model), settings.confidence_timeout_seconds, client, max_model_len, input_of
     )
     probe = encode(tokenizer_of(policy), PROBE)
     await remote.check(Judged(probe, probe, probe, answer=PROBE))

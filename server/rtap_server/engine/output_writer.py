@@ -83,7 +83,9 @@ class OutputWriter:
             call.limits, ends_with_turn=not fmt.has_answer_tags
         )
         self.shows_drafts = call.state.drafts and self._is_stream and call.parses_reasoning and not self._streams_answer
-        self._samples: dict[int, tuple[str, str]] = {}  # thought and answer, not yet passed on, of unfinished samples
+        self._samples: dict[
+            int, tuple[list[str], list[str]]
+        ] = {}  # thought and answer, not yet passed on, of unfinished samples
         self._shown_sample = 0
         limits = call.limits  # a stop string may begin in any but the last step of an answer
         self._num_waiting_characters = 0 if limits.include_stop else max(map(len, limits.stop), default=1) - 1
@@ -151,8 +153,9 @@ class OutputWriter:
     def _add_to_sample(self, step: StepEvent) -> Sequence[RequestOutput]:
         if self._first is None:
             self._first = cast(RequestOutput | None, step.step.native)
-        think, answer = self._samples.get(step.cycle_index, ("", ""))
-        self._samples[step.cycle_index] = think + step.think, answer + step.answer
+        think, answer = self._samples.setdefault(step.cycle_index, ([], []))
+        think.append(step.think.replace(ANSWER_MARK, ""))
+        answer.append(step.answer.replace(ANSWER_MARK, ""))
         return self._sample_draft()
 
     def _sample_draft(self) -> Sequence[RequestOutput]:
@@ -162,8 +165,8 @@ class OutputWriter:
         if self._shown_sample not in self._samples:
             self._shown_sample = min(self._samples)
         think, answer = self._samples[self._shown_sample]
-        self._samples[self._shown_sample] = "", ""
-        return self._draft(self._shown_sample, think, answer)
+        self._samples[self._shown_sample] = [], []
+        return self._draft(self._shown_sample, "".join(think), "".join(answer))
 
     def _draft(self, index: int, think: str, answer: str) -> Sequence[RequestOutput]:
         """An output without tokens: new text of the cycle or sample ``index``."""

@@ -69,6 +69,8 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
     router = APIRouter(prefix="/v1/rtap", tags=["rtap"])
 
     def encode(request: ScoreRequest) -> Judged:
+        if request.think and not server.format.has_think_tags:
+            raise InvalidRequest("this model's format has no thoughts: put the whole text into answer", param="think")
         messages = [{"role": "user", "content": request.question}]
         current_request().messages = messages
         prompt = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -175,9 +177,8 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
     source = f" from {confidence['model']}" if confidence["model"] else ""
     scores = f"{confidence['kind']}{source}; --confidence-model or --confidence changes it"
     if not confidence["is_calibrated"]:
-        flag = (
-            f"--confidence-model {confidence['model']}" if confidence["model"] else f"--confidence {confidence['kind']}"
-        )
+        generator = "URL" if confidence["kind"] == "remote" else confidence["model"]
+        flag = f"--confidence-model {generator}" if generator else f"--confidence {confidence['kind']}"
         scores = (
             f"{confidence['kind']}{source}, not calibrated, so votes count answers; `rtap calibrate {facts['model']} "
             f"--questions FILE -- {flag}` fits it and writes the file for --confidence-config"

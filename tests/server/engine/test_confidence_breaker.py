@@ -46,7 +46,7 @@ class Generator:
 async def confidence_of(kind: str, generator: Generator) -> AsyncIterator[Confidence]:
     async with httpx.AsyncClient(transport=httpx.MockTransport(generator.respond)) as client:
         if kind == "remote":
-            yield RemoteConfidence("http://generator", TIMEOUT_SECONDS, client)
+            yield RemoteConfidence("http://generator", TIMEOUT_SECONDS, client, 1000)
         else:
             supervised: Any = SimpleNamespace(engine=generator)
             yield PoolingConfidence(supervised, TIMEOUT_SECONDS, 100)
@@ -97,7 +97,7 @@ async def test_an_error_is_an_answer():
         raise httpx.ConnectError("refused")
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(refuse)) as client:
-        confidence = RemoteConfidence("http://generator", TIMEOUT_SECONDS, client)
+        confidence = RemoteConfidence("http://generator", TIMEOUT_SECONDS, client, 1000)
         taken = await asyncio.gather(*(seconds_and_reason(confidence) for _ in range(8)))
     assert {reason for _, reason in taken} == {"error"}
     assert num_calls == 8

@@ -30,6 +30,8 @@ class _Generator:
 class _Policy:
     """Reads prompts with given log-probabilities, or raises; keeps what it was asked."""
 
+    model_config = SimpleNamespace(max_model_len=100)
+
     def __init__(self, logprobs: list[float] | None = None) -> None:
         self.asked = []
         self._logprobs = logprobs
@@ -99,6 +101,13 @@ async def test_either_witness_failing_is_no_score():
         await LogisticConfidence(FUSION, _Policy([0.0, 0.0]), 1.0, broken).score(judged)
 
 
+async def test_an_answer_that_does_not_fit_the_policys_context_is_too_long():
+    judged = Judged([1] * 60, [2] * 40, [1] * 60)
+    with pytest.raises(ConfidenceError, match="100 tokens do not fit into the policy's context of 100") as raised:
+        await LogisticConfidence(OWN, _Policy([0.0] * 100), 1.0).score(judged)
+    assert raised.value.reason == "too_long"
+
+
 PLATT, OWN = Logistic(bias=0.0, generator=1.0), Logistic(bias=0.0, logprob_mean=1.0)
 
 
@@ -107,7 +116,8 @@ PLATT, OWN = Logistic(bias=0.0, generator=1.0), Logistic(bias=0.0, logprob_mean=
     [
         (PLATT, None, "pooling", True), (PLATT, "yesno", "yesno", True), (OWN, None, "logprob", True),
         (FUSION, None, "remote", True), (None, None, "logprob", True), (PLATT, "yesno", "remote", False),
-        (PLATT, None, "logprob", False), (OWN, None, "yesno", False), (OWN, "logprob", "pooling", False),
+        (PLATT, None, "logprob", False), (OWN, None, "yesno", False), (PLATT, None, "yesno", False),
+        (OWN, "logprob", "pooling", False),
     ],
 )  # fmt: skip
 def test_a_calibration_serves_only_the_kind_that_it_was_fitted_to(logistic, source, kind, fits):

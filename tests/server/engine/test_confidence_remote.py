@@ -18,7 +18,7 @@ JUDGED = Judged([1, 2], [3], [1, 2])
 
 async def score(answer, timeout_seconds: float = 1.0) -> Score:
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
-        return await RemoteConfidence("http://generator/", timeout_seconds, client).score(JUDGED)
+        return await RemoteConfidence("http://generator/", timeout_seconds, client, 1000).score(JUDGED)
 
 
 async def test_its_answer_is_waited_for_as_long_as_the_setting_says_and_no_less():
@@ -102,7 +102,7 @@ async def test_its_own_template_renders_a_chat():
     async with httpx.AsyncClient(transport=httpx.MockTransport(server.respond)) as client:
         tokenizer = RemoteTokenizer("http://generator/", client)
         assert await tokenizer.check() == (list(PROBE.encode()), 100)
-        remote = RemoteConfidence("http://generator/", 1.0, client, ChatInput(tokenizer, decode, 100))
+        remote = RemoteConfidence("http://generator/", 1.0, client, 1000, ChatInput(tokenizer, decode, 100))
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
         begin_request(RequestState(messages=messages))
         assert await remote.score(Judged([], [], [], answer="4")) == Score(0.5, len("Be brief.\n\n2+2?4"))
@@ -121,7 +121,7 @@ async def test_its_own_template_renders_a_chat():
 )
 async def test_a_server_that_does_not_classify_is_found_at_the_start(status, problem):
     async with httpx.AsyncClient(transport=httpx.MockTransport(Server(status).respond)) as client:
-        remote = RemoteConfidence("http://generator", 1.0, client)
+        remote = RemoteConfidence("http://generator", 1.0, client, 1000)
         if problem is None:
             await remote.check(JUDGED)
             return
@@ -135,4 +135,11 @@ async def test_a_server_that_is_slow_at_the_start_is_kept():
         raise AssertionError
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(never)) as client:
-        await RemoteConfidence("http://generator", 0.05, client).check(JUDGED)
+        await RemoteConfidence("http://generator", 0.05, client, 1000).check(JUDGED)
+
+
+async def test_more_tokens_than_the_servers_context_are_too_long():
+    async with httpx.AsyncClient(transport=httpx.MockTransport(Server().respond)) as client:
+        with pytest.raises(ConfidenceError, match="3 tokens are above the generator's context of 2") as raised:
+            await RemoteConfidence("http://generator", 1.0, client, 2).score(Judged([1, 2], [3], [1, 2]))
+    assert raised.value.reason == "too_long"

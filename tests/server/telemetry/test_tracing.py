@@ -189,10 +189,10 @@ async def test_a_generator_elsewhere_and_the_policy_as_judge_are_told_of_the_tra
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(classify)) as client:
         for scorer in (
-            RemoteConfidence("http://generator", 1.0, client),
+            RemoteConfidence("http://generator", 1.0, client, 1000),
             YesNoConfidence(Judge({1: -0.1, 2: -2.0}, room=1000), [7], 1, 2, 1.0),  # type: ignore[arg-type]
         ):
             engine = build(FakeEngine([WRONG]), confidence=scorer)
             await all_of(ask(engine, rtap={"max_cycles": 1}, options={"trace_headers": PARENT})[0])
-        await RemoteConfidence("http://generator", 1.0, client).score(Judged([1], [2], [1]))  # by /v1/rtap/score
+        await RemoteConfidence("http://generator", 1.0, client, 1000).score(Judged([1], [2], [1]))  # by /v1/rtap/score
     assert heard == [PARENT["traceparent"], PARENT["traceparent"], None]

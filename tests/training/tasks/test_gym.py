@@ -10,9 +10,11 @@ import pytest
 
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.question_files import GYM_PROMPT, load_questions
-from rtap_training.tasks.gym import Verifier, read_dataset
+from rtap_training.tasks.gym import Counts, Verifier, read_dataset
 
 PACKAGE = """
+    import os
+    import re
     import time
     from dataclasses import dataclass
 
@@ -34,13 +36,24 @@ PACKAGE = """
         def score_answer(self, answer, entry):
             if answer == "loop":
                 time.sleep(60)
+            if answer == "exit":
+                os._exit(1)
             if answer == "fail":
                 raise ValueError
             return 1.0 if answer == f"={entry['metadata']['sum']}" else 0.5
 
     class Countdown(Sums):
         def score_answer(self, answer, entry):
-            return 1.0 if eval(answer) == entry["metadata"]["sum"] else 0.0
+            numbers = sorted(re.findall(r"\\d+", answer))
+            is_allowed = numbers in (["1", "2", "2"], ["1", "1", "2", "2"])
+            return 1.0 if is_allowed and eval(answer) == entry["metadata"]["sum"] else 0.0
+"""
+EVALUATING = """
+    from reasoning_gym.datasets import Sums
+
+    class Queens(Sums):
+        def score_answer(self, answer, entry):
+            return 1.0 if answer in ("Q _", "_ Q") or eval(answer) else 0.0
 """
 
 
@@ -49,8 +62,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = tmp_path / "reasoning_gym"
     folder.mkdir()
     (folder / "datasets.py").write_text(textwrap.dedent(PACKAGE))
+    (folder / "evaluating.py").write_text(textwrap.dedent(EVALUATING))
     (folder / "factory.py").write_text(
-        "from reasoning_gym.datasets import *\nDATASETS = {'sums': (Sums, Config), 'countdown': (Countdown, Config)}\n"
+        "from reasoning_gym.datasets import *\nfrom reasoning_gym.evaluating import *\n"
+        "DATASETS = {'sums': (Sums, Config), 'countdown': (Countdown, Config), 'n_queens': (Queens, Config)}\n"
     )
     (folder / "__init__.py").write_text(
         "from reasoning_gym.factory import DATASETS\n"
@@ -90,6 +105,7 @@ def test_a_dataset_gives_distinct_questions_named_after_it() -> None:
         ("rg:sums?terms=3", "sums has no option 'terms'; choose from top, seed, size"),
         ("rg:sums?top=1", "sums refuses these options: top must be above 1"),
         ("rg:sums?size=many", "size must be an integer of at least 0, not many"),
+        ("rg:composite", "mixes other datasets; name these instead, each as rg:NAME"),
         ("rg:sums?top", "'top' must be option=value"),
     ],
 )
@@ -115,11 +131,48 @@ def test_only_a_full_score_is_right_and_a_verifier_that_hangs_is_ended(verifier:
     assert not verifier.is_right(question, "loop")
     assert verifier.is_right(question, "=5")
     assert not verifier.is_right(question, "5" * 10_000)
+    assert not verifier.is_right(question, "exit")
+    assert verifier.counts == Counts(judged=5, errors=1, timeouts=1, crashes=1)
 
 
-def test_a_verifier_that_evaluates_answers_gets_arithmetic_only(verifier: Verifier, tmp_path: Path) -> None:
+def test_a_verifier_that_does_not_start_is_one_sentence(verifier: Verifier, tmp_path: Path) -> None:
+    question, *_ = read_dataset("rg:sums?size=2")
+    package = tmp_path / "reasoning_gym" / "__init__.py"
+    for code, reason in (("raise ImportError('no')", "ImportError: no"), ("import os; os._exit(1)", "process crashed")):
+        package.write_text(code)
+        with pytest.raises(ConfigError, match=f"the verifier of sums does not start: .*{reason}"):
+            verifier.start(question)
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_right"),
+    [
+        ("2 * 2 + 1", True),
+        (r"2 \times 2 + 1 = 5", True),
+        (r"\left(2 \cdot 2\right) + 1", True),
+        ("2 × 2 + 1 = 5.", True),
+        (r"\frac{2 \times 2}{1} + 1", True),
+        (r"2 \div \frac{1}{2} + 1", True),
+        (r"1 + \dfrac{2}{\frac{1}{2}}", True),
+        (r"10 \div 2", False),  # other numbers
+        (r"5 \times 1 = 5", False),
+        ("5", False),
+        ("= 5", False),
+        ("x = 5", False),
+        ("2**2 + 1", False),
+        ("9**9**9**9", False),
+    ],
+)
+def test_a_formula_is_judged_by_its_verifier_alone(verifier: Verifier, answer: str, is_right: bool) -> None:
     question, *_ = read_dataset("rg:countdown?size=2")
-    assert verifier.is_right(question, "2 * 2 + 1")
-    assert not verifier.is_right(question, f"open({str(tmp_path / 'made')!r}, 'w') and 7")
-    assert not (tmp_path / "made").exists()
-    assert not verifier.is_right(question, "9**9**9**9")
+    assert verifier.is_right(question, answer) is is_right
+
+
+def test_answers_are_never_evaluated_as_python(verifier: Verifier, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    for source in ("rg:countdown?size=2", "rg:n_queens?size=2"):
+        question, *_ = read_dataset(source)
+        assert not verifier.is_right(question, f"open({str(made)!r}, 'w') and 7")
+    assert not made.exists()
+    assert verifier.is_right(question, "Q _")  # one of several right answers, none of them the reference
+    assert verifier.is_right(question, "_ Q")

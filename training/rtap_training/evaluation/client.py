@@ -11,7 +11,7 @@ import httpx
 from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+from rtap_training.evaluation.records import CycleRecord, Outcome, Reply, Run, RunSpec
 from rtap_training.evaluation.rules import CONFIDENCE
 
 
@@ -66,10 +66,8 @@ class RtapServer:
             raise ConfigError(f"{self._base_url}{path} answered {response.status_code}; {hint}")
         return response.json()
 
-    async def _ask(
-        self, client: httpx.AsyncClient, index: int, question: Question, spec: RunSpec, load: Load
-    ) -> Outcome:
-        """Send one question under one rule. A failure becomes an outcome with ``error``."""
+    async def _ask(self, client: httpx.AsyncClient, index: int, question: Question, spec: RunSpec, load: Load) -> Reply:
+        """Send one question under one rule. A failure becomes a reply with ``error``."""
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": question.prompt}],
@@ -85,15 +83,14 @@ class RtapServer:
         try:
             response = await client.post("/v1/chat/completions", json=body)
         except httpx.HTTPError as error:
-            return Outcome(index, error=f"{type(error).__name__}: {error}")
+            return Reply(index, error=f"{type(error).__name__}: {error}")
         seconds = time.perf_counter() - start
         if not response.is_success:
-            return Outcome(index, error=f"HTTP {response.status_code}: {response.text[:300]}")
+            return Reply(index, error=f"HTTP {response.status_code}: {response.text[:300]}")
         try:
-            # in a thread: a verifier may take seconds, and other replies are being timed
-            return await asyncio.to_thread(outcome_of, index, question, response.json(), seconds)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            return Outcome(index, error=f"invalid reply ({type(error).__name__}: {error})")
+            return Reply(index, seconds, response.json())
+        except ValueError as error:
+            return Reply(index, error=f"invalid reply ({type(error).__name__}: {error})")
 
     async def run(
         self,
@@ -103,20 +100,22 @@ class RtapServer:
         load: Load,
         *,
         on_outcome: Callable[[Outcome], None],
+        on_reply: Callable[[Reply], None] = lambda _: None,
         only: Sequence[int] | None = None,
     ) -> Run:
-        """Send questions under one rule, ``load.concurrency`` at a time; call ``on_outcome`` for each result.
+        """Send questions under one rule, ``load.concurrency`` at a time, then judge the replies outside the timed part.
 
+        on_reply: called as each reply arrives. on_outcome: called for each judged reply.
         only: positions of the questions to send; None: all."""
         positions = range(len(questions)) if only is None else only
         waiting = iter(positions)
-        outcomes: list[Outcome] = []
+        replies: list[Reply] = []
 
         async def work(client: httpx.AsyncClient) -> None:
             for index in waiting:
-                outcome = await self._ask(client, index, questions[index], spec, load)
-                outcomes.append(outcome)
-                on_outcome(outcome)
+                reply = await self._ask(client, index, questions[index], spec, load)
+                replies.append(reply)
+                on_reply(reply)
 
         async with self._client() as client:
             start = time.perf_counter()
@@ -124,7 +123,22 @@ class RtapServer:
                 for _ in range(min(load.concurrency, len(positions))):
                     workers.create_task(work(client))
             wall_seconds = time.perf_counter() - start
+        outcomes: list[Outcome] = []
+        for reply in replies:
+            outcome = await asyncio.to_thread(judged, questions[reply.index], reply)
+            outcomes.append(outcome)
+            on_outcome(outcome)
         return Run(task, spec, tuple(sorted(outcomes, key=lambda outcome: outcome.index)), wall_seconds)
+
+
+def judged(question: Question, reply: Reply) -> Outcome:
+    """The outcome of a reply. An invalid reply becomes an outcome with ``error``."""
+    if reply.error is not None or reply.body is None:
+        return Outcome(reply.index, error=reply.error or "invalid reply (empty)")
+    try:
+        return outcome_of(reply.index, question, reply.body, reply.seconds)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        return Outcome(reply.index, error=f"invalid reply ({type(error).__name__}: {error})")
 
 
 def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds: float) -> Outcome:
@@ -149,7 +163,9 @@ def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds
         for cycle in sorted(rtap["cycles"], key=lambda cycle: cycle["index"])
     )
     content = (reply["choices"][0]["message"]["content"] or "").strip()
-    answer = extract_answer(content) if content else None
+    # The server returns the text of a cut cycle too; votes and replays do not count it as an answer.
+    is_complete = any(cycle.answer is not None for cycle in cycles)
+    answer = extract_answer(content) if content and is_complete else None
     return Outcome(
         index=index,
         answer=answer,

