@@ -44,7 +44,7 @@ async def run_evaluation(config: EvaluationConfig, console: Console) -> Results:
         for task in questions:
             runs += await session.run_all(server, task, specs)
     if votes := [run for run in runs if run.spec.rule == VOTE]:
-        write_samples(config.output / SAMPLES, votes, questions)
+        write_samples(config.output / SAMPLES, votes, questions, confidence=server.config["confidence"])
     return _results(config, started, server.config, questions, runs)
 
 
