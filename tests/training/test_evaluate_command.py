@@ -245,7 +245,7 @@ def test_kept_samples_give_the_same_rows_without_a_server(
     assert len(lines) == 4 * QUESTIONS
     assert lines[0].keys() == {
         "task", "question", "reference", "sample", "think", "text", "answer", "is_correct", "tokens", "confidence",
-        "logprobs",
+        "logprobs", "kind", "logistic",
     }  # fmt: skip
     assert main(["--from-samples", str(file), "--samples", "2,4", "--output", str(again)]) == 0
     (replayed,) = json.loads((again / "results.json").read_text())["tasks"]
