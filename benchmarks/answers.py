@@ -126,7 +126,7 @@ def summarise(pairs: Sequence[Pair]) -> Agreement:
 
 
 def extraction(rows: Sequence[Mapping[str, Any]], comparer: Comparer) -> list[Extraction]:
-    """How answers are written, and which extraction finds the right one."""
+    """Count texts by notation of the answer, and by the extraction that finds the right one."""
     kinds: dict[str, list[tuple[bool, bool, bool, bool]]] = {}
     for row in rows:
         text, reference = row["text"], row["reference"]

@@ -99,7 +99,7 @@ def comparable_servers(
     flags += ["--served-model-name", SERVED_NAME, "--max-model-len", str(max_model_len)]
     generator = None if confidence_model is None else str(confidence_model)
     ours = serve_command(str(model), generator, ["--policy", "single", *flags])
-    plain = [sys.executable, "-m", VLLM_SERVE, "--model", str(model), *flags, *plain_flags]
+    plain = vllm_command(model, [*flags, *plain_flags])
     with patch.dict(os.environ, environment), ExitStack() as stack:
 
         def start(name: str, command: Sequence[str], ready_path: str = "/ready") -> str:
@@ -117,6 +117,11 @@ def comparable_servers(
         fmt: str = httpx.get(f"{rtap.url}/v1/rtap/config").raise_for_status().json()["format"]
         vllm = Server("vllm", plain_url, model, _cycle_end(plain_url) if fmt == "rtap" else {})
         yield Servers(fmt, rtap, vllm, older, tuple(flags), environment)
+
+
+def vllm_command(model: Path, flags: Sequence[str]) -> list[str]:
+    """Command of plain ``vllm serve``."""
+    return [sys.executable, "-m", VLLM_SERVE, "--model", str(model), *flags]
 
 
 def common_flags() -> tuple[list[str], dict[str, str]]:

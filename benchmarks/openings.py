@@ -94,7 +94,7 @@ def continued_prompts(firsts: Sequence[First], openings: Sequence[str], tokenize
 
 
 def result_of(first: First, opening: str, text: str, tokens: int) -> Result:
-    """What became of a first answer."""
+    """Result of a continuation of a first answer."""
     answer = extract_answer(text if text.strip() else first.text)
     is_right = first.question.is_right(answer)
     return Result(
@@ -131,12 +131,12 @@ def mean(values: Sequence[float]) -> Interval:
 
 
 def rows_of(results: Sequence[Result], openings: Sequence[str]) -> list[dict[str, Any]]:
-    """Figures of each opening. mended, broken: also minus those of ``fresh`` on the same questions."""
+    """Figures of each opening. corrected, broken: also minus those of ``fresh`` on the same questions."""
     rows: list[dict[str, Any]] = []
     of: dict[str, list[Result]] = {name: [r for r in results if r.opening == name] for name in openings}
     for name, found in of.items():
         row: dict[str, Any] = {"opening": name}
-        for figure, was_right in (("mended", False), ("broken", True)):
+        for figure, was_right in (("corrected", False), ("broken", True)):
             changed, fresh = (
                 [float(r.is_right != was_right) for r in one if r.was_right == was_right] for one in (found, of[FRESH])
             )
@@ -154,21 +154,21 @@ def to_markdown(info: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
     lines = [
         "# Openings of a continued cycle",
         "",
-        "A model that was not trained to continue goes on after its first answer. Mended: share of the wrong first "
+        "A model that was not trained to continue goes on after its first answer. Corrected: share of the wrong first "
         "answers that end right. Broken: share of the right ones that end wrong. Same: the answer of the first cycle "
         "again. An empty continuation keeps the first answer. `fresh` is another kept sample of the question instead. "
         "95 % intervals by bootstrap over questions, differences paired by question.",
         "",
         *list_info(info),
         "",
-        "| opening | mended | minus fresh | broken | minus fresh | same | empty | tokens |",
+        "| opening | corrected | minus fresh | broken | minus fresh | same | empty | tokens |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        shares = [interval_text(Interval(**row[name])) for name in ("mended", "broken", "same", "empty")]
+        shares = [interval_text(Interval(**row[name])) for name in ("corrected", "broken", "same", "empty")]
         differences = [
             "–" if row["opening"] == FRESH else interval_text(Interval(**row[f"{name}_minus_fresh"]), sign="+")
-            for name in ("mended", "broken")
+            for name in ("corrected", "broken")
         ]
         cells = [shares[0], differences[0], shares[1], differences[1], *shares[2:], f"{row['tokens']['value']:.0f}"]
         name = FRESH if row["opening"] == FRESH else f"`{json.dumps(row['opening'])}`"

@@ -107,7 +107,7 @@ FIGURES: Mapping[str, Callable[[Sequence[Load]], float]] = {
 }
 
 Bounds = Mapping[str, tuple[float | None, float | None]]
-"""What the ratio of a figure must reach: (at least, at most)."""
+"""Bounds of the ratio of a figure: (at least, at most)."""
 # A step of the demo policy takes 4 ms, in which the server's own work is visible.
 DEMO_BOUNDS: Bounds = {"requests/s": (0.98, None), "TTFT, median ms": (None, 1.05), "chunks a reply": (0.95, None)}
 BOUNDS: Bounds = {"tokens/s": (0.99, None), "TTFT, median ms": (None, 1.03), "chunks a reply": (0.95, None)}

@@ -22,12 +22,12 @@ from harness import (
     READY_SECONDS,
     RESULTS,
     SERVED_NAME,
-    VLLM_SERVE,
     common_flags,
     interval_text,
     list_info,
     ratio_over_rounds,
     run_info,
+    vllm_command,
     write_report,
 )
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags += ["--served-model-name", SERVED_NAME, "--max-model-len", str(args.max_model_len), *args.flags.split()]
     commands = {
         "rtap": serve_command(str(args.model), None, flags),
-        "vllm": [sys.executable, "-m", VLLM_SERVE, "--model", str(args.model), *flags],
+        "vllm": vllm_command(args.model, flags),
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     with patch.dict(os.environ, environment):

@@ -161,7 +161,7 @@ def save_family(name: str, folder: Path) -> Path:
 
 
 def save_reward_model(folder: Path, *, labels: int = 1, seed: int = 0) -> Path:
-    """Save a classifier with a random head, a tokenizer and a chat template of its own.
+    """Save a classifier with a random head, its own tokenizer and its own chat template.
 
     Its body is SmolLM2-135M-Instruct where ``~/models`` has it, else a tiny random Llama."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -31,7 +31,7 @@ from rtap_core.types import (
     StopReason,
     Trajectory,
 )
-from rtap_core.voting import candidates, majority, next_wave
+from rtap_core.voting import candidates, next_wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,20 +161,21 @@ class Recursion:
     async def _vote(self, question: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         """Independent single cycles in waves, each wave generated concurrently, until the leading answer is certain."""
         state = _State(limits.policy, limits, list(question), self.clock())
-        drafts = dict[int, Draft]()
-        while size := next_wave(candidates(state.cycles), limits.threshold, limits.samples - len(state.cycles)):
+        drafts, ranked = dict[int, Draft](), candidates([])
+        while size := next_wave(ranked, limits.threshold, limits.samples - len(state.cycles)):
             async with aclosing(self._wave(question, state, drafts, size)) as events:
                 async for event in events:
                     yield event
             # Samples finish in any order; sorted, the seed determines the outcome, ties included.
             state.cycles.sort(key=lambda c: c.index)
+            ranked = candidates(state.cycles)
             if self.cutoff.reason is not None:
                 break
         is_early = len(state.cycles) < limits.samples
         stop = self.cutoff.reason or (StopReason.AGREEMENT if is_early else StopReason.SAMPLES)
         if any(c.answer is not None and c.confidence is None for c in state.cycles):  # weights need all confidences
             state.cycles = [replace(c, confidence=None) for c in state.cycles]
-        selected = majority(state.cycles)
+        selected = ranked[0].first if ranked else None
         draft = drafts[max(drafts) if selected is None else selected]
         yield self._conclude(state, selected, stop, draft)
 

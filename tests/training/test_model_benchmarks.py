@@ -161,13 +161,13 @@ def test_first_answers_are_continued_after_their_text(tmp_path: Path) -> None:
     ]
 
 
-def test_mended_and_broken_answers_are_paired_with_fresh_ones(tmp_path: Path) -> None:
+def test_corrected_and_broken_answers_are_paired_with_fresh_ones(tmp_path: Path) -> None:
     right, wrong = firsts_of(tmp_path, {"r": "45", "w": "55"})
     results = [openings.result_of(first, openings.FRESH, first.second.text or "", 2) for first in (right, wrong)]
     results += [openings.result_of(right, "", " ", 1), openings.result_of(wrong, "", "So the sum is 4.", 9)]
     fresh, again = openings.rows_of(results, [openings.FRESH, ""])
-    assert (fresh["mended"]["value"], fresh["broken"]["value"], fresh["tokens"]["value"]) == (0, 1, 2)
-    assert (again["mended"]["value"], again["broken"]["value"]) == (1, 0)  # an empty one keeps the first answer
-    assert (again["mended_minus_fresh"]["value"], again["broken_minus_fresh"]["value"]) == (1, -1)
+    assert (fresh["corrected"]["value"], fresh["broken"]["value"], fresh["tokens"]["value"]) == (0, 1, 2)
+    assert (again["corrected"]["value"], again["broken"]["value"]) == (1, 0)  # an empty one keeps the first answer
+    assert (again["corrected_minus_fresh"]["value"], again["broken_minus_fresh"]["value"]) == (1, -1)
     assert (again["empty"]["value"], again["same"]["value"], again["tokens"]["value"]) == (0.5, 0.5, 5)
     assert "| fresh | 0.000" in openings.to_markdown({}, [fresh, again])

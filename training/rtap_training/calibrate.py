@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LOGPROB = "logprob"
 _CONFIDENCE_FLAGS = ("--confidence", "--confidence-model")
+MIN_QUESTIONS = 5
+FIGURES = ("within_auroc", "ece", "brier")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
     labels = np.array([one.is_right for one in rows], dtype=np.bool_)
     numbers: dict[str, int] = {}
     questions = [numbers.setdefault(one.question, len(numbers)) for one in rows]
-    is_first = np.array([q not in questions[:i] for i, q in enumerate(questions)], dtype=np.bool_)
+    _, firsts = np.unique(questions, return_index=True)
     _check_contrast(labels, questions)
     scores = cross_validated(features, labels, questions)
     bias, *weights = fit_features(features, labels)
@@ -132,7 +134,7 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
         "source": served.kind,
         "threshold": threshold,
         "logistic": logistic.model_dump(exclude_defaults=True),
-        "calibration": {"reference": histogram(scores[is_first]), "held_out": held_out},
+        "calibration": {"reference": histogram(scores[firsts]), "held_out": held_out},
     }
     return block, _report(judged, ranges, alone if is_logprob else {}, threshold, len(numbers))
 
@@ -149,9 +151,6 @@ def _check_contrast(labels: Any, questions: Sequence[int]) -> None:
             f"{right} right and {wrong} wrong samples of {len(set(questions))} questions are too few; give at least "
             f"{2 * MIN_QUESTIONS} questions and {MIN_QUESTIONS} samples of each kind (100 questions are a good start)"
         )
-
-
-MIN_QUESTIONS = 5
 
 
 def _report(
@@ -176,9 +175,6 @@ def _report(
     lines += [f"{name:28}{''.join(f'{cell(name, f):24}' for f in FIGURES).rstrip()}" for name in judged]
     lines += [f"  {name:26}{value:.3f}" for name, value in alone.items()]
     return "\n".join([*lines, f"threshold {threshold}"])
-
-
-FIGURES = ("within_auroc", "ece", "brier")
 
 
 def _read(path: Path, split: str | None) -> Served:

@@ -275,11 +275,11 @@ class ServerConfig(BaseModel):
     """Names accepted as ``model``."""
     format: str
     format_source: str
-    """What showed the format."""
+    """Evidence for the format: the flag, config.json, chat template or vocabulary."""
     cycle_open: str
     """Text that begins a continued cycle."""
     policy_source: str
-    """What decided the default policy."""
+    """Source of the default policy."""
     defaults: Defaults
     limits: Ceilings
     confidence: ConfidenceSource

@@ -172,11 +172,11 @@ export interface ServerConfig {
   /** Names accepted as `model`. */
   models: string[];
   format: string;
-  /** What showed the format. */
+  /** Evidence for the format: the flag, config.json, chat template or vocabulary. */
   format_source: string;
   /** Text that begins a continued cycle. */
   cycle_open: string;
-  /** What decided the default policy. */
+  /** Source of the default policy. */
   policy_source: string;
   /** Defaults of the `rtap` object. */
   defaults: {

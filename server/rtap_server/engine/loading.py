@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rtap_core.artifact import UNCALIBRATED, Artifact, read_artifact, read_artifact_file
+from rtap_core.artifact import UNCALIBRATED, Artifact, read_artifact_file
 from rtap_core.errors import ConfigError
 from rtap_core.format import TrajectoryFormat, default_recursion
 from rtap_core.lexicon import DEFAULT_PATH, Lexicon, OopsCounter, load_lexicon
@@ -87,7 +87,8 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
     check_policy(policy_config)
     lexicon = load_lexicon(settings.oops_lexicon or DEFAULT_PATH)
     generator_config = _generator_config(args, settings)
-    artifact = _artifact(settings, generator_config)
+    own = Artifact() if generator_config is None else check_classifier(generator_config)
+    artifact = _artifact(settings, own)
     logistic = (
         UNCALIBRATED if artifact.logistic is None and settings.confidence_kind == "logprob" else artifact.logistic
     )
@@ -105,7 +106,9 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
     client = httpx.AsyncClient()
     isolate_engines()
     try:
-        input_of, max_read = await _input(settings, policy_config, generator_config, artifact, client)
+        # A file of `rtap calibrate` may be about any generator.
+        is_ours = (artifact if artifact.source is None else own).kind == "confidence"
+        input_of, max_read = await _input(settings, policy_config, generator_config, client, reads_thought=is_ours)
         remote = await _remote(settings, policy_config, client, input_of, max_read)
         # Only loading is parallel: vLLM keeps the current config in a global while one is made.
         if generator_config is not None:
@@ -171,9 +174,9 @@ async def _result(loading: "asyncio.Task[AsyncLLM] | None") -> AsyncLLM | None:
     return result if isinstance(result, AsyncLLM) else None
 
 
-def _artifact(settings: Settings, generator: VllmConfig | None) -> Artifact:
-    """The artifact of --confidence-config, else the generator's own; empty when unknown."""
-    artifact = Artifact() if generator is None else check_classifier(generator)
+def _artifact(settings: Settings, own: Artifact) -> Artifact:
+    """The artifact of --confidence-config, else the generator's own, which is empty when unknown."""
+    artifact = own
     if settings.confidence_config is not None:
         artifact = read_artifact_file(settings.confidence_config)
         if artifact.logistic is None and settings.confidence_kind in ("logprob", "yesno"):
@@ -189,10 +192,11 @@ async def _input(
     settings: Settings,
     policy: VllmConfig,
     generator: VllmConfig | None,
-    artifact: Artifact,
     client: httpx.AsyncClient,
+    *,
+    reads_thought: bool,
 ) -> tuple[Input, int]:
-    """What a generator reads, announced when that is a chat, and its context length. Raises ConfigError."""
+    """Input of a generator, announced when it is a chat, and its context length. Raises ConfigError."""
     address, tokenizer = str(settings.confidence_model), tokenizer_of(policy)
     if generator is not None:
         same, max_model_len = have_same_tokenizer(policy, generator), generator.model_config.max_model_len
@@ -207,11 +211,9 @@ async def _input(
         return read_token_ids, policy.model_config.max_model_len
     if not reads_chat(settings, policy.model_config.model, same_tokenizer=same):
         return read_token_ids, max_model_len
-    block = Artifact() if generator is None else read_artifact(generator.model_config.hf_config.to_dict())
-    own = block if artifact.source is not None else artifact  # a file of `rtap calibrate` may be about any generator
-    is_ours = own.kind == "confidence"
-    announce(f"{address} judges {'thought and answer' if is_ours else 'the answer'} as a chat in its own template")
-    return ChatInput(chat, tokenizer.decode, max_model_len, reads_thought=is_ours), max_model_len
+    judged = "thought and answer" if reads_thought else "the answer"
+    announce(f"{address} judges {judged} as a chat in its own template")
+    return ChatInput(chat, tokenizer.decode, max_model_len, reads_thought), max_model_len
 
 
 async def _remote(

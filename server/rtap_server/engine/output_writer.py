@@ -83,9 +83,8 @@ class OutputWriter:
             call.limits, ends_with_turn=not fmt.has_answer_tags
         )
         self.shows_drafts = call.state.drafts and self._is_stream and call.parses_reasoning and not self._streams_answer
-        self._samples: dict[
-            int, tuple[list[str], list[str]]
-        ] = {}  # thought and answer, not yet passed on, of unfinished samples
+        # Thought and answer, not yet passed on, of unfinished samples.
+        self._samples: dict[int, tuple[list[str], list[str]]] = {}
         self._shown_sample = 0
         limits = call.limits  # a stop string may begin in any but the last step of an answer
         self._num_waiting_characters = 0 if limits.include_stop else max(map(len, limits.stop), default=1) - 1

@@ -56,7 +56,7 @@ class Drain:
 class ServerState:
     """Shared by all requests, built once at start.
 
-    model: path or name of the policy. format_source: what shows its format.
+    model: path or name of the policy. format_source: evidence for its format.
     confidence: None when no confidence source is configured. generator: artifact of the confidence generator.
     count_oops: Oops tokens of a text. decode: text of token ids; the flag leaves out special tokens.
     logprobs: the ``logprobs`` that confidence needs of each cycle.

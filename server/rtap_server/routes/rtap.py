@@ -116,7 +116,7 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
 
 
 def server_facts(server: ServerState, model_names: list[str]) -> dict[str, Any]:
-    """What is loaded, what decided it, and the defaults and ceilings of requests."""
+    """The configuration: loaded models with their sources, and the defaults and ceilings of requests."""
     settings, has_confidence = server.settings, server.confidence is not None
     limits = resolve_limits(RtapOptions(), settings, server.generator, has_confidence=has_confidence)
     default = f"the default {'with' if has_confidence else 'without'} a confidence source"
@@ -165,7 +165,7 @@ _SPENDS = {
 
 
 def start_lines(facts: Mapping[str, Any]) -> list[str]:
-    """``server_facts`` for the operator: what is loaded, why, and how to change it."""
+    """``server_facts`` as lines for the operator, each with the flag that changes it."""
     defaults, confidence = facts["defaults"], facts["confidence"]
     policy, names = defaults["policy"], " or ".join(facts["models"])
     spends = _SPENDS[policy].format_map(defaults)

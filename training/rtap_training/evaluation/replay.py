@@ -20,7 +20,6 @@ from rtap_training.evaluation.statistics import Floats
 
 ORDERS = 20
 SCORED = (CGES, CONFIDENCE, WEIGHTED)
-VOTES = (ADAPTIVE, CGES, MAJORITY, WEIGHTED)
 TEXT = " by text"  # texts are compared instead of the answers extracted from them
 
 
@@ -136,10 +135,10 @@ def outcome_of_rule(spec: RunSpec, samples: Sequence[Sample], *, by_text: bool =
     keys = [sample.text_key if by_text else sample.key for sample in samples]
     is_weighted = spec.rule in (CGES, WEIGHTED)
     confidences = [sample.cycle.confidence if is_weighted else None for sample in samples]
-    drawn = 0
-    while size := next_wave(rank(keys[:drawn], confidences[:drawn]), threshold, most - drawn):
+    drawn, ranked = 0, rank([], [])
+    while size := next_wave(ranked, threshold, most - drawn):
         drawn += size
-    ranked = rank(keys[:drawn], confidences[:drawn])
+        ranked = rank(keys[:drawn], confidences[:drawn])
     return (ranked[0].first if ranked else None), drawn
 
 

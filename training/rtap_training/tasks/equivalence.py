@@ -9,12 +9,11 @@ import atexit
 import logging
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
-from typing import cast
 
 from rtap_training.tasks.base import normalised
-from rtap_training.tasks.worker import Worker
+from rtap_training.tasks.worker import Tally, Worker
 
 LIMIT_SECONDS = 5.0
 MAX_LENGTH = 500
@@ -87,12 +86,12 @@ class Comparer:
         self._worker = Worker(command)
         self._lock = Lock()
         self._cache: OrderedDict[tuple[str, str], bool] = OrderedDict()
-        self._counts = Counts()
+        self._tally = Tally(Counts(), logger, "comparing answers")
 
     @property
     def counts(self) -> Counts:
         """Counts so far."""
-        return self._counts
+        return self._tally.counts
 
     def same(self, answer: str, reference: str) -> bool:
         """True if ``answer`` is equivalent to ``reference``. Raises ConfigError if no worker can be started."""
@@ -115,31 +114,24 @@ class Comparer:
         self._worker.close()
 
     def _compare(self, answer: str, reference: str) -> bool:
-        self._count("compared")
+        self._tally.add("compared")
         try:
             reply = self._worker.ask({"answer": answer, "reference": reference}, self._limit)
         except TimeoutError:
-            self._count("timeouts", f"{answer!r} against {reference!r} took over {self._limit:g} s")
+            self._tally.add("timeouts", f"{answer!r} against {reference!r} took over {self._limit:g} s")
             return False
         except OSError:
-            self._count("failures", f"{answer!r} against {reference!r} crashed the worker")
+            self._tally.add("failures", f"{answer!r} against {reference!r} crashed the worker")
             return False
         if reply["error"]:
-            self._count("failures", f"{answer!r} against {reference!r}: {reply['error']}")
+            self._tally.add("failures", f"{answer!r} against {reference!r}: {reply['error']}")
         elif not reply["reference"]:
-            self._count("unreadable_references", f"math-verify cannot parse the reference {reference!r}")
+            self._tally.add("unreadable_references", f"math-verify cannot parse the reference {reference!r}")
         elif not reply["answer"]:
-            self._count("unreadable_answers")
+            self._tally.add("unreadable_answers")
         elif reply["equal"]:
-            self._count("equal")
+            self._tally.add("equal")
         return bool(reply["equal"])
-
-    def _count(self, name: str, warning: str | None = None) -> None:
-        """Count an outcome; log its first occurrence."""
-        so_far = cast(int, getattr(self._counts, name))
-        self._counts = replace(self._counts, **{name: so_far + 1})
-        if warning is not None and so_far == 0:
-            logger.warning("comparing answers: %s; counted as wrong, further cases are only counted", warning)
 
 
 _comparer = Comparer()

@@ -11,16 +11,16 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 from urllib.parse import unquote
 
 from rtap_core.answers import same_answer as same_text
 from rtap_core.errors import ConfigError
 from rtap_training.tasks.base import Question
 from rtap_training.tasks.equivalence import same_answer
-from rtap_training.tasks.worker import Worker
+from rtap_training.tasks.worker import Tally, Worker
 
 PREFIX = "rg:"
 DEFAULTS = {"size": 200, "seed": 0}
@@ -121,12 +121,12 @@ class Verifier:
         self._worker, self._lock = Worker(), Lock()
         self._ready: set[tuple[str, str]] = set()
         self._verdicts: dict[tuple[GymQuestion, str], bool] = {}
-        self._counts = Counts()
+        self._tally = Tally(Counts(), logger, "verifying answers")
 
     @property
     def counts(self) -> Counts:
         """Counts so far."""
-        return self._counts
+        return self._tally.counts
 
     def start(self, question: GymQuestion) -> None:
         """Load the verifier of the question's dataset. Raises ConfigError if it does not start."""
@@ -173,28 +173,21 @@ class Verifier:
 
     def _score(self, question: GymQuestion, answer: str) -> float:
         self._start(question)
-        self._count("judged")
+        self._tally.add("judged")
         subject = f"{answer[:200]!r} by {question.dataset}"
         try:
             reply = self._worker.ask(_request(question) | {"index": question.index, "answer": answer}, self._limit)
         except TimeoutError:
             self._ready.clear()
-            self._count("timeouts", f"{subject} took over {self._limit:g} s")
+            self._tally.add("timeouts", f"{subject} took over {self._limit:g} s")
             return 0.0
         except OSError:
             self._ready.clear()
-            self._count("crashes", f"{subject} crashed the worker")
+            self._tally.add("crashes", f"{subject} crashed the worker")
             return 0.0
         if reply["error"]:
-            self._count("errors", f"{subject}: {reply['error']}")
+            self._tally.add("errors", f"{subject}: {reply['error']}")
         return float(reply["score"])
-
-    def _count(self, name: str, warning: str | None = None) -> None:
-        """Count an outcome; log its first occurrence."""
-        so_far = cast(int, getattr(self._counts, name))
-        self._counts = replace(self._counts, **{name: so_far + 1})
-        if warning is not None and so_far == 0:
-            logger.warning("verifying answers: %s; counted as wrong, further cases are only counted", warning)
 
 
 def _request(question: GymQuestion) -> dict[str, Any]:

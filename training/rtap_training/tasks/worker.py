@@ -1,4 +1,7 @@
-"""Child process that judges answers and can be killed: one JSON request and one JSON reply per line."""
+"""Child process that judges answers and can be killed: one JSON request and one JSON reply per line.
+
+Its failures are counted (``Tally``).
+"""
 
 import json
 import os
@@ -6,12 +9,18 @@ import select
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from logging import Logger
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from rtap_core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Counts = TypeVar("Counts", bound="DataclassInstance")
 START_SECONDS = 120.0  # importing sympy takes half a second, much longer on a busy machine
 _SCRIPT = Path(__file__).with_name("equivalence_worker.py")
 
@@ -59,6 +68,21 @@ class Worker:
                     "run `python -c 'import math_verify'`, and install rtap[train] if it is missing"
                 ) from error
         return self._process
+
+
+class Tally(Generic[Counts]):
+    """Counts of outcomes, of which failures are logged at their first occurrence. activity: for the log."""
+
+    def __init__(self, counts: Counts, logger: Logger, activity: str) -> None:
+        self.counts = counts
+        self._logger, self._activity = logger, activity
+
+    def add(self, name: str, warning: str | None = None) -> None:
+        """Count an outcome, the field ``name`` of the counts."""
+        so_far = cast(int, getattr(self.counts, name))
+        self.counts = replace(self.counts, **{name: so_far + 1})
+        if warning is not None and so_far == 0:
+            self._logger.warning("%s: %s; counted as wrong, further cases are only counted", self._activity, warning)
 
 
 def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:

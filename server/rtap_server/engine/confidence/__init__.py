@@ -67,6 +67,14 @@ def probability(logits: Sequence[float]) -> float:
     return 1.0 / (1.0 + math.exp(-max(-700.0, margin)))
 
 
+def check_length(read: Sequence[int], max_model_len: int) -> None:
+    """Raise ConfidenceError for more tokens than the generator's context holds."""
+    if len(read) > max_model_len:
+        raise ConfidenceError(
+            f"{len(read)} tokens are above the generator's context of {max_model_len}", reason="too_long"
+        )
+
+
 def refuse_images(judged: Judged) -> None:
     """Raise ConfidenceError for a request with images: a classifier would read their placeholder tokens."""
     if judged.request is not None and judged.request.prompt.get("type") == "multimodal":

@@ -8,7 +8,7 @@ from vllm.pooling_params import PoolingParams
 
 from rtap_core.errors import ConfidenceError
 from rtap_core.types import Judged, Score
-from rtap_server.engine.confidence import CircuitBreaker, probability, refuse_images, within_timeout
+from rtap_server.engine.confidence import CircuitBreaker, check_length, probability, refuse_images, within_timeout
 from rtap_server.engine.confidence.inputs import Input, read_token_ids
 from rtap_server.engine.request_state import salted_prompt
 from rtap_server.engine.supervisor import SupervisedEngine
@@ -32,10 +32,7 @@ class PoolingConfidence:
         refuse_images(judged)
         late, failed = "the generator timed out", "the generator failed"
         read = await within_timeout(self._input_of(judged), self._timeout_seconds, late, failed)
-        if len(read) > self._max_model_len:
-            raise ConfidenceError(
-                f"{len(read)} tokens are above the generator's context of {self._max_model_len}", reason="too_long"
-            )
+        check_length(read, self._max_model_len)
         with self._breaker.attempt():
             score = await within_timeout(self._classify(read), self._timeout_seconds, late, failed)
         return Score(score, len(read))

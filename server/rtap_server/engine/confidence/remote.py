@@ -9,7 +9,7 @@ import httpx
 
 from rtap_core.errors import ConfidenceError, ConfigError
 from rtap_core.types import Judged, Score
-from rtap_server.engine.confidence import CircuitBreaker, probability, refuse_images
+from rtap_server.engine.confidence import CircuitBreaker, check_length, probability, refuse_images
 from rtap_server.engine.confidence.inputs import Input, Message, TemplateRefused, read_token_ids
 from rtap_server.engine.output_writer import GenerateCall
 from rtap_server.engine.request_state import salted_prompt
@@ -41,11 +41,7 @@ class RemoteConfidence:
             try:
                 async with asyncio.timeout(self._timeout_seconds):  # httpx's timeouts are per read
                     read = await self._input_of(judged)
-                    if len(read) > self._max_model_len:
-                        raise ConfidenceError(
-                            f"{len(read)} tokens are above the generator's context of {self._max_model_len}",
-                            reason="too_long",
-                        )
+                    check_length(read, self._max_model_len)
                     return Score(await self._classify(read, _trace_headers(judged.request)), len(read))
             except (TimeoutError, httpx.TimeoutException) as error:
                 raise ConfidenceError("the remote generator timed out", reason="timeout") from error
