@@ -48,7 +48,7 @@ def save_think(name: str, folder: Path) -> Path:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
     if (folder / "generation_config.json").exists():
         _change(folder / "generation_config.json", eos_token_id=[2, END_ID])
-    _change(folder / "config.json", rtap={"format": "think"})
+    _change(folder / "config.json", rtap={"format": "think", "recursion": "continue"})
     return folder
 
 
