@@ -45,9 +45,15 @@ class TrajectoryFormat:
         """All tags of the format."""
         return tuple(filter(None, (self.think_open, self.think_close, self.answer_open, self.answer_close)))
 
-    def render_cycle(self, think: str, answer: str) -> str:
-        """Text of one cycle, as the model would write it."""
-        return f"{self.think_open}{think}{self.think_close}{self.answer_open or ''}{answer}{self.answer_close or ''}"
+    def render_cycle(self, think: str, answer: str, *, prompt: str = "") -> str:
+        """Text of one cycle, as the model would write it after ``prompt``, whose chat template may have opened the
+        thought or, with thinking off, closed it."""
+        thought, begun = f"{self.think_open}{think}{self.think_close}", prompt.rstrip("\n")
+        if self.think_open and begun.endswith(self.think_open):
+            thought = thought.removeprefix(self.think_open)
+        elif self.think_close and begun.endswith(self.think_close):
+            thought = think
+        return f"{thought}{self.answer_open or ''}{answer}{self.answer_close or ''}"
 
 
 # R-TAP sec. 3: <think> </think> <answer> </answer>, several pairs in one turn.

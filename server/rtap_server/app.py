@@ -15,8 +15,10 @@ from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
+from vllm.renderers.chat_utils import load_chat_template
 
 from rtap_core.errors import ConfigError
 from rtap_server.engine.recursive_engine import RecursiveEngine
@@ -63,7 +65,8 @@ async def create_app(
     names = [m.name for m in app.state.openai_serving_models.base_model_paths]
     tokenizer = cast(ChatRenderer, engine.renderer.tokenizer)
     app.include_router(ops_router(engine, server.drain))
-    app.include_router(rtap_router(server, tokenizer, names))
+    template = {"chat_template": load_chat_template(args.chat_template)} | resolve_default_chat_template_kwargs(args)
+    app.include_router(rtap_router(server, tokenizer, names, template))
     app.include_router(models_router(app.state.openai_serving_models))
     app.include_router(page.page_router())
     install_handlers(app)

@@ -88,6 +88,13 @@ def test_a_rendered_cycle_reads_back(think, answer):
         assert parse_cycle(fmt.render_cycle(think, answer), fmt, ended_by_model=True) == (think.strip(), answer)
 
 
+def test_a_cycle_continues_the_thought_that_its_prompt_has_begun():
+    assert THINK.render_cycle("so", "2", prompt="<|user|>1+1<|assistant|>") == "<think>so</think>2"
+    assert THINK.render_cycle("so", "2", prompt="<|user|>1+1<|assistant|><think>\n") == "so</think>2"
+    assert THINK.render_cycle("", "2", prompt="<|user|>1+1<|assistant|><think>\n\n</think>\n\n") == "2"
+    assert TEXT.render_cycle("", "2", prompt="<|user|>1+1<|assistant|>") == "2"
+
+
 def test_a_cycle_without_closed_answer_has_none():
     assert parse_cycle("<think>12*9=108</think><answer>108", RTAP) == ("12*9=108", None)
     assert parse_cycle("<think>12*9", RTAP) == ("12*9", None)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rtap_training.calibration import expected_calibration_error
+from rtap_training.evaluation.statistics import expected_calibration_error
 from rtap_training.reliability import plot_png, reliability_bins
 
 SCORES = np.array([0.91, 0.93, 0.11, 0.13, 1.0])

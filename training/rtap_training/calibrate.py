@@ -22,6 +22,7 @@ from rtap_core.errors import ConfigError
 if TYPE_CHECKING:
     from rtap_training.evaluation.question_files import Question
     from rtap_training.evaluation.records import Outcome
+    from rtap_training.evaluation.statistics import WithinQuestion
 
 LOGPROB = "logprob"
 _CONFIDENCE_FLAGS = ("--confidence", "--confidence-model")
@@ -85,11 +86,11 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
         best_threshold,
         cross_validated,
         figures,
-        fit_features,
+        fit_logistic,
         histogram,
         intervals,
-        within_question_auroc,
     )
+    from rtap_training.evaluation.statistics import within_question_auroc
 
     is_logprob = served.kind == LOGPROB
     names = (
@@ -115,7 +116,7 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
     _, firsts = np.unique(questions, return_index=True)
     _check_contrast(labels, questions)
     scores = cross_validated(features, labels, questions)
-    bias, *weights = fit_features(features, labels)
+    bias, *weights = fit_logistic(features, labels)
     logistic = Logistic(bias=round(bias, 5), **{n: round(w, 5) for n, w in zip(names, weights, strict=True)})
     if served.logistic is not None and not is_logprob:
         logistic = Logistic(**served.logistic).then(logistic)
@@ -127,7 +128,7 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
     columns = {"as served": np.array(raw)} | {"fitted, cross-validated": scores}
     judged = {name: asdict(figures(column, labels, questions)) for name, column in columns.items()}
     ranges = {name: intervals(column, labels, questions) for name, column in columns.items()}
-    alone = {name: within_question_auroc(features[:, i], labels, questions)[0] for i, name in enumerate(names)}
+    alone = {name: within_question_auroc(questions, features[:, i], labels) for i, name in enumerate(names)}
     held_out = judged["fitted, cross-validated"] | {"intervals": ranges["fitted, cross-validated"]}
     block = {
         "kind": "confidence",
@@ -156,7 +157,7 @@ def _check_contrast(labels: Any, questions: Sequence[int]) -> None:
 def _report(
     judged: Mapping[str, Mapping[str, Any]],
     ranges: Mapping[str, Mapping[str, Sequence[float]]],
-    alone: Mapping[str, float],
+    alone: "Mapping[str, WithinQuestion | None]",
     threshold: float,
     num_questions: int,
 ) -> str:
@@ -173,7 +174,7 @@ def _report(
         f"{'':28}{'within-question AUROC':24}{'ECE':24}Brier",
     ]
     lines += [f"{name:28}{''.join(f'{cell(name, f):24}' for f in FIGURES).rstrip()}" for name in judged]
-    lines += [f"  {name:26}{value:.3f}" for name, value in alone.items()]
+    lines += [f"  {name:26}{one.auroc.value:.3f}" for name, one in alone.items() if one is not None]
     return "\n".join([*lines, f"threshold {threshold}"])
 
 

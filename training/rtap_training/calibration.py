@@ -1,21 +1,28 @@
-"""Metrics and calibration of a confidence generator. Pure numpy; scores are arrays over cycles.
+"""Metrics and calibration of a confidence generator. Scores are arrays over cycles.
 
 The main metric is the within-question AUROC: the chance that a right cycle scores above a wrong one of the same
 question. A generator that only knows which questions are hard has a fair global AUROC and is useless for stopping.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression  # pyright: ignore  # the package has no types
 
 from rtap_core.artifact import NUM_BINS
 from rtap_core.errors import ConfigError
-from rtap_training.evaluation.statistics import bootstrap_weights
+from rtap_training.evaluation.statistics import (
+    Floats,
+    bootstrap_weights,
+    brier,
+    expected_calibration_error,
+    global_auroc,
+    within_question_auroc,
+)
 
-Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 BOOTSTRAPS = 1000
 FOLDS = 10
@@ -37,42 +44,15 @@ class Figures:
     right_share: float
 
 
-def auroc(scores: Floats, labels: Bools) -> float:
-    """P(a right cycle scores above a wrong one); ties count half; NaN without contrast."""
-    num_right, num_wrong = int(labels.sum()), int((~labels).sum())
-    if not num_right or not num_wrong:
-        return float("nan")
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    last_rank = np.cumsum(counts)
-    ranks = (last_rank - (counts - 1) / 2)[inverse]  # ties share their mean rank
-    return float((ranks[labels].sum() - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
-
-
-def within_question_auroc(scores: Floats, labels: Bools, questions: Sequence[int]) -> tuple[float, int]:
-    """Mean AUROC over questions with contrast, and their number."""
-    rows: defaultdict[int, list[int]] = defaultdict(list)
-    for index, question in enumerate(questions):
-        rows[question].append(index)
-    values = [auroc(scores[i], labels[i]) for i in rows.values() if 0 < labels[i].sum() < len(i)]
-    return (float(np.mean(values)) if values else float("nan"), len(values))
-
-
-def expected_calibration_error(scores: Floats, labels: Bools) -> float:
-    """Mean over equal-width bins of |accuracy - confidence|, weighted by bin size."""
-    bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
-    gaps = [abs(scores[bins == b].sum() - labels[bins == b].sum()) for b in range(NUM_BINS)]
-    return float(sum(gaps) / len(scores))
-
-
 def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
     """All metrics, rounded for a report."""
-    within, contrast = within_question_auroc(scores, labels, questions)
+    within = within_question_auroc(questions, scores, labels)
     return Figures(
-        within_auroc=_known(within),
-        contrast_questions=contrast,
-        global_auroc=_known(auroc(scores, labels)),
+        within_auroc=None if within is None else round(within.auroc.value, 4),
+        contrast_questions=0 if within is None else within.mixed_questions,
+        global_auroc=rounded(global_auroc(scores, labels)),
         ece=round(expected_calibration_error(scores, labels), 4),
-        brier=round(float(np.mean((scores - labels) ** 2)), 4),
+        brier=round(brier(scores, labels), 4),
         cycles=len(scores),
         right_share=round(float(labels.mean()), 4),
     )
@@ -90,7 +70,9 @@ def intervals(scores: Floats, labels: Bools, questions: Sequence[int], *, seed: 
     errors = scores - labels
     gaps = np.bincount(place * NUM_BINS + bins, weights=errors, minlength=num_questions * NUM_BINS)
     cycles = draws @ np.bincount(place)
-    by_question = np.array([auroc(scores[place == q], labels[place == q]) for q in range(num_questions)])
+    by_question = np.array(
+        [global_auroc(scores[place == q], labels[place == q]) for q in range(num_questions)], dtype=np.float64
+    )  # NaN without contrast
     is_mixed = ~np.isnan(by_question)
     mixed = draws @ is_mixed
     with np.errstate(invalid="ignore"):  # a resample without a mixed question has no within-question AUROC
@@ -113,8 +95,9 @@ def _weighted_auroc(level: NDArray[np.intp], labels: Bools, weights: Floats) -> 
     return float((right * (wrong.cumsum() - wrong / 2)).sum() / pairs) if pairs else float("nan")
 
 
-def _known(value: float) -> float | None:
-    return None if np.isnan(value) else round(value, 4)
+def rounded(value: float | None) -> float | None:
+    """To the four places of a report."""
+    return None if value is None else round(value, 4)
 
 
 def sigmoid(logits: Floats) -> Floats:
@@ -123,41 +106,23 @@ def sigmoid(logits: Floats) -> Floats:
 
 
 def fit_platt(logits: Floats, labels: Bools) -> tuple[float, float]:
-    """(slope, offset) that minimise the cross-entropy of sigmoid(slope·logit + offset); damped Newton steps.
+    """(slope, offset) of sigmoid(slope·logit + offset)."""
+    offset, slope = fit_logistic(logits[:, None], labels)
+    return slope, offset
 
-    Targets are smoothed as in Platt (1999), so the slope stays finite on separable data.
+
+def fit_logistic(features: Floats, labels: Bools) -> list[float]:
+    """Bias and weights of a logistic regression on features (N, F). The penalty only separates collinear features.
+
+    Targets are smoothed as in Platt (1999), so the weights stay finite on separable data: each row counts as right and
+    as wrong, weighted by its target.
     """
-    slope, offset = fit_logistic(np.stack([logits, np.ones_like(logits)], axis=1), labels, np.array([1.0, 0.0]))
-    return float(slope), float(offset)
-
-
-def fit_logistic(features: Floats, labels: Bools, start: Floats, *, steps: int = 100) -> Floats:
-    """Weights (F,) that minimise the cross-entropy of sigmoid(features @ weights); features (N, F). See fit_platt."""
     num_right, num_wrong = int(labels.sum()), int((~labels).sum())
     targets = np.where(labels, (num_right + 1) / (num_right + 2), 1 / (num_wrong + 2))
-
-    def cross_entropy(weights: Floats) -> float:
-        margins = features @ weights
-        return float(np.mean(np.logaddexp(0, margins) - targets * margins))
-
-    weights = start
-    for _ in range(steps):
-        probabilities = sigmoid(features @ weights)
-        gradient = features.T @ (probabilities - targets)
-        spread = probabilities * (1 - probabilities)
-        hessian = features.T @ (features * spread[:, None]) + 1e-6 * np.eye(len(start))
-        move: Floats = np.asarray(np.linalg.solve(hessian, gradient), dtype=np.float64)
-        size = 1.0
-        while cross_entropy(weights - size * move) > cross_entropy(weights) and size > 1e-9:
-            size /= 2  # a full Newton step overshoots where the sigmoid is flat
-        weights = weights - size * move
-    return weights
-
-
-def fit_features(features: Floats, labels: Bools) -> list[float]:
-    """Bias and weights of a logistic regression on features (N, F)."""
-    columns: Floats = np.column_stack([np.ones(len(features)), features])
-    return fit_logistic(columns, labels, np.zeros_like(columns[0])).tolist()
+    model: Any = LogisticRegression(C=1e6, tol=1e-8, max_iter=1000)
+    rows, both = np.concatenate([features, features]), np.repeat([True, False], len(features))
+    model.fit(rows, both, sample_weight=np.concatenate([targets, 1 - targets]))
+    return [float(model.intercept_[0]), *model.coef_[0].tolist()]
 
 
 def cross_validated(features: Floats, labels: Bools, questions: Sequence[int]) -> Floats:
@@ -171,7 +136,7 @@ def cross_validated(features: Floats, labels: Bools, questions: Sequence[int]) -
         fitted, left_out = part != number, part == number
         if len(np.unique(labels[fitted])) < 2:
             raise ConfigError("right or wrong samples are of too few questions to cross-validate; give more questions")
-        bias, *weights = fit_features(features[fitted], labels[fitted])
+        bias, *weights = fit_logistic(features[fitted], labels[fitted])
         scores[left_out] = sigmoid(bias + features[left_out] @ np.array(weights))
     return scores
 

@@ -15,17 +15,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequ
 from rtap_core.artifact import Logistic
 from rtap_core.features import LogprobFeatures
 from rtap_core.format import RTAP
-from rtap_training.calibration import (
-    Bools,
-    Floats,
-    auroc,
-    figures,
-    fit_logistic,
-    intervals,
-    within_question_auroc,
-)
+from rtap_training.calibration import Bools, Floats, figures, fit_logistic, intervals, rounded
 from rtap_training.choice import Sample, compare
 from rtap_training.classifier import confidences
+from rtap_training.evaluation.statistics import global_auroc, within_question_auroc
 from rtap_training.huggingface import token_id
 from rtap_training.rollout import SampledCycle, Trajectory
 
@@ -63,12 +56,12 @@ class CycleScores:
         return self.probabilities if fusion is None else np.array([fusion.confidence(*seen) for seen in self._seen()])
 
     def fit(self) -> Logistic:
-        """Fit a fusion to these cycles, starting from the generator alone."""
-        names = ("bias", "generator", "logprob_mean", "logprob_min")
+        """Fit a fusion to these cycles."""
+        names = ("generator", "logprob_mean", "logprob_min")
         inputs = [Logistic.inputs(*seen) for seen in self._seen()]
         features = np.array([[one[name] for name in names] for one in inputs])
-        weights = fit_logistic(features, self.labels, np.array([0.0, 1.0, 0.0, 0.0]))
-        return Logistic(**{name: round(float(w), 4) for name, w in zip(names, weights, strict=True)})
+        weights = fit_logistic(features, self.labels)
+        return Logistic(**{name: round(w, 4) for name, w in zip(("bias", *names), weights, strict=True)})
 
     def _seen(self) -> Iterator[tuple[float, LogprobFeatures]]:
         """Inputs of a fusion for each cycle. It uses the mean and the lowest log-probability alone."""
@@ -163,13 +156,12 @@ def _rankings(questions: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     ranked: dict[str, Any] = {}
     for rule in (GENERATOR, ALONE, *LOGPROB_RULES):
         scores = np.array([s.scores[rule] for _, s in rows], dtype=np.float64)
-        within, _ = within_question_auroc(scores, labels, [index for index, _ in rows])
-        ranked[rule] = {"within_auroc": _known(within), "global_auroc": _known(auroc(scores, labels))}
+        within = within_question_auroc([index for index, _ in rows], scores, labels)
+        ranked[rule] = {
+            "within_auroc": None if within is None else round(within.auroc.value, 4),
+            "global_auroc": rounded(global_auroc(scores, labels)),
+        }
     return ranked
-
-
-def _known(value: float) -> float | None:
-    return None if np.isnan(value) else round(value, 4)
 
 
 @torch.inference_mode()

@@ -140,5 +140,5 @@ def _print(reply: ChatReply, *, as_json: bool, with_cycles: bool) -> int:
     if answer:
         return 0
     reason = reply.choices[0].finish_reason
-    print_error("ask", f"no cycle completed an answer (finish_reason {reason}); raise --max-tokens or --deadline")
+    print_error("ask", f"no answer was completed (finish_reason {reason}); raise --max-tokens or --deadline")
     return FAILED

@@ -19,7 +19,9 @@ from rtap_server.http.schema import RtapOptions
 class ChatRenderer(Protocol):
     """The part of a Hugging Face tokenizer that these routes use."""
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **kwargs: Any
+    ) -> Any:
         """The prompt of a conversation, as text."""
         ...
 
@@ -64,8 +66,11 @@ class ScoreResponse(BaseModel):
     confidence_tokens: int
 
 
-def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[str]) -> APIRouter:
-    """Build the router. tokenizer: the policy's. model_names: as served."""
+def rtap_router(
+    server: ServerState, tokenizer: ChatRenderer, model_names: list[str], template: Mapping[str, Any]
+) -> APIRouter:
+    """Build the router. tokenizer: the policy's. model_names: as served. template: further arguments of
+    ``apply_chat_template``."""
     router = APIRouter(prefix="/v1/rtap", tags=["rtap"])
 
     def encode(request: ScoreRequest) -> Judged:
@@ -73,9 +78,10 @@ def rtap_router(server: ServerState, tokenizer: ChatRenderer, model_names: list[
             raise InvalidRequest("this model's format has no thoughts: put the whole text into answer", param="think")
         messages = [{"role": "user", "content": request.question}]
         current_request().messages = messages
-        prompt = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
+        prompt = cast(str, rendered)
         question = server.encode(prompt)
-        cycle = server.encode(server.format.render_cycle(request.think, request.answer))
+        cycle = server.encode(server.format.render_cycle(request.think, request.answer, prompt=prompt))
         return Judged(question, cycle, question, answer=request.answer)
 
     @router.post("/score")

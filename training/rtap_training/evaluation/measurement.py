@@ -67,8 +67,8 @@ class ConfidenceQuality:
     share_right: float
     within: WithinQuestion | None
     auroc: float | None
-    ece: float | None
-    brier: float | None
+    ece: float
+    brier: float
     best_of: Interval
     ceiling: Interval
 

@@ -13,7 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score  # pyright: ignore  # the package has no types
 
+from rtap_core.artifact import NUM_BINS
+
 Floats = npt.NDArray[np.float64]
+Scores = Sequence[float] | Floats
+Labels = Sequence[bool] | npt.NDArray[np.bool_]
 
 Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 RESAMPLES = 4000
@@ -67,15 +71,16 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def global_auroc(scores: Sequence[float], labels: Sequence[bool]) -> float | None:
+def global_auroc(scores: Scores, labels: Labels) -> float | None:
     """AUROC over all answers (rewards knowing which questions are hard); None if all labels agree."""
-    if len(set(labels)) < 2:
+    right = np.asarray(labels, dtype=np.bool_)
+    if right.all() or not right.any():
         return None
-    return float(cast(float, roc_auc_score(list(labels), list(scores))))
+    return float(cast(float, roc_auc_score(right, np.asarray(scores))))
 
 
 def within_question_auroc(
-    questions: Sequence[int], scores: Sequence[float], labels: Sequence[bool], *, seed: int = 0
+    questions: Sequence[int], scores: Scores, labels: Labels, *, seed: int = 0
 ) -> WithinQuestion | None:
     """Within-question AUROC of scored answers (one entry each); None if no question is mixed."""
     groups: dict[int, list[tuple[float, bool]]] = {}
@@ -99,20 +104,20 @@ def within_question_auroc(
     )
 
 
-def brier(scores: Sequence[float], labels: Sequence[bool]) -> float | None:
-    """Mean squared distance between confidence and outcome; None without answers."""
-    if not scores:
-        return None
+def brier(scores: Scores, labels: Labels) -> float:
+    """Mean squared distance between confidence and outcome; NaN without answers."""
+    if not len(scores):
+        return math.nan
     return float(np.mean((np.asarray(scores) - np.asarray(labels, dtype=np.float64)) ** 2))
 
 
-def expected_calibration_error(scores: Sequence[float], labels: Sequence[bool], *, bins: int = 15) -> float | None:
-    """Mean over equal-width bins of |mean confidence - share right|, weighted by bin size; None without answers.
+def expected_calibration_error(scores: Scores, labels: Labels, *, bins: int = NUM_BINS) -> float:
+    """Mean over equal-width bins of |mean confidence - share right|, weighted by bin size; NaN without answers.
 
     A score on an inner edge belongs to the upper bin, 1.0 to the last.
     """
-    if not scores:
-        return None
+    if not len(scores):
+        return math.nan
     confidence = np.asarray(scores, dtype=np.float64)
     right = np.asarray(labels, dtype=np.float64)
     index = np.minimum((confidence * bins).astype(np.int64), bins - 1)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from rtap_core.recursion import FinalEvent, Recursion
 from rtap_core.types import Confidence, Cycle, Judged, Limits, Policy, Score, Select, Trajectory
 from rtap_core.voting import majority
-from rtap_training.calibration import within_question_auroc
+from rtap_training.evaluation.statistics import within_question_auroc
 from rtap_training.questions import Question
 from rtap_training.rl.lockstep import Completion, Lockstep, Request, RowEngine, in_lockstep
 from rtap_training.rl.online_generator import OnlineGenerator
@@ -161,13 +161,13 @@ def forced_figures(
         (i, c, _is_right(q, c)) for i, (q, cycles) in enumerate(pairs) for c in cycles if c.confidence is not None
     ]
     samples = len(runs[0])
-    auroc, _ = within_question_auroc(
-        np.array([c.confidence for _, c, _ in scored], dtype=np.float64),
-        np.array([right for _, _, right in scored]),
+    within = within_question_auroc(
         [i // samples for i, _, _ in scored],
+        np.array([c.confidence for _, c, _ in scored], dtype=np.float64),
+        [right for _, _, right in scored],
     )
     return figures | {
         "confidence": fmean(chosen),
         "confidence_tokens": fmean(spent),
-        "within_auroc": None if np.isnan(auroc) else auroc,
+        "within_auroc": None if within is None else within.auroc.value,
     }
