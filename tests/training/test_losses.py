@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rtap_training.losses import (
+    advantage_shares,
     clipped_surrogate,
     group_advantages,
     grpo_loss,
@@ -17,6 +18,7 @@ from rtap_training.losses import (
     kdrl_weight,
     kl_k2,
     kl_k3,
+    sequence_log_ratio,
     sequence_mean,
     trrd_log_ratio,
     trrd_loss,
@@ -53,6 +55,33 @@ def test_alpha_one_is_grpo_to_the_last_bit(seed: int) -> None:
     without_teacher = {k: v for k, v in values.items() if k != "logp_teacher"}
     assert trrd_loss(**values, alpha=1.0).equal(grpo_loss(**without_teacher))
     assert gradient("trrd", values, alpha=1.0).equal(gradient("grpo", values))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_infinite_clamp_is_eq_5_without_one(seed: int) -> None:
+    values = batch(seed)
+    logps = values["logp"], values["logp_old"], values["logp_teacher"]
+    assert trrd_log_ratio(*logps, teacher_clamp=math.inf).equal(trrd_log_ratio(*logps, teacher_clamp=None))
+
+
+def test_the_ratio_of_a_sequence_is_the_product_over_its_trained_tokens() -> None:
+    log_ratio = torch.tensor([[0.1, 0.2, 5.0], [-0.3, 0.1, 0.1]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    whole = sequence_log_ratio(log_ratio, mask)
+    assert whole.shape == log_ratio.shape
+    assert whole[:, 0].tolist() == pytest.approx([0.3, -0.1])
+    assert whole[:, 2].equal(whole[:, 0])
+    loss = sequence_mean(clipped_surrogate(whole, torch.tensor([1.0, -1.0]), clip_low=0.2, clip_high=0.2), mask)
+    assert loss.item() == pytest.approx((-1.2 + math.exp(-0.1)) / 2)
+
+
+def test_shares_of_the_advantage_add_up_and_show_what_decides() -> None:
+    answer = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    length = torch.tensor([-0.5, 0.0, -0.5, 0.0, 0.0, 0.0])
+    constant = torch.ones(6)
+    shares = advantage_shares(torch.stack([answer, length, constant], dim=1), 2)  # the last group has no contrast
+    assert shares.tolist() == pytest.approx([2.0, -1.0, 0.0])
+    assert advantage_shares(torch.ones(4, 2), 2).isnan().all()
 
 
 @given(st.floats(0, 1), st.integers(0, 1000))

@@ -31,6 +31,25 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     return torch.where(is_flat, 0.0, centred / torch.where(is_flat, 1.0, spread)).reshape(rewards.shape)
 
 
+def advantage_shares(rewards: Tensor, group_size: int) -> Tensor:
+    """Share of each reward (K,) in the advantages of their sum; rewards: (N, K).
+
+    The covariance of a reward with the sum, over the variance of the sum: the shares of a group add up to 1, and a
+    reward that works against the others has a negative one. Mean over the groups with contrast; NaN without any.
+    """
+    groups = rewards.reshape(-1, group_size, rewards.size(1))
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    total = centred.sum(dim=2, keepdim=True)
+    shares = (centred * total).mean(dim=1) / total.square().mean(dim=1)
+    total_rewards = groups.sum(dim=2)
+    return shares[total_rewards.amax(dim=1) > total_rewards.amin(dim=1)].mean(dim=0)
+
+
+def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """log pi(O) / old(O) of each whole sequence, at each of its tokens: R-TAP's ratio (sec. 3.3)."""
+    return (log_ratio * mask).sum(dim=1, keepdim=True).expand_as(log_ratio)
+
+
 def trrd_log_ratio(
     logp: Tensor,
     logp_old: Tensor,

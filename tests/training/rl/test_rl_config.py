@@ -1,12 +1,22 @@
 """RL configs: the papers' defaults and the refusals."""
 
+import math
 from pathlib import Path
 
 import pytest
 
 from rtap_core.errors import ConfigError
 from rtap_training.config import build_config
-from rtap_training.rl.config import CONFIGS, ClampGradient, GrpoConfig, KdrlConfig, Method, RladConfig, RtapConfig
+from rtap_training.rl.config import (
+    CONFIGS,
+    ClampGradient,
+    GrpoConfig,
+    KdrlConfig,
+    Method,
+    RatioLevel,
+    RladConfig,
+    RtapConfig,
+)
 
 
 def test_rtap_has_the_papers_settings() -> None:
@@ -15,12 +25,18 @@ def test_rtap_has_the_papers_settings() -> None:
     assert (c.clip_low, c.clip_high, c.learning_rate) == (0.2, 0.2, 1e-6)
     assert (c.temperature, c.top_p, c.top_k, c.repetition_penalty) == (1.0, 0.95, 50, 1.05)
     assert c.reward_names == ("increase", "final", "format", "answer", "length")
+    assert c.ratio is RatioLevel.SEQUENCE
 
 
 def test_rlad_has_the_papers_settings() -> None:
     c = RladConfig(teacher="t")
     assert (c.alpha, c.clip_low, c.clip_high, c.teacher_clamp, c.group_size) == (0.5, 0.2, 0.28, 1.0, 8)
     assert c.generation_rows == 256
+    assert c.ratio is RatioLevel.TOKEN
+
+
+def test_eq_5_without_the_clamp_of_appendix_b_is_within_reach() -> None:
+    assert build_config(RladConfig, None, {"teacher": "t", "teacher_clamp": "inf"}).teacher_clamp == math.inf
 
 
 def test_every_command_knows_its_method() -> None:
@@ -36,6 +52,20 @@ def test_every_command_knows_its_method() -> None:
         (GrpoConfig, {"rewards": "answr"}, "must list some of"),
         (GrpoConfig, {"rewards": ""}, "must list some of"),
         (GrpoConfig, {"group_size": 1}, "at least 2"),
+        (GrpoConfig, {"teacher": "t"}, "grpo reads no teacher"),
+        (RtapConfig, {"teacher": "t"}, "rtap reads no teacher"),
+        (RladConfig, {"teacher": "t", "teacher_clamp": 0}, r"teacher_clamp=0.0 must be positive"),
+        (RladConfig, {"teacher": "t", "teacher_clamp": -1.0}, r"teacher_clamp=-1.0 must be positive"),
+        (RladConfig, {"teacher": "t", "teacher_clamp": math.nan}, "teacher_clamp=nan must be positive"),
+        (KdrlConfig, {"teacher": "t", "kdrl_decay": -1e-5}, "kdrl_decay=-1e-05 must be a number of at least 0"),
+        (KdrlConfig, {"teacher": "t", "kdrl_end": 0.1}, r"kdrl_end=0.1 must not be above kdrl_start=0.005"),
+        (GrpoConfig, {"clip_high": -0.1}, "clip_high=-0.1 must be a number of at least 0"),
+        (GrpoConfig, {"clip_high": math.inf}, "clip_high=inf must be"),
+        (GrpoConfig, {"beta": -1.0}, "beta=-1.0 must be"),
+        (RtapConfig, {"generator_rate": 0.0}, "generator_rate=0.0 must be positive"),
+        (RtapConfig, {"generator_iterations": -1}, "generator_iterations=-1 must be"),
+        (RtapConfig, {"generator_global_weight": 2.0}, "generator_global_weight=2.0 must be in"),
+        (RtapConfig, {"boundary_advantage": -1.0}, "boundary_advantage=-1.0 must be"),
         (GrpoConfig, {"alpha": 1.5}, "alpha=1.5 must be in"),
         (GrpoConfig, {"max_steps": 0}, "max_steps=0 must be positive"),
         (GrpoConfig, {"num_iterations": 4, "save_steps": 10}, "between the updates of one generation"),

@@ -4,6 +4,7 @@ Defaults are the papers' values, for models of billions of parameters. The recip
 (training/rtap_training/bundled/recipe.yaml) overrides them.
 """
 
+import math
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +24,13 @@ class Method(StrEnum):
     GRPO = "grpo"
     RLAD = "rlad"
     KDRL = "kdrl"
+
+
+class RatioLevel(StrEnum):
+    """What the clipped ratio is of: each token (RLAD eq. 1), or the whole sequence (R-TAP sec. 3.3)."""
+
+    TOKEN = "token"  # noqa: S105  # not a password
+    SEQUENCE = "sequence"
 
 
 class ClampGradient(StrEnum):
@@ -58,9 +66,12 @@ class RlConfig:
     learning_rate: float = setting(1e-6, "constant rate of AdamW. RLAD and R-TAP: 1e-6")
     clip_low: float = setting(0.2, "lower clip of the ratio. Both papers")
     clip_high: float = setting(0.28, "upper clip of the ratio. RLAD sec. 4")
+    ratio: RatioLevel = setting(
+        RatioLevel.TOKEN, "ratio that is clipped: of each token, or of the sequence. RLAD: token"
+    )
     beta: float = setting(0.0, "weight of the KL to the starting policy. RLAD does not state it")
     alpha: float = setting(0.5, "share of the old policy in the TRRD anchor. RLAD sec. 4; 1 is GRPO")
-    teacher_clamp: float = setting(1.0, "bound of the teacher's log-ratio in nats. RLAD app. B")
+    teacher_clamp: float = setting(1.0, "bound of the teacher's log-ratio in nats; inf: none. RLAD app. B")
     clamp_gradient: ClampGradient = setting(
         ClampGradient.STOP, "gradient outside that bound: stop or straight_through. Ours"
     )
@@ -94,8 +105,13 @@ class RlConfig:
             raise ConfigError(f"rewards={self.rewards!r} must list some of {', '.join(REWARDS)}")
         if self.confidence is None and {"increase", "final"} & set(self.reward_names):
             raise ConfigError("the rewards increase and final need --confidence, a generator that scores cycles")
-        if self.method in (Method.RLAD, Method.KDRL) and self.teacher is None:
+        reads_teacher = self.method in (Method.RLAD, Method.KDRL)
+        if reads_teacher and self.teacher is None:
             raise ConfigError(f"{self.method} needs --teacher, a model that scores the student's rollouts")
+        if not reads_teacher and self.teacher is not None:
+            raise ConfigError(
+                f"{self.method} reads no teacher: leave out --teacher {self.teacher}, or train rlad or kdrl"
+            )
         if self.save_steps % self.num_iterations:
             raise ConfigError(
                 f"save_steps={self.save_steps} must be a multiple of num_iterations={self.num_iterations}: a "
@@ -130,11 +146,19 @@ class RlConfig:
 
 def _check_ranges(config: RlConfig) -> None:
     positive = ("num_questions", "max_cycles", "questions_per_step", "micro_batch", "num_iterations", "max_steps",
-                "learning_rate", "max_tokens", "temperature", "threads", "save_steps", "logging_steps")  # fmt: skip
+                "learning_rate", "max_tokens", "temperature", "threads", "save_steps", "logging_steps",
+                "teacher_clamp", "generator_rate", "repetition_penalty")  # fmt: skip
     for name in positive:
-        if getattr(config, name) <= 0:
+        if not getattr(config, name) > 0:  # nor NaN
             raise ConfigError(f"{name}={getattr(config, name)} must be positive")
-    for name in ("threshold", "alpha", "top_p", "clip_low"):
+    finite = ("clip_high", "beta", "kdrl_start", "kdrl_end", "kdrl_decay", "generator_iterations", "boundary_advantage",
+              "top_k", "max_cycle_tokens")  # fmt: skip
+    for name in finite:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"{name}={getattr(config, name)} must be a number of at least 0")
+    if config.kdrl_end > config.kdrl_start:
+        raise ConfigError(f"kdrl_end={config.kdrl_end} must not be above kdrl_start={config.kdrl_start}")
+    for name in ("threshold", "alpha", "top_p", "clip_low", "generator_global_weight"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be in [0, 1]")
     if config.group_size < 2:
@@ -160,6 +184,9 @@ class RtapConfig(RlConfig):
     micro_batch: int = setting(24, "sequences a forward pass. Ours")
     num_iterations: int = setting(12, "updates a generation (mu). R-TAP: 12")
     clip_high: float = setting(0.2, "upper clip of the ratio. R-TAP: 0.2 on both sides")
+    ratio: RatioLevel = setting(
+        RatioLevel.SEQUENCE, "ratio that is clipped: of each token, or of the sequence. R-TAP: sequence"
+    )
     beta: float = setting(0.04, "weight of the KL to the starting policy. R-TAP: 0.04")
     save_steps: int = setting(120, "updates between checkpoints; a whole number of generations")
     top_p: float = setting(0.95, "nucleus. R-TAP: .95")

@@ -4,16 +4,26 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from rtap_training.losses import clipped_surrogate, is_clipped, kdrl_weight, kl_k2, kl_k3, trrd_log_ratio
-from rtap_training.rl.config import Method, RlConfig
+from rtap_training.losses import (
+    clipped_surrogate,
+    is_clipped,
+    kdrl_weight,
+    kl_k2,
+    kl_k3,
+    sequence_log_ratio,
+    trrd_log_ratio,
+)
+from rtap_training.rl.config import Method, RatioLevel, RlConfig
 
 
 def objective(
-    config: RlConfig, logp: Tensor, inputs: Mapping[str, Tensor], *, step: int
+    config: RlConfig, logp: Tensor, inputs: Mapping[str, Tensor], mask: Tensor, *, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(clipped surrogate plus KL terms, metrics to log), all (B, T)."""
+    """(clipped surrogate plus KL terms, metrics to log), all (B, T). mask (B, T): tokens that are trained."""
     old = inputs.get("old_per_token_logps")  # TRL omits it when a generation is used for one update
     log_ratio = _log_ratio(config, logp, logp.detach() if old is None else old, inputs)
+    if config.ratio is RatioLevel.SEQUENCE:
+        log_ratio = sequence_log_ratio(log_ratio, mask)
     advantages, clip = inputs["advantages"], {"clip_low": config.clip_low, "clip_high": config.clip_high}
     per_token = clipped_surrogate(log_ratio, advantages, **clip)
     if "importance_sampling_ratio" in inputs:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 
 from rtap_training.events import Sample
-from rtap_training.losses import group_advantages, sequence_mean
+from rtap_training.losses import advantage_shares, group_advantages, sequence_mean
 from rtap_training.rl import figures
 from rtap_training.rl.batches import forward_by_length
 from rtap_training.rl.checkpoints import last_checkpoint
@@ -152,6 +152,11 @@ class RecursiveTrainer(GRPOTrainer):
         """TRL's rewards (rows of all processes, rewards); their sums are kept for the advantages."""
         result = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._rewards = result.sum(dim=1)
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        shares = advantage_shares(result, group_size)
+        for name, share in zip(self.config.reward_names, shares.tolist(), strict=True):
+            if not math.isnan(share):
+                self._log_metric(f"advantage_share/{name}", share)
         rollouts, confidences = [x["rollout"] for x in inputs], [x["confidences"] for x in inputs]
         self._log_rollouts(rollouts, confidences)
         self.samples = figures.samples_of([last_text(x["prompt"]) for x in inputs], rollouts, confidences)
@@ -244,7 +249,7 @@ class RecursiveTrainer(GRPOTrainer):
             compute_entropy=True,
             **{name: inputs[name] for name in _MULTIMODAL if name in inputs},
         )
-        per_token, metrics = objective(self.config, logp, inputs, step=self.state.global_step)
+        per_token, metrics = objective(self.config, logp, inputs, mask, step=self.state.global_step)
         if entropies is not None:
             metrics["entropy"] = entropies
         loss = sequence_mean(per_token, mask)
