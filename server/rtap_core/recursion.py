@@ -96,6 +96,7 @@ class Recursion:
     prefix: text of an assistant message that the request wants continued; the question ends with it.
     request: passed to the scorer in Judged. cutoff: shared with the engine. clock: monotonic seconds.
     drafts: report the steps of a vote's samples while they are written, as DraftEvents.
+    falls_back: make fresh attempts after a continued cycle that is empty.
     """
 
     engine: Engine
@@ -107,6 +108,7 @@ class Recursion:
     cutoff: Cutoff = field(default_factory=Cutoff)
     clock: Callable[[], float] = time.monotonic
     drafts: bool = False
+    falls_back: bool = True
 
     def run(self, question_token_ids: Sequence[int], limits: Limits) -> AsyncGenerator[Event, None]:
         """Events of one trajectory. Close the generator to abort the cycle in progress."""
@@ -137,7 +139,7 @@ class Recursion:
             if state.limits.policy is Policy.MODEL:  # it continues its own text unchanged
                 draft.closing = []
             self._continue_after(draft, state)
-            if draft.opening and not draft.has_content:  # a model that was not trained to continue
+            if self.falls_back and draft.opening and not draft.has_content:  # a model that was not trained to continue
                 state.limits, state.is_fresh_fallback = replace(state.limits, recursion=Continuation.FRESH), True
             stop = self._decide(draft, question, state)
             if stop is not None:

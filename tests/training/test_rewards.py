@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtap_core.format import RTAP, THINK
+from rtap_core.format import RTAP, TEXT, THINK
 from rtap_training.rewards import answer_reward, confidence_final, confidence_increase, length_penalty, well_formed
 
 
@@ -57,6 +57,12 @@ GOOD = "<think>1+1=2</think><answer>2</answer>"
 )
 def test_well_formed_wants_one_pair_in_every_cycle(cycles: list[str], is_good: bool) -> None:
     assert well_formed(cycles, RTAP) == float(is_good)
+
+
+def test_well_formed_without_tags_wants_text() -> None:
+    assert well_formed(["so it is 8"], TEXT) == 1.0
+    assert well_formed(["so it is 8", " \n"], TEXT) == 0.0
+    assert well_formed([], TEXT) == 0.0
 
 
 def test_well_formed_without_answer_tags_wants_text_after_the_thought() -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
+from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
 from rtap_training.config import run_dir
 from rtap_training.generator_config import GeneratorConfig
@@ -57,7 +58,7 @@ def sample(
         question = questions[index]
 
         def is_right(answer: str) -> bool:
-            return check(question.question, answer, question.answer)
+            return check(question.question, extract_answer(answer) or answer, question.answer)
 
         return RolloutQuestion(str(index), prompts[index], is_right)
 

@@ -30,7 +30,8 @@ def confidence_final(confidences: Sequence[float], threshold: float) -> float:
 
 
 def well_formed(cycles: Sequence[str], fmt: TrajectoryFormat) -> float:
-    """1 if every cycle is one thought and one answer, each tag once and in order, else 0.
+    """1 if every cycle is one thought and one answer, each tag once and in order, else 0; in a format without tags 1
+    if no cycle is blank.
 
     Open-R1's format reward for every cycle; the paper does not say how it treats several.
     """
@@ -38,7 +39,9 @@ def well_formed(cycles: Sequence[str], fmt: TrajectoryFormat) -> float:
 
 
 def _is_pair(text: str, fmt: TrajectoryFormat) -> bool:
-    tags = [tag for tag in (fmt.think_open, fmt.think_close, fmt.answer_open, fmt.answer_close) if tag]
+    tags = fmt.tags
+    if not tags:
+        return bool(text.strip())
     if any(text.count(tag) != 1 for tag in tags):
         return False
     places = [text.index(tag) for tag in tags]

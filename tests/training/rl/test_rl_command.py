@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from rtap_core.errors import ConfigError
@@ -68,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RtapConfig:
 
 def test_policy_and_generator_are_written_in_the_layout_of_the_server(finished: RtapConfig) -> None:
     config = json.loads((finished.output / "config.json").read_text())
-    assert (config["dtype"], config["rtap"]) == ("bfloat16", {"format": "rtap"})
+    assert (config["dtype"], config["rtap"]) == ("bfloat16", {"format": "rtap", "recursion": "continue"})
     assert isinstance(load_tokenizer(finished.output), PreTrainedTokenizerFast)
     beside = finished.output.with_name("out-confidence")
     generator = Qwen3ForSequenceClassification.from_pretrained(beside).config
@@ -89,6 +90,8 @@ def test_logs_hold_every_reward_and_the_rollouts_figures(finished: RtapConfig) -
     first = json.loads((finished.run_dir / "train.jsonl").read_text().splitlines()[0])
     wanted = {f"rewards/{name}/mean" for name in ("increase", "final", "format", "answer", "length")}
     wanted |= {"cycles/mean", "cycles/first_right", "oops/per_1000_tokens", "confidence/brier"}
+    shares = [first[f"advantage_share/{name}"] for name in ("increase", "final", "format", "answer", "length")]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-3)
     assert wanted <= set(first)
     assert first["cycles/mean"] > 1
     assert list((finished.run_dir / "tensorboard").glob("events.*"))
@@ -99,6 +102,27 @@ def test_policy_and_generator_have_moved(finished: RtapConfig) -> None:
         kind = Qwen3ForCausalLM if before == finished.policy else Qwen3ForSequenceClassification
         a, b = kind.from_pretrained(before), kind.from_pretrained(after)
         assert not all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_lora_writes_an_adapter_and_merge_the_same_model_as_a_checkpoint(tmp_path: Path) -> None:
+    policy = BUNDLED / "policy"
+    settings = SMALL | {"max_steps": 2, "beta": 0.04, "lora_rank": 4, "policy": str(policy), "questions_per_step": 4,
+                        "max_tokens": 80, "max_cycle_tokens": 80}  # fmt: skip
+    adapter = GrpoConfig(output=tmp_path / "a", **settings)
+    whole = GrpoConfig(output=tmp_path / "b", merge=True, **settings)
+    command.run(adapter)
+    assert curve(adapter)[0]["kl"] == 0  # the reference is the model without the adapter, which begins as nothing
+    described = json.loads((adapter.output / "adapter_config.json").read_text())
+    assert (described["base_model_name_or_path"], described["r"]) == (str(policy), 4)
+    written = {path.name for path in adapter.output.iterdir()}
+    assert {"adapter_model.safetensors", "tokenizer.json", "manifest.json"} <= written
+    command.run(whole)
+    base = Qwen3ForCausalLM.from_pretrained(policy)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    joined = PeftModel.from_pretrained(base, adapter.output).merge_and_unload().state_dict()
+    merged = Qwen3ForCausalLM.from_pretrained(whole.output, dtype=torch.bfloat16).state_dict()
+    assert all(value.equal(joined[name].bfloat16()) for name, value in merged.items())
+    assert not all(joined[name].equal(value) for name, value in before.items())
 
 
 @pytest.mark.slow

@@ -52,6 +52,8 @@ def test_every_command_knows_its_method() -> None:
         (GrpoConfig, {"rewards": "answr"}, "must list some of"),
         (GrpoConfig, {"rewards": ""}, "must list some of"),
         (GrpoConfig, {"group_size": 1}, "at least 2"),
+        (GrpoConfig, {"merge": True}, "merge=True needs a lora_rank"),
+        (GrpoConfig, {"lora_rank": -1}, "lora_rank=-1 must be"),
         (GrpoConfig, {"teacher": "t"}, "grpo reads no teacher"),
         (RtapConfig, {"teacher": "t"}, "rtap reads no teacher"),
         (RladConfig, {"teacher": "t", "teacher_clamp": 0}, r"teacher_clamp=0.0 must be positive"),

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from rtap_core.format import RTAP, THINK, TrajectoryFormat
+from rtap_core.format import RTAP, TEXT, THINK, TrajectoryFormat
 from rtap_training.rl.lockstep import Completion, Generate, Request
 from rtap_training.rl.rollouts import Dialect, Rollout, RolloutQuestion, roll_out
 
@@ -63,7 +63,9 @@ def play(
     rows: list[list[str]], *, max_cycles: int = 4, max_tokens: int = 500, fmt: TrajectoryFormat = RTAP, **kwargs: bool
 ) -> tuple[list[Rollout], list[list[Request]]]:
     generate, asked = script(rows, **kwargs)
-    questions = [RolloutQuestion(f"q{i}", encode(f"q{i}:"), lambda answer: answer == "8") for i in range(len(rows))]
+    questions = [
+        RolloutQuestion(f"q{i}", encode(f"q{i}:"), lambda answer: answer.endswith("8")) for i in range(len(rows))
+    ]
     rollouts = roll_out(
         questions, generate, dialect(fmt), max_cycles=max_cycles, max_tokens=max_tokens, max_cycle_tokens=None
     )
@@ -87,6 +89,17 @@ def test_an_answer_that_ended_with_the_turn_is_scored_and_followed_as_a_whole_on
     assert [c.text for c in row.cycles] == [unclosed, cycle("8")]
     injected = "".join(decode([i]) for i, b in zip(row.completion_ids, row.is_boundary, strict=True) if b)
     assert injected == "</answer><think>$"
+
+
+@pytest.mark.parametrize("fmt", [THINK, TEXT])
+def test_a_row_goes_on_after_a_continued_cycle_that_is_empty(fmt: TrajectoryFormat) -> None:
+    """The server makes a fresh attempt then; a row of training is one sequence in one context."""
+    first = "<think>t</think>7" if fmt is THINK else "7"
+    last = "t</think>8" if fmt is THINK else "8"
+    (row,), asked = play([[first + "$", "$", last + "$"]], fmt=fmt, max_cycles=3)
+    assert [c.is_right for c in row.cycles] == [False, False, True]
+    assert decode(asked[2][0].prompt_ids).startswith(f"q0:{first}{fmt.cycle_open}")
+    assert decode(row.completion_ids).startswith(f"{first}{fmt.cycle_open}")
 
 
 def test_only_what_the_cut_wrote_is_a_boundary() -> None:

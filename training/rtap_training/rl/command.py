@@ -6,17 +6,20 @@ import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
-from rtap_training.checkpoint import manifest
+from rtap_training.checkpoint import manifest, replacing, write_manifest
 from rtap_training.events import FOLDER
 from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.questions import Question, load_questions
@@ -24,7 +27,7 @@ from rtap_training.rl.checkpoints import JsonLog, SamplesTable, check_same_run, 
 from rtap_training.rl.components import RunComponents
 from rtap_training.rl.config import RlConfig
 from rtap_training.rl.dataset import build_dataset
-from rtap_training.rl.loading import Loaded, load_for_training
+from rtap_training.rl.loading import Loaded, load_for_training, lora_config
 from rtap_training.rl.online_generator import OnlineGenerator, load_online_generator
 from rtap_training.rl.teacher import LocalTeacher, RemoteTeacher, Teacher, check_same_tokens, load_teacher
 from rtap_training.rl.trainer import RecursiveTrainer
@@ -41,7 +44,8 @@ def run(config: RlConfig) -> None:
     if checkpoint is not None:
         check_same_run(checkpoint, config)
     questions = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
-    loaded = load_for_training(config.policy)
+    dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
+    loaded = load_for_training(config.policy, dtype=dtype)
     trainer = build_trainer(config, loaded, questions)
     log = JsonLog(
         config.run_dir / "train.jsonl",
@@ -68,7 +72,7 @@ def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question
     """Build the trainer with generator and teacher."""
 
     def is_right(row: int, answer: str) -> bool:
-        return check(questions[row].question, answer, questions[row].answer)
+        return check(questions[row].question, extract_answer(answer) or answer, questions[row].answer)
 
     components = RunComponents(loaded.dialect, is_right, None, None, record=lambda: describe(config))
     trainer = RecursiveTrainer(
@@ -78,6 +82,7 @@ def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question
         model=loaded.model,
         processing_class=loaded.processor,
         train_dataset=build_dataset(questions, sees_images=loaded.sees_images),
+        peft_config=lora_config(config.lora_rank, sees_images=loaded.sees_images) if config.lora_rank else None,
     )
     components.generator = _generator(config, loaded, trainer)
     components.teacher = _teacher(config, loaded, trainer)
@@ -199,7 +204,10 @@ def _save(
     config: RlConfig, trainer: RecursiveTrainer, weights: dict[str, Tensor], loaded: Loaded, record: dict[str, Any]
 ) -> None:
     """Save policy and generator, each atomically."""
-    write_model(config.output, loaded.model, weights, loaded.processor, record)
+    if config.lora_rank:
+        write_adapter(config, cast(PeftModel, trainer.model), weights, loaded, record)
+    else:
+        write_model(config.output, loaded.model, weights, loaded.processor, record, block=_block(config, loaded))
     if trainer.components.generator is not None:
         output = config.confidence_output or config.output.with_name(f"{config.output.name}-confidence")
         generator = trainer.components.generator.model
@@ -210,15 +218,48 @@ def _save(
         write_model(output, generator, generator.state_dict(), loaded.tokenizer, record)
 
 
+def _block(config: RlConfig, loaded: Loaded) -> dict[str, Any]:
+    """The ``rtap`` block of the trained policy: a policy of several cycles continues its own answers."""
+    before = cast(dict[str, Any], getattr(loaded.model.config, "rtap", None) or {})
+    trained = {"recursion": "continue"} if config.max_cycles > 1 else {}
+    return before | {"format": loaded.dialect.format.name} | trained
+
+
+def write_adapter(
+    config: RlConfig, model: PeftModel, weights: dict[str, Tensor], loaded: Loaded, record: dict[str, Any]
+) -> None:
+    """Save the adapter with tokenizer and manifest; with ``config.merge`` the base with the adapter in it, in bf16."""
+    if not config.merge:
+        with replacing(config.output) as folder:
+            model.save_pretrained(str(folder), state_dict=weights)
+            loaded.processor.save_pretrained(folder)
+            write_manifest(folder, record)
+        return
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict=weights)
+        base = load_for_training(config.policy).model
+        merged = cast(Any, PeftModel).from_pretrained(base, folder).merge_and_unload()
+    block = _block(config, loaded)
+    write_model(config.output, merged, merged.state_dict(), loaded.processor, record, block=block)
+
+
 def write_model(
-    output: Path, model: PreTrainedModel, weights: dict[str, Tensor], processor: Any, record: dict[str, Any]
+    output: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    processor: Any,
+    record: dict[str, Any],
+    *,
+    block: dict[str, Any] | None = None,
 ) -> None:
     """Save ``weights`` in bf16 as a checkpoint of ``model``'s class, with tokenizer or processor and manifest.
 
-    The model itself is not changed; it may hold only a shard of the weights.
+    The model itself is not changed; it may hold only a shard of the weights. block: ``rtap`` block of the config.
     """
     with torch.device("meta"):
         copy = cast(Any, type(model))(deepcopy(model.config))
+    if block is not None:
+        copy.config.rtap = block
     copy.load_state_dict(weights, assign=True)
     copy.tie_weights()
     cast_to(copy, torch.bfloat16)

@@ -45,7 +45,9 @@ class RlConfig:
     """Fields of every method. ``Ours``: neither paper states a value."""
 
     method: ClassVar[Method] = Method.GRPO
-    policy: Path = setting(BUNDLED / "policy", "checkpoint to train")
+    policy: str = setting(str(BUNDLED / "policy"), "checkpoint to train: a folder or a Hugging Face name")
+    lora_rank: int = setting(0, "train LoRA adapters of this rank on a frozen model; 0: all weights. Ours")
+    merge: bool = setting(False, "with lora_rank: write a whole checkpoint instead of an adapter")
     output: Path = setting(Path("runs/rl"), OUTPUT_HELP)
     questions: str = setting("countdown", "task, mix (countdown=0.5,knights=0.5), JSONL file, or hf:NAME")
     num_questions: int = setting(4096, "distinct training questions to draw. Ours")
@@ -95,7 +97,7 @@ class RlConfig:
     save_steps: int = setting(100, "updates between checkpoints; a whole number of generations")
     logging_steps: int = setting(1, "updates between log lines")
     vllm: str = setting("none", "rollouts on vLLM: none, colocate, or the http:// address of TRL's server. Ours")
-    bf16: bool = setting(False, "train in bfloat16 autocast (GPUs)")
+    bf16: bool = setting(False, "compute in bfloat16; with lora_rank the frozen weights are kept in it too")
     gradient_checkpointing: bool = setting(False, "recompute activations (large models)")
 
     def __post_init__(self) -> None:
@@ -112,6 +114,8 @@ class RlConfig:
             raise ConfigError(
                 f"{self.method} reads no teacher: leave out --teacher {self.teacher}, or train rlad or kdrl"
             )
+        if self.merge and not self.lora_rank:
+            raise ConfigError("merge=True needs a lora_rank: without adapters the output is a whole checkpoint")
         if self.save_steps % self.num_iterations:
             raise ConfigError(
                 f"save_steps={self.save_steps} must be a multiple of num_iterations={self.num_iterations}: a "
@@ -152,7 +156,7 @@ def _check_ranges(config: RlConfig) -> None:
         if not getattr(config, name) > 0:  # nor NaN
             raise ConfigError(f"{name}={getattr(config, name)} must be positive")
     finite = ("clip_high", "beta", "kdrl_start", "kdrl_end", "kdrl_decay", "generator_iterations", "boundary_advantage",
-              "top_k", "max_cycle_tokens")  # fmt: skip
+              "top_k", "max_cycle_tokens", "lora_rank")  # fmt: skip
     for name in finite:
         if not 0 <= getattr(config, name) < math.inf:
             raise ConfigError(f"{name}={getattr(config, name)} must be a number of at least 0")

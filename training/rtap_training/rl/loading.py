@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +19,7 @@ from transformers import (
 
 from rtap_core.artifact import read_artifact
 from rtap_core.errors import ConfigError
-from rtap_core.format import TrajectoryFormat, format_from_config
+from rtap_core.format import TrajectoryFormat, detect_format
 from rtap_core.lexicon import OopsCounter, load_lexicon
 from rtap_training.rl.rollouts import Dialect
 
@@ -27,7 +28,7 @@ _VISION = ("visual", "vision_tower", "vision_model", "vision_encoder")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A policy in fp32. processor: the tokenizer for a text model, tokenizer and image processor for a VLM."""
+    """A policy. processor: the tokenizer for a text model, tokenizer and image processor for a VLM."""
 
     model: PreTrainedModel
     processor: Any
@@ -40,25 +41,42 @@ class Loaded:
         return self.processor is not self.tokenizer
 
 
-def load_for_training(path: Path) -> Loaded:
+def load_for_training(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Loaded:
     """Load a causal language model, or a vision-language model with a frozen vision encoder (R-TAP app. A).
 
-    Raises ConfigError if ``path`` is not a checkpoint or its tokenizer does not support its trajectory format.
+    name: folder or Hub name. Its trajectory format is the one that ``rtap serve`` would detect.
+    Raises ConfigError if it is not a checkpoint or its tokenizer does not support its trajectory format.
     """
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train sft`")
-    config = cast(Any, AutoConfig).from_pretrained(path)
-    is_vlm = hasattr(config, "vision_config")
-    factory = cast(Any, AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM)
-    model = cast(PreTrainedModel, factory.from_pretrained(path, dtype=torch.float32))
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ConfigError(f"{name} is not a checkpoint (no config.json)")
+    try:
+        config = cast(Any, AutoConfig).from_pretrained(name)
+        is_vlm = hasattr(config, "vision_config")
+        processor = cast(Any, AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(name)
+        factory = cast(Any, AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM)
+        model = cast(PreTrainedModel, factory.from_pretrained(name, dtype=dtype))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"cannot load {name}: {reason}; give a checkpoint folder or a Hugging Face name") from error
     if is_vlm:
-        for name, parameter in model.named_parameters():
-            if any(part in name for part in _VISION):
+        for part, parameter in model.named_parameters():
+            if any(tower in part for tower in _VISION):
                 parameter.requires_grad_(False)
-    processor = cast(Any, AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(path)
     tokenizer = cast(PreTrainedTokenizerBase, processor.tokenizer if is_vlm else processor)
-    fmt = format_from_config(read_artifact(config.to_dict()).model_dump(exclude_none=True))
+    if tokenizer.pad_token_id is None:  # Llama has none; padding is masked everywhere
+        tokenizer.pad_token = tokenizer.eos_token
+    block = read_artifact(config.to_dict()).model_dump(exclude_none=True)
+    template = str(cast(Any, tokenizer).chat_template or "")  # a dict if there are several
+    fmt, _ = detect_format(block, template=template, vocabulary=tokenizer.get_vocab())
     return Loaded(model, processor, tokenizer, dialect_of(model, tokenizer, fmt))
+
+
+def lora_config(rank: int, *, sees_images: bool) -> LoraConfig:
+    """Adapters on all linear layers of the language model. The scale, alpha / rank, is 2."""
+    vision = rf".*({'|'.join(_VISION)}).*" if sees_images else None
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=vision
+    )
 
 
 def dialect_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fmt: TrajectoryFormat) -> Dialect:
@@ -82,8 +100,8 @@ def dialect_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fmt: 
                 "(not special ones) and train them first (`rtap train sft`), or use the think format"
             )
         cycle_end_ids = frozenset(ids)
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise ConfigError("the tokenizer needs an end-of-turn token (eos_token) and a pad token")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer needs an end-of-turn token (eos_token)")
     declared: Any = getattr(model.generation_config, "eos_token_id", None)
     ends = {declared} if isinstance(declared, int) else set(cast(list[int], declared or []))
     end_of_turn_id = cast(int, tokenizer.eos_token_id)

@@ -107,9 +107,9 @@ def roll_out(
             dialect.decode, dialect.encode, max_cycle_tokens,
         )  # fmt: skip
         checker = Checker(asked[row], dialect)
-        return await _collect(
-            asked[row], Recursion(engine, dialect.format, checker, dialect.count_oops), limits, dialect
-        )
+        # A row is one sequence, so no cycle starts again on the question alone.
+        recursion = Recursion(engine, dialect.format, checker, dialect.count_oops, falls_back=False)
+        return await _collect(asked[row], recursion, limits, dialect)
 
     return in_lockstep(generate, len(asked), follow)
 

@@ -153,8 +153,8 @@ class RecursiveTrainer(GRPOTrainer):
         result = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._rewards = result.sum(dim=1)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
-        shares = advantage_shares(result, group_size)
-        for name, share in zip(self.config.reward_names, shares.tolist(), strict=True):
+        shares = cast(list[float], cast(Any, advantage_shares(result, group_size)).tolist())
+        for name, share in zip(self.config.reward_names, shares, strict=True):
             if not math.isnan(share):
                 self._log_metric(f"advantage_share/{name}", share)
         rollouts, confidences = [x["rollout"] for x in inputs], [x["confidences"] for x in inputs]

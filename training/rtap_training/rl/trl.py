@@ -49,6 +49,7 @@ if TYPE_CHECKING:
             processing_class: PreTrainedTokenizerBase | ProcessorMixin,
             rollout_func: Callable[[list[list[dict[str, Any]]], Any], dict[str, Any]],
             callbacks: list[TrainerCallback] | None = None,
+            peft_config: Any = None,
         ) -> None: ...
 
         # Called by us.
