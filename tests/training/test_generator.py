@@ -15,7 +15,7 @@ from rtap_core.errors import ConfigError
 from rtap_training.__main__ import main
 from rtap_training.generator import _batches, _fresh
 from rtap_training.generator_config import GeneratorConfig
-from rtap_training.generator_samples import prompt_ids, write
+from rtap_training.generator_samples import kept_trajectories, numbered, prompt_ids, write
 from rtap_training.huggingface import load_tokenizer, save_checkpoint
 from rtap_training.rl.loading import Loaded, load_for_training
 from rtap_training.rl.lockstep import Request
@@ -74,17 +74,70 @@ def test_a_head_of_one_label_on_the_body_and_a_pad_token_to_pool_by(llama: Path,
     assert (config.num_labels, config.pad_token_id) == (1, 7)
 
 
+def kept_samples(path: Path, *, questions: int = 40, prompt: str = "{} = ? Box it.") -> Path:
+    """Right and wrong sums in the format of `rtap eval`; a wrong one is off by one in its last digit."""
+    rows: list[dict[str, Any]] = []
+    for n in range(questions):
+        a, b = 11 + n, 7 + 3 * n
+        for right in (True, False):
+            text = f"{a} + {b} = {a + b + (not right)}, so \\boxed{{{a + b + (not right)}}}"
+            rows.append({"task": "sums", "question": f"{a} + {b}", "reference": str(a + b), "text": text, "tokens": 20})
+            rows[-1]["prompt"] = prompt.format(rows[-1]["question"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_kept_samples_are_read_as_they_were_asked_and_judged(loaded: Loaded, tmp_path: Path) -> None:
+    found = kept_trajectories(loaded, kept_samples(tmp_path / "samples.jsonl", questions=3))
+    assert [question.question for question, _ in found] == [
+        "11 + 7 = ? Box it.",
+        "12 + 10 = ? Box it.",
+        "13 + 13 = ? Box it.",
+    ]
+    (first, second) = found[0][1]
+    assert list(first.prompt_ids) == prompt_ids(loaded, "11 + 7 = ? Box it.")
+    assert loaded.dialect.decode(first.cycles[0].ids).endswith("11 + 7 = 18, so \\boxed{18}")
+    assert [first.is_right, second.is_right] == [True, False]
+    assert [t.question for t in numbered([rows for _, rows in found])] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--lora-rank", "2"], ["--backbone", "BACKBONE"]], ids=["all weights", "lora", "another backbone"]
+)
+def test_a_generator_of_kept_samples_is_one_checkpoint_as_the_server_loads_it(
+    flags: list[str], llama: Path, tmp_path: Path
+) -> None:
+    samples, output = kept_samples(tmp_path / "samples.jsonl", questions=60), tmp_path / "generator"
+    own = [str(BUNDLED / "student") if flag == "BACKBONE" else flag for flag in flags]
+    more = ["--epochs", "1", "--num-layers", "1", "--learning-rate", "1e-3"]
+    assert (
+        main(
+            ["generator", "--policy", str(llama), "--samples-file", str(samples), "--output", str(output), *own, *more]
+        )
+        == 0
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert model.config.num_hidden_layers == 1
+    assert model.config.rtap["kind"] == "confidence"
+    assert model.config.model_type == ("qwen3" if own[:1] == ["--backbone"] else "llama")
+    assert load_tokenizer(output).chat_template
+    assert not list(output.glob("adapter*"))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "questions is empty"),
+        ([], "give questions (a JSONL file, hf:DATASET or a bundled task)"),
+        (["--questions", "countdown", "--samples-file", "s.jsonl"], "give questions"),
+        (["--samples-file", "nowhere.jsonl"], "cannot read the samples file nowhere.jsonl"),
+        (["--questions", "countdown", "--lora-rank", "-1"], "lora_rank=-1 must be at least 0"),
         (["--questions", "countdown", "--samples", "1"], "must be at least 2"),
         (["--questions", "countdown", "--epochs", "0"], "epochs=0 must be at least 1"),
         (["--questions", "countdown", "--save-minutes", "0"], "save_minutes=0.0 above 0"),
         (["--questions", "countdown", "--validation-share", "1"], "validation_share=1.0 must be between"),
         (["--questions", "nowhere/questions.jsonl"], "cannot read the question file"),
         (["--questions", "countdown", *SMALL], "no contrast to learn from"),  # random weights are never right
-        (["--questions", "countdown", "--policy", "nowhere", *SMALL], "nowhere is not a checkpoint"),
+        (["--questions", "countdown", "--policy", "nowhere", *SMALL], "cannot load nowhere: "),
     ],
 )
 def test_what_cannot_work_is_one_sentence(

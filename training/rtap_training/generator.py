@@ -9,33 +9,43 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from random import Random
 from time import monotonic
 from typing import Any, cast
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rtap_core.artifact import CERTAIN, NUM_BINS, Logistic
+from rtap_core.classifier_input import chat_token_ids
 from rtap_core.errors import ConfigError
 from rtap_training.calibration import Bools, Floats, best_threshold, figures, fit_platt, histogram, sigmoid
 from rtap_training.checkpoint import manifest, sha256
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
 from rtap_training.generator_config import GeneratorConfig
-from rtap_training.generator_samples import SampledTrajectory, clean_up, sample
+from rtap_training.generator_samples import SampledTrajectory, clean_up, kept_trajectories, numbered, sample
 from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.optim import Budget
 from rtap_training.progress import Progress
 from rtap_training.questions import Question, load_questions
-from rtap_training.rl.loading import load_for_training
+from rtap_training.rl.loading import Loaded, load_for_training
 from rtap_training.rl.online_generator import LabelledCycle, OnlineGenerator
+from rtap_training.rl.rollouts import Dialect, RolledCycle
 from rtap_training.run_state import States, check_resumable, plain
 from rtap_training.runtime import configure_torch
 from rtap_training.tasks.base import Split
+from rtap_training.tasks.jsonl import question_split
 from rtap_training.training_errors import TrainingError
 
 
@@ -56,18 +66,29 @@ def run(config: GeneratorConfig) -> None:
     """
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
-    fitting, validation, held_out = _questions(config)
+    questions = None if config.samples_file else _questions(config)  # before a large model is loaded
     loaded = load_for_training(config.policy)
     if loaded.sees_images:
         raise ConfigError(
             f"{config.policy} is a vision-language model; `rtap train generator` supports text models only"
         )
-    parts = (("fitting", fitting), ("validation", validation), ("held-out", held_out))
-    sampled = [sample(loaded, part, config, name, config.seed + i) for i, (name, part) in enumerate(parts)]
+    if questions is None:
+        (fitting, validation, held_out), sampled = _kept(config, loaded)
+    else:
+        fitting, validation, held_out = questions
+        parts = (("fitting", fitting), ("validation", validation), ("held-out", held_out))
+        sampled = [sample(loaded, part, config, name, config.seed + i) for i, (name, part) in enumerate(parts)]
+    tokenizer = loaded.tokenizer
+    if config.backbone:
+        tokenizer = _backbone_tokenizer(config.backbone)
+        sampled = [
+            _in_chat(turns, part, tokenizer, loaded.dialect)
+            for turns, part in zip(sampled, (fitting, validation, held_out), strict=True)
+        ]
     cycles = _labelled(sampled[0])
     _check_contrast([c.is_right for c in cycles], "training")
     _check_contrast([c.is_right for c in _labelled(sampled[1])], "validation")
-    dialect, tokenizer = loaded.dialect, loaded.tokenizer
+    dialect = loaded.dialect
     del loaded
     gc.collect()
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(json.dumps(cycles)))
@@ -76,6 +97,8 @@ def run(config: GeneratorConfig) -> None:
         model, learning_rate=config.learning_rate, iterations=1, global_weight=config.global_weight, average=_alone
     )
     training = _train(generator, _batches(cycles, config), config, states)
+    if config.lora_rank:
+        model = generator.model = cast(PreTrainedModel, cast(Any, model).merge_and_unload())
     cast_to(model, torch.bfloat16)  # evaluate the weights as they are saved
     cast_to(model, torch.float32)
     known, unseen = _score(generator, sampled[1]), _score(generator, sampled[2])
@@ -113,6 +136,47 @@ def _questions(config: GeneratorConfig) -> tuple[list[Question], list[Question],
     return known[kept:], known[:kept], held_out
 
 
+def _kept(
+    config: GeneratorConfig, loaded: Loaded
+) -> tuple[tuple[list[Question], list[Question], list[Question]], list[list[SampledTrajectory]]]:
+    """Disjoint questions for (training, calibration, evaluation), and their trajectories, of a samples file."""
+    assert config.samples_file is not None
+    found = kept_trajectories(loaded, config.samples_file)
+    Random(config.seed).shuffle(found)
+    known = [one for one in found if question_split(one[0].identity) is Split.TRAIN][: config.num_questions]
+    held_out = [one for one in found if question_split(one[0].identity) is Split.HELD_OUT][: config.eval_questions]
+    kept = max(1, round(config.validation_share * len(known)))
+    if kept >= len(known) or not held_out:
+        raise ConfigError(
+            f"{config.samples_file} has samples of {len(known)} training and {len(held_out)} held-out questions; a "
+            "tenth is held out by hash, so sample more questions"
+        )
+    parts = (known[kept:], known[:kept], held_out)
+    fitting, validation, unseen = ([question for question, _ in part] for part in parts)
+    return (fitting, validation, unseen), [numbered([rows for _, rows in part]) for part in parts]
+
+
+def _backbone_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = cast(Any, AutoTokenizer).from_pretrained(name)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"the backbone {name} has no chat template, in which it would read questions and answers")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _in_chat(
+    turns: Sequence[SampledTrajectory], questions: Sequence[Question], tokenizer: Any, dialect: Dialect
+) -> list[SampledTrajectory]:
+    """The trajectories with each cycle as a chat in the backbone's tokens, as the server's chat input renders it."""
+
+    def read(turn: SampledTrajectory, cycle: RolledCycle) -> RolledCycle:
+        question, answer = questions[turn.question].question, dialect.decode(cycle.ids)
+        return replace(cycle, ids=tuple(chat_token_ids(tokenizer, question, answer, tokenizer.pad_token_id)))
+
+    return [replace(turn, prompt_ids=(), cycles=tuple(read(turn, cycle) for cycle in turn.cycles)) for turn in turns]
+
+
 # Samples.
 
 
@@ -138,16 +202,27 @@ def _check_contrast(labels: Sequence[bool], whose: str) -> None:
 
 
 def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
-    """The policy's body (R-TAP app. A) with a new one-label head."""
+    """The backbone's body (R-TAP app. A: the policy's) with a new one-label head."""
     cast(Any, torch).manual_seed(config.seed)
+    name = config.backbone or config.policy
+    shape: Any = cast(Any, AutoConfig).from_pretrained(name, num_labels=1)
+    if config.num_layers:
+        if config.num_layers > shape.num_hidden_layers:
+            raise ConfigError(f"num_layers={config.num_layers} is above the {shape.num_hidden_layers} of {name}")
+        shape.num_hidden_layers = config.num_layers
+        if getattr(shape, "layer_types", None):
+            shape.layer_types = shape.layer_types[: config.num_layers]
     factory = cast(Any, AutoModelForSequenceClassification)
     try:
-        model = factory.from_pretrained(config.policy, num_labels=1, dtype=torch.float32)
+        model = factory.from_pretrained(name, config=shape, dtype=torch.float32)
     except ValueError as error:
-        raise ConfigError(
-            f"transformers has no sequence classifier for the architecture of {config.policy}: {error}"
-        ) from error
+        raise ConfigError(f"transformers has no sequence classifier for the architecture of {name}: {error}") from error
     model.config.pad_token_id = pad_id  # needed to find the end of a padded row
+    if config.lora_rank:
+        adapters = LoraConfig(
+            task_type="SEQ_CLS", r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"
+        )
+        model = cast(Any, get_peft_model(model, adapters))
     return cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -17,8 +17,12 @@ class GeneratorConfig:
 
     # batch_rows may change too: after running out of memory, resume with smaller batches.
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"output", "threads", "batch_rows", "save_steps", "save_minutes"})
-    policy: Path = setting(Path("policy"), "policy checkpoint folder, as `rtap serve` loads it")
+    policy: str = setting("policy", "policy, as `rtap serve` loads it: a folder or a Hugging Face name")
     questions: str = setting("", "JSONL file, hf:DATASET, or a mix of bundled tasks")
+    samples_file: Path | None = setting(None, "samples.jsonl of `rtap eval` or `rtap calibrate`, instead of questions")
+    backbone: str = setting("", "model whose body is trained, in its own chat template. R-TAP app. A: the policy")
+    num_layers: int = setting(0, "first layers of the backbone to keep; 0: all, as R-TAP app. A")
+    lora_rank: int = setting(0, "train LoRA adapters of this rank, and merge them in the end; 0: all weights. Ours")
     output: Path = setting(Path("runs/generator"), "where the checkpoint is written")
     num_questions: int = setting(2000, "training questions at most")
     eval_questions: int = setting(200, "held-out questions at most, of the tenth that is held out by hash")
@@ -37,8 +41,12 @@ class GeneratorConfig:
     save_minutes: float = setting(20.0, "minutes between states to resume from")
 
     def __post_init__(self) -> None:
-        if not self.questions:
-            raise ConfigError("questions is empty; give a JSONL file, hf:DATASET, or a bundled task")
+        if bool(self.questions) == (self.samples_file is not None):
+            raise ConfigError(
+                "give questions (a JSONL file, hf:DATASET or a bundled task) to sample the policy on, or a samples_file"
+            )
+        if self.num_layers < 0 or self.lora_rank < 0:
+            raise ConfigError(f"num_layers={self.num_layers} and lora_rank={self.lora_rank} must be at least 0")
         names = ("num_questions", "eval_questions", "max_cycles", "max_cycle_tokens", "batch_rows", "epochs",
                  "questions_per_step", "threads")  # fmt: skip
         for name in names:

@@ -5,7 +5,8 @@ Samples stay in the run's folder until the run succeeds; a resumed run samples o
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
 from rtap_training.config import run_dir
+from rtap_training.evaluation.samples import sample_rows
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.huggingface import cast_to
 from rtap_training.rl.loading import Loaded
@@ -79,6 +81,28 @@ def sample(
     return [turn for line in read_or_make(file, first, make, chunk_rows=CHUNK_ROWS) for turn in _parse(line)]
 
 
+def kept_trajectories(loaded: Loaded, path: Path) -> list[tuple[Question, list[SampledTrajectory]]]:
+    """The samples of each question in a file of ``rtap eval`` or ``rtap calibrate``, as trajectories of one cycle.
+
+    A line's number stands for its question; see ``numbered``. Raises ConfigError for lines that are no samples."""
+    found: dict[str, tuple[Question, list[SampledTrajectory]]] = {}
+    for question, cycle, row in sample_rows([path]):
+        asked = str(row.get("prompt") or question.text)
+        prompt = _rendered(loaded, asked)
+        text = loaded.dialect.format.render_cycle(cycle.think or "", cycle.text or "", prompt=prompt)
+        rolled = RolledCycle(
+            tuple(loaded.dialect.encode(text)), text, cycle.answer, cycle.is_correct, cycle.oops_tokens
+        )
+        _, rows = found.setdefault(asked, (Question(asked, question.answer, question.task), []))
+        rows.append(SampledTrajectory(0, tuple(loaded.dialect.encode(prompt)), (rolled,), cycle.tokens))
+    return list(found.values())
+
+
+def numbered(parts: Sequence[Sequence[SampledTrajectory]]) -> list[SampledTrajectory]:
+    """Trajectories of several questions, with the question's position."""
+    return [replace(one, question=index) for index, rows in enumerate(parts) for one in rows]
+
+
 def clean_up(states: States) -> None:
     """Remove states and samples after success; the log stays."""
     states.remove()
@@ -110,12 +134,15 @@ def _parse(line: str) -> list[SampledTrajectory]:
 
 def prompt_ids(loaded: Loaded, question: str) -> list[int]:
     """Prompt ids of a question in the model's chat template. Raises ConfigError without a template."""
+    return loaded.dialect.encode(_rendered(loaded, question))
+
+
+def _rendered(loaded: Loaded, question: str) -> str:
     tokenizer = cast(Any, loaded.tokenizer)
     if not tokenizer.chat_template:
         raise ConfigError("the policy's tokenizer has no chat template; add one")
     messages = [{"role": "user", "content": question}]
-    text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return loaded.dialect.encode(text)
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _to_device(loaded: Loaded) -> None:

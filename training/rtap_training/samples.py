@@ -29,7 +29,7 @@ Make = Callable[[Sequence[int], int], list[str]]
 
 
 def header(
-    policy: Path, questions: Sequence[str], *, sampler: str, samples: int, max_cycles: int, seed: int
+    policy: str | Path, questions: Sequence[str], *, sampler: str, samples: int, max_cycles: int, seed: int
 ) -> dict[str, Any]:
     """Everything the samples depend on."""
     return {
@@ -44,9 +44,10 @@ def header(
     }
 
 
-def _weights_sha256(policy: Path) -> str:
-    """Digest of all weight files, read in parts."""
-    digest = hashlib.sha256()
+def _weights_sha256(name: str | Path) -> str:
+    """Digest of all weight files, read in parts; of the name for a model of the Hub."""
+    policy = Path(name)
+    digest = hashlib.sha256(b"" if policy.is_dir() else str(name).encode())
     for file in sorted(policy.glob("*.safetensors")) or sorted(policy.glob("*.bin")):
         with file.open("rb") as weights:
             while part := weights.read(1 << 24):

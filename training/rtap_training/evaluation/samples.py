@@ -1,6 +1,7 @@
 """Kept samples of votes: one JSON line a sample, from which rules are replayed without a server.
 
-Fields of a line: ``task``, ``question``, ``reference`` (the reference answer), ``sample`` (number), ``think``, ``text``
+Fields of a line: ``task``, ``question``, ``prompt`` (the message that was sent; left out if it is the question),
+``reference`` (the reference answer), ``sample`` (number), ``think``, ``text``
 (the whole answer), ``answer`` (extracted; null if the sample was cut), ``is_correct``, ``tokens``, ``confidence`` and
 ``logprobs`` (both may be null), ``kind`` and ``logistic`` (the server's confidence and the calibration it applied).
 ``question``, ``reference``, ``text`` and ``tokens`` are enough: the rest is computed.
@@ -55,6 +56,8 @@ def sample_line(
         "confidence": cycle.confidence,
         "logprobs": cycle.logprobs,
     }
+    if question.prompt != question.text:
+        row["prompt"] = question.prompt
     if confidence is not None:
         row |= {"kind": confidence["kind"], "logistic": confidence.get("logistic")}
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+from rtap_core.classifier_input import without_padding
 from rtap_core.errors import ConfidenceError
 from rtap_core.types import Judged
 from rtap_server.engine.request_state import current_request
@@ -123,10 +124,7 @@ def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 class LocalChatTokenizer:
-    """ChatTokenizer from a Hugging Face tokenizer.
-
-    pad_token_id: of the classifier's config. transformers takes the score before padding at the end, so a template
-    that ends with this token is scored before it."""
+    """ChatTokenizer from a Hugging Face tokenizer. pad_token_id: of the classifier's config."""
 
     def __init__(self, tokenizer: Any, pad_token_id: int | None) -> None:
         self._tokenizer, self._pad_token_id = tokenizer, pad_token_id
@@ -146,6 +144,4 @@ class LocalChatTokenizer:
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         encoded = cast(list[int], self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        while len(encoded) > 1 and encoded[-1] == self._pad_token_id:
-            encoded.pop()
-        return encoded
+        return without_padding(encoded, self._pad_token_id)
