@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="start.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, default=MODELS / "policy")
+    parser.add_argument("model", type=Path, nargs="?", default=MODELS / "policy", help="default: the bundled policy")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--flags", default="", help="more flags of both servers, in one argument")
