@@ -147,7 +147,7 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     from rtap_server.run import exit_on_signals
 
     keys = load_keys(settings.api_keys_file, os.environ)
-    cpu_defaults(args, bundled=bundled)
+    cpu_defaults(args, bundled=bundled, num_engines=2 if settings.confidence_kind == "pooling" else 1)
     args.host = args.host or "127.0.0.1"  # vLLM's default is all interfaces
     try:
         address, sock = setup_server(args, reuse_port=False)

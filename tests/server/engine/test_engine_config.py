@@ -144,6 +144,15 @@ def test_bfloat16_is_not_computed_where_a_cpu_emulates_it(monkeypatch, capabilit
     assert args.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(("num_engines", "threads"), [(1, "8"), (2, "4"), (16, "1")])
+def test_engines_share_the_cores(monkeypatch, num_engines, threads):
+    monkeypatch.setattr("os.environ", {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    args, _, _ = _parse([POLICY])
+    cpu_defaults(args, bundled=False, num_engines=num_engines)
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_one_flag_allows_templates_of_requests_in_vllm_too(allowed):
     args, settings, _ = _parse([POLICY, *(["--allow-request-templates"] if allowed else [])])
