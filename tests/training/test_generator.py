@@ -127,7 +127,8 @@ def test_a_generator_of_kept_samples_is_one_checkpoint_as_the_server_loads_it(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "give questions (a JSONL file, hf:DATASET or a bundled task)"),
+        ([], "give questions (a JSONL file, rg:NAME, hf:NAME or a bundled task)"),
+        (["--questions", "countdown", "--prompt", "Solve it."], "prompt='Solve it.' has no {question}"),
         (["--questions", "countdown", "--samples-file", "s.jsonl"], "give questions"),
         (["--samples-file", "nowhere.jsonl"], "cannot read the samples file nowhere.jsonl"),
         (["--questions", "countdown", "--lora-rank", "-1"], "lora_rank=-1 must be at least 0"),

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from rtap_core.errors import ConfigError
-from rtap_training.questions import held_out_questions, load_questions
+from rtap_training.evaluation.question_files import GYM_PROMPT
+from rtap_training.questions import check_prompt, held_out_questions, is_right, load_questions, message
 from rtap_training.tasks import TASKS, task_of
-from rtap_training.tasks.base import Split
+from rtap_training.tasks.base import Question, Split
+from rtap_training.tasks.gym import GymQuestion
 
 
 def write(path: Path, count: int) -> Path:
@@ -47,9 +49,25 @@ def test_a_file_is_split_by_hash(tmp_path: Path) -> None:
 
 
 def test_what_is_none_of_these_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'chess' is not a task.*; or give a \.jsonl file or hf:DATASET"):
+    with pytest.raises(ConfigError, match=r"'chess' is not a task.*; or give a \.jsonl file, rg:NAME or hf:DATASET"):
         load_questions("chess", Split.TRAIN, seed=0, count=1)
     with pytest.raises(ConfigError, match="cannot read the question file"):
         load_questions(str(tmp_path / "none.jsonl"), Split.TRAIN, seed=0, count=1)
     with pytest.raises(ConfigError, match="has no held_out question"):
         load_questions(str(write(tmp_path / "one.jsonl", 1)), Split.HELD_OUT, seed=0, count=1)
+
+
+def test_the_message_asks_for_a_box_where_the_question_is_of_reasoning_gym() -> None:
+    own, gym = Question("1 + 1", "2", "sums"), GymQuestion("1 + 1 =", "2", "chain_sum", "chain_sum", "{}", 0)
+    assert message(own, "") == "1 + 1"
+    assert message(gym, "") == GYM_PROMPT.replace("{question}", "1 + 1 =")
+    assert message(own, "What is {question}?") == "What is 1 + 1?"
+    with pytest.raises(ConfigError, match=r"prompt='What is it\?' has no \{question\}"):
+        check_prompt("What is it?")
+
+
+@pytest.mark.parametrize("question", [Question("q", "1/2", "t"), GymQuestion("q", "0.5", "t", "chain_sum", "{}", 0)])
+def test_the_final_answer_of_a_text_is_judged(question: Question) -> None:
+    assert is_right(question, "Half of it, so \\boxed{0.50}.")
+    assert is_right(question, "0.5")
+    assert not is_right(Question("q", "2", "t"), "1 + 1 = 3")

@@ -38,7 +38,7 @@ from rtap_training.generator_samples import SampledTrajectory, clean_up, kept_tr
 from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.optim import Budget
 from rtap_training.progress import Progress
-from rtap_training.questions import Question, load_questions
+from rtap_training.questions import Question, load_questions, message
 from rtap_training.rl.loading import Loaded, load_for_training
 from rtap_training.rl.online_generator import LabelledCycle, OnlineGenerator
 from rtap_training.rl.rollouts import Dialect, RolledCycle
@@ -82,7 +82,7 @@ def run(config: GeneratorConfig) -> None:
     if config.backbone:
         tokenizer = _backbone_tokenizer(config.backbone)
         sampled = [
-            _in_chat(turns, part, tokenizer, loaded.dialect)
+            _in_chat(turns, [message(q, config.prompt) for q in part], tokenizer, loaded.dialect)
             for turns, part in zip(sampled, (fitting, validation, held_out), strict=True)
         ]
     cycles = _labelled(sampled[0])
@@ -166,13 +166,13 @@ def _backbone_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _in_chat(
-    turns: Sequence[SampledTrajectory], questions: Sequence[Question], tokenizer: Any, dialect: Dialect
+    turns: Sequence[SampledTrajectory], messages: Sequence[str], tokenizer: Any, dialect: Dialect
 ) -> list[SampledTrajectory]:
     """The trajectories with each cycle as a chat in the backbone's tokens, as the server's chat input renders it."""
 
     def read(turn: SampledTrajectory, cycle: RolledCycle) -> RolledCycle:
-        question, answer = questions[turn.question].question, dialect.decode(cycle.ids)
-        return replace(cycle, ids=tuple(chat_token_ids(tokenizer, question, answer, tokenizer.pad_token_id)))
+        asked, answer = messages[turn.question], dialect.decode(cycle.ids)
+        return replace(cycle, ids=tuple(chat_token_ids(tokenizer, asked, answer, tokenizer.pad_token_id)))
 
     return [replace(turn, prompt_ids=(), cycles=tuple(read(turn, cycle) for cycle in turn.cycles)) for turn in turns]
 

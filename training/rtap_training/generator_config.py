@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from rtap_core.errors import ConfigError
 from rtap_training.config import setting
+from rtap_training.questions import check_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,8 @@ class GeneratorConfig:
     # batch_rows may change too: after running out of memory, resume with smaller batches.
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"output", "threads", "batch_rows", "save_steps", "save_minutes"})
     policy: str = setting("policy", "policy, as `rtap serve` loads it: a folder or a Hugging Face name")
-    questions: str = setting("", "JSONL file, hf:DATASET, or a mix of bundled tasks")
+    questions: str = setting("", "JSONL file, rg:NAME, hf:NAME, or a mix of bundled tasks")
+    prompt: str = setting("", "message with {question} in it; empty: the question, for rg: also to answer in a box")
     samples_file: Path | None = setting(None, "samples.jsonl of `rtap eval` or `rtap calibrate`, instead of questions")
     backbone: str = setting("", "model whose body is trained, in its own chat template. R-TAP app. A: the policy")
     num_layers: int = setting(0, "first layers of the backbone to keep; 0: all, as R-TAP app. A")
@@ -43,8 +45,12 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         if bool(self.questions) == (self.samples_file is not None):
             raise ConfigError(
-                "give questions (a JSONL file, hf:DATASET or a bundled task) to sample the policy on, or a samples_file"
+                "give questions (a JSONL file, rg:NAME, hf:NAME or a bundled task) to sample the policy on, or a "
+                "samples_file"
             )
+        check_prompt(self.prompt)
+        if self.prompt and self.samples_file is not None:
+            raise ConfigError("a samples_file has the messages that were sent: leave out prompt")
         if self.num_layers < 0 or self.lora_rank < 0:
             raise ConfigError(f"num_layers={self.num_layers} and lora_rank={self.lora_rank} must be at least 0")
         names = ("num_questions", "eval_questions", "max_cycles", "max_cycle_tokens", "batch_rows", "epochs",

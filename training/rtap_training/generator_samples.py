@@ -6,24 +6,24 @@ Samples stay in the run's folder until the run succeeds; a resumed run samples o
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 
-from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
 from rtap_training.config import run_dir
 from rtap_training.evaluation.samples import sample_rows
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.huggingface import cast_to
+from rtap_training.questions import is_right, message
 from rtap_training.rl.loading import Loaded
 from rtap_training.rl.lockstep import Completion, Request
 from rtap_training.rl.rollouts import RolledCycle, Rollout, RolloutQuestion, roll_out
 from rtap_training.run_state import States
 from rtap_training.samples import header, read_or_make
-from rtap_training.tasks import check
 from rtap_training.tasks.base import Question
 
 CHUNK_ROWS = 256  # trajectories lost by a kill, at most
@@ -48,7 +48,7 @@ def sample(
     loaded: Loaded, questions: Sequence[Question], config: GeneratorConfig, part: str, seed: int
 ) -> list[SampledTrajectory]:
     """``samples`` trajectories per question, grouped by question. part: name of the samples file."""
-    prompts = [prompt_ids(loaded, q.question) for q in questions]
+    prompts = [prompt_ids(loaded, message(q, config.prompt)) for q in questions]
     identities = [json.dumps([p, q.answer]) for p, q in zip(prompts, questions, strict=True)]
     first = header(
         config.policy, identities, sampler="transformers", samples=config.samples, max_cycles=config.max_cycles,
@@ -57,12 +57,7 @@ def sample(
     _to_device(loaded)
 
     def ask(index: int) -> RolloutQuestion:
-        question = questions[index]
-
-        def is_right(answer: str) -> bool:
-            return check(question.question, extract_answer(answer) or answer, question.answer)
-
-        return RolloutQuestion(str(index), prompts[index], is_right)
+        return RolloutQuestion(str(index), prompts[index], partial(is_right, questions[index]))
 
     def make(indices: Sequence[int], chunk_seed: int) -> list[str]:
         cast(Any, torch).manual_seed(chunk_seed)

@@ -1,4 +1,4 @@
-"""Training and held-out questions from bundled tasks, JSONL files or Hugging Face datasets.
+"""Training and held-out questions from bundled tasks, JSONL files, reasoning-gym or Hugging Face datasets.
 
 Also writes the fixed held-out files, JSONL rows {"question", "answer", "task"} (``rtap train questions``).
 """
@@ -8,8 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
+from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
-from rtap_training.tasks import TASKS, parse_mix
+from rtap_training.evaluation.question_files import GYM_PROMPT, SLOT
+from rtap_training.tasks import TASKS, check, gym, parse_mix
 from rtap_training.tasks.base import Question, Split, Task, sample_split
 from rtap_training.tasks.hub import load_dataset_questions
 from rtap_training.tasks.jsonl import question_split, read_questions
@@ -51,25 +53,49 @@ def load_questions(spec: str, split: Split, *, seed: int, count: int) -> list[Qu
     """``count`` different questions of ``split`` in random order, or all if there are fewer.
 
     ``spec``: a bundled task, a mix (``countdown=0.5,knights=0.5``), a JSONL file (``questions.jsonl``; any path with a
-    folder), or a Hugging Face dataset (``hf:openai/gsm8k``). Raises ConfigError.
+    folder), a dataset of reasoning-gym (``rg:NAME?option=value``) or of Hugging Face (``hf:openai/gsm8k``).
+    Raises ConfigError.
     """
-    rng = Random(f"{seed}:{spec}")
+    rng, questions = Random(f"{seed}:{spec}"), list[Question]()
     if spec.startswith(HUB):
-        questions = load_dataset_questions(spec.removeprefix(HUB), split)
+        questions += load_dataset_questions(spec.removeprefix(HUB), split)
+    elif spec.startswith(gym.PREFIX):
+        questions += (q for q in gym.read_dataset(spec) if question_split(q.identity) is split)
     elif spec.endswith((".jsonl", ".json")) or "/" in spec:
-        questions = [q for q in read_questions(Path(spec)) if question_split(q.identity) is split]
+        questions += (q for q in read_questions(Path(spec)) if question_split(q.identity) is split)
     else:
-        questions = _sample_mix(spec, split, count, rng)
+        questions += _sample_mix(spec, split, count, rng)
     if not questions:
         raise ConfigError(f"{spec} has no {split.value} question; a tenth is held out by hash, so add more questions")
     rng.shuffle(questions)
     return questions[:count]
 
 
+def check_prompt(template: str) -> None:
+    """Raise ConfigError for a template without a place for the question. Empty: the default, see ``message``."""
+    if template and SLOT not in template:
+        raise ConfigError(f"prompt={template!r} has no {SLOT}; write it where the question belongs")
+
+
+def message(question: Question, template: str) -> str:
+    """The user's message. Without a template it is the question; questions of reasoning-gym also ask for a box."""
+    return (template or (GYM_PROMPT if isinstance(question, gym.GymQuestion) else SLOT)).replace(
+        SLOT, question.question
+    )
+
+
+def is_right(question: Question, text: str) -> bool:
+    """True if the dataset's verifier, or the checker of the task, accepts the final answer of a text."""
+    answer = extract_answer(text) or text
+    if isinstance(question, gym.GymQuestion):
+        return gym.is_right(question, answer)
+    return check(question.question, answer, question.answer)
+
+
 def _sample_mix(spec: str, split: Split, count: int, rng: Random) -> list[Question]:
     try:
         weights = parse_mix(spec)
     except ConfigError as error:
-        raise ConfigError(f"{error}; or give a .jsonl file or {HUB}DATASET") from error
+        raise ConfigError(f"{error}; or give a .jsonl file, {gym.PREFIX}NAME or {HUB}DATASET") from error
     names = rng.choices(list(weights), list(weights.values()), k=count)
     return [q for name in weights for q in distinct_questions(TASKS[name], names.count(name), split, rng)]

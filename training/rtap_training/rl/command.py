@@ -17,12 +17,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import manifest, replacing, write_manifest
 from rtap_training.events import FOLDER
 from rtap_training.huggingface import cast_to, save_checkpoint
-from rtap_training.questions import Question, load_questions
+from rtap_training.questions import Question, is_right, load_questions
 from rtap_training.rl.checkpoints import JsonLog, SamplesTable, check_same_run, describe, last_checkpoint
 from rtap_training.rl.components import RunComponents
 from rtap_training.rl.config import RlConfig
@@ -33,7 +32,6 @@ from rtap_training.rl.teacher import LocalTeacher, RemoteTeacher, Teacher, check
 from rtap_training.rl.trainer import RecursiveTrainer
 from rtap_training.run_state import step_of
 from rtap_training.runtime import configure_torch
-from rtap_training.tasks import check
 from rtap_training.tasks.base import Split
 
 
@@ -71,17 +69,17 @@ def run(config: RlConfig) -> None:
 def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question]) -> RecursiveTrainer:
     """Build the trainer with generator and teacher."""
 
-    def is_right(row: int, answer: str) -> bool:
-        return check(questions[row].question, extract_answer(answer) or answer, questions[row].answer)
+    def check(row: int, answer: str) -> bool:
+        return is_right(questions[row], answer)
 
-    components = RunComponents(loaded.dialect, is_right, None, None, record=lambda: describe(config))
+    components = RunComponents(loaded.dialect, check, None, None, record=lambda: describe(config))
     trainer = RecursiveTrainer(
         config=config,
         components=components,
         args=trl_arguments(config),
         model=loaded.model,
         processing_class=loaded.processor,
-        train_dataset=build_dataset(questions, sees_images=loaded.sees_images),
+        train_dataset=build_dataset(questions, config.prompt, config.system_prompt, sees_images=loaded.sees_images),
         peft_config=lora_config(config.lora_rank, sees_images=loaded.sees_images) if config.lora_rank else None,
     )
     components.generator = _generator(config, loaded, trainer)

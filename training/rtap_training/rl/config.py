@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from rtap_core.errors import ConfigError
 from rtap_training.config import BUNDLED, run_dir, setting
+from rtap_training.questions import check_prompt
 
 REWARDS = ("increase", "final", "format", "answer", "length")
 OUTPUT_HELP = "checkpoint to write; logs and checkpoints of the run are in OUTPUT.run"
@@ -49,7 +50,9 @@ class RlConfig:
     lora_rank: int = setting(0, "train LoRA adapters of this rank on a frozen model; 0: all weights. Ours")
     merge: bool = setting(False, "with lora_rank: write a whole checkpoint instead of an adapter")
     output: Path = setting(Path("runs/rl"), OUTPUT_HELP)
-    questions: str = setting("countdown", "task, mix (countdown=0.5,knights=0.5), JSONL file, or hf:NAME")
+    questions: str = setting("countdown", "task, mix (countdown=0.5,knights=0.5), JSONL file, rg:NAME, or hf:NAME")
+    prompt: str = setting("", "message with {question} in it; empty: the question, for rg: also to answer in a box")
+    system_prompt: str = setting("", "system message before it. R-TAP app. B1 has one")
     num_questions: int = setting(4096, "distinct training questions to draw. Ours")
     confidence: Path | None = setting(None, "confidence generator; required by the rewards increase and final")
     confidence_output: Path | None = setting(None, "where to save the updated generator; default: OUTPUT-confidence")
@@ -102,6 +105,7 @@ class RlConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(self)
+        check_prompt(self.prompt)
         unknown = sorted(set(self.reward_names) - set(REWARDS))
         if unknown or not self.reward_names:
             raise ConfigError(f"rewards={self.rewards!r} must list some of {', '.join(REWARDS)}")

@@ -10,12 +10,14 @@ from typing import Any, cast
 from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
 
 from rtap_core.errors import ConfigError
-from rtap_training.questions import Question
+from rtap_training.questions import Question, message
 from rtap_training.tasks.base import PicturedQuestion
 from rtap_training.tasks.jsonl import MAX_PATH
 
 
-def build_dataset(questions: Sequence[Question], *, sees_images: bool) -> Dataset:
+def build_dataset(
+    questions: Sequence[Question], template: str = "", system_prompt: str = "", *, sees_images: bool
+) -> Dataset:
     """Dataset with the columns ``prompt``, ``row`` (question index) and, for questions with images, ``image``.
 
     Raises ConfigError if the policy is text-only, if only some questions have an image, or if one cannot be opened.
@@ -29,8 +31,9 @@ def build_dataset(questions: Sequence[Question], *, sees_images: bool) -> Datase
         raise ConfigError(
             f"{len(pictured)} of {len(questions)} questions have an image; give an image to all questions or to none"
         )
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     rows: list[dict[str, Any]] = [
-        {"prompt": [{"role": "user", "content": q.question}], "row": row}
+        {"prompt": [*system, {"role": "user", "content": message(q, template)}], "row": row}
         | ({"image": open_image(q.image)} if isinstance(q, PicturedQuestion) else {})
         for row, q in enumerate(questions)
     ]
