@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
@@ -113,6 +113,7 @@ class Artifact(BaseModel):
     kind: ``policy`` or ``confidence``. threshold: best on the trainer's validation questions.
     logistic: computes confidence from scores and log-probabilities (``fusion`` in older files); None: scores are used
     unchanged. source: the kind of confidence for which ``rtap calibrate`` fitted it; None in a generator's own config.
+    input: what a generator was trained to read; None: unknown.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -124,6 +125,7 @@ class Artifact(BaseModel):
     calibration: Calibration = Calibration()
     logistic: Logistic | None = Field(default=None, validation_alias=AliasChoices("logistic", "fusion"))
     source: str | None = None
+    input: Literal["token_ids", "chat"] | None = None
 
     @property
     def is_calibrated(self) -> bool:

@@ -1,6 +1,6 @@
-"""What a classifier reads of an answer, the same in training and serving."""
+"""Token ids that a classifier reads of an answer, for training and serving."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 
@@ -13,8 +13,7 @@ def without_padding(token_ids: Sequence[int], pad_token_id: int | None) -> list[
     return kept
 
 
-def chat_token_ids(tokenizer: Any, question: str, answer: str, pad_token_id: int | None) -> list[int]:
-    """Question and answer as a chat of two messages in a Hugging Face tokenizer's own template."""
-    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
+def chat_token_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], pad_token_id: int | None) -> list[int]:
+    """Messages, the answer last, in a Hugging Face tokenizer's own chat template. Raises what the template raises."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     return without_padding(cast(list[int], tokenizer.encode(text, add_special_tokens=False)), pad_token_id)

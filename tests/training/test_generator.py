@@ -82,13 +82,14 @@ def kept_samples(path: Path, *, questions: int = 40, prompt: str = "{} = ? Box i
         for right in (True, False):
             text = f"{a} + {b} = {a + b + (not right)}, so \\boxed{{{a + b + (not right)}}}"
             rows.append({"task": "sums", "question": f"{a} + {b}", "reference": str(a + b), "text": text, "tokens": 20})
+            rows[-1]["think"] = ""
             rows[-1]["prompt"] = prompt.format(rows[-1]["question"])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def test_kept_samples_are_read_as_they_were_asked_and_judged(loaded: Loaded, tmp_path: Path) -> None:
-    found = kept_trajectories(loaded, kept_samples(tmp_path / "samples.jsonl", questions=3))
+    found = kept_trajectories(loaded.tokenizer, loaded.dialect, kept_samples(tmp_path / "samples.jsonl", questions=3))
     assert [question.question for question, _ in found] == [
         "11 + 7 = ? Box it.",
         "12 + 10 = ? Box it.",

@@ -64,15 +64,21 @@ def test_an_infinite_clamp_is_eq_5_without_one(seed: int) -> None:
     assert trrd_log_ratio(*logps, teacher_clamp=math.inf).equal(trrd_log_ratio(*logps, teacher_clamp=None))
 
 
-def test_the_ratio_of_a_sequence_is_the_product_over_its_trained_tokens() -> None:
+def test_the_ratio_of_a_sequence_is_the_product_over_its_sampled_tokens() -> None:
+    """The last token of the first row was set by the loop: it keeps its own ratio, and its own advantage."""
     log_ratio = torch.tensor([[0.1, 0.2, 5.0], [-0.3, 0.1, 0.1]])
-    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
-    whole = sequence_log_ratio(log_ratio, mask)
-    assert whole.shape == log_ratio.shape
-    assert whole[:, 0].tolist() == pytest.approx([0.3, -0.1])
-    assert whole[:, 2].equal(whole[:, 0])
-    loss = sequence_mean(clipped_surrogate(whole, torch.tensor([1.0, -1.0]), clip_low=0.2, clip_high=0.2), mask)
+    sampled = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    whole = sequence_log_ratio(log_ratio, sampled)
+    assert whole[0].tolist() == pytest.approx([0.3, 0.3, 5.0])
+    assert whole[1].tolist() == pytest.approx([-0.1] * 3)
+    loss = sequence_mean(clipped_surrogate(whole, torch.tensor([1.0, -1.0]), clip_low=0.2, clip_high=0.2), sampled)
     assert loss.item() == pytest.approx((-1.2 + math.exp(-0.1)) / 2)
+
+
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+def test_the_ratio_of_a_long_sequence_does_not_overflow(advantage: float) -> None:
+    whole = sequence_log_ratio(torch.full((1, 300), 0.5), torch.ones(1, 300))
+    assert clipped_surrogate(whole, torch.tensor([advantage]), clip_low=0.2, clip_high=0.2).isfinite().all()
 
 
 def test_shares_of_the_advantage_add_up_and_show_what_decides() -> None:

@@ -62,6 +62,7 @@ def test_well_formed_wants_one_pair_in_every_cycle(cycles: list[str], is_good: b
 def test_well_formed_without_tags_wants_text() -> None:
     assert well_formed(["so it is 8"], TEXT) == 1.0
     assert well_formed(["so it is 8", " \n"], TEXT) == 0.0
+    assert well_formed(["so it is 8", TEXT.cycle_open], TEXT) == 0.0
     assert well_formed([], TEXT) == 0.0
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -39,6 +40,8 @@ def replacing(output: Path) -> Generator[Path]:
     partial.mkdir()
     try:
         yield partial
+        for file in partial.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, which a container user cannot read
         for name in KEPT:
             if (output / name).exists() and not (partial / name).exists():
                 shutil.copy2(output / name, partial / name)
@@ -56,7 +59,7 @@ def manifest(
     """Provenance of a checkpoint. ``data``: text that identifies the training data."""
     return {
         "command": command,
-        "config": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()},
+        "config": {name: str(v) if isinstance(v, Path) or v == math.inf else v for name, v in asdict(config).items()},
         "data_sha256": sha256(data),
         "training_seconds": round(seconds, 1),
         "figures": dict(figures),

@@ -4,7 +4,6 @@ Sample the model on the user's questions, label the cycles with answer checkers,
 run resumes. The bundled models use ``confidence.py``, which adds synthetic cycles and a log-probability fusion.
 """
 
-import gc
 import json
 import math
 import sys
@@ -21,7 +20,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,7 +37,7 @@ from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.optim import Budget
 from rtap_training.progress import Progress
 from rtap_training.questions import Question, load_questions, message
-from rtap_training.rl.loading import Loaded, load_for_training
+from rtap_training.rl.loading import load_dialect, load_for_training
 from rtap_training.rl.online_generator import LabelledCycle, OnlineGenerator
 from rtap_training.rl.rollouts import Dialect, RolledCycle
 from rtap_training.run_state import States, check_resumable, plain
@@ -47,6 +45,8 @@ from rtap_training.runtime import configure_torch
 from rtap_training.tasks.base import Split
 from rtap_training.tasks.jsonl import question_split
 from rtap_training.training_errors import TrainingError
+
+Parts = tuple[list[Question], list[Question], list[Question]]  # of training, calibration, evaluation; disjoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,31 +66,26 @@ def run(config: GeneratorConfig) -> None:
     """
     check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
-    questions = None if config.samples_file else _questions(config)  # before a large model is loaded
-    loaded = load_for_training(config.policy)
-    if loaded.sees_images:
+    judge_tokenizer = load_dialect(config.backbone)[1] if config.backbone else None  # before hours of sampling
+    parts = None if config.samples_file else _questions(config)
+    processor, tokenizer, dialect = load_dialect(config.policy)
+    if processor is not tokenizer:
         raise ConfigError(
             f"{config.policy} is a vision-language model; `rtap train generator` supports text models only"
         )
-    if questions is None:
-        (fitting, validation, held_out), sampled = _kept(config, loaded)
-    else:
-        fitting, validation, held_out = questions
-        parts = (("fitting", fitting), ("validation", validation), ("held-out", held_out))
-        sampled = [sample(loaded, part, config, name, config.seed + i) for i, (name, part) in enumerate(parts)]
-    tokenizer = loaded.tokenizer
-    if config.backbone:
-        tokenizer = _backbone_tokenizer(config.backbone)
+    parts, sampled = _kept(config, tokenizer, dialect) if parts is None else (parts, _sampled(config, parts))
+    if judge_tokenizer is not None:
+        tokenizer = judge_tokenizer
         sampled = [
-            _in_chat(turns, [message(q, config.prompt) for q in part], tokenizer, loaded.dialect)
-            for turns, part in zip(sampled, (fitting, validation, held_out), strict=True)
+            _in_chat(turns, [message(q, config.prompt) for q in part], tokenizer, dialect)
+            for turns, part in zip(sampled, parts, strict=True)
         ]
+    fitting, validation, held_out = parts
     cycles = _labelled(sampled[0])
     _check_contrast([c.is_right for c in cycles], "training")
     _check_contrast([c.is_right for c in _labelled(sampled[1])], "validation")
-    dialect = loaded.dialect
-    del loaded
-    gc.collect()
+    if not _labelled(sampled[2]):
+        raise ConfigError("no held-out answer is finished; use more questions, or a larger max_cycle_tokens")
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(json.dumps(cycles)))
     model = _fresh(config, pad_id=cast(int, tokenizer.pad_token_id))
     generator = OnlineGenerator(
@@ -110,7 +105,7 @@ def run(config: GeneratorConfig) -> None:
     calibration = {"bins": NUM_BINS, "reference": histogram(confidences[unseen.is_first]), "held_out": judged}
     cast(Any, model.config).rtap = {
         "format": dialect.format.name, "kind": "confidence", "threshold": threshold, "logistic": platt.model_dump(),
-        "calibration": calibration,
+        "calibration": calibration, "input": "chat" if config.backbone else "token_ids",
     }  # fmt: skip
     summary = training | {"threshold": threshold, "held_out": judged}
     _show(config, training["steps"], judged, held_out, sampled[2], confidences)
@@ -126,8 +121,8 @@ def _alone(_: Sequence[Tensor]) -> None:
     """Mean over a single process."""
 
 
-def _questions(config: GeneratorConfig) -> tuple[list[Question], list[Question], list[Question]]:
-    """Disjoint questions for (training, calibration, evaluation)."""
+def _questions(config: GeneratorConfig) -> Parts:
+    """Questions of each part, drawn from ``config.questions``."""
     known = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
     held_out = load_questions(config.questions, Split.HELD_OUT, seed=config.seed, count=config.eval_questions)
     kept = max(1, round(config.validation_share * len(known)))
@@ -136,12 +131,22 @@ def _questions(config: GeneratorConfig) -> tuple[list[Question], list[Question],
     return known[kept:], known[:kept], held_out
 
 
+def _sampled(config: GeneratorConfig, parts: Parts) -> list[list[SampledTrajectory]]:
+    """Trajectories of each part, sampled with transformers."""
+    loaded = load_for_training(config.policy)
+    names = ("fitting", "validation", "held-out")
+    return [
+        sample(loaded, part, config, name, config.seed + i)
+        for i, (name, part) in enumerate(zip(names, parts, strict=True))
+    ]
+
+
 def _kept(
-    config: GeneratorConfig, loaded: Loaded
-) -> tuple[tuple[list[Question], list[Question], list[Question]], list[list[SampledTrajectory]]]:
-    """Disjoint questions for (training, calibration, evaluation), and their trajectories, of a samples file."""
+    config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect
+) -> tuple[Parts, list[list[SampledTrajectory]]]:
+    """The parts of a samples file, and their trajectories."""
     assert config.samples_file is not None
-    found = kept_trajectories(loaded, config.samples_file)
+    found = kept_trajectories(tokenizer, dialect, config.samples_file)
     Random(config.seed).shuffle(found)
     known = [one for one in found if question_split(one[0].identity) is Split.TRAIN][: config.num_questions]
     held_out = [one for one in found if question_split(one[0].identity) is Split.HELD_OUT][: config.eval_questions]
@@ -156,23 +161,17 @@ def _kept(
     return (fitting, validation, unseen), [numbered([rows for _, rows in part]) for part in parts]
 
 
-def _backbone_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = cast(Any, AutoTokenizer).from_pretrained(name)
-    if not tokenizer.chat_template:
-        raise ConfigError(f"the backbone {name} has no chat template, in which it would read questions and answers")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return cast(PreTrainedTokenizerBase, tokenizer)
-
-
 def _in_chat(
     turns: Sequence[SampledTrajectory], messages: Sequence[str], tokenizer: Any, dialect: Dialect
 ) -> list[SampledTrajectory]:
     """The trajectories with each cycle as a chat in the backbone's tokens, as the server's chat input renders it."""
 
     def read(turn: SampledTrajectory, cycle: RolledCycle) -> RolledCycle:
-        asked, answer = messages[turn.question], dialect.decode(cycle.ids)
-        return replace(cycle, ids=tuple(chat_token_ids(tokenizer, asked, answer, tokenizer.pad_token_id)))
+        chat = [
+            {"role": "user", "content": messages[turn.question]},
+            {"role": "assistant", "content": dialect.decode(cycle.ids)},
+        ]
+        return replace(cycle, ids=tuple(chat_token_ids(tokenizer, chat, tokenizer.pad_token_id)))
 
     return [replace(turn, prompt_ids=(), cycles=tuple(read(turn, cycle) for cycle in turn.cycles)) for turn in turns]
 
@@ -207,11 +206,12 @@ def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
     name = config.backbone or config.policy
     shape: Any = cast(Any, AutoConfig).from_pretrained(name, num_labels=1)
     if config.num_layers:
-        if config.num_layers > shape.num_hidden_layers:
-            raise ConfigError(f"num_layers={config.num_layers} is above the {shape.num_hidden_layers} of {name}")
-        shape.num_hidden_layers = config.num_layers
-        if getattr(shape, "layer_types", None):
-            shape.layer_types = shape.layer_types[: config.num_layers]
+        body = shape.get_text_config()
+        if config.num_layers > body.num_hidden_layers:
+            raise ConfigError(f"num_layers={config.num_layers} is above the {body.num_hidden_layers} of {name}")
+        body.num_hidden_layers = config.num_layers
+        if getattr(body, "layer_types", None):
+            body.layer_types = body.layer_types[: config.num_layers]
     factory = cast(Any, AutoModelForSequenceClassification)
     try:
         model = factory.from_pretrained(name, config=shape, dtype=torch.float32)

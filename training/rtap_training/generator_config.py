@@ -34,7 +34,7 @@ class GeneratorConfig:
     batch_rows: int = setting(64, "trajectories sampled side by side")
     epochs: int = setting(2, "passes over the questions")
     questions_per_step: int = setting(8, "questions a training step")
-    learning_rate: float = setting(1e-5, "AdamW learning rate, all weights")
+    learning_rate: float = setting(1e-5, "AdamW learning rate; about 2e-4 with lora_rank")
     global_weight: float = setting(0.25, "weight of questions all right or all wrong")
     validation_share: float = setting(0.2, "training questions kept for calibration and threshold")
     seed: int = setting(2, "seed of questions, sampling, head weights and training order")
@@ -45,8 +45,8 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         if bool(self.questions) == (self.samples_file is not None):
             raise ConfigError(
-                "give questions (a JSONL file, rg:NAME, hf:NAME or a bundled task) to sample the policy on, or a "
-                "samples_file"
+                f"questions={self.questions!r} and samples_file={self.samples_file}: give questions (a JSONL file, "
+                "rg:NAME, hf:NAME or a bundled task) to sample the policy on, or the file, and not both"
             )
         check_prompt(self.prompt)
         if self.prompt and self.samples_file is not None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from rtap_core.errors import ConfigError
 from rtap_training.config import run_dir
@@ -21,7 +22,7 @@ from rtap_training.huggingface import cast_to
 from rtap_training.questions import is_right, message
 from rtap_training.rl.loading import Loaded
 from rtap_training.rl.lockstep import Completion, Request
-from rtap_training.rl.rollouts import RolledCycle, Rollout, RolloutQuestion, roll_out
+from rtap_training.rl.rollouts import Dialect, RolledCycle, Rollout, RolloutQuestion, roll_out
 from rtap_training.run_state import States
 from rtap_training.samples import header, read_or_make
 from rtap_training.tasks.base import Question
@@ -76,20 +77,25 @@ def sample(
     return [turn for line in read_or_make(file, first, make, chunk_rows=CHUNK_ROWS) for turn in _parse(line)]
 
 
-def kept_trajectories(loaded: Loaded, path: Path) -> list[tuple[Question, list[SampledTrajectory]]]:
+def kept_trajectories(
+    tokenizer: PreTrainedTokenizerBase, dialect: Dialect, path: Path
+) -> list[tuple[Question, list[SampledTrajectory]]]:
     """The samples of each question in a file of ``rtap eval`` or ``rtap calibrate``, as trajectories of one cycle.
 
-    A line's number stands for its question; see ``numbered``. Raises ConfigError for lines that are no samples."""
+    ``question`` of a trajectory is 0 until ``numbered`` sets it. The server strips thought and answer, so a sample of a
+    thinking model lacks the white space next to its tags. Raises ConfigError for lines that are no samples."""
     found: dict[str, tuple[Question, list[SampledTrajectory]]] = {}
     for question, cycle, row in sample_rows([path]):
+        if dialect.format.has_think_tags and cycle.think is None:
+            raise ConfigError(f"{path}: the sample {row['text']!r:.80} has no think, but the policy writes thoughts")
+        if cycle.answer is not None and not (cycle.text or "").strip():
+            raise ConfigError(f"{path}: the sample with the answer {cycle.answer!r:.80} has no text")
         asked = str(row.get("prompt") or question.text)
-        prompt = _rendered(loaded, asked)
-        text = loaded.dialect.format.render_cycle(cycle.think or "", cycle.text or "", prompt=prompt)
-        rolled = RolledCycle(
-            tuple(loaded.dialect.encode(text)), text, cycle.answer, cycle.is_correct, cycle.oops_tokens
-        )
+        prompt = _rendered(tokenizer, asked)
+        text = dialect.format.render_cycle(cycle.think or "", cycle.text or "", prompt=prompt)
+        rolled = RolledCycle(tuple(dialect.encode(text)), text, cycle.answer, cycle.is_correct, cycle.oops_tokens)
         _, rows = found.setdefault(asked, (Question(asked, question.answer, question.task), []))
-        rows.append(SampledTrajectory(0, tuple(loaded.dialect.encode(prompt)), (rolled,), cycle.tokens))
+        rows.append(SampledTrajectory(0, tuple(dialect.encode(prompt)), (rolled,), cycle.tokens))
     return list(found.values())
 
 
@@ -128,16 +134,13 @@ def _parse(line: str) -> list[SampledTrajectory]:
 
 
 def prompt_ids(loaded: Loaded, question: str) -> list[int]:
-    """Prompt ids of a question in the model's chat template. Raises ConfigError without a template."""
-    return loaded.dialect.encode(_rendered(loaded, question))
+    """Prompt ids of a question in the model's chat template."""
+    return loaded.dialect.encode(_rendered(loaded.tokenizer, question))
 
 
-def _rendered(loaded: Loaded, question: str) -> str:
-    tokenizer = cast(Any, loaded.tokenizer)
-    if not tokenizer.chat_template:
-        raise ConfigError("the policy's tokenizer has no chat template; add one")
+def _rendered(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     messages = [{"role": "user", "content": question}]
-    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return cast(str, cast(Any, tokenizer).apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _to_device(loaded: Loaded) -> None:

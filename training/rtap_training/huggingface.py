@@ -54,6 +54,4 @@ def save_checkpoint(output: Path, model: PreTrainedModel, processor: Any, record
     with replacing(output) as folder:
         cast(Any, model).save_pretrained(folder)
         processor.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors writes 0600, which a container user cannot read
         write_manifest(folder, record)

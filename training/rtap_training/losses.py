@@ -45,9 +45,16 @@ def advantage_shares(rewards: Tensor, group_size: int) -> Tensor:
     return shares[total_rewards.amax(dim=1) > total_rewards.amin(dim=1)].mean(dim=0)
 
 
-def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """log pi(O) / old(O) of each whole sequence, at each of its tokens: R-TAP's ratio (sec. 3.3)."""
-    return (log_ratio * mask).sum(dim=1, keepdim=True).expand_as(log_ratio)
+MAX_LOG_RATIO = 20.0
+"""Bound of a sequence's log-ratio, whose exponential would overflow."""
+
+
+def sequence_log_ratio(log_ratio: Tensor, sampled: Tensor) -> Tensor:
+    """log pi(O) / old(O) of each whole sequence, at each of its sampled tokens: R-TAP's ratio (sec. 3.3).
+
+    sampled (B, T): 1 for tokens that the policy sampled. Other tokens keep a ratio of their own."""
+    total = (log_ratio * sampled).sum(dim=1, keepdim=True).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.where(sampled.bool(), total, log_ratio)
 
 
 def trrd_log_ratio(

@@ -41,7 +41,7 @@ def well_formed(cycles: Sequence[str], fmt: TrajectoryFormat) -> float:
 def _is_pair(text: str, fmt: TrajectoryFormat) -> bool:
     tags = fmt.tags
     if not tags:
-        return bool(text.strip())
+        return bool(text.removeprefix(fmt.cycle_open).strip())
     if any(text.count(tag) != 1 for tag in tags):
         return False
     places = [text.index(tag) for tag in tags]

@@ -48,7 +48,8 @@ def describe(settings: Mapping[str, Any], **more: Any) -> str:
 def check_same_settings(state: Path, now: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raise ConfigError if ``state`` was made with other values of the settings ``names``."""
     earlier: dict[str, Any] = json.loads((state / COMPLETE_FILE).read_text("utf-8"))["config"]
-    differing = [f"{n}: was {earlier.get(n)!r}, is {now[n]!r}" for n in names if earlier.get(n) != now[n]]
+    # A setting that did not exist then is no difference.
+    differing = [f"{n}: was {earlier[n]!r}, is {now[n]!r}" for n in names if n in earlier and earlier[n] != now[n]]
     if differing:
         raise ConfigError(
             f"{state} belongs to a run with other settings ({'; '.join(differing)}); "

@@ -214,8 +214,8 @@ def check_classifier(config: VllmConfig) -> Artifact:
     return read_artifact(hf.to_dict())
 
 
-def reads_chat(settings: Settings, policy: str, *, same_tokenizer: bool) -> bool:
-    """True when the generator reads a chat, False when it reads the policy's token ids.
+def reads_chat(settings: Settings, policy: str, *, same_tokenizer: bool, trained: str | None = None) -> bool:
+    """True when the generator reads a chat, False when it reads the policy's token ids. trained: its artifact's input.
 
     Raises ConfigError when ``--confidence-input token_ids`` cannot work."""
     if settings.confidence_input == "token_ids" and not same_tokenizer:
@@ -223,6 +223,8 @@ def reads_chat(settings: Settings, policy: str, *, same_tokenizer: bool) -> bool
             f"the generator {settings.confidence_model} and the policy {policy} have different tokenizers, so "
             "--confidence-input token_ids cannot work; use chat, or a generator trained for this policy"
         )
+    if settings.confidence_input == "auto" and trained is not None and same_tokenizer:
+        return trained == "chat"
     return settings.confidence_input == "chat" or not same_tokenizer
 
 

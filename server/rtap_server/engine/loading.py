@@ -107,8 +107,8 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
     isolate_engines()
     try:
         # A file of `rtap calibrate` may be about any generator.
-        is_ours = (artifact if artifact.source is None else own).kind == "confidence"
-        input_of, max_read = await _input(settings, policy_config, generator_config, client, reads_thought=is_ours)
+        made = artifact if artifact.source is None else own
+        input_of, max_read = await _input(settings, policy_config, generator_config, client, made)
         remote = await _remote(settings, policy_config, client, input_of, max_read)
         # Only loading is parallel: vLLM keeps the current config in a global while one is made.
         if generator_config is not None:
@@ -193,10 +193,11 @@ async def _input(
     policy: VllmConfig,
     generator: VllmConfig | None,
     client: httpx.AsyncClient,
-    *,
-    reads_thought: bool,
+    artifact: Artifact,
 ) -> tuple[Input, int]:
-    """Input of a generator, announced when it is a chat, and its context length. Raises ConfigError."""
+    """Input of a generator, announced when it is a chat, and its context length. artifact: the generator's own.
+
+    Raises ConfigError."""
     address, tokenizer = str(settings.confidence_model), tokenizer_of(policy)
     if generator is not None:
         same, max_model_len = have_same_tokenizer(policy, generator), generator.model_config.max_model_len
@@ -209,8 +210,9 @@ async def _input(
         same = probe == encode(tokenizer, PROBE)
     else:
         return read_token_ids, policy.model_config.max_model_len
-    if not reads_chat(settings, policy.model_config.model, same_tokenizer=same):
+    if not reads_chat(settings, policy.model_config.model, same_tokenizer=same, trained=artifact.input):
         return read_token_ids, max_model_len
+    reads_thought = artifact.kind == "confidence"
     judged = "thought and answer" if reads_thought else "the answer"
     announce(f"{address} judges {judged} as a chat in its own template")
     return ChatInput(chat, tokenizer.decode, max_model_len, reads_thought), max_model_len

@@ -116,6 +116,16 @@ def test_a_generator_reads_a_chat_when_its_tokenizer_is_another(chosen, same_tok
     assert reads_chat(settings, "policy", same_tokenizer=same_tokenizer) is is_chat
 
 
+@pytest.mark.parametrize(
+    ("chosen", "trained", "is_chat"),
+    [("auto", "chat", True), ("auto", "token_ids", False), ("token_ids", "chat", False), ("chat", "token_ids", True)],
+)
+def test_a_generator_of_the_same_tokenizer_reads_what_it_was_trained_on_unless_told_otherwise(chosen, trained, is_chat):
+    settings = Settings(confidence_model="generator", confidence_input=chosen)
+    assert reads_chat(settings, "policy", same_tokenizer=True, trained=trained) is is_chat
+    assert reads_chat(Settings(confidence_model="generator"), "policy", same_tokenizer=False, trained=trained)
+
+
 async def test_a_remote_generator_that_is_not_there_is_refused():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -28,7 +28,7 @@ class Method(StrEnum):
 
 
 class RatioLevel(StrEnum):
-    """What the clipped ratio is of: each token (RLAD eq. 1), or the whole sequence (R-TAP sec. 3.3)."""
+    """Unit of the clipped ratio: each token (RLAD eq. 1), or the whole sequence (R-TAP sec. 3.3)."""
 
     TOKEN = "token"  # noqa: S105  # not a password
     SEQUENCE = "sequence"
@@ -68,7 +68,7 @@ class RlConfig:
     micro_batch: int = setting(32, "sequences a forward pass. RLAD: 32 (logic)")
     num_iterations: int = setting(1, "updates a generation (mu)")
     max_steps: int = setting(1000, "updates in all. Ours")
-    learning_rate: float = setting(1e-6, "constant rate of AdamW. RLAD and R-TAP: 1e-6")
+    learning_rate: float = setting(1e-6, "constant rate of AdamW; about 1e-5 with lora_rank. RLAD and R-TAP: 1e-6")
     clip_low: float = setting(0.2, "lower clip of the ratio. Both papers")
     clip_high: float = setting(0.28, "upper clip of the ratio. RLAD sec. 4")
     ratio: RatioLevel = setting(
@@ -116,8 +116,10 @@ class RlConfig:
             raise ConfigError(f"{self.method} needs --teacher, a model that scores the student's rollouts")
         if not reads_teacher and self.teacher is not None:
             raise ConfigError(
-                f"{self.method} reads no teacher: leave out --teacher {self.teacher}, or train rlad or kdrl"
+                f"{self.method} does not use a teacher: leave out --teacher {self.teacher}, or train rlad or kdrl"
             )
+        if self.method is Method.RLAD and self.ratio is RatioLevel.SEQUENCE:
+            raise ConfigError("ratio=sequence does not work with rlad, whose ratio is of each token (eq. 5)")
         if self.merge and not self.lora_rank:
             raise ConfigError("merge=True needs a lora_rank: without adapters the output is a whole checkpoint")
         if self.save_steps % self.num_iterations:
@@ -229,5 +231,6 @@ class KdrlConfig(RlConfig):
 CONFIGS: dict[str, type[RlConfig]] = {
     "rtap": RtapConfig, "grpo": GrpoConfig, "rlad": RladConfig, "kdrl": KdrlConfig,
 }  # fmt: skip
-SAME_RUN = ("method", *(f.name for f in fields(RlConfig) if f.name not in ("threads", "logging_steps", "max_steps")))
+_MAY_CHANGE = ("threads", "logging_steps", "max_steps", "merge")
+SAME_RUN = ("method", *(f.name for f in fields(RlConfig) if f.name not in _MAY_CHANGE))
 """Fields that must not change when a run is resumed."""

@@ -1,6 +1,7 @@
 """Load a policy for reinforcement learning, and derive its trajectory format in tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,6 +26,7 @@ from rtap_core.lexicon import OopsCounter, load_lexicon
 from rtap_training.rl.rollouts import Dialect
 
 _VISION = ("visual", "vision_tower", "vision_model", "vision_encoder")
+_NOT_LANGUAGE = (*_VISION, "projector", "connector", "merger", "audio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +50,58 @@ def load_for_training(name: str | Path, *, dtype: torch.dtype = torch.float32) -
     name: folder or Hub name. Its trajectory format is the one that ``rtap serve`` would detect.
     Raises ConfigError if it is not a checkpoint or its tokenizer does not support its trajectory format.
     """
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ConfigError(f"{name} is not a checkpoint (no config.json)")
-    try:
-        config = cast(Any, AutoConfig).from_pretrained(name)
-        is_vlm = hasattr(config, "vision_config")
-        processor = cast(Any, AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(name)
+    processor, tokenizer, dialect = load_dialect(name)
+    is_vlm = processor is not tokenizer
+    with loading(name):
         factory = cast(Any, AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM)
         model = cast(PreTrainedModel, factory.from_pretrained(name, dtype=dtype))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"cannot load {name}: {reason}; give a checkpoint folder or a Hugging Face name") from error
     if is_vlm:
         for part, parameter in model.named_parameters():
             if any(tower in part for tower in _VISION):
                 parameter.requires_grad_(False)
+    return Loaded(model, processor, tokenizer, dialect)
+
+
+def load_dialect(name: str | Path) -> tuple[Any, PreTrainedTokenizerBase, Dialect]:
+    """Processor (the tokenizer itself for a text model), tokenizer and dialect of a model, without its weights.
+
+    Raises ConfigError."""
+    with loading(name):
+        config = cast(Any, AutoConfig).from_pretrained(name)
+        is_vlm = hasattr(config, "vision_config")
+        processor = cast(Any, AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(name)
     tokenizer = cast(PreTrainedTokenizerBase, processor.tokenizer if is_vlm else processor)
+    template = processor.chat_template or cast(Any, tokenizer).chat_template  # a dict if there are several
+    if not template:
+        raise ConfigError(f"{name} has no chat template, so nothing says how it is asked; add one to its tokenizer")
     if tokenizer.pad_token_id is None:  # Llama has none; padding is masked everywhere
         tokenizer.pad_token = tokenizer.eos_token
     block = read_artifact(config.to_dict()).model_dump(exclude_none=True)
-    template = str(cast(Any, tokenizer).chat_template or "")  # a dict if there are several
-    fmt, _ = detect_format(block, template=template, vocabulary=tokenizer.get_vocab())
-    return Loaded(model, processor, tokenizer, dialect_of(model, tokenizer, fmt))
+    fmt, _ = detect_format(block, template=str(template), vocabulary=tokenizer.get_vocab())
+    return processor, tokenizer, dialect_of(name, tokenizer, fmt)
+
+
+@contextmanager
+def loading(name: str | Path) -> Generator[None]:
+    """Turn what transformers raises for a name or folder into ConfigError."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ConfigError(f"{name} is not a checkpoint (no config.json)")
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"cannot load {name}: {reason}; give a checkpoint folder or a Hugging Face name") from error
 
 
 def lora_config(rank: int, *, sees_images: bool) -> LoraConfig:
     """Adapters on all linear layers of the language model. The scale, alpha / rank, is 2."""
-    vision = rf".*({'|'.join(_VISION)}).*" if sees_images else None
+    vision = rf".*({'|'.join(_NOT_LANGUAGE)}).*" if sees_images else None
     return LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=vision
     )
 
 
-def dialect_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fmt: TrajectoryFormat) -> Dialect:
+def dialect_of(name: str | Path, tokenizer: PreTrainedTokenizerBase, fmt: TrajectoryFormat) -> Dialect:
     """Tags and end tokens of ``fmt`` in this tokenizer.
 
     Raises ConfigError if the end of an answer is not a single token, because generation could not stop there.
@@ -102,7 +124,10 @@ def dialect_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fmt: 
         cycle_end_ids = frozenset(ids)
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer needs an end-of-turn token (eos_token)")
-    declared: Any = getattr(model.generation_config, "eos_token_id", None)
+    try:
+        declared: Any = cast(Any, GenerationConfig).from_pretrained(name).eos_token_id
+    except OSError:  # it has no generation config
+        declared = None
     ends = {declared} if isinstance(declared, int) else set(cast(list[int], declared or []))
     end_of_turn_id = cast(int, tokenizer.eos_token_id)
     return Dialect(

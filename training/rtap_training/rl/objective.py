@@ -23,7 +23,8 @@ def objective(
     old = inputs.get("old_per_token_logps")  # TRL omits it when a generation is used for one update
     log_ratio = _log_ratio(config, logp, logp.detach() if old is None else old, inputs)
     if config.ratio is RatioLevel.SEQUENCE:
-        log_ratio = sequence_log_ratio(log_ratio, mask)
+        sampled = mask * ~inputs["is_boundary"] if "is_boundary" in inputs else mask
+        log_ratio = sequence_log_ratio(log_ratio, sampled)
     advantages, clip = inputs["advantages"], {"clip_low": config.clip_low, "clip_high": config.clip_high}
     per_token = clipped_surrogate(log_ratio, advantages, **clip)
     if "importance_sampling_ratio" in inputs:

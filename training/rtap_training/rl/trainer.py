@@ -113,7 +113,9 @@ class RecursiveTrainer(GRPOTrainer):
     def _is_sharded(self) -> bool:
         """True if a forward pass is a collective call. Marks FSDP2 models, which transformers does not detect."""
         if self.accelerator.is_fsdp2:
-            cast(Any, self.model)._is_fsdp_managed_module = True
+            policy = cast(Any, self.model)
+            for model in (policy, policy.get_base_model() if hasattr(policy, "get_base_model") else policy):
+                model._is_fsdp_managed_module = True
         return self.accelerator.distributed_type in ("FSDP", "DEEPSPEED")
 
     def _largest(self, values: Sequence[int]) -> list[int]:
@@ -188,6 +190,7 @@ class RecursiveTrainer(GRPOTrainer):
                 is_boundary[index, : len(row)] = torch.tensor(row)
             spread = advantages[:, None].expand(is_boundary.shape)
             advantages = torch.where(is_boundary, self.config.boundary_advantage, spread)
+            output["is_boundary"] = is_boundary
         output["advantages"] = advantages
         if self.components.teacher is not None:
             output["teacher_per_token_logps"] = self._teacher_logps(output)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from rtap_core.classifier_input import without_padding
+from rtap_core.classifier_input import chat_token_ids, without_padding
 from rtap_core.errors import ConfidenceError
 from rtap_core.types import Judged
 from rtap_server.engine.request_state import current_request
@@ -133,15 +133,11 @@ class LocalChatTokenizer:
         return await asyncio.to_thread(self._chat, messages)  # a long text takes seconds
 
     async def text(self, text: str) -> list[int]:
-        return await asyncio.to_thread(self._encode, text, add_special_tokens=True)
+        encoded = cast(list[int], await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=True))
+        return without_padding(encoded, self._pad_token_id)
 
     def _chat(self, messages: Sequence[Message]) -> list[int]:
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+            return chat_token_ids(self._tokenizer, messages, self._pad_token_id)
         except Exception as error:  # a template's own code, which may raise anything
             raise TemplateRefused from error
-        return self._encode(text, add_special_tokens=False)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        encoded = cast(list[int], self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        return without_padding(encoded, self._pad_token_id)
