@@ -12,6 +12,9 @@ from functools import cache
 from rtap_core.answers import answer_key
 from rtap_core.types import Cycle
 
+# Default thresholds, measured on a real model (docs/real-models.md). Two samples that agree reach the first.
+COUNT_THRESHOLD = 0.85
+CONFIDENCE_THRESHOLD = 0.95
 _CLIP = 1e-6  # confidences of exactly 0 or 1 would decide a vote alone
 
 

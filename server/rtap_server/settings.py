@@ -49,7 +49,8 @@ class Settings(BaseSettings):
     )
     threshold: Fraction | None = Field(
         default=None,
-        description="confidence that ends a request; default: the generator's own, else 0.5; under vote 0.95",
+        description="confidence that ends a request; default: the generator's own, else 0.5; under vote 0.85, "
+        "with calibrated confidences 0.95",
     )
     max_cycles: int = Field(default=8, ge=1, description="default for max_cycles of a request")
     samples: int = Field(default=8, ge=1, description="default for samples of a request under policy vote")

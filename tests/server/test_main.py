@@ -107,7 +107,7 @@ def test_a_model_is_called_rtap_and_by_its_own_name(flags, names, monkeypatch):
         ),
         (
             Settings(policy=Policy.VOTE), None, THINK,
-            "vote (up to 8 samples, until the leading answer's probability reaches 0.95), set by --policy",
+            "vote (up to 8 samples, until the leading answer's probability reaches 0.85), set by --policy",
             "none, so no answer is scored",
         ),
         (

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rtap_core.artifact import Artifact
 from rtap_core.errors import InvalidRequest, RtapError
 from rtap_core.types import Continuation, Limits, Policy, Select
+from rtap_core.voting import CONFIDENCE_THRESHOLD, COUNT_THRESHOLD
 from rtap_server.engine.request_state import RequestState, current_request
 from rtap_server.engine.server_state import ServerState
 from rtap_server.http.admission import Admission, Demand
@@ -22,7 +23,6 @@ from rtap_server.http.schema import EFFORTS, RtapOptions
 from rtap_server.settings import Settings
 
 _XARGS_PREFIX = "rtap_"
-AGREEMENT = 0.95  # default threshold of a vote (Adaptive-Consistency)
 _EXPECTED_TOKENS = 4096  # of a trajectory without max_tokens; it may generate more
 _LAX_BOOL = TypeAdapter(bool)  # as vLLM's requests parse a boolean
 _UNSUPPORTED = {
@@ -128,7 +128,7 @@ def resolve_limits(
     options: RtapOptions, settings: Settings, generator: Artifact, *, has_confidence: bool, effort: str | None = None
 ) -> Limits:
     """Limits of one request: its options, else its effort's, else the server's, else those of the generator's artifact
-    (of a vote: AGREEMENT).
+    (of a vote: COUNT_THRESHOLD, or CONFIDENCE_THRESHOLD where calibrated confidences weigh the answers).
 
     ``max_tokens`` is left to the engine, which knows vLLM's default for it. An unknown effort is vLLM's to refuse.
     Raises InvalidRequest when the policy needs a confidence generator and none is loaded."""
@@ -142,7 +142,9 @@ def resolve_limits(
         )
     default_select = Select.BEST if policy is Policy.CONFIDENCE else Select.LAST
     level = EFFORTS.get(effort or "", EFFORTS["medium"])
-    of_policy = AGREEMENT if policy is Policy.VOTE else generator.threshold
+    is_weighted = has_confidence and generator.is_calibrated
+    of_vote = CONFIDENCE_THRESHOLD if is_weighted else COUNT_THRESHOLD
+    of_policy = of_vote if policy is Policy.VOTE else generator.threshold
     threshold = next(v for v in (settings.threshold, of_policy, 0.5) if v is not None)
     max_cycles = min(max(1, round(settings.max_cycles * level.max_cycles_factor)), settings.max_cycles_limit)
     return Limits(

@@ -114,6 +114,17 @@ def test_defaults_follow_the_generator():
     assert loaded.max_tokens is None  # vLLM's default is the engine's to add
 
 
+def test_a_vote_has_a_threshold_of_its_own_which_is_higher_where_confidences_weigh():
+    vote, calibrated = (
+        RtapOptions(policy=Policy.VOTE),
+        Artifact(logistic={"bias": 0.0, "generator": 1.0}, threshold=0.3),
+    )
+    assert resolve_limits(vote, Settings(), Artifact(), has_confidence=False).threshold == 0.85
+    assert resolve_limits(vote, Settings(), Artifact(threshold=0.3), has_confidence=True).threshold == 0.85
+    assert resolve_limits(vote, Settings(), calibrated, has_confidence=True).threshold == 0.95
+    assert resolve_limits(vote, Settings(threshold=0.7), calibrated, has_confidence=True).threshold == 0.7
+
+
 def test_threshold_is_the_requests_then_the_servers_then_the_checkpoints():
     server = Settings(threshold=0.8)
     assert _limits(RtapOptions(threshold=0.0), server, threshold=0.6).threshold == 0.0

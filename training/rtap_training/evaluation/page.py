@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from rtap_core.voting import COUNT_THRESHOLD
 from rtap_training.evaluation.comparison import CHOSEN, Row
 from rtap_training.evaluation.plot import STYLES, calibration_svg, trade_off_svg
 from rtap_training.evaluation.results import Results, TaskResults
@@ -17,7 +18,6 @@ from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, SINGLE
 from rtap_training.evaluation.statistics import Interval
 
 View = dict[str, Any]
-ADAPTIVE_THRESHOLD = 0.95  # the server's default
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def choose(task: TaskResults, threshold: float | None = None) -> Chosen:
     votes = [row for row in shown if row.rule in (ADAPTIVE, CGES)]
     return Chosen(
         single=next((row for row in shown if row.rule == SINGLE), None),
-        adaptive=next((row for row in votes if row.threshold == ADAPTIVE_THRESHOLD), next(iter(votes), None)),
+        adaptive=next((row for row in votes if row.threshold == COUNT_THRESHOLD), next(iter(votes), None)),
         confidence=next(
             (row for row in curve if row.label.endswith(CHOSEN)),
             next((row for row in curve if row.threshold == threshold), None),
