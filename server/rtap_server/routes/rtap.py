@@ -80,6 +80,8 @@ def rtap_router(
         current_request().messages = messages
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
         prompt = cast(str, rendered)
+        if request.think and prompt.rstrip("\n").endswith(server.format.think_close):
+            raise InvalidRequest("this server's chat template turns thinking off: leave out think", param="think")
         question = server.encode(prompt)
         cycle = server.encode(server.format.render_cycle(request.think, request.answer, prompt=prompt))
         return Judged(question, cycle, question, answer=request.answer)
