@@ -190,7 +190,7 @@ def processes_of(url: str) -> list[psutil.Process]:
 class Load:
     """Result of one load. ttft, tpot: seconds of each completed request; tpot leaves the first token out.
 
-    chunks: streaming chunks with text of each completed request."""
+    chunks: streaming chunks with text of each completed request. cpu_seconds: of the server's API process."""
 
     seconds: float
     completed: int
@@ -199,6 +199,7 @@ class Load:
     ttft: tuple[float, ...]
     tpot: tuple[float, ...]
     chunks: tuple[int, ...]
+    cpu_seconds: float
 
 
 def bench_serve(
@@ -223,6 +224,8 @@ def bench_serve(
     flags = ["--skip-chat-template", "--disable-tqdm", "--save-detailed"]
     options = parser.parse_args([*(str(word) for pair in arguments.items() for word in pair), *flags])
     LOGS.mkdir(parents=True, exist_ok=True)
+    api = processes_of(server.url)[0]
+    before = sum(api.cpu_times()[:2])  # user and system
     with (
         (LOGS / "bench-serve.log").open("a") as log,
         contextlib.redirect_stdout(log),
@@ -239,6 +242,7 @@ def bench_serve(
         ttft=tuple(ttft for _, _, ttft, _, _ in rows),
         tpot=tuple((latency - ttft) / (tokens - 1) for _, latency, ttft, tokens, _ in rows if tokens > 1),
         chunks=tuple(1 + len(gaps) for *_, gaps in rows),
+        cpu_seconds=sum(api.cpu_times()[:2]) - before,
     )
 
 

@@ -97,6 +97,11 @@ def mean_chunks(loads: Sequence[Load]) -> float:
     return float(np.mean(np.concatenate([one.chunks for one in loads])))
 
 
+def cpu_ms_per_token(loads: Sequence[Load]) -> float:
+    """Processor time of the API process for each generated token, of all loads together."""
+    return 1000 * sum(one.cpu_seconds for one in loads) / sum(one.tokens for one in loads)
+
+
 FIGURES: Mapping[str, Callable[[Sequence[Load]], float]] = {
     "requests/s": requests_per_second,
     "tokens/s": tokens_per_second,
@@ -104,6 +109,7 @@ FIGURES: Mapping[str, Callable[[Sequence[Load]], float]] = {
     "TTFT, p99 ms": percentile_ms("ttft", 99),
     "TPOT, median ms": percentile_ms("tpot", 50),
     "chunks a reply": mean_chunks,
+    "API process, CPU ms a token": cpu_ms_per_token,
 }
 
 Bounds = Mapping[str, tuple[float | None, float | None]]
@@ -224,7 +230,8 @@ def to_markdown(info: Mapping[str, Any], levels: Sequence[Level]) -> str:
         "Load by `vllm bench serve`: streaming chat requests, a fixed number at a time. All servers run at once and "
         "are loaded one at a time, in a random order in each round, with the same prompts and seeds. Ratios have 95 % "
         "intervals by bootstrap over starts and their rounds. TTFT is the time to the first streaming chunk with text, "
-        "TPOT the time per token after it, chunks are those with text.",
+        "TPOT the time per token after it, chunks are those with text. The API process answers HTTP; the engine is "
+        "another.",
         "",
         *list_info(info),
     ]
@@ -244,7 +251,8 @@ def to_markdown(info: Mapping[str, Any], levels: Sequence[Level]) -> str:
         ]
         for f in level.figures:
             met = "" if f.is_met is None else "yes" if f.is_met else "**no**"
-            cells = [f.name, *(f"{f.values[server]:,.1f}" for server in servers), interval_text(f.ratio)]
+            places = 1 if min(f.values.values()) >= 1 else 3
+            cells = [f.name, *(f"{f.values[server]:,.{places}f}" for server in servers), interval_text(f.ratio)]
             cells += [f.bound or "", met, *([interval_text(f.over_base)] if f.over_base is not None else [])]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -16,8 +16,9 @@ import uvicorn
 
 def load(slowness: float, ttft: float = 0.01) -> harness.Load:
     return harness.Load(
-        seconds=slowness, completed=10, failed=0, tokens=100, ttft=(ttft,) * 10, tpot=(0.001,) * 10, chunks=(9, 10) * 5
-    )
+        seconds=slowness, completed=10, failed=0, tokens=100, ttft=(ttft,) * 10, tpot=(0.001,) * 10,
+        chunks=(9, 10) * 5, cpu_seconds=0.02 * slowness,
+    )  # fmt: skip
 
 
 def test_ratios_are_of_pooled_rounds_and_noise_that_hits_both_servers_cancels() -> None:
@@ -33,7 +34,9 @@ def test_ratios_are_of_pooled_rounds_and_noise_that_hits_both_servers_cancels() 
     assert (ttft.values["rtap"], ttft.values["vllm"], ttft.ratio.value) == pytest.approx((20.0, 10.0, 2.0))
     assert (ttft.is_met, ttft.bound) == (False, "<= 1.05")
     assert p99.is_met is None  # no goal for the 99th percentile
-    assert (level.figures[-1].values["rtap"], level.figures[-1].ratio.value) == (9.5, 1.0)  # chunks a reply
+    chunks, cpu = level.figures[-2:]
+    assert (chunks.values["rtap"], chunks.ratio.value) == (9.5, 1.0)
+    assert (cpu.values["vllm"], cpu.ratio.value) == pytest.approx((1000 * 0.02 * 9.5 / 400, 1.25))
 
 
 def test_what_differs_from_start_to_start_widens_the_interval_however_many_rounds_each_has() -> None:
@@ -69,9 +72,13 @@ def test_load_comes_from_vllm_bench_serve(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     monkeypatch.setattr(serve, "main", main)
     monkeypatch.setattr(harness, "LOGS", tmp_path)
+    times = iter([(1.0, 0.5, 9.0), (1.5, 0.75, 9.0)])  # user, system, of children
+    api = argparse.Namespace(cpu_times=lambda: next(times))
+    monkeypatch.setattr(harness, "processes_of", lambda _: [api])
     server = harness.Server("vllm", "http://127.0.0.1:1", Path("model"), {"stop_token_ids": [7]})
     found = harness.bench_serve(server, tmp_path / "p.jsonl", concurrency=8, count=3, seed=5, output_len=64)
     assert (found.seconds, found.completed, found.failed, found.tokens) == (2.0, 2, 1, 4)
+    assert found.cpu_seconds == 0.75
     assert found.ttft == (0.2, 0.1)
     assert found.chunks == (3, 1)
     assert found.tpot == pytest.approx((0.15,))  # a completion of one token has no time per further token
