@@ -112,6 +112,8 @@ def check(words: tuple[str, ...]) -> None:
     folders = r"(?:benchmarks|deploy|docs|scripts|server|tests|training)/\S+"
     files = [w for w in words if "/" in w and re.fullmatch(folders, w)]
     assert [f for f in files if not list(ROOT.glob(f))] == []
+    if words[:1] == ("rtap",) and "--" in words:  # flags of the server that is started follow
+        words = words[: words.index("--")]
     match words:
         case ("make", target, *_):
             assert re.search(rf"^{target}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
