@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from rtap_core.errors import ConfigError
-from rtap_training.evaluation.question_files import GYM_PROMPT
-from rtap_training.questions import check_prompt, held_out_questions, is_right, load_questions, message
+from rtap_training.evaluation.question_files import GYM_PROMPT, check_prompt
+from rtap_training.questions import held_out_questions, is_right, load_questions, message
 from rtap_training.tasks import TASKS, task_of
 from rtap_training.tasks.base import Question, Split
 from rtap_training.tasks.gym import GymQuestion
@@ -63,7 +63,7 @@ def test_the_message_asks_for_a_box_where_the_question_is_of_reasoning_gym() -> 
     assert message(gym, "") == GYM_PROMPT.replace("{question}", "1 + 1 =")
     assert message(own, "What is {question}?") == "What is 1 + 1?"
     with pytest.raises(ConfigError, match=r"prompt='What is it\?' has no \{question\}"):
-        check_prompt("What is it?")
+        check_prompt("prompt=", "What is it?")
 
 
 @pytest.mark.parametrize("question", [Question("q", "1/2", "t"), GymQuestion("q", "0.5", "t", "chain_sum", "{}", 0)])

@@ -261,7 +261,7 @@ def _address(args: argparse.Namespace, serve_flags: Sequence[str]) -> Generator[
 async def _ask_all(
     args: argparse.Namespace, url: str, questions: "Mapping[str, Sequence[Question]]", kept: Path
 ) -> None:
-    """Append samples to ``kept`` as they come. A sample is one scored cycle of its own request."""
+    """Append samples to ``kept`` as they come, one scored cycle for each request."""
     from rtap_training.evaluation.client import Load, RtapServer
     from rtap_training.evaluation.records import RunSpec
     from rtap_training.evaluation.rules import CONFIDENCE

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rtap_core.artifact import BUNDLED_MODELS
 from rtap_core.errors import ConfigError
+from rtap_core.voting import COUNT_THRESHOLD
 from rtap_training.evaluation.rules import RULES
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     policies = f"stopping rules to measure, from {','.join(RULES)} (default: all that the server can)"
     what.add_argument("--policies", type=_list(_rule), metavar="LIST", help=policies)
     _add(what, "--thresholds", _list(_share), "0.2,0.4,0.6,0.8", "thresholds of the confidence rule", "LIST")
-    thresholds = "0.85,0.8,0.9,0.95,0.98"
+    thresholds = f"{COUNT_THRESHOLD},0.8,0.9,0.95,0.98"
     text = "thresholds of the adaptive vote; the server is asked with the first"
     _add(what, "--vote-thresholds", _list(_share), thresholds, text, "LIST")
     _add(what, "--samples", _list(positive), "1,2,4,8,16", "numbers of samples to vote over", "LIST")

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from random import Random
 from time import monotonic
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -37,7 +37,7 @@ from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.optim import Budget
 from rtap_training.progress import Progress
 from rtap_training.questions import Question, load_questions, message
-from rtap_training.rl.loading import load_dialect, load_for_training
+from rtap_training.rl.loading import load_dialect, load_for_training, lora_config
 from rtap_training.rl.online_generator import LabelledCycle, OnlineGenerator
 from rtap_training.rl.rollouts import Dialect, RolledCycle
 from rtap_training.run_state import States, check_resumable, plain
@@ -46,6 +46,7 @@ from rtap_training.tasks.base import Split
 from rtap_training.tasks.jsonl import question_split
 from rtap_training.training_errors import TrainingError
 
+Item = TypeVar("Item")
 Parts = tuple[list[Question], list[Question], list[Question]]  # of training, calibration, evaluation; disjoint
 
 
@@ -125,10 +126,16 @@ def _questions(config: GeneratorConfig) -> Parts:
     """Questions of each part, drawn from ``config.questions``."""
     known = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
     held_out = load_questions(config.questions, Split.HELD_OUT, seed=config.seed, count=config.eval_questions)
+    return (*_divided(known, config), held_out)
+
+
+def _divided(known: list[Item], config: GeneratorConfig) -> tuple[list[Item], list[Item]]:
+    """(training, calibration) of the known questions."""
     kept = max(1, round(config.validation_share * len(known)))
     if kept >= len(known):
-        raise ConfigError(f"{config.questions} has only {len(known)} training questions; add more")
-    return known[kept:], known[:kept], held_out
+        source = config.questions or config.samples_file
+        raise ConfigError(f"{source} has only {len(known)} training questions; add more")
+    return known[kept:], known[:kept]
 
 
 def _sampled(config: GeneratorConfig, parts: Parts) -> list[list[SampledTrajectory]]:
@@ -150,13 +157,11 @@ def _kept(
     Random(config.seed).shuffle(found)
     known = [one for one in found if question_split(one[0].identity) is Split.TRAIN][: config.num_questions]
     held_out = [one for one in found if question_split(one[0].identity) is Split.HELD_OUT][: config.eval_questions]
-    kept = max(1, round(config.validation_share * len(known)))
-    if kept >= len(known) or not held_out:
+    if not held_out:
         raise ConfigError(
-            f"{config.samples_file} has samples of {len(known)} training and {len(held_out)} held-out questions; a "
-            "tenth is held out by hash, so sample more questions"
+            f"{config.samples_file} has no held_out question; a tenth is held out by hash, so sample more"
         )
-    parts = (known[kept:], known[:kept], held_out)
+    parts = (*_divided(known, config), held_out)
     fitting, validation, unseen = ([question for question, _ in part] for part in parts)
     return (fitting, validation, unseen), [numbered([rows for _, rows in part]) for part in parts]
 
@@ -219,10 +224,7 @@ def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
         raise ConfigError(f"transformers has no sequence classifier for the architecture of {name}: {error}") from error
     model.config.pad_token_id = pad_id  # needed to find the end of a padded row
     if config.lora_rank:
-        adapters = LoraConfig(
-            task_type="SEQ_CLS", r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"
-        )
-        model = cast(Any, get_peft_model(model, adapters))
+        model = cast(Any, get_peft_model(model, lora_config(config.lora_rank, "SEQ_CLS")))
     return cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from rtap_core.errors import ConfigError
 from rtap_training.config import setting
-from rtap_training.questions import check_prompt
+from rtap_training.evaluation.question_files import check_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,8 @@ class GeneratorConfig:
                 f"questions={self.questions!r} and samples_file={self.samples_file}: give questions (a JSONL file, "
                 "rg:NAME, hf:NAME or a bundled task) to sample the policy on, or the file, and not both"
             )
-        check_prompt(self.prompt)
+        if self.prompt:
+            check_prompt("prompt=", self.prompt)
         if self.prompt and self.samples_file is not None:
             raise ConfigError("a samples_file has the messages that were sent: leave out prompt")
         if self.num_layers < 0 or self.lora_rank < 0:

@@ -10,8 +10,9 @@ from random import Random
 
 from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
+from rtap_training import tasks
 from rtap_training.evaluation.question_files import GYM_PROMPT, SLOT
-from rtap_training.tasks import TASKS, check, gym, parse_mix
+from rtap_training.tasks import TASKS, gym, parse_mix
 from rtap_training.tasks.base import Question, Split, Task, sample_split
 from rtap_training.tasks.hub import load_dataset_questions
 from rtap_training.tasks.jsonl import question_split, read_questions
@@ -71,12 +72,6 @@ def load_questions(spec: str, split: Split, *, seed: int, count: int) -> list[Qu
     return questions[:count]
 
 
-def check_prompt(template: str) -> None:
-    """Raise ConfigError for a template without a place for the question. Empty: the default, see ``message``."""
-    if template and SLOT not in template:
-        raise ConfigError(f"prompt={template!r} has no {SLOT}; write it where the question belongs")
-
-
 def message(question: Question, template: str) -> str:
     """The user's message. Without a template it is the question; questions of reasoning-gym also ask for a box."""
     return (template or (GYM_PROMPT if isinstance(question, gym.GymQuestion) else SLOT)).replace(
@@ -85,11 +80,8 @@ def message(question: Question, template: str) -> str:
 
 
 def is_right(question: Question, text: str) -> bool:
-    """True if the dataset's verifier, or the checker of the task, accepts the final answer of a text."""
-    answer = extract_answer(text) or text
-    if isinstance(question, gym.GymQuestion):
-        return gym.is_right(question, answer)
-    return check(question.question, answer, question.answer)
+    """True if the final answer of a text is right."""
+    return tasks.is_right(question, extract_answer(text) or text)
 
 
 def _sample_mix(spec: str, split: Split, count: int, rng: Random) -> list[Question]:

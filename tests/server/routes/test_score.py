@@ -15,7 +15,7 @@ from rtap_server.routes.rtap import rtap_router
 
 
 class Template:
-    """A chat template whose prompt ends as it was told. Keeps the arguments of its last call."""
+    """A chat template whose prompt has a given ending. given: keyword arguments of the last call."""
 
     def __init__(self, ending: str) -> None:
         self.ending, self.given = ending, dict[str, Any]()

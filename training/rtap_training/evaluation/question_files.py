@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtap_core.errors import ConfigError
-from rtap_training.tasks import check
-from rtap_training.tasks.gym import PREFIX, GymQuestion, is_right, read_dataset
+from rtap_training import tasks
+from rtap_training.tasks import base
+from rtap_training.tasks.gym import PREFIX, GymQuestion, read_dataset
 from rtap_training.tasks.jsonl import read_rows
 
 SLOT = "{question}"
@@ -46,11 +47,17 @@ class Question:
         """True if the verifier of the dataset, or the checker of the task, accepts the answer."""
         if answer is None:
             return False
-        return check(self.text, answer, self.answer) if self.gym is None else is_right(self.gym, answer)
+        return tasks.is_right(self.gym or base.Question(self.text, self.answer, self.task), answer)
 
     def seed(self, base: int) -> int:
         """Sampling seed of this question for the evaluation seed ``base``; the same for every policy."""
         return int.from_bytes(hashlib.sha256(f"{base}:{self.text}".encode()).digest()[:4], "big") >> 1
+
+
+def check_prompt(flag: str, template: str) -> None:
+    """Raise ConfigError for a template without a place for the question. flag: what precedes it in the message."""
+    if SLOT not in template:
+        raise ConfigError(f"{flag}{template!r} has no {SLOT}; write it where the question belongs")
 
 
 def load_questions(
@@ -61,8 +68,8 @@ def load_questions(
     The task of a row without ``task`` is the file's name. prompt: template; None: GYM_PROMPT for reasoning-gym, the
     question alone for files. split: one of SPLITS; None: all. Raises ConfigError with the file and line at fault.
     """
-    if prompt is not None and SLOT not in prompt:
-        raise ConfigError(f"--prompt {prompt!r} has no {SLOT}; write it where the question belongs")
+    if prompt is not None:
+        check_prompt("--prompt ", prompt)
     by_task: dict[str, list[Question]] = {}
     seen: set[tuple[str, str]] = set()
     for source in sources:

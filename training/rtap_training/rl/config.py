@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from rtap_core.errors import ConfigError
 from rtap_training.config import BUNDLED, run_dir, setting
-from rtap_training.questions import check_prompt
+from rtap_training.evaluation.question_files import check_prompt
 
 REWARDS = ("increase", "final", "format", "answer", "length")
 OUTPUT_HELP = "checkpoint to write; logs and checkpoints of the run are in OUTPUT.run"
@@ -105,7 +105,8 @@ class RlConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(self)
-        check_prompt(self.prompt)
+        if self.prompt:
+            check_prompt("prompt=", self.prompt)
         unknown = sorted(set(self.reward_names) - set(REWARDS))
         if unknown or not self.reward_names:
             raise ConfigError(f"rewards={self.rewards!r} must list some of {', '.join(REWARDS)}")

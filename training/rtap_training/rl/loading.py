@@ -93,11 +93,11 @@ def loading(name: str | Path) -> Generator[None]:
         raise ConfigError(f"cannot load {name}: {reason}; give a checkpoint folder or a Hugging Face name") from error
 
 
-def lora_config(rank: int, *, sees_images: bool) -> LoraConfig:
-    """Adapters on all linear layers of the language model. The scale, alpha / rank, is 2."""
+def lora_config(rank: int, task_type: str = "CAUSAL_LM", *, sees_images: bool = False) -> LoraConfig:
+    """Adapters on all linear layers of the language model. The scale, alpha / rank, is 2. task_type: PEFT's."""
     vision = rf".*({'|'.join(_NOT_LANGUAGE)}).*" if sees_images else None
     return LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=vision
+        task_type=task_type, r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=vision
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
@@ -114,8 +115,9 @@ class RecursiveTrainer(GRPOTrainer):
         """True if a forward pass is a collective call. Marks FSDP2 models, which transformers does not detect."""
         if self.accelerator.is_fsdp2:
             policy = cast(Any, self.model)
-            for model in (policy, policy.get_base_model() if hasattr(policy, "get_base_model") else policy):
-                model._is_fsdp_managed_module = True
+            policy._is_fsdp_managed_module = True
+            if isinstance(policy, PeftModel):  # generates with the model inside
+                cast(Any, policy).get_base_model()._is_fsdp_managed_module = True
         return self.accelerator.distributed_type in ("FSDP", "DEEPSPEED")
 
     def _largest(self, values: Sequence[int]) -> list[int]:
@@ -154,8 +156,7 @@ class RecursiveTrainer(GRPOTrainer):
         """TRL's rewards (rows of all processes, rewards); their sums are kept for the advantages."""
         result = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._rewards = result.sum(dim=1)
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        shares = cast(list[float], cast(Any, advantage_shares(result, group_size)).tolist())
+        shares = cast(list[float], cast(Any, advantage_shares(result, self._group_size)).tolist())
         for name, share in zip(self.config.reward_names, shares, strict=True):
             if not math.isnan(share):
                 self._log_metric(f"advantage_share/{name}", share)
@@ -163,6 +164,11 @@ class RecursiveTrainer(GRPOTrainer):
         self._log_rollouts(rollouts, confidences)
         self.samples = figures.samples_of([last_text(x["prompt"]) for x in inputs], rollouts, confidences)
         return result
+
+    @property
+    def _group_size(self) -> int:
+        """Rollouts a question."""
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     def _log_rollouts(self, rollouts: Sequence[Rollout], confidences: Sequence[Sequence[float]]) -> None:
         """Log metrics of the rollouts of all processes."""
@@ -179,8 +185,7 @@ class RecursiveTrainer(GRPOTrainer):
         """TRL's batch with our advantages, (B, T) if boundaries are trained, and the teacher's log-probabilities."""
         self._inputs = inputs  # TRL passes only the prompts to the rollout function
         output = super()._generate_and_score_completions(inputs)
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        everyone = group_advantages(self._rewards, group_size)
+        everyone = group_advantages(self._rewards, self._group_size)
         first = self.accelerator.process_index * len(inputs)
         advantages = everyone[first : first + len(inputs)]
         if self.config.boundary_advantage > 0:

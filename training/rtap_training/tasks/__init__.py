@@ -3,8 +3,9 @@
 from math import isfinite
 
 from rtap_core.errors import ConfigError
+from rtap_training.tasks import gym
 from rtap_training.tasks.arithmetic import Arithmetic
-from rtap_training.tasks.base import Task
+from rtap_training.tasks.base import Question, Task
 from rtap_training.tasks.countdown import Countdown
 from rtap_training.tasks.equivalence import same_answer
 from rtap_training.tasks.knights import Knights
@@ -29,6 +30,13 @@ def check(question: str, answer: str, reference: str) -> bool:
     if task is not None and (not reference or task.check(question, reference)):
         return task.check(question, answer)
     return same_answer(answer, reference)
+
+
+def is_right(question: Question, answer: str) -> bool:
+    """True if the verifier of the question's dataset, or the checker of its task, accepts the answer."""
+    if isinstance(question, gym.GymQuestion):
+        return gym.is_right(question, answer)
+    return check(question.question, answer, question.answer)
 
 
 def parse_mix(text: str) -> dict[str, float]:
