@@ -12,38 +12,37 @@ from pathlib import Path
 from typing import Any
 
 from rtap_core.errors import ConfigError, RtapError
-from rtap_training.config import (
-    BUNDLED,
-    ConfidenceConfig,
-    CorrectConfig,
-    ImitateConfig,
-    SftConfig,
-    add_flags,
-    build_config,
-)
+from rtap_training.bundled import config as demo
+from rtap_training.config import BUNDLED, add_flags, build_config
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.rl.config import CONFIGS
+from rtap_training.sft_config import SftConfig
 
 EVAL_COUNT = 600
 RECIPE = Path("training/rtap_training/bundled/recipe.yaml")
-# Supervised stages: module with ``run``, config, help text.
+# Module with ``run``, config, help text.
 STAGES: dict[str, tuple[str, type[Any], str]] = {
-    "sft": ("rtap_training.sft", SftConfig, "cold-start a policy on Think–Answer traces"),
-    "correct": (
-        "rtap_training.corrections",
-        CorrectConfig,
-        "train a policy on corrections of its own wrong cycles",
-    ),
-    "imitate": ("rtap_training.imitation", ImitateConfig, "train a student on its teacher's right trajectories"),
-    "confidence": (
-        "rtap_training.confidence",
-        ConfidenceConfig,
-        "train the bundled policy's confidence generator",
-    ),
+    "sft": ("rtap_training.sft", SftConfig, "train a model on conversations, or on corrections of its own samples"),
     "generator": (
         "rtap_training.generator",
         GeneratorConfig,
-        "train a confidence generator for any Hugging Face model on your questions",
+        "train a confidence generator for a model on your questions, or on kept samples",
+    ),
+    "demo-sft": ("rtap_training.bundled.sft", demo.SftConfig, "train the demo's policy from random weights"),
+    "demo-correct": (
+        "rtap_training.bundled.corrections",
+        demo.CorrectConfig,
+        "train the demo's policy on corrections of its own wrong cycles",
+    ),
+    "demo-imitate": (
+        "rtap_training.bundled.imitation",
+        demo.ImitateConfig,
+        "train the demo's student on its teacher's right trajectories",
+    ),
+    "demo-confidence": (
+        "rtap_training.bundled.confidence",
+        demo.ConfidenceConfig,
+        "train the confidence generator of the demo's policy",
     ),
 }
 

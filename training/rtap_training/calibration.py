@@ -141,15 +141,6 @@ def cross_validated(features: Floats, labels: Bools, questions: Sequence[int]) -
     return scores
 
 
-def constant_direction(hidden: Floats, *, ridge: float = 1e-3) -> Floats:
-    """The direction u with hidden @ u as close to 1 as possible on every row; hidden (N, D), result (D,).
-
-    ``…ForSequenceClassification`` heads have no bias, so an offset can only be folded in along such a direction.
-    """
-    gram = hidden.T @ hidden / len(hidden) + ridge * np.eye(hidden.shape[1])
-    return np.asarray(np.linalg.solve(gram, hidden.mean(axis=0)), dtype=np.float64)
-
-
 def best_threshold(scores: Floats, labels: Bools) -> float:
     """The threshold, to a hundredth, that best separates right from wrong (largest balanced accuracy)."""
     grid = np.arange(5, 96) / 100

@@ -73,8 +73,8 @@ def _settings(args: argparse.Namespace, *, serve_flags: tuple[str, ...], command
         budget=args.token_budget,
     )
     kept = tuple(args.from_samples or ())
-    if kept and (args.confidence_model or args.policies or args.prompt or args.resume):
-        raise ConfigError("--from-samples asks no server; omit --confidence-model, --policies, --prompt and --resume")
+    if kept and (args.policies or args.prompt or args.resume):
+        raise ConfigError("--from-samples asks no server; omit --policies, --prompt and --resume")
     return EvaluationConfig(
         rules=None if args.policies is None else frozenset(args.policies),
         parameters=parameters,
@@ -134,7 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("questions and rules")
     text = "JSONL files with question and answer, or rg:NAME?option=value (default: the bundled tasks)"
     what.add_argument("--questions", nargs="+", metavar="SOURCE", help=text)
-    text = "samples.jsonl of earlier evaluations: replay rules on them, without a server"
+    text = (
+        "samples.jsonl of earlier evaluations: replay rules on them, without a server; with MODEL and "
+        "--confidence-model, score them again first"
+    )
     what.add_argument("--from-samples", type=Path, nargs="+", metavar="FILE", help=text)
     text = "file of `rtap calibrate` that computes the confidences of kept samples from their log-probabilities"
     what.add_argument("--confidence-config", type=Path, metavar="FILE", help=text)

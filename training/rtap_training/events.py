@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from rtap_training.rollout import Trajectory
 
@@ -67,14 +67,14 @@ def open_events(folder: Path, *, resumed_at: int) -> Any:
 
     if resumed_at == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    return cast(Any, SummaryWriter)(str(folder), purge_step=resumed_at + 1)
+    return SummaryWriter(str(folder), purge_step=resumed_at + 1)
 
 
 def add_events(folder: Path, step: int, scalars: Mapping[str, float], samples: Mapping[str, Sequence[Sample]]) -> None:
     """Add scalars, and one table per entry of ``samples``, to the events in ``folder``."""
     from torch.utils.tensorboard import SummaryWriter
 
-    events = cast(Any, SummaryWriter)(str(folder))
+    events = SummaryWriter(str(folder))
     for name, value in scalars.items():
         events.add_scalar(name, value, step)
     for name, rows in samples.items():

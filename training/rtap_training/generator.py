@@ -7,9 +7,11 @@ run resumes. The bundled models use ``confidence.py``, which adds synthetic cycl
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any, TypeVar, cast
 
@@ -24,11 +26,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rtap_core.adapters import merged
 from rtap_core.artifact import CERTAIN, NUM_BINS, Logistic
 from rtap_core.classifier_input import chat_token_ids
 from rtap_core.errors import ConfigError
 from rtap_training.calibration import Bools, Floats, best_threshold, figures, fit_platt, histogram, sigmoid
-from rtap_training.checkpoint import manifest, sha256
+from rtap_training.checkpoint import manifest, replacing, sha256, write_manifest
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
 from rtap_training.generator_config import GeneratorConfig
@@ -38,7 +41,7 @@ from rtap_training.optim import Budget
 from rtap_training.progress import Progress
 from rtap_training.questions import Question, load_questions, message
 from rtap_training.rl.loading import load_dialect, load_for_training, lora_config
-from rtap_training.rl.online_generator import LabelledCycle, OnlineGenerator
+from rtap_training.rl.online_generator import LabelledCycle, OnlineGenerator, score_rows
 from rtap_training.rl.rollouts import Dialect, RolledCycle
 from rtap_training.run_state import States, check_resumable, plain
 from rtap_training.runtime import configure_torch
@@ -90,21 +93,23 @@ def run(config: GeneratorConfig) -> None:
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(json.dumps(cycles)))
     model = _fresh(config, pad_id=cast(int, tokenizer.pad_token_id))
     generator = OnlineGenerator(
-        model, learning_rate=config.learning_rate, iterations=1, global_weight=config.global_weight, average=_alone
-    )
+        model, learning_rate=config.learning_rate, iterations=1, global_weight=config.global_weight, average=_alone,
+        bf16=config.bf16,
+    )  # fmt: skip
     training = _train(generator, _batches(cycles, config), config, states)
-    if config.lora_rank:
-        model = generator.model = cast(PreTrainedModel, cast(Any, model).merge_and_unload())
+    adapter = model if config.lora_rank else None
+    if adapter is not None:
+        model = _merged_as_saved(adapter, config)
     cast_to(model, torch.bfloat16)  # evaluate the weights as they are saved
     cast_to(model, torch.float32)
-    known, unseen = _score(generator, sampled[1]), _score(generator, sampled[2])
+    known, unseen = (_score(model, part, bf16=config.bf16) for part in sampled[1:])
     slope, offset = fit_platt(known.logits, known.labels)
     threshold = best_threshold(sigmoid(slope * known.logits + offset), known.labels)
     confidences = sigmoid(slope * unseen.logits + offset)
     judged = asdict(figures(confidences, unseen.labels, unseen.questions))
     platt = Logistic(bias=round(offset, 4), generator=round(slope, 4))
     calibration = {"bins": NUM_BINS, "reference": histogram(confidences[unseen.is_first]), "held_out": judged}
-    cast(Any, model.config).rtap = {
+    model.config.rtap = {
         "format": dialect.format.name, "kind": "confidence", "threshold": threshold, "logistic": platt.model_dump(),
         "calibration": calibration, "input": "chat" if config.backbone else "token_ids",
     }  # fmt: skip
@@ -112,8 +117,11 @@ def run(config: GeneratorConfig) -> None:
     _show(config, training["steps"], judged, held_out, sampled[2], confidences)
     data = "\n".join(q.identity for q in (*fitting, *validation))
     record = manifest("rtap train generator", config, data=data, seconds=training["seconds"], figures=summary)
-    cast_to(model, torch.bfloat16)
-    save_checkpoint(config.output, model, tokenizer, record)
+    if adapter is not None and not config.merge:
+        _save_adapter(config.output, adapter, model.config, record)
+    else:
+        cast_to(model, torch.bfloat16)
+        save_checkpoint(config.output, model, tokenizer, record)
     clean_up(states)
     sys.stdout.write(json.dumps(summary, indent=2) + "\n")
 
@@ -207,9 +215,9 @@ def _check_contrast(labels: Sequence[bool], whose: str) -> None:
 
 def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
     """The backbone's body (R-TAP app. A: the policy's) with a new one-label head."""
-    cast(Any, torch).manual_seed(config.seed)
+    torch.manual_seed(config.seed)
     name = config.backbone or config.policy
-    shape: Any = cast(Any, AutoConfig).from_pretrained(name, num_labels=1)
+    shape: Any = AutoConfig.from_pretrained(name, num_labels=1)
     if config.num_layers:
         body = shape.get_text_config()
         if config.num_layers > body.num_hidden_layers:
@@ -217,14 +225,18 @@ def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
         body.num_hidden_layers = config.num_layers
         if getattr(body, "layer_types", None):
             body.layer_types = body.layer_types[: config.num_layers]
-    factory = cast(Any, AutoModelForSequenceClassification)
+    factory = AutoModelForSequenceClassification
     try:
-        model = factory.from_pretrained(name, config=shape, dtype=torch.float32)
+        dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
+        model = factory.from_pretrained(name, config=shape, dtype=dtype)
     except ValueError as error:
         raise ConfigError(f"transformers has no sequence classifier for the architecture of {name}: {error}") from error
     model.config.pad_token_id = pad_id  # needed to find the end of a padded row
     if config.lora_rank:
-        model = cast(Any, get_peft_model(model, lora_config(config.lora_rank, "SEQ_CLS")))
+        model = get_peft_model(model, lora_config(config.lora_rank, "SEQ_CLS"))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # the head, which PEFT keeps in the base's dtype
     return cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -276,9 +288,27 @@ def _train(
     return progress.summary()
 
 
-def _score(generator: OnlineGenerator, turns: Sequence[SampledTrajectory]) -> Cycles:
+def _merged_as_saved(adapter: Any, config: GeneratorConfig) -> PreTrainedModel:
+    """The classifier that a server makes of the saved adapter: in fp32, with the adapter in its weights."""
+    with TemporaryDirectory() as name:
+        _save_adapter(folder := Path(name) / "adapter", adapter, adapter.config, {})
+        return merged(folder, config.backbone or config.policy).to(adapter.device)
+
+
+def _save_adapter(output: Path, adapter: Any, config: Any, record: Mapping[str, Any]) -> None:
+    """Write the adapter with its head in bf16, the classifier's config and the manifest, atomically."""
+    config.architectures = [type(adapter.get_base_model()).__name__]
+    weights = {name: weight.bfloat16() for name, weight in adapter.state_dict().items()}
+    with replacing(output) as folder:
+        adapter.save_pretrained(folder, state_dict=weights)
+        config.save_pretrained(folder)
+        write_manifest(folder, record)
+
+
+def _score(model: PreTrainedModel, turns: Sequence[SampledTrajectory], *, bf16: bool) -> Cycles:
     found = [(t, i, (*t.prompt_ids, *c.ids)) for t in turns for i, c in enumerate(t.cycles) if c.answer is not None]
-    p = np.array(generator.score([ids for _, _, ids in found]), dtype=np.float64).clip(CERTAIN, 1 - CERTAIN)
+    scores = score_rows(model, [ids for _, _, ids in found], bf16=bf16)
+    p = np.array(scores, dtype=np.float64).clip(CERTAIN, 1 - CERTAIN)
     return Cycles(
         np.log(p / (1 - p)),
         np.array([t.cycles[i].is_right for t, i, _ in found], dtype=np.bool_),

@@ -24,7 +24,9 @@ class GeneratorConfig:
     samples_file: Path | None = setting(None, "samples.jsonl of `rtap eval` or `rtap calibrate`, instead of questions")
     backbone: str = setting("", "model whose body is trained, in its own chat template. R-TAP app. A: the policy")
     num_layers: int = setting(0, "first layers of the backbone to keep; 0: all, as R-TAP app. A")
-    lora_rank: int = setting(0, "train LoRA adapters of this rank, and merge them in the end; 0: all weights. Ours")
+    lora_rank: int = setting(0, "train LoRA adapters of this rank; 0: all weights. Ours")
+    merge: bool = setting(False, "with lora_rank: write the whole classifier, not the adapter alone")
+    bf16: bool = setting(False, "compute in bfloat16; with lora_rank the frozen weights are kept in it too")
     output: Path = setting(Path("runs/generator"), "where the checkpoint is written")
     num_questions: int = setting(2000, "training questions at most")
     eval_questions: int = setting(200, "held-out questions at most, of the tenth that is held out by hash")
@@ -52,6 +54,8 @@ class GeneratorConfig:
             check_prompt("prompt=", self.prompt)
         if self.prompt and self.samples_file is not None:
             raise ConfigError("a samples_file has the messages that were sent: leave out prompt")
+        if self.merge and not self.lora_rank:
+            raise ConfigError("merge needs lora_rank: without adapters there is nothing to merge")
         if self.num_layers < 0 or self.lora_rank < 0:
             raise ConfigError(f"num_layers={self.num_layers} and lora_rank={self.lora_rank} must be at least 0")
         names = ("num_questions", "eval_questions", "max_cycles", "max_cycle_tokens", "batch_rows", "epochs",

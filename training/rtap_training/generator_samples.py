@@ -4,7 +4,7 @@ Samples stay in the run's folder until the run succeeds; a resumed run samples o
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rtap_core.errors import ConfigError
 from rtap_training.config import run_dir
+from rtap_training.evaluation.question_files import Question as FileQuestion
+from rtap_training.evaluation.records import CycleRecord
 from rtap_training.evaluation.samples import sample_rows
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.huggingface import cast_to
@@ -61,7 +63,7 @@ def sample(
         return RolloutQuestion(str(index), prompts[index], partial(is_right, questions[index]))
 
     def make(indices: Sequence[int], chunk_seed: int) -> list[str]:
-        cast(Any, torch).manual_seed(chunk_seed)
+        torch.manual_seed(chunk_seed)
         rollouts = roll_out(
             [ask(i) for i in indices for _ in range(config.samples)],
             lambda requests: write(loaded, requests, config.batch_rows),
@@ -86,17 +88,28 @@ def kept_trajectories(
     thinking model lacks the white space next to its tags. Raises ConfigError for lines that are no samples."""
     found: dict[str, tuple[Question, list[SampledTrajectory]]] = {}
     for question, cycle, row in sample_rows([path]):
-        if dialect.format.has_think_tags and cycle.think is None:
-            raise ConfigError(f"{path}: the sample {row['text']!r:.80} has no think, but the policy writes thoughts")
-        if cycle.answer is not None and not (cycle.text or "").strip():
-            raise ConfigError(f"{path}: the sample with the answer {cycle.answer!r:.80} has no text")
-        asked = str(row.get("prompt") or question.text)
-        prompt = _rendered(tokenizer, asked)
-        text = dialect.format.render_cycle(cycle.think or "", cycle.text or "", prompt=prompt)
+        asked, prompt, text = rendered_sample(tokenizer, dialect, question, cycle, row)
         rolled = RolledCycle(tuple(dialect.encode(text)), text, cycle.answer, cycle.is_correct, cycle.oops_tokens)
         _, rows = found.setdefault(asked, (Question(asked, question.answer, question.task), []))
         rows.append(SampledTrajectory(0, tuple(dialect.encode(prompt)), (rolled,), cycle.tokens))
     return list(found.values())
+
+
+def rendered_sample(
+    tokenizer: PreTrainedTokenizerBase,
+    dialect: Dialect,
+    question: FileQuestion,
+    cycle: CycleRecord,
+    row: Mapping[str, Any],
+) -> tuple[str, str, str]:
+    """(message, prompt in the chat template, text of the cycle) of a kept sample. Raises ConfigError."""
+    if dialect.format.has_think_tags and cycle.think is None:
+        raise ConfigError(f"the sample {row['text']!r:.80} has no think, but the policy writes thoughts")
+    if cycle.answer is not None and not (cycle.text or "").strip():
+        raise ConfigError(f"the sample with the answer {cycle.answer!r:.80} has no text")
+    asked = str(row.get("prompt") or question.text)
+    prompt = _rendered(tokenizer, asked)
+    return asked, prompt, dialect.format.render_cycle(cycle.think or "", cycle.text or "", prompt=prompt)
 
 
 def numbered(parts: Sequence[Sequence[SampledTrajectory]]) -> list[SampledTrajectory]:
@@ -140,7 +153,7 @@ def prompt_ids(loaded: Loaded, question: str) -> list[int]:
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     messages = [{"role": "user", "content": question}]
-    return cast(str, cast(Any, tokenizer).apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _to_device(loaded: Loaded) -> None:

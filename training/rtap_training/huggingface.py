@@ -14,14 +14,14 @@ from rtap_training.checkpoint import replacing, write_manifest
 def load_policy(path: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Policy in fp32 and evaluation mode, and its tokenizer. Raises ConfigError if ``path`` is not a checkpoint."""
     if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train sft`")
-    model = cast(Qwen3ForCausalLM, cast(Any, Qwen3ForCausalLM).from_pretrained(path, dtype=torch.float32))
+        raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train demo-sft`")
+    model = Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model.eval(), load_tokenizer(path)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint."""
-    return cast(PreTrainedTokenizerFast, cast(Any, AutoTokenizer).from_pretrained(path))
+    return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(path))
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -31,7 +31,7 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 def decode_ids(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """Text of token ids, special tokens included."""
-    return cast(str, cast(Any, tokenizer).decode(list(ids)))
+    return cast(str, tokenizer.decode(list(ids)))
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
@@ -52,6 +52,6 @@ def cast_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def save_checkpoint(output: Path, model: PreTrainedModel, processor: Any, record: Mapping[str, Any]) -> None:
     """Write model, tokenizer or processor, and manifest to ``output`` atomically, in the model's dtype."""
     with replacing(output) as folder:
-        cast(Any, model).save_pretrained(folder)
+        model.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_manifest(folder, record)

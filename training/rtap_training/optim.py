@@ -81,7 +81,7 @@ def descend(loss: Tensor, optimisers: Iterable[torch.optim.Optimizer], *, factor
 
     Raises FloatingPointError before any weight changes when a gradient is not finite.
     """
-    cast(Any, loss).backward()
+    loss.backward()
     chosen = list(optimisers)
     parameters = [p for o in chosen for g in o.param_groups for p in cast(list[Parameter], g["params"])]
     average_gradients(parameters)
@@ -91,7 +91,7 @@ def descend(loss: Tensor, optimisers: Iterable[torch.optim.Optimizer], *, factor
     for optimiser in chosen:
         for group in optimiser.param_groups:
             group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
-        cast(Any, optimiser).step()
+        optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
 

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from rtap_core.errors import RtapError
 
 # torch.distributed and torch.multiprocessing leave their functions untyped.
-_dist = cast(Any, torch.distributed)
+_dist = torch.distributed
 
 
 def rank() -> int:
@@ -45,7 +45,7 @@ def synchronised(*values: float) -> list[float]:
         return list(values)
     shared = torch.tensor(values, dtype=torch.float64)
     _dist.broadcast(shared, src=0)
-    return cast(list[float], cast(Any, shared).tolist())
+    return cast(list[float], shared.tolist())
 
 
 def wait_for_all() -> None:
@@ -62,7 +62,7 @@ def run_processes(work: Callable[..., None], processes: int, *arguments: Any) ->
     if processes == 1:
         work(*arguments)
         return
-    multiprocessing = cast(Any, torch.multiprocessing)
+    multiprocessing: Any = torch.multiprocessing
     errors = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         address = (Path(folder) / "rendezvous").as_uri()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -180,8 +180,12 @@ class VllmSampler:
 
         parameters: list[Any] = []
         for count in counts.values():
-            limits = {"max_tokens": MAX_CYCLE_TOKENS, "stop_token_ids": list(stops), "detokenize": False}
-            parameters.append(cast(Any, SamplingParams)(n=count, seed=first_seed, temperature=1.0, **limits))
+            limits: dict[str, Any] = {
+                "max_tokens": MAX_CYCLE_TOKENS,
+                "stop_token_ids": list(stops),
+                "detokenize": False,
+            }
+            parameters.append(SamplingParams(n=count, seed=first_seed, temperature=1.0, **limits))
             first_seed += count  # vLLM gives sample i of a request the seed + i
         requests = [{"prompt_token_ids": list(prompt)} for prompt in counts]
         outputs: list[Any] = self._llm.generate(requests, parameters, use_tqdm=False)
@@ -208,7 +212,7 @@ class VllmSampler:
                 "enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False,
                 "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
             }  # fmt: skip
-        return cast(Any, LLM)(str(self._path), **options)
+        return LLM(str(self._path), **options)
 
     def close(self) -> None:
         """Free the engine's memory and its process group."""
@@ -219,7 +223,7 @@ class VllmSampler:
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         gc.collect()
-        cast(Any, cleanup_dist_env_and_memory)()
+        cleanup_dist_env_and_memory()
 
 
 @torch.inference_mode()
@@ -248,7 +252,7 @@ def sample_until(
         if step == 0:
             logits, mask, positions = _select(keep, cache, logits, mask, positions)
         chosen = _choose(logits, generator)
-        for row, token in zip(rows, cast(Any, chosen).tolist(), strict=True):
+        for row, token in zip(rows, chosen.tolist(), strict=True):
             outputs[row].append(token)
         keep = [i for i, row in enumerate(rows) if outputs[row][-1] not in stops]
         if not keep:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -177,10 +177,10 @@ def _own_file() -> str:
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Write and fsync: a power cut must not leave the mark without the data."""
     with path.open("wb") as file:
-        cast(Any, torch.save)(dict(content), file)
+        torch.save(dict(content), file)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return cast(Any, torch.load)(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)

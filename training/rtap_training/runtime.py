@@ -3,7 +3,6 @@
 import ctypes
 import sys
 from random import seed as seed_python
-from typing import Any, cast
 
 import torch
 
@@ -23,4 +22,4 @@ def configure_torch(threads: int, seed: int) -> None:
             mallopt(_M_TOP_PAD, 1 << 26)
     torch.set_num_threads(threads)
     seed_python(seed)
-    cast(Any, torch).manual_seed(seed)
+    torch.manual_seed(seed)

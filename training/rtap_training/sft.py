@@ -1,172 +1,253 @@
-"""Cold start: train a policy from random weights on synthetic Think–Answer traces (``rtap train sft``)."""
+"""Supervised training of any Hugging Face model with TRL's SFTTrainer (``rtap train sft``).
+
+The rows are conversations of a file, or are made of kept samples: right ones, or corrections, in which a cycle of the
+policy is followed by a right one. Only the last message or cycle of a row is trained.
+"""
 
 import json
+import os
 import sys
-from collections import defaultdict
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from time import monotonic
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl.trainer.sft_config import SFTConfig as TrlConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from rtap_core.errors import ConfigError
-from rtap_training.bundled.architecture import MAX_POSITIONS, build_policy
-from rtap_training.bundled.tokenizer import PAD, TAGS, TURN_START, build_tokenizer
-from rtap_training.checkpoint import manifest, sha256
-from rtap_training.config import SftConfig, run_dir
-from rtap_training.data import Batch, batches, conversation_text
-from rtap_training.held_out import HeldOutTrajectories, show_held_out
-from rtap_training.huggingface import cast_to, load_policy, load_tokenizer, save_checkpoint
-from rtap_training.loop import Loop
-from rtap_training.optim import build_muon
-from rtap_training.parallel import rank, run_processes
-from rtap_training.questions import held_out_questions
-from rtap_training.rollout import TransformersSampler, sample_trajectories
-from rtap_training.run_state import States, check_resumable, plain
+from rtap_training.checkpoint import manifest
+from rtap_training.config import run_dir
+from rtap_training.events import FOLDER
+from rtap_training.generator_samples import SampledTrajectory, kept_trajectories
+from rtap_training.policy_output import save_policy
+from rtap_training.rl.checkpoints import JsonLog, last_checkpoint
+from rtap_training.rl.loading import load_for_training, lora_config
+from rtap_training.rl.rollouts import Dialect
+from rtap_training.run_state import check_same_settings, describe, mark_complete, plain, step_of
 from rtap_training.runtime import configure_torch
-from rtap_training.tasks import TASKS, parse_mix
-from rtap_training.tasks.trajectory import TURN_END, sample_conversation
+from rtap_training.sft_config import CORRECTIONS, RIGHT, SftConfig
 
-CORPUS_SIZE = 20_000  # conversations that train the tokenizer
-DIGEST_SIZE = 1_000  # conversations that identify the endless data in manifests and states
-EVAL_CYCLES = 3
+IGNORED = -100  # label of a token without loss
 
 
-def policy_loss(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the trained tokens. Only their logits are computed."""
-    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state  # (B, T, D)
-    trained = batch.mask[:, 1:]
-    logits: Tensor = model.lm_head(hidden[:, :-1][trained])
-    return F.cross_entropy(logits, batch.ids[:, 1:][trained])
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Token ids. The loss is on those after ``num_context``."""
+
+    ids: tuple[int, ...]
+    num_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Corrections:
+    """Rows by kind. corrected: a right cycle after a wrong one. confirmed: after a right one. kept: as the first."""
+
+    corrected: list[Row]
+    confirmed: list[Row]
+    kept: list[Row]
 
 
 def run(config: SftConfig) -> None:
-    """Train in all processes; rank 0 evaluates on held-out questions, saves, and prints the metrics.
-
-    Resumes from the run's last state.
-    """
-    check_resumable(config.output, config)
-    run_processes(_work, config.processes, config)
-
-
-def _work(config: SftConfig) -> None:
+    """Train and write ``config.output``. Resumes from the run's last complete checkpoint. Raises ConfigError."""
     configure_torch(config.threads, config.seed)
-    model, tokenizer = _start(config)
-    data = "".join(sample_texts(config, DIGEST_SIZE))
-    states = States(run_dir(config.output), plain(config), data_sha256=sha256(data))
-    training = train(model, tokenizer, config, states)
-    if rank() != 0:
-        return
-    turns = write_held_out(model, tokenizer, tasks=config.tasks, count=config.eval_questions, seed=config.seed)
-    show_held_out(config.output, training["steps"], turns, tokenizer)
-    figures = training | {"held_out": held_out_figures(turns)}
-    record = manifest("rtap train sft", config, data=data, seconds=training["seconds"], figures=figures) | {
-        "parameters": sum(p.numel() for p in model.parameters())
-    }
-    save(config.output, model, tokenizer, record)
-    states.remove()
-    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
-
-
-def _start(config: SftConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """Initial model and tokenizer. Raises ConfigError for an unsuitable checkpoint."""
-    if config.initial is not None:
-        return load_policy(config.initial)
-    if config.tokenizer is not None:
-        tokenizer = load_complete_tokenizer(config.tokenizer)
-    else:
-        corpus = sample_texts(config, CORPUS_SIZE)
-        tokenizer = build_tokenizer(corpus, vocab_size=config.vocab_size, max_length=MAX_POSITIONS)
-    return build_policy(config, tokenizer), tokenizer
-
-
-def sample_texts(config: SftConfig, count: int) -> list[str]:
-    """Text of ``count`` sampled conversations."""
-    weights, rng = parse_mix(config.tasks), Random(config.seed)
-    return [conversation_text(sample_conversation(TASKS, weights, rng))[0] for _ in range(count)]
-
-
-def load_complete_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Tokenizer of a checkpoint. Raises ConfigError unless it has all tokens of turns and cycles."""
-    if not (path / "tokenizer.json").is_file():
-        raise ConfigError(f"{path} has no tokenizer (no tokenizer.json); name a checkpoint of `rtap train sft`")
-    tokenizer = load_tokenizer(path)
-    known = tokenizer.get_vocab()
-    missing = [token for token in (PAD, TURN_START, TURN_END, *TAGS) if token not in known]
-    if missing:
-        raise ConfigError(
-            f"the tokenizer of {path} lacks the tokens {' '.join(missing)}; name a checkpoint of `rtap train sft`"
-        )
-    return tokenizer
-
-
-def train(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: SftConfig, states: States
-) -> dict[str, Any]:
-    """Train from the last state, if any. Every process has its own stream of traces."""
-    optimisers = build_muon(
-        model.named_parameters(),
-        matrix_rate=config.matrix_rate,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
+    checkpoint = last_checkpoint(run_dir(config.output))
+    if checkpoint is not None:
+        now = plain(config)
+        check_same_settings(checkpoint, now, [name for name in now if name not in config.MAY_CHANGE])
+    dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
+    loaded = load_for_training(config.policy, dtype=dtype)
+    if loaded.sees_images:
+        raise ConfigError(f"{config.policy} is a vision-language model; `rtap train sft` supports text models only")
+    rows, counts = rows_of(config, loaded.tokenizer, loaded.dialect)
+    trainer = SFTTrainer(
+        model=loaded.model,
+        args=trl_arguments(config),
+        train_dataset=_dataset(rows),
+        processing_class=loaded.processor,
+        peft_config=lora_config(config.lora_rank) if config.lora_rank else None,
     )
-    seed = (config.seed + 1) * 1000 + rank()
-    stream = batches(tokenizer, parse_mix(config.tasks), seed=seed, batch_tokens=config.batch_tokens)
-    model.train()
-    with Loop("sft", config, states, model=model, optimisers=optimisers, stream=stream) as loop:
-        while loop.should_continue():
-            batch = next(stream)
-            loop.descend(policy_loss(model, batch), rows=len(batch.ids), tokens=batch.ids.numel())
-    return loop.summary()
+    log = JsonLog(
+        run_dir(config.output) / "train.jsonl",
+        resumed_at=step_of(checkpoint) if checkpoint else 0,
+        is_writer=trainer.is_world_process_zero(),
+    )
+    trainer.add_callback(log)
+    trainer.add_callback(_Complete(describe(plain(config))))
+    started = monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    weights: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # collective call
+    if trainer.is_world_process_zero():
+        data = json.dumps([row.ids for row in rows])
+        figures = {"rows": counts} | log.last
+        record = manifest("rtap train sft", config, data=data, seconds=monotonic() - started, figures=figures)
+        save_policy(
+            config.output,
+            trainer.model,
+            weights,
+            loaded,
+            record,
+            merge_into=config.policy if config.merge else None,
+            continues=config.data == CORRECTIONS,
+        )
+        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.end_training()  # wait for the process that saves
 
 
-def write_held_out(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, tasks: str, count: int, seed: int
-) -> dict[str, HeldOutTrajectories]:
-    """One trajectory on each of ``count`` held-out questions per task. A wrong cycle is followed by another."""
-    model.eval()
-    turns: dict[str, HeldOutTrajectories] = {}
-    for name in parse_mix(tasks):
-        questions = [q.question for q in held_out_questions(TASKS[name], count)]
-        trajectories = sample_trajectories(
-            TransformersSampler(model).seeded(seed), tokenizer, questions,
-            lambda index, answer, task=TASKS[name], asked=questions: task.check(asked[index], answer),
-            samples=1, max_cycles=EVAL_CYCLES, max_positions=MAX_POSITIONS,
-        )  # fmt: skip
-        turns[name] = HeldOutTrajectories(questions, trajectories)
-    return turns
+def rows_of(
+    config: SftConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect
+) -> tuple[list[Row], dict[str, int]]:
+    """(rows, number of each kind). Raises ConfigError if there is none."""
+    if config.samples_file is None:
+        parts = {"conversations": _conversations(Path(config.data), tokenizer, dialect)}
+    else:
+        samples = [rows for _, rows in kept_trajectories(tokenizer, dialect, config.samples_file)]
+        rng = Random(config.seed)
+        if config.data == RIGHT:
+            parts = {RIGHT: [row for turns in samples for row in _right_rows(turns, dialect, config, rng)]}
+        else:
+            parts = _drawn(corrections(samples, dialect, config, rng), config, rng)
+    fitting = {name: [row for row in part if len(row.ids) <= config.max_length] for name, part in parts.items()}
+    rows = [row for part in fitting.values() for row in part]
+    if not rows:
+        source = config.samples_file or config.data
+        raise ConfigError(
+            f"{source} gives no row of at most max_length={config.max_length} tokens to train on; `{RIGHT}` needs "
+            f"right samples, `{CORRECTIONS}` questions with right and wrong ones"
+        )
+    return rows, {name: len(part) for name, part in fitting.items()}
 
 
-def held_out_figures(turns: Mapping[str, HeldOutTrajectories]) -> dict[str, Any]:
-    """Accuracy per task: first cycle (also by level), and each later cycle among the questions that reached it."""
-    figures: dict[str, Any] = {}
-    for name, part in turns.items():
-        rights: defaultdict[int, list[bool]] = defaultdict(list)
-        by_level: defaultdict[int, list[bool]] = defaultdict(list)
-        for trajectory in part.trajectories:
-            level = TASKS[name].level(part.questions[trajectory.question])
-            by_level[level].append(trajectory.cycles[0].is_right)
-            for depth, cycle in enumerate(trajectory.cycles):
-                rights[depth].append(cycle.is_right)
-        by_cycle = [_share(r) for r in rights.values()]
-        figures[name] = {
-            "questions": len(part.questions), "accuracy": by_cycle[0], "accuracy_by_cycle": by_cycle,
-            "accuracy_by_level": {level: _share(by_level[level]) for level in sorted(by_level)},
-        }  # fmt: skip
-    return figures
+def corrections(
+    samples: Sequence[Sequence[SampledTrajectory]], dialect: Dialect, config: SftConfig, rng: Random
+) -> Corrections:
+    """Rows of the samples of each question, at most ``rows_per_question`` of each kind."""
+    found = Corrections([], [], [])
+    opening = dialect.encode(dialect.format.cycle_open)
+    for turns in samples:
+        finished = [turn for turn in turns if turn.cycles[0].answer is not None]
+        right, wrong = ([turn for turn in finished if turn.is_right is side] for side in (True, False))
+        if not right:
+            continue
+        found.kept.extend(_right_rows(right, dialect, config, rng))
+        for part, firsts in ((found.corrected, wrong), (found.confirmed, right)):
+            for first in rng.sample(firsts, min(len(firsts), config.rows_per_question)):
+                second = rng.choice([turn for turn in right if turn is not first] or right)
+                before = (*first.prompt_ids, *first.cycles[0].ids, *opening)
+                part.append(Row((*before, *_further(second, dialect)), len(before)))
+    return found
 
 
-def _share(rights: list[bool]) -> float:
-    return round(sum(rights) / len(rights), 4)
+def _further(turn: SampledTrajectory, dialect: Dialect) -> tuple[int, ...]:
+    """A sampled cycle as it follows an opening: without the tag that the opening has, and with the end of the turn."""
+    ids, tag = turn.cycles[0].ids, tuple(dialect.encode(dialect.format.think_open)) if dialect.format.think_open else ()
+    begins = tag and dialect.format.cycle_open.endswith(dialect.format.think_open) and ids[: len(tag)] == tag
+    return (*(ids[len(tag) :] if begins else ids), dialect.end_of_turn_id)
 
 
-def save(output: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:
-    """Save a bf16 copy; the model itself stays fp32."""
-    copy = deepcopy(model)
-    cast_to(copy, torch.bfloat16)
-    save_checkpoint(output, copy, tokenizer, record)
+def _right_rows(turns: Sequence[SampledTrajectory], dialect: Dialect, config: SftConfig, rng: Random) -> list[Row]:
+    right = [turn for turn in turns if turn.is_right]
+    drawn = rng.sample(right, min(len(right), config.rows_per_question))
+    return [
+        Row((*turn.prompt_ids, *turn.cycles[0].ids, dialect.end_of_turn_id), len(turn.prompt_ids)) for turn in drawn
+    ]
+
+
+def _drawn(found: Corrections, config: SftConfig, rng: Random) -> dict[str, list[Row]]:
+    """All corrected rows, and a random share of the others."""
+    if not found.corrected:
+        return {"corrected": []}
+
+    def share(rows: list[Row], of_corrected: float) -> list[Row]:
+        return rng.sample(rows, min(len(rows), round(of_corrected * len(found.corrected))))
+
+    return {
+        "corrected": found.corrected,
+        "confirmed": share(found.confirmed, config.confirmed_share),
+        "kept": share(found.kept, config.kept_share),
+    }
+
+
+def _conversations(path: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[Row]:
+    """A row of each line ``{"messages": [...]}``, whose last message is the assistant's. Raises ConfigError."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            *before, last = json.loads(line)["messages"]
+            if last["role"] != "assistant":
+                raise ValueError("the last message is not the assistant's")
+            prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+            context = dialect.encode(cast(str, prompt))
+            ids = (*context, *dialect.encode(last["content"]), dialect.end_of_turn_id)
+        except Exception as error:  # a template raises its own classes
+            raise ConfigError(
+                f'{path}:{number}: not a conversation ({type(error).__name__}: {error}); a line is {{"messages": '
+                '[{"role": …, "content": …}, …]}, the last one of the assistant'
+            ) from error
+        rows.append(Row(ids, len(context)))
+    return rows
+
+
+def _dataset(rows: Sequence[Row]) -> Any:
+    labels = [[*[IGNORED] * row.num_context, *row.ids[row.num_context :]] for row in rows]
+    return Dataset.from_dict({"input_ids": [list(row.ids) for row in rows], "labels": labels})
+
+
+def trl_arguments(config: SftConfig) -> TrlConfig:
+    """TRL's arguments: those of the config, then those of ``config.trainer``. Raises ConfigError."""
+    folder, world = run_dir(config.output), int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / FOLDER)
+    if config.batch_size % (config.micro_batch * world):
+        raise ConfigError(
+            f"batch_size={config.batch_size} cannot be split over {world} processes into micro batches of "
+            f"{config.micro_batch}"
+        )
+    own: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": config.epochs,
+        "per_device_train_batch_size": config.micro_batch,
+        "gradient_accumulation_steps": config.batch_size // (config.micro_batch * world),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "max_length": config.max_length,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "seed": config.seed,
+        "report_to": ["tensorboard"],
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": config.bf16,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        return TrlConfig(**own | config.trainer_arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"trainer={config.trainer}: {error}") from error
+
+
+class _Complete(TrainerCallback):
+    """Mark each whole checkpoint, so that a killed run does not resume from a part of one."""
+
+    def __init__(self, record: str) -> None:
+        self._record = record
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called after the last file of a checkpoint."""
+        del control, kwargs
+        if state.is_world_process_zero:
+            mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._record)

@@ -111,7 +111,11 @@ def _measure(suite: Suite, policy: Path, own_generator: Path | None, seed: int) 
     generator = None
     if path is not None:
         generator = OnlineGenerator(
-            load_online_generator(path), learning_rate=0.0, iterations=0, global_weight=0.0, average=lambda _: None
+            load_online_generator(path, policy),
+            learning_rate=0.0,
+            iterations=0,
+            global_weight=0.0,
+            average=lambda _: None,
         )
     torch.set_num_threads(1)
     figures: Figures = {}
@@ -127,7 +131,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % Student interval over seeds; infinite for a single value."""
     if len(values) < 2:
         return fmean(values), float("inf")
-    quantile = float(cast(Any, stats).t.ppf(0.975, len(values) - 1))
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
     return fmean(values), quantile * stdev(values) / len(values) ** 0.5
 
 

@@ -1,10 +1,8 @@
 """Architecture of the bundled policy: a Qwen3 with about three million parameters."""
 
-from typing import Any, cast
-
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rtap_training.config import SftConfig
+from rtap_training.bundled.config import SftConfig
 from rtap_training.huggingface import pad_id, token_id
 from rtap_training.tasks.trajectory import TURN_END
 
@@ -27,7 +25,7 @@ def policy_config(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen
         eos_token_id=token_id(tokenizer, TURN_END),
         pad_token_id=pad_id(tokenizer),
     )
-    cast(Any, settings).rtap = {"format": "rtap"}
+    settings.rtap = {"format": "rtap"}
     return settings
 
 

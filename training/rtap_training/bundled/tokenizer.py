@@ -5,7 +5,6 @@ the ChatML markers are special.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -47,7 +46,7 @@ def build_tokenizer(corpus: Iterable[str], *, vocab_size: int, max_length: int) 
         show_progress=False,
     )
     core.train_from_iterator(corpus, trainer)
-    cast(Any, core).add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=TURN_END,

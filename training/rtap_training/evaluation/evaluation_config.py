@@ -18,9 +18,9 @@ class EvaluationConfig:
 
     rules: None for all that the server can measure. sources, prompt, limit, split: see ``load_questions``.
     server: address of a running server; None: one is started for ``model`` (None: the bundled models) with
-    ``serve_flags``. kept: files of samples to replay rules on, without a server, with confidences
-    computed by ``confidence_config``. rounds: number of parts into which the
-    questions are split; the rules alternate part by part. command: command line, for the report.
+    ``serve_flags``. kept: files of samples to replay rules on, without a server, with confidences computed by
+    ``confidence_config``, or by the generator ``confidence_model`` of ``model``. rounds: number of parts into which
+    the questions are split; the rules alternate part by part. command: command line, for the report.
     """
 
     rules: frozenset[str] | None
@@ -54,8 +54,15 @@ class EvaluationConfig:
             raise ConfigError("--confidence-config needs --from-samples; a server takes it among the flags after --")
         if self.kept and self.sources:
             raise ConfigError("--from-samples has its own questions; omit --questions")
-        if self.kept and (self.server is not None or self.model is not None or self.serve_flags):
-            raise ConfigError("--from-samples needs no server; omit MODEL, --server and flags after --")
+        if self.kept and (self.server is not None or self.serve_flags):
+            raise ConfigError("--from-samples needs no server; omit --server and flags after --")
+        if self.kept and (self.model is None) != (self.confidence_model is None):
+            raise ConfigError(
+                "--from-samples needs no MODEL, or with --confidence-model the one that wrote the samples: give both, "
+                "to score the samples, or neither"
+            )
+        if self.confidence_config is not None and self.confidence_model is not None:
+            raise ConfigError("kept samples are scored by --confidence-model or --confidence-config; give one of them")
 
     def specs(self, served: Mapping[str, Any]) -> list[RunSpec]:
         """Rules to run on the server. served: reply of GET /v1/rtap/config. Raises ConfigError if it cannot."""

@@ -5,7 +5,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -86,7 +86,7 @@ def calibration_svg(judgement: Judgement) -> bytes:
 
 def _svg(figure: Figure) -> bytes:
     output = io.BytesIO()
-    with cast(Any, matplotlib).rc_context({"svg.hashsalt": "rtap", "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"svg.hashsalt": "rtap", "svg.fonttype": "path"}):
         figure.savefig(output, format="svg", metadata={"Date": None})
     return output.getvalue()
 

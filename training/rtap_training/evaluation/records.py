@@ -71,7 +71,7 @@ class CycleRecord:
     answer: extracted from ``text``, the whole text after the thought; None if the cycle was cut before its end.
     confidence: None if the cycle was not scored. cached_tokens: None if the server does not report it.
     seconds: including confidence_seconds of scoring. logprobs: features of the log-probabilities, where
-    the server's confidence is made of them.
+    the server's confidence is made of them. confidence_tokens: read by the generator; None if unknown.
     """
 
     answer: str | None
@@ -86,6 +86,7 @@ class CycleRecord:
     think: str | None = None
     text: str | None = None
     logprobs: Mapping[str, float] | None = None
+    confidence_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,13 +44,16 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a decision reads of a sample. key, text_key: equal for equal answers and texts; None if it was cut."""
+    """What a decision reads of a sample. key, text_key: equal for equal answers and texts; None if it was cut.
+
+    judged_tokens: that a generator read for its confidence."""
 
     cycle: Cycle
     key: str | None
     text_key: str | None
     is_right: bool
     is_text_right: bool
+    judged_tokens: int
 
 
 def figures_of(run: Run) -> Figures:
@@ -101,11 +104,12 @@ def replay(
         specs += [RunSpec(CGES, t, most) for t in sorted(vote_thresholds)]
         specs += [RunSpec(CONFIDENCE, t, most) for t in thresholds]
     orders = {index: _orders(questions[index], samples) for index, samples in kept.items()}
-    # A generator's tokens are not kept by sample; log-probabilities cost none.
-    is_free = all(c.logprobs is not None for o in vote.answered for c in o.cycles if c.confidence is not None)
+    scored = [c for o in vote.answered for c in o.cycles if c.confidence is not None]
+    # Log-probabilities cost no tokens; a server reports a generator's tokens by request, not by sample.
+    is_known = all(c.confidence_tokens is not None or c.logprobs is not None for c in scored)
     found = [_figures(spec, orders) for spec in specs]
     found = [
-        replace(one, judged=one.judged if is_free else None, note=one.note + note) if one.spec.rule in SCORED else one
+        replace(one, judged=one.judged if is_known else None, note=one.note + note) if one.spec.rule in SCORED else one
         for one in found
     ]
     if any(sample.text_key != sample.key for samples in kept.values() for sample in samples):
@@ -143,7 +147,7 @@ def outcome_of_rule(spec: RunSpec, samples: Sequence[Sample], *, by_text: bool =
 
 
 def _figures(spec: RunSpec, orders: Mapping[int, Sequence[Sequence[Sample]]], *, by_text: bool = False) -> Figures:
-    right, samples, tokens = (np.zeros(len(orders)) for _ in range(3))
+    right, samples, tokens, judged = (np.zeros(len(orders)) for _ in range(4))
     for row, of_question in enumerate(orders.values()):
         for order in of_question:
             selected, drawn = outcome_of_rule(spec, order, by_text=by_text)
@@ -153,9 +157,11 @@ def _figures(spec: RunSpec, orders: Mapping[int, Sequence[Sequence[Sample]]], *,
                 right[row] += one.is_text_right if by_text and spec.rule == SINGLE else one.is_right
             samples[row] += drawn
             tokens[row] += sum(sample.cycle.tokens for sample in order[:drawn])
+            if spec.rule in SCORED:
+                judged[row] += sum(sample.judged_tokens for sample in order[:drawn])
     count = len(next(iter(orders.values())))
     note = TEXT if by_text else ""
-    return Figures(spec, tuple(orders), right / count, samples / count, tokens / count, np.zeros(len(orders)), note)
+    return Figures(spec, tuple(orders), right / count, samples / count, tokens / count, judged / count, note)
 
 
 def _kept(vote: Run, questions: Sequence[Question]) -> dict[int, list[Sample]]:
@@ -185,6 +191,7 @@ def _sample(question: Question, index: int, record: CycleRecord) -> Sample:
         text_key=None if is_cut else _plain(text or ""),
         is_right=record.is_correct,
         is_text_right=not is_cut and _plain(text or "") == _plain(question.answer),
+        judged_tokens=record.confidence_tokens or 0,
     )
 
 

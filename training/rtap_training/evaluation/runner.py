@@ -7,6 +7,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -30,9 +31,15 @@ async def run_evaluation(config: EvaluationConfig, console: Console) -> Results:
     """Run an evaluation. Raises ConfigError for unusable questions, samples or servers."""
     started = datetime.now(UTC)
     if config.kept:
-        most = max(config.parameters.samples)
+        most, kept = max(config.parameters.samples), config.kept
+        if config.model is not None and config.confidence_model is not None:
+            from rtap_training.evaluation.scoring import score_samples  # imports torch
+
+            kept = (config.output / SAMPLES,)
+            with console.status(f"{config.confidence_model} scores the samples"):
+                score_samples(config.kept, policy=config.model, generator=Path(config.confidence_model), output=kept[0])
         questions, runs = read_samples(
-            config.kept, most, limit=config.limit, split=config.split, confidence_config=config.confidence_config
+            kept, most, limit=config.limit, split=config.split, confidence_config=config.confidence_config
         )
         return _results(config, started, None, questions, runs)
     questions = load_questions(config.sources, limit=config.limit, prompt=config.prompt, split=config.split)

@@ -3,7 +3,8 @@
 Fields of a line: ``task``, ``question``, ``prompt`` (the message that was sent; left out if it is the question),
 ``reference`` (the reference answer), ``sample`` (number), ``think``, ``text``
 (the whole answer), ``answer`` (extracted; null if the sample was cut), ``is_correct``, ``tokens``, ``confidence`` and
-``logprobs`` (both may be null), ``kind`` and ``logistic`` (the server's confidence and the calibration it applied).
+``logprobs`` (both may be null), ``kind`` and ``logistic`` (the server's confidence and the calibration it applied),
+``confidence_tokens`` (read by the generator, where known).
 ``question``, ``reference``, ``text`` and ``tokens`` are enough: the rest is computed.
 """
 
@@ -146,4 +147,11 @@ def _cycle(question: Question, row: Mapping[str, Any], logistic: Logistic | None
         confidence = None if answer is None else logistic.confidence(None, LogprobFeatures.from_shown(row["logprobs"]))
     record = CycleRecord(answer, False, confidence, row["tokens"], 0, 0, None)
     right = row["is_correct"] if "is_correct" in row else question.is_right(answer)
-    return replace(record, is_correct=right, think=row.get("think"), text=text, logprobs=row.get("logprobs"))
+    return replace(
+        record,
+        is_correct=right,
+        think=row.get("think"),
+        text=text,
+        logprobs=row.get("logprobs"),
+        confidence_tokens=row.get("confidence_tokens"),
+    )

@@ -4,23 +4,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from copy import deepcopy
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from rtap_core.errors import ConfigError
-from rtap_training.checkpoint import manifest, replacing, write_manifest
+from rtap_training.checkpoint import manifest
 from rtap_training.events import FOLDER
-from rtap_training.huggingface import cast_to, save_checkpoint
+from rtap_training.policy_output import save_policy, write_model
 from rtap_training.questions import Question, is_right, load_questions
 from rtap_training.rl.checkpoints import JsonLog, SamplesTable, check_same_run, describe, last_checkpoint
 from rtap_training.rl.components import RunComponents
@@ -149,14 +145,14 @@ def _rows_of_a_process(config: RlConfig, num_processes: int) -> int:
 def _generator(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> OnlineGenerator | None:
     if config.confidence is None:
         return None
-    model = load_online_generator(config.confidence)
-    readable = cast(int, cast(Any, model).get_input_embeddings().num_embeddings)
+    model = load_online_generator(config.confidence, config.policy)
+    readable = cast(int, model.get_input_embeddings().num_embeddings)
     if readable < len(loaded.tokenizer):
         raise ConfigError(
             f"the generator {config.confidence} has {readable} token ids, the policy {len(loaded.tokenizer)}; "
             "train the generator from this policy"
         )
-    cast(Any, model).to(trainer.accelerator.device)
+    model.to(trainer.accelerator.device)
 
     def average(tensors: Sequence[Tensor]) -> None:
         if trainer.accelerator.num_processes > 1:
@@ -169,6 +165,7 @@ def _generator(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> O
         iterations=config.generator_iterations,
         global_weight=config.generator_global_weight,
         average=average,
+        bf16=config.bf16,
     )
 
 
@@ -192,9 +189,9 @@ def _teacher(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> Tea
         remote.check_same_tokens(loaded.tokenizer)
         return remote
     model = load_teacher(config.teacher)
-    check_same_tokens(loaded.tokenizer, cast(Any, AutoTokenizer).from_pretrained(config.teacher))
+    check_same_tokens(loaded.tokenizer, AutoTokenizer.from_pretrained(config.teacher))
     add_fused_lm_head(model, temperature=config.temperature)
-    cast(Any, model).to(trainer.accelerator.device)
+    model.to(trainer.accelerator.device)
     return LocalTeacher(model, trainer.log_probs)
 
 
@@ -202,65 +199,20 @@ def _save(
     config: RlConfig, trainer: RecursiveTrainer, weights: dict[str, Tensor], loaded: Loaded, record: dict[str, Any]
 ) -> None:
     """Save policy and generator, each atomically."""
-    if config.lora_rank:
-        write_adapter(config, cast(PeftModel, trainer.model), weights, loaded, record)
-    else:
-        write_model(config.output, loaded.model, weights, loaded.processor, record, block=_block(config, loaded))
+    save_policy(
+        config.output,
+        trainer.model,
+        weights,
+        loaded,
+        record,
+        merge_into=config.policy if config.merge else None,
+        continues=config.max_cycles > 1,
+    )
     if trainer.components.generator is not None:
         output = config.confidence_output or config.output.with_name(f"{config.output.name}-confidence")
         generator = trainer.components.generator.model
-        # These were fitted to the old policy; `rtap train confidence` fits them again.
+        # These were fitted to the old policy; `rtap train generator` fits them again.
         block = cast(dict[str, Any], getattr(generator.config, "rtap", None) or {})
         for name in ("logistic", "fusion", "threshold", "calibration"):
             block.pop(name, None)
         write_model(output, generator, generator.state_dict(), loaded.tokenizer, record)
-
-
-def _block(config: RlConfig, loaded: Loaded) -> dict[str, Any]:
-    """The ``rtap`` block of the trained policy: a policy of several cycles continues its own answers."""
-    before = cast(dict[str, Any], getattr(loaded.model.config, "rtap", None) or {})
-    trained = {"recursion": "continue"} if config.max_cycles > 1 else {}
-    return before | {"format": loaded.dialect.format.name} | trained
-
-
-def write_adapter(
-    config: RlConfig, model: PeftModel, weights: dict[str, Tensor], loaded: Loaded, record: dict[str, Any]
-) -> None:
-    """Save the adapter with tokenizer and manifest; with ``config.merge`` the base with the adapter in it, in bf16."""
-    if not config.merge:
-        with replacing(config.output) as folder:
-            model.save_pretrained(str(folder), state_dict=weights)
-            loaded.processor.save_pretrained(folder)
-            write_manifest(folder, record)
-        return
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder, state_dict=weights)
-        base = load_for_training(config.policy).model
-        merged = cast(Any, PeftModel).from_pretrained(base, folder).merge_and_unload()
-    block = _block(config, loaded)
-    write_model(config.output, merged, merged.state_dict(), loaded.processor, record, block=block)
-
-
-def write_model(
-    output: Path,
-    model: PreTrainedModel,
-    weights: dict[str, Tensor],
-    processor: Any,
-    record: dict[str, Any],
-    *,
-    block: dict[str, Any] | None = None,
-) -> None:
-    """Save ``weights`` in bf16 as a checkpoint of ``model``'s class, with tokenizer or processor and manifest.
-
-    The model itself is not changed; it may hold only a shard of the weights. block: ``rtap`` block of the config.
-    """
-    with torch.device("meta"):
-        copy = cast(Any, type(model))(deepcopy(model.config))
-    if block is not None:
-        copy.config.rtap = block
-    copy.load_state_dict(weights, assign=True)
-    copy.tie_weights()
-    cast_to(copy, torch.bfloat16)
-    if hasattr(model, "generation_config"):  # a classifier has no generation config
-        copy.generation_config = model.generation_config
-    save_checkpoint(output, copy, processor, record)

@@ -5,7 +5,7 @@ import binascii
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
 
@@ -37,7 +37,7 @@ def build_dataset(
         | ({"image": open_image(q.image)} if isinstance(q, PicturedQuestion) else {})
         for row, q in enumerate(questions)
     ]
-    return cast(Any, Dataset).from_list(rows)
+    return Dataset.from_list(rows)
 
 
 def open_image(image: str) -> Any:

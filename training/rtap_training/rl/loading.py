@@ -53,7 +53,7 @@ def load_for_training(name: str | Path, *, dtype: torch.dtype = torch.float32) -
     processor, tokenizer, dialect = load_dialect(name)
     is_vlm = processor is not tokenizer
     with loading(name):
-        factory = cast(Any, AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM)
+        factory = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
         model = cast(PreTrainedModel, factory.from_pretrained(name, dtype=dtype))
     if is_vlm:
         for part, parameter in model.named_parameters():
@@ -67,11 +67,11 @@ def load_dialect(name: str | Path) -> tuple[Any, PreTrainedTokenizerBase, Dialec
 
     Raises ConfigError."""
     with loading(name):
-        config = cast(Any, AutoConfig).from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
         is_vlm = hasattr(config, "vision_config")
-        processor = cast(Any, AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(name)
+        processor = (AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(name)
     tokenizer = cast(PreTrainedTokenizerBase, processor.tokenizer if is_vlm else processor)
-    template = processor.chat_template or cast(Any, tokenizer).chat_template  # a dict if there are several
+    template = processor.chat_template or tokenizer.chat_template  # a dict if there are several
     if not template:
         raise ConfigError(f"{name} has no chat template, so nothing says how it is asked; add one to its tokenizer")
     if tokenizer.pad_token_id is None:  # Llama has none; padding is masked everywhere
@@ -108,10 +108,10 @@ def dialect_of(name: str | Path, tokenizer: PreTrainedTokenizerBase, fmt: Trajec
     """
 
     def encode(text: str) -> list[int]:
-        return cast(list[int], cast(Any, tokenizer).encode(text, add_special_tokens=False))
+        return tokenizer.encode(text, add_special_tokens=False)
 
     def decode(ids: Sequence[int]) -> str:
-        return cast(str, cast(Any, tokenizer).decode(list(ids), skip_special_tokens=False))
+        return cast(str, tokenizer.decode(list(ids), skip_special_tokens=False))
 
     cycle_end_ids = frozenset[int]()
     if fmt.answer_close is not None:
@@ -125,7 +125,7 @@ def dialect_of(name: str | Path, tokenizer: PreTrainedTokenizerBase, fmt: Trajec
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer needs an end-of-turn token (eos_token)")
     try:
-        declared: Any = cast(Any, GenerationConfig).from_pretrained(name).eos_token_id
+        declared: Any = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:  # it has no generation config
         declared = None
     ends = {declared} if isinstance(declared, int) else set(cast(list[int], declared or []))

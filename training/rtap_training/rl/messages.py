@@ -19,5 +19,5 @@ def extend(value: Any, ids: Sequence[Sequence[int]]) -> Any:
     """Pad per-token processor fields with 0 (text) to the lengths of ``ids``."""
     rows: list[Any] = cast(list[Any], value) if isinstance(value, list) else []
     if not rows or not isinstance(rows[0], list):
-        return cast(Any, value)
+        return value
     return [[*row, *[0] * (len(i) - len(row))] for row, i in zip(rows, ids, strict=True)]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rtap_core.adapters import backbone_of, is_adapter, merged
 from rtap_core.errors import ConfigError
 from rtap_training.examples import Example, balance, collect, group, read_once
 from rtap_training.rl.rollouts import Rollout
@@ -43,6 +44,7 @@ class OnlineGenerator:
     """A generator that is trained along with the policy.
 
     average: replaces tensors by their means over the processes; called once per update in every process.
+    bf16: compute in bfloat16.
     """
 
     def __init__(
@@ -53,19 +55,19 @@ class OnlineGenerator:
         iterations: int,
         global_weight: float,
         average: Callable[[Sequence[Tensor]], None],
+        bf16: bool = False,
     ) -> None:
         self.model = model.train()
+        self._bf16 = bf16
         self._iterations = iterations
         self._global_weight = global_weight
         self._average = average
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0)
 
-    @torch.no_grad()
     def score(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
         """Confidence in [0, 1] of every row of prompt and cycle ids; equal rows are read once."""
-        self.model.eval()
-        return read_once(rows, BATCH_TOKENS, lambda batch: cast(Any, self._logits(batch).sigmoid()).tolist())
+        return score_rows(self.model, rows, bf16=self._bf16)
 
     def update(self, cycles: Sequence[LabelledCycle], *, rank: int = 0, num_processes: int = 1) -> float | None:
         """Minimise the balanced cross-entropy (R-TAP eq. 6) on these cycles for ``iterations`` steps.
@@ -90,29 +92,19 @@ class OnlineGenerator:
         self._optimiser.zero_grad(set_to_none=False)
         loss = torch.zeros((), device=self._parameters[0].device)
         for batch in group(examples, BATCH_TOKENS) if examples else []:
-            logits = self._logits(batch)
+            logits = _logits(self.model, batch, bf16=self._bf16)
             labels = torch.tensor([float(e.is_right) for e in batch], device=logits.device)
             weights = torch.tensor([e.weight * scale for e in batch], device=logits.device)
             part = (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weights).sum()
-            cast(Any, part).backward()
+            part.backward()
             loss += part.detach()
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._average([loss, *(p.grad for p in self._parameters if p.grad is not None)])
         torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
-        cast(Any, self._optimiser).step()
+        self._optimiser.step()
         return loss.item()
-
-    def _logits(self, batch: Sequence[Example]) -> Tensor:
-        """Logits (B,) in fp32. The model pools each row's last token that is not padding."""
-        pad_id = cast(int, self.model.config.pad_token_id)
-        width = max(len(e.ids) for e in batch)
-        device = self._parameters[0].device
-        ids = torch.tensor([[*e.ids, *[pad_id] * (width - len(e.ids))] for e in batch], device=device)
-        lengths = torch.tensor([len(e.ids) for e in batch], device=device)
-        mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
-        return cast(Any, self.model)(input_ids=ids, attention_mask=mask).logits[:, 0].float()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimiser."""
@@ -124,11 +116,38 @@ class OnlineGenerator:
         self._optimiser.load_state_dict(state["optimiser"])
 
 
-def load_online_generator(path: Path) -> PreTrainedModel:
-    """Load a generator in fp32. Raises ConfigError unless ``path`` is a classifier with one label and a pad token."""
+@torch.no_grad()
+def score_rows(model: PreTrainedModel, rows: Sequence[tuple[int, ...]], *, bf16: bool = False) -> list[float]:
+    """Confidence in [0, 1] of every row of prompt and cycle ids; equal rows are read once."""
+    model.eval()
+
+    def read(batch: Sequence[Example]) -> list[float]:
+        return _logits(model, batch, bf16=bf16).sigmoid().tolist()
+
+    return read_once(rows, BATCH_TOKENS, read)
+
+
+def _logits(model: PreTrainedModel, batch: Sequence[Example], *, bf16: bool) -> Tensor:
+    """Logits (B,) in fp32. The model pools each row's last token that is not padding."""
+    pad_id = cast(int, model.config.pad_token_id)
+    width = max(len(e.ids) for e in batch)
+    ids = torch.tensor([[*e.ids, *[pad_id] * (width - len(e.ids))] for e in batch], device=model.device)
+    lengths = torch.tensor([len(e.ids) for e in batch], device=model.device)
+    mask = (torch.arange(width, device=model.device)[None] < lengths[:, None]).long()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        return model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+
+
+def load_online_generator(path: Path, policy: str | Path) -> PreTrainedModel:
+    """Load a generator of ``policy`` in fp32: a checkpoint, or an adapter, which is merged into its backbone.
+
+    Raises ConfigError unless ``path`` is a classifier with one label and a pad token."""
     if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train confidence`")
-    model = cast(Any, AutoModelForSequenceClassification).from_pretrained(path, dtype=torch.float32)
+        raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train generator`")
+    if is_adapter(path):
+        model = merged(path, backbone_of(path, policy))
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
     if model.config.num_labels != 1 or model.config.pad_token_id is None:
         raise ConfigError(f"{path} must be a sequence classifier with one label and a pad token")
     return cast(PreTrainedModel, model)

@@ -72,10 +72,8 @@ class RemoteTeacher:
 
     def logps(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
         """See ``Teacher.logps``; padded positions are 0."""
-        rows: list[list[int]] = [
-            cast(Any, ids[mask.bool()]).tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)
-        ]
-        lengths = cast(list[int], cast(Any, attention_mask[:, -logits_to_keep:].sum(dim=1)).tolist())
+        rows: list[list[int]] = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        lengths = cast(list[int], attention_mask[:, -logits_to_keep:].sum(dim=1).tolist())
         result = torch.zeros(input_ids.size(0), logits_to_keep, device=input_ids.device)
         with self._open_client() as client, ThreadPoolExecutor(ROWS_IN_FLIGHT) as pool:
             scored = pool.map(partial(self._score, client), rows)
@@ -88,7 +86,7 @@ class RemoteTeacher:
         with self._open_client() as client:
             self._check_ids(client, student)
             prompt = self._call(client, "/tokenize", lambda reply: reply["tokens"], {"messages": PROBE})
-        if prompt != cast(Any, student).encode(_render(student, PROBE), add_special_tokens=False):
+        if prompt != student.encode(_render(student, PROBE), add_special_tokens=False):
             raise TeacherError(OTHER_CONTEXTS)
 
     def _check_ids(self, client: httpx.Client, student: PreTrainedTokenizerBase) -> None:
@@ -96,7 +94,7 @@ class RemoteTeacher:
 
         def is_same(count: int) -> bool:
             theirs = self._call(client, "/detokenize", lambda reply: reply["prompt"], {"tokens": ids[:count]})
-            return theirs == cast(Any, student).decode(ids[:count], skip_special_tokens=False)
+            return theirs == student.decode(ids[:count], skip_special_tokens=False)
 
         if not is_same(len(ids)):
             first = bisect_left(range(1, len(ids)), True, key=lambda count: not is_same(count))
@@ -140,7 +138,7 @@ class RemoteTeacher:
 def load_teacher(path: str) -> PreTrainedModel:
     """Load a frozen checkpoint in fp32. Raises TeacherError if it cannot be loaded."""
     try:
-        model = cast(Any, AutoModelForCausalLM).from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise TeacherError(f"cannot load the teacher {path}: {error}") from error
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
@@ -167,4 +165,4 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    return cast(Any, tokenizer).apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return cast(str, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

@@ -114,10 +114,10 @@ class RecursiveTrainer(GRPOTrainer):
     def _is_sharded(self) -> bool:
         """True if a forward pass is a collective call. Marks FSDP2 models, which transformers does not detect."""
         if self.accelerator.is_fsdp2:
-            policy = cast(Any, self.model)
+            policy: Any = self.model
             policy._is_fsdp_managed_module = True
             if isinstance(policy, PeftModel):  # generates with the model inside
-                cast(Any, policy).get_base_model()._is_fsdp_managed_module = True
+                cast(Any, policy.get_base_model())._is_fsdp_managed_module = True
         return self.accelerator.distributed_type in ("FSDP", "DEEPSPEED")
 
     def _largest(self, values: Sequence[int]) -> list[int]:
@@ -156,7 +156,7 @@ class RecursiveTrainer(GRPOTrainer):
         """TRL's rewards (rows of all processes, rewards); their sums are kept for the advantages."""
         result = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._rewards = result.sum(dim=1)
-        shares = cast(list[float], cast(Any, advantage_shares(result, self._group_size)).tolist())
+        shares = cast(list[float], advantage_shares(result, self._group_size).tolist())
         for name, share in zip(self.config.reward_names, shares, strict=True):
             if not math.isnan(share):
                 self._log_metric(f"advantage_share/{name}", share)

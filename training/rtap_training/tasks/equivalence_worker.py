@@ -31,7 +31,7 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
     signal.alarm(math.ceil(request["seconds"]) + 1)  # the default action ends the process
     try:
         answer, reference = read(request["answer"]), read(request["reference"])
-        equal = cast(Any, math_verify).verify(reference, answer, timeout_seconds=None, raise_on_error=True)
+        equal = math_verify.verify(reference, answer, timeout_seconds=None, raise_on_error=True)
         return {"equal": bool(equal), "answer": bool(answer), "reference": bool(reference), "error": ""}
     except Exception as error:  # parsers of hostile text may raise anything
         return {"equal": False, "answer": False, "reference": False, "error": f"{type(error).__name__}: {error}"[:200]}
@@ -58,7 +58,7 @@ def score(request: dict[str, Any]) -> dict[str, Any]:
 def _dataset(name: str, options: str) -> Any:
     import reasoning_gym  # pyright: ignore  # optional, and needed for its own questions only
 
-    dataset = cast(Any, reasoning_gym).create_dataset(name, **json.loads(options))
+    dataset = reasoning_gym.create_dataset(name, **json.loads(options))
     if name in EVALUATING:
         cast(Any, sys.modules[type(dataset).__module__]).eval = _refuse
     return dataset

@@ -7,7 +7,7 @@ val.parquet.
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     for name, split, count in (("train", Split.TRAIN, args.count), ("val", Split.HELD_OUT, args.count // 10)):
         questions = load_questions(args.questions, split, seed=1, count=max(1, count))
-        cast(Any, Dataset).from_list(rows(questions, args.format)).to_parquet(args.output / f"{name}.parquet")
+        Dataset.from_list(rows(questions, args.format)).to_parquet(args.output / f"{name}.parquet")
     return 0
 
 

@@ -5,31 +5,18 @@ Input: the prompt and **one** cycle, ending at ``</answer>``, as in the paper. E
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
 
 from rtap_core.errors import ConfigError
 from rtap_core.format import RTAP
-from rtap_training.calibration import Bools, Floats, constant_direction, fit_platt
-from rtap_training.examples import Example, group, read_once
+from rtap_training.examples import Example, read_once
 from rtap_training.huggingface import load_tokenizer, token_id
 from rtap_training.tasks.trajectory import TURN_END
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Pooled features (N, D), logits (N,), labels and question indices of cycles."""
-
-    hidden: Floats
-    logits: Floats
-    labels: Bools
-    questions: list[int]
 
 
 def build_generator(
@@ -67,13 +54,13 @@ def build_scratch(policy: Qwen3ForCausalLM, num_layers: int | None = None) -> Qw
 
 def load_generator(path: Path) -> tuple[Qwen3ForSequenceClassification, PreTrainedTokenizerFast]:
     """A trained generator in fp32, and its tokenizer."""
-    loaded = cast(Any, Qwen3ForSequenceClassification).from_pretrained(path, dtype=torch.float32)
-    return cast(Qwen3ForSequenceClassification, loaded).eval(), load_tokenizer(path)
+    model = Qwen3ForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), load_tokenizer(path)
 
 
 def body_of(model: Qwen3ForSequenceClassification) -> Qwen3Model:
     """The transformer below the head."""
-    return cast(Qwen3Model, cast(Any, model).model)
+    return cast(Qwen3Model, model.model)
 
 
 def pooled(model: Qwen3ForSequenceClassification, examples: Sequence[Example]) -> Tensor:
@@ -92,37 +79,13 @@ def logits_of(model: Qwen3ForSequenceClassification, examples: Sequence[Example]
 
 
 @torch.inference_mode()
-def score(model: Qwen3ForSequenceClassification, examples: Sequence[Example], batch_tokens: int) -> Scored:
-    """Score each distinct cycle once; repeat the result ``count`` times."""
-    model.eval()
-    groups = group(examples, batch_tokens)
-    ordered = [e for g in groups for e in g]
-    hidden = torch.cat([pooled(model, g) for g in groups])
-    logits = model.score(hidden)[:, 0]
-    times = np.array([e.count for e in ordered])
-    return Scored(
-        np.repeat(hidden.double().numpy(), times, axis=0),
-        np.repeat(logits.double().numpy(), times),
-        np.repeat(np.array([e.is_right for e in ordered]), times),
-        [e.question for e in ordered for _ in range(e.count)],
-    )
-
-
-@torch.inference_mode()
 def confidences(
     model: Qwen3ForSequenceClassification, rows: Sequence[tuple[int, ...]], batch_tokens: int
 ) -> list[float]:
     """Confidence in [0, 1] of each row of prompt and cycle ids; equal rows are read once."""
     model.eval()
-    return read_once(rows, batch_tokens, lambda batch: cast(Any, logits_of(model, batch).sigmoid()).tolist())
 
+    def read(batch: Sequence[Example]) -> list[float]:
+        return logits_of(model, batch).sigmoid().tolist()
 
-def calibrate(model: Qwen3ForSequenceClassification, scored: Scored) -> dict[str, float]:
-    """Fold a Platt fit into the head, so that any engine returns calibrated scores."""
-    slope, offset = fit_platt(scored.logits, scored.labels)
-    direction = constant_direction(scored.hidden)
-    residual = float(np.std(scored.hidden @ direction))
-    with torch.no_grad():
-        weight = slope * model.score.weight[0].double().numpy() + offset * direction
-        model.score.weight[0] = torch.tensor(weight, dtype=torch.float32)
-    return {"slope": round(slope, 4), "offset": round(offset, 4), "offset_spread": round(residual, 5)}
+    return read_once(rows, batch_tokens, read)

@@ -1,4 +1,4 @@
-"""Training on corrections of a policy's own wrong cycles (``rtap train correct``).
+"""Training on corrections of a policy's own wrong cycles (``rtap train demo-correct``).
 
 The wrong cycles of a cold start are synthetic, so a policy learns to correct errors it does not make and copies its own
 errors into the next cycle. Here wrong cycles are sampled from the policy and masked; each is followed by a right cycle.
@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from rtap_core.errors import ConfigError
 from rtap_core.format import RTAP
-from rtap_training.config import CorrectConfig
-from rtap_training.data import Encoded
+from rtap_training.bundled.config import CorrectConfig
+from rtap_training.bundled.data import Encoded
+from rtap_training.bundled.own_cycles import PolicySetup, sampled_turns
+from rtap_training.bundled.rows import TrainingRows, learn
 from rtap_training.huggingface import encode_text, load_policy, token_id
-from rtap_training.own_cycles import PolicySetup, sampled_turns
 from rtap_training.rollout import Trajectory
-from rtap_training.rows import TrainingRows, learn
 from rtap_training.run_state import check_resumable
 from rtap_training.runtime import configure_torch
 from rtap_training.tasks.base import Problem

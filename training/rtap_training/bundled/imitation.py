@@ -1,4 +1,4 @@
-"""Supervised training of a student on its teacher's right trajectories (``rtap train imitate``).
+"""Supervised training of a student on its teacher's right trajectories (``rtap train demo-imitate``).
 
 A baseline of RLAD: here the teacher generates; in ``rtap train rlad`` it only scores the student's rollouts.
 """
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import ImitateConfig
-from rtap_training.data import Encoded
+from rtap_training.bundled.config import ImitateConfig
+from rtap_training.bundled.data import Encoded
+from rtap_training.bundled.own_cycles import PolicySetup, sampled_turns
+from rtap_training.bundled.rows import TrainingRows, learn
 from rtap_training.huggingface import load_policy, token_id
-from rtap_training.own_cycles import PolicySetup, sampled_turns
 from rtap_training.rl.teacher import check_same_tokens
 from rtap_training.rollout import Trajectory
-from rtap_training.rows import TrainingRows, learn
 from rtap_training.run_state import check_resumable
 from rtap_training.runtime import configure_torch
 from rtap_training.tasks.trajectory import TURN_END

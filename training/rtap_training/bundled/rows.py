@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeVar
 
+from rtap_training.bundled.config import SampledTurnsConfig
+from rtap_training.bundled.data import Batch, Encoded, bucket, pad
+from rtap_training.bundled.held_out import HeldOutTrajectories, show_held_out
+from rtap_training.bundled.loop import Loop
+from rtap_training.bundled.own_cycles import PolicySetup, clean_up
+from rtap_training.bundled.sft import held_out_figures, policy_loss, save, write_held_out
+from rtap_training.bundled.streams import Stream
 from rtap_training.checkpoint import manifest, sha256
-from rtap_training.config import SampledTurnsConfig, run_dir
-from rtap_training.data import Batch, Encoded, bucket, pad
-from rtap_training.held_out import HeldOutTrajectories, show_held_out
+from rtap_training.config import run_dir
 from rtap_training.huggingface import pad_id
-from rtap_training.loop import Loop
 from rtap_training.optim import build_muon
-from rtap_training.own_cycles import PolicySetup, clean_up
 from rtap_training.run_state import States, plain
 from rtap_training.runtime import configure_torch
-from rtap_training.sft import held_out_figures, policy_loss, save, write_held_out
-from rtap_training.streams import Stream
 
 Config = TypeVar("Config", bound=SampledTurnsConfig)
 
@@ -45,7 +46,7 @@ def learn(name: str, setup: PolicySetup[Config], rows: TrainingRows, *, evaluate
     turns = _write_held_out(setup)
     show_held_out(config.output, training["steps"], turns, tokenizer)
     figures = training | {"rows": rows.counts} | before | {"held_out": held_out_figures(turns)}
-    record = manifest(f"rtap train {name}", config, data=data, seconds=training["seconds"], figures=figures)
+    record = manifest(f"rtap train demo-{name}", config, data=data, seconds=training["seconds"], figures=figures)
     save(config.output, policy, tokenizer, record)
     clean_up(states)
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")

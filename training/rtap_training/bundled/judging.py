@@ -1,7 +1,7 @@
 """Held-out evaluation of a confidence generator: AUROC, calibration, and best-of-k against free baselines.
 
-The generator is evaluated as served (fused with the policy's log-probabilities if a fusion was fitted) and alone. The
-free baselines are the majority vote and the policy's own log-probabilities.
+The generator is evaluated as served (calibrated, by default with the policy's log-probabilities) and alone. The free
+baselines are the majority vote and the policy's own log-probabilities.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,15 +15,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequ
 from rtap_core.artifact import Logistic
 from rtap_core.features import LogprobFeatures
 from rtap_core.format import RTAP
+from rtap_training.bundled.choice import Sample, compare
+from rtap_training.bundled.classifier import confidences
 from rtap_training.calibration import Bools, Floats, figures, fit_logistic, intervals, rounded
-from rtap_training.choice import Sample, compare
-from rtap_training.classifier import confidences
 from rtap_training.evaluation.statistics import global_auroc, within_question_auroc
 from rtap_training.huggingface import token_id
 from rtap_training.rollout import SampledCycle, Trajectory
 
 GENERATOR, ALONE = "generator", "generator_alone"
-"""Names of the served confidence and of the generator's own; equal without a fusion."""
+"""Names of the served confidence and of the generator's own score."""
 LOGPROB_RULES = ("logprob_mean", "logprob_min", "logprob_answer")
 """Mean and minimum log-probability of a cycle's tokens, and the mean between the answer tags."""
 
@@ -51,20 +51,21 @@ class CycleScores:
         """True for each right cycle."""
         return np.array([c.is_right for _, c in self.cycles], dtype=np.bool_)
 
-    def confidences(self, fusion: Logistic | None) -> Floats:
-        """Confidences as served: fused if ``fusion`` is given."""
-        return self.probabilities if fusion is None else np.array([fusion.confidence(*seen) for seen in self._seen()])
+    def confidences(self, logistic: Logistic | None) -> Floats:
+        """Confidences as served: the generator's own scores without ``logistic``."""
+        if logistic is None:
+            return self.probabilities
+        return np.array([logistic.confidence(*seen) for seen in self._seen()])
 
-    def fit(self) -> Logistic:
-        """Fit a fusion to these cycles."""
-        names = ("generator", "logprob_mean", "logprob_min")
+    def fit(self, names: Sequence[str]) -> Logistic:
+        """A logistic regression on the features ``names`` of these cycles."""
         inputs = [Logistic.inputs(*seen) for seen in self._seen()]
         features = np.array([[one[name] for name in names] for one in inputs])
         weights = fit_logistic(features, self.labels)
         return Logistic(**{name: round(w, 4) for name, w in zip(("bias", *names), weights, strict=True)})
 
     def _seen(self) -> Iterator[tuple[float, LogprobFeatures]]:
-        """Inputs of a fusion for each cycle. It uses the mean and the lowest log-probability alone."""
+        """Inputs of the regression for each cycle: it uses the mean and the lowest log-probability alone."""
         for probability, known in zip(self.probabilities.tolist(), self.logprobs, strict=True):
             mean, lowest = known["logprob_mean"], known["logprob_min"]
             yield probability, LogprobFeatures(mean, lowest, lowest, known["logprob_answer"], 1)
@@ -100,11 +101,11 @@ def judge_task(
     tokenizer: PreTrainedTokenizerFast,
     trajectories: Sequence[Trajectory],
     batch_tokens: int,
-    fusion: Logistic | None = None,
+    logistic: Logistic | None = None,
 ) -> Judged:
     """Confidences of all cycles, and the scores of every rule on first cycles."""
     known = score_cycles(model, policy, tokenizer, trajectories, batch_tokens)
-    scores = known.confidences(fusion)
+    scores = known.confidences(logistic)
     rules = {
         id(cycle): free | {GENERATOR: float(score), ALONE: float(alone)}
         for (_, cycle), free, score, alone in zip(

@@ -9,17 +9,17 @@ import random
 from collections.abc import Sequence
 from time import monotonic
 from types import TracebackType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from rtap_training.bundled.streams import Stream
 from rtap_training.optim import Budget, descend, schedule
 from rtap_training.parallel import rank, synchronised
 from rtap_training.progress import Progress
 from rtap_training.run_state import States
-from rtap_training.streams import Stream
 from rtap_training.training_errors import TrainingError
 
 
@@ -126,7 +126,7 @@ class Loop:
     def _load(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
         self._model.load_state_dict(shared["model"])
         for optimiser, state in zip(self._optimisers, shared["optimisers"], strict=True):
-            cast(Any, optimiser).load_state_dict(state)
+            optimiser.load_state_dict(state)
         self._progress.load_state_dict(shared["progress"])
         self._stream.load_state_dict(own["stream"])
         random.setstate(own["python"])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from rtap_training.bundled.streams import Stream
 from rtap_training.bundled.tokenizer import render_prompt
 from rtap_training.huggingface import pad_id
-from rtap_training.streams import Stream
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.trajectory import Conversation, sample_conversation
 

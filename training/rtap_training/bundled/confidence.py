@@ -1,4 +1,4 @@
-"""Confidence generator of the bundled policy (``rtap train confidence``).
+"""Confidence generator of the bundled policy (``rtap train demo-confidence``).
 
 Sample the policy's cycles, label them with the tasks' checkers, train, calibrate, evaluate. Online updates during RL
 are in ``rl/online_generator.py``.
@@ -20,24 +20,32 @@ from transformers import Qwen3ForSequenceClassification
 
 from rtap_core.artifact import NUM_BINS, Logistic
 from rtap_core.errors import ConfigError
+from rtap_training.bundled.classifier import build_generator, build_scratch, logits_of
+from rtap_training.bundled.config import ConfidenceConfig, Init, Loss
+from rtap_training.bundled.held_out import HeldOutTrajectories, show_held_out
+from rtap_training.bundled.judging import GENERATOR, Judged, judge_task, pool, report, score_cycles
+from rtap_training.bundled.loop import Loop
+from rtap_training.bundled.own_cycles import (
+    PolicySetup,
+    build_sampler,
+    clean_up,
+    sample,
+    sample_training,
+    training_problems,
+)
+from rtap_training.bundled.streams import Stream
 from rtap_training.calibration import best_threshold, histogram
 from rtap_training.checkpoint import manifest, sha256
-from rtap_training.classifier import build_generator, build_scratch, calibrate, logits_of, score
-from rtap_training.config import ConfidenceConfig, Init, Loss, run_dir
+from rtap_training.config import run_dir
 from rtap_training.events import SHOWN, last_confidences
 from rtap_training.examples import Example, Row, balance, collect, group, pair_batches, synthetic_texts
-from rtap_training.held_out import HeldOutTrajectories, show_held_out
 from rtap_training.huggingface import cast_to, encode_text, load_policy, save_checkpoint
-from rtap_training.judging import GENERATOR, Judged, judge_task, pool, report, score_cycles
-from rtap_training.loop import Loop
 from rtap_training.optim import build_muon
-from rtap_training.own_cycles import PolicySetup, build_sampler, clean_up, sample, sample_training, training_problems
 from rtap_training.questions import held_out_questions
 from rtap_training.reliability import plot_png
 from rtap_training.rollout import Sampler, Trajectory, encode_question
 from rtap_training.run_state import States, check_resumable, plain
 from rtap_training.runtime import configure_torch
-from rtap_training.streams import Stream
 from rtap_training.tasks import TASKS, parse_mix
 from rtap_training.tasks.base import Problem
 
@@ -53,7 +61,7 @@ def run(config: ConfidenceConfig) -> None:
     problems, questions = training_problems(config)
     with closing(build_sampler(setup)) as sampler:  # one sampler for all, because vLLM starts slowly
         sampled = sample_training(setup, sampler, questions)
-        fitting, validation = label(setup, problems, questions, sampled)
+        fitting = label(setup, problems, questions, sampled)
         held_out = sample_held_out(setup, sampler)
     digest = json.dumps([(e.ids, e.is_right, e.count) for e in fitting])
     states = States(run_dir(config.output), plain(config), data_sha256=sha256(digest))
@@ -65,22 +73,22 @@ def run(config: ConfidenceConfig) -> None:
         else build_generator(setup.policy, setup.tokenizer, depth)
     )
     training = train(model, fitting, config, states)
-    calibration = calibrate(model, score(model, validation, config.batch_tokens))
     cast_to(model, torch.bfloat16)  # evaluate the weights as they are saved
     cast_to(model, torch.float32)
     unseen = [t for t in sampled if t.question < num_validation(config)]
     known = score_cycles(model, setup.policy, setup.tokenizer, unseen, config.batch_tokens)
-    fusion = known.fit() if config.fuse else None
-    threshold = best_threshold(known.confidences(fusion), known.labels)
-    judged = judge(model, setup, held_out, fusion)
+    # Not folded into the head: R-TAP's threshold of the confidence reward is of the head's own score.
+    logistic = known.fit(("generator", "logprob_mean", "logprob_min") if config.fuse else ("generator",))
+    threshold = best_threshold(known.confidences(logistic), known.labels)
+    judged = judge(model, setup, held_out, logistic)
     figures: dict[str, Any] = training | {
-        "threshold": threshold, "calibration": calibration, "logistic": None if fusion is None else fusion.model_dump(),
+        "threshold": threshold, "logistic": logistic.model_dump(),
         "examples": len(fitting), "held_out": report(judged),
     }  # fmt: skip
     show(setup, training["steps"], held_out, judged, figures["held_out"])
-    model.config.rtap = artifact(threshold, fusion, judged, figures["held_out"]["all"])
+    model.config.rtap = artifact(threshold, logistic, judged, figures["held_out"]["all"])
     write_plot(run_dir(config.output) / "reliability.png", judged)
-    record = manifest("rtap train confidence", config, data=digest, seconds=training["seconds"], figures=figures)
+    record = manifest("rtap train demo-confidence", config, data=digest, seconds=training["seconds"], figures=figures)
     cast_to(model, torch.bfloat16)
     save_checkpoint(config.output, model, setup.tokenizer, record)
     clean_up(states)
@@ -107,14 +115,15 @@ def label(
     problems: Sequence[Problem],
     questions: Sequence[str],
     sampled: Sequence[Trajectory],
-) -> tuple[list[Example], list[Example]]:
-    """(weighted training examples, sampled calibration examples). Raises ConfigError if either set lacks right or wrong
-    cycles."""
+) -> list[Example]:
+    """Weighted training examples. Raises ConfigError if they, or the sampled cycles that calibrate, lack right or wrong
+    ones."""
     config, rng = setup.config, Random(f"{setup.config.seed}:synthetic")
     rows = [(t.question, (*t.prompt, *c.ids), c.is_right) for t in sampled for c in t.cycles if c.answer is not None]
     if not rows:
         raise ConfigError(
-            f"{config.policy} finished no cycle of {len(questions)} questions; train it further with `rtap train sft`"
+            f"{config.policy} finished no cycle of {len(questions)} questions; train it further with "
+            "`rtap train demo-sft`"
         )
     validated = num_validation(config)
     synthetic: list[Row] = []
@@ -129,7 +138,7 @@ def label(
     mixed = {e.question for e in fitting if e.is_right} & {e.question for e in fitting if not e.is_right}
     if config.loss is Loss.PAIRWISE and not mixed:
         raise ConfigError("no question has right and wrong answers to pair; take more samples, or loss=balanced")
-    return balance(fitting, global_weight=config.global_weight), validation
+    return balance(fitting, global_weight=config.global_weight)
 
 
 def num_validation(config: ConfidenceConfig) -> int:
@@ -204,17 +213,18 @@ def judge(
     model: Qwen3ForSequenceClassification,
     setup: PolicySetup[ConfidenceConfig],
     held_out: dict[str, list[Trajectory]],
-    fusion: Logistic | None,
+    logistic: Logistic,
 ) -> dict[str, Judged]:
     """Scores of the held-out cycles, by task."""
     tokens = setup.config.batch_tokens
     return {
-        name: judge_task(model, setup.policy, setup.tokenizer, part, tokens, fusion) for name, part in held_out.items()
+        name: judge_task(model, setup.policy, setup.tokenizer, part, tokens, logistic)
+        for name, part in held_out.items()
     }
 
 
 def artifact(
-    threshold: float, fusion: Logistic | None, judged: dict[str, Judged], figures: dict[str, Any]
+    threshold: float, logistic: Logistic, judged: dict[str, Judged], figures: dict[str, Any]
 ) -> dict[str, Any]:
     """The ``rtap`` block of config.json: server settings and held-out metrics.
 
@@ -224,8 +234,10 @@ def artifact(
     firsts = [s for j in judged.values() for question in j.first_cycles for s in question if s.answer is not None]
     reference = histogram(np.array([s.scores[GENERATOR] for s in firsts], dtype=np.float64))
     calibration = {"bins": NUM_BINS, "reference": reference, "held_out": scalars}
-    fused = {} if fusion is None else {"logistic": fusion.model_dump()}
-    return {"format": "rtap", "kind": "confidence", "threshold": threshold, "calibration": calibration} | fused
+    return {
+        "format": "rtap", "kind": "confidence", "threshold": threshold, "calibration": calibration,
+        "logistic": logistic.model_dump(),
+    }  # fmt: skip
 
 
 def show(
