@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -17,6 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GptOssConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -67,6 +69,19 @@ def save_adapter(folder: Path, *, seed: int) -> Path:
     peft = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj"],
             "base_model_name_or_path": "rtap", "bias": "none"}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(peft), "utf-8")
+    return folder
+
+
+def save_generator_adapter(folder: Path) -> Path:
+    """Save a random adapter of a generator on the bundled policy's body, as ``rtap train generator`` writes one."""
+    torch.manual_seed(1)
+    body = AutoModelForSequenceClassification.from_pretrained(MODELS / "policy", num_labels=1, dtype=torch.float32)
+    lora = LoraConfig(task_type="SEQ_CLS", r=RANK, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(body, lora)
+    adapted.save_pretrained(folder)
+    body.config.rtap = {"kind": "confidence", "input": "token_ids", "logistic": {"bias": 0.0, "generator": 1.0}}
+    body.config.architectures = ["Qwen3ForSequenceClassification"]
+    body.config.save_pretrained(folder)
     return folder
 
 

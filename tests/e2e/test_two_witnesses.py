@@ -7,7 +7,7 @@ import torch
 from rtap_core.artifact import read_artifact
 from rtap_core.features import logprob_features
 from rtap_core.format import RTAP
-from rtap_training.classifier import load_generator
+from rtap_training.bundled.classifier import load_generator
 from rtap_training.huggingface import encode_text, load_policy
 from rtap_training.rollout import encode_question
 from tests.e2e.conftest import MODELS

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rtap_core.format import RTAP, parse_cycle
-from rtap_training.classifier import load_generator, pooled
+from rtap_training.bundled.classifier import load_generator, pooled
 from rtap_training.examples import Example
 from rtap_training.huggingface import decode_ids, encode_text, load_policy, token_id
 from rtap_training.questions import held_out_questions

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rtap_training.choice import Sample, best, compare, vote
+from rtap_training.bundled.choice import Sample, best, compare, vote
 
 A, B, C = "a", "b", "c"
 

@@ -17,7 +17,7 @@ BUNDLED_TASKS = ["--tasks", "countdown=0.6,arithmetic=0.4"]  # what the bundled 
 
 def sft(output: Path, steps: int, *more: str) -> None:
     flags = ["--output", str(output), "--max-steps", str(steps), "--eval-questions", "4", *TINY, *SPEED, *more]
-    assert main(["sft", *flags]) == 0
+    assert main(["demo-sft", *flags]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_sft_writes_a_loadable_bf16_checkpoint_and_its_story(policy: Path) -> No
     assert model.dtype == torch.bfloat16
     assert model.config.rtap == {"format": "rtap"}
     record = json.loads((policy / "manifest.json").read_text())
-    assert record["command"] == "rtap train sft"
+    assert record["command"] == "rtap train demo-sft"
     assert record["figures"]["steps"] == 150
     assert set(record["figures"]["held_out"]) == {"countdown", "arithmetic", "knights"}
     losses = [
@@ -66,12 +66,12 @@ def test_a_fresh_student_shares_its_teachers_token_ids(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_cannot_write_cycles_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--output", str(tmp_path / "student"), "--processes", "1", "--tokenizer"]
-    assert main(["sft", *flags, str(tmp_path), "--processes", "2"]) == 2  # a worker's error is the command's
+    assert main(["demo-sft", *flags, str(tmp_path), "--processes", "2"]) == 2  # a worker's error is the command's
     assert "has no tokenizer" in capsys.readouterr().err
     text = (BUNDLED_POLICY / "tokenizer.json").read_text().replace("</answer>", "</result>")
     (tmp_path / "tokenizer.json").write_text(text)
     (tmp_path / "tokenizer_config.json").write_text((BUNDLED_POLICY / "tokenizer_config.json").read_text())
-    assert main(["sft", *flags, str(tmp_path)]) == 2
+    assert main(["demo-sft", *flags, str(tmp_path)]) == 2
     assert "lacks the tokens </answer>" in capsys.readouterr().err
 
 
@@ -80,7 +80,7 @@ def test_a_policy_that_is_never_right_is_refused(
 ) -> None:
     flags = ["--policy", str(policy), "--output", str(tmp_path / "confidence"), "--questions", "12", "--samples", "2"]
     # Countdown alone: a puzzle of two people is guessed right every fourth time.
-    assert main(["confidence", *flags, *SPEED, "--tasks", "countdown"]) == 2
+    assert main(["demo-confidence", *flags, *SPEED, "--tasks", "countdown"]) == 2
     assert "nothing to calibrate on" in capsys.readouterr().err
     assert not (tmp_path / "confidence").exists()
 
@@ -89,7 +89,7 @@ def test_confidence_trains_on_the_policys_own_cycles(tmp_path: Path) -> None:
     output, samples = tmp_path / "confidence", tmp_path / "samples.jsonl"
     flags = ["--policy", str(BUNDLED_POLICY), "--output", str(output), "--samples-file", str(samples)]
     sizes = ["--questions", "60", "--samples", "3", "--eval-questions", "8", *BUNDLED_TASKS]
-    assert main(["confidence", *flags, *sizes, "--max-steps", "5", *SPEED]) == 0
+    assert main(["demo-confidence", *flags, *sizes, "--max-steps", "5", *SPEED]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert (model.config.num_labels, model.dtype) == (1, torch.bfloat16)
     assert model.config.pad_token_id == AutoTokenizer.from_pretrained(output).pad_token_id
@@ -106,11 +106,11 @@ def test_confidence_trains_on_the_policys_own_cycles(tmp_path: Path) -> None:
     assert {p.name for p in run.iterdir()} == {"reliability.png", "train.jsonl", "tensorboard"}
     # Reusing the samples gives the same generator; samples of another setting are refused.
     again = ["--output", str(tmp_path / "again"), "--max-steps", "5", *SPEED]
-    assert main(["confidence", *flags[:2], *flags[4:], *sizes, *again]) == 0
+    assert main(["demo-confidence", *flags[:2], *flags[4:], *sizes, *again]) == 0
     first, second = (tmp_path / n / "model.safetensors" for n in ("confidence", "again"))
     assert first.read_bytes() == second.read_bytes()
     # Another loss from another start, on the same samples.
     other = ["--loss", "pairwise", "--init", "scratch", "--eval-samples", "2", "--output", str(tmp_path / "other")]
-    assert main(["confidence", *flags[:2], *flags[4:], *sizes, "--max-steps", "5", *SPEED, *other]) == 0
+    assert main(["demo-confidence", *flags[:2], *flags[4:], *sizes, "--max-steps", "5", *SPEED, *other]) == 0
     assert first.read_bytes() != (tmp_path / "other" / "model.safetensors").read_bytes()
-    assert main(["confidence", *flags, *sizes, "--seed", "9", *SPEED]) == 2
+    assert main(["demo-confidence", *flags, *sizes, "--seed", "9", *SPEED]) == 2

@@ -13,13 +13,10 @@ from rtap_core.errors import ConfigError
 from rtap_core.features import logprob_features
 from rtap_core.format import RTAP
 from rtap_training.bundled.architecture import build_policy
-from rtap_training.bundled.tokenizer import TAGS, build_tokenizer
-from rtap_training.classifier import body_of, build_generator, build_scratch, confidences
-from rtap_training.confidence import balanced_loss, label, pairwise_loss
-from rtap_training.config import ConfidenceConfig, Loss, SftConfig
-from rtap_training.examples import Example
-from rtap_training.huggingface import encode_text, token_id
-from rtap_training.judging import (
+from rtap_training.bundled.classifier import body_of, build_generator, build_scratch, confidences
+from rtap_training.bundled.confidence import balanced_loss, label, pairwise_loss
+from rtap_training.bundled.config import ConfidenceConfig, Loss, SftConfig
+from rtap_training.bundled.judging import (
     ALONE,
     GENERATOR,
     LOGPROB_RULES,
@@ -29,7 +26,10 @@ from rtap_training.judging import (
     report,
     score_cycles,
 )
-from rtap_training.own_cycles import PolicySetup, training_problems
+from rtap_training.bundled.own_cycles import PolicySetup, training_problems
+from rtap_training.bundled.tokenizer import TAGS, build_tokenizer
+from rtap_training.examples import Example
+from rtap_training.huggingface import encode_text, token_id
 from rtap_training.rollout import SampledCycle, Trajectory
 
 CONFIG = ConfidenceConfig(questions=10, synthetic_pairs=0, validation_share=0.2)
@@ -79,8 +79,7 @@ def test_data_without_contrast_is_refused(
 def test_pairs_need_a_question_with_both(asked: PolicySetup[ConfidenceConfig]) -> None:
     problems, questions = training_problems(CONFIG)
     rights: list[list[bool | None]] = [[True, False]] * 2 + [[True]] * 4 + [[False]] * 4
-    fitting, validation = label(asked, problems, questions, sampled(asked, rights))
-    assert (len(fitting), len(validation)) == (8, 4)
+    assert len(label(asked, problems, questions, sampled(asked, rights))) == 8
     pairwise = replace(asked, config=replace(CONFIG, loss=Loss.PAIRWISE))
     with pytest.raises(ConfigError, match="no question has right and wrong answers to pair"):
         label(pairwise, problems, questions, sampled(asked, rights))
@@ -185,7 +184,7 @@ def test_a_fusion_finds_the_witness_that_knows_and_is_the_servers(asked: PolicyS
     labelled = [(Trajectory(0, []), SampledCycle((), "", bool(r))) for r in right]
     free = [{"logprob_mean": s / 10, "logprob_min": s, "logprob_answer": 0.0} for s in smallest.tolist()]
     known = CycleScores(labelled, rng.random(4000), free)
-    fusion = known.fit()
+    fusion = known.fit(("generator", "logprob_mean", "logprob_min"))
     assert abs(fusion.generator) < 0.1
     fused = known.confidences(fusion)
     assert fused[smallest > -1].mean() == pytest.approx(0.75, abs=0.03)

@@ -12,7 +12,8 @@ import pytest
 
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import STAGES, main
-from rtap_training.config import ConfidenceConfig, SftConfig, add_flags, build_config
+from rtap_training.bundled.config import ConfidenceConfig, SftConfig
+from rtap_training.config import add_flags, build_config
 from rtap_training.rl.config import CONFIGS
 
 
@@ -63,7 +64,7 @@ def test_every_field_is_a_flag() -> None:
 
 
 def test_errors_are_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["confidence", "--policy", str(tmp_path)]) == 2
+    assert main(["demo-confidence", "--policy", str(tmp_path)]) == 2
     assert "not a checkpoint" in capsys.readouterr().err
 
 
@@ -71,8 +72,8 @@ def test_errors_are_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.Cap
     ("words", "sentence"),
     [
         (
-            ["sft", "--max-step=3"],
-            "unknown arguments of sft: --max-step=3 (did you mean --max-steps?); `rtap train",
+            ["demo-sft", "--max-step=3"],
+            "unknown arguments of demo-sft: --max-step=3 (did you mean --max-steps?); `rtap train",
         ),
         (["rtap", "--zzz", "3"], "unknown arguments of rtap: --zzz 3; `rtap train rtap --help` lists its flags"),
         (
@@ -100,7 +101,7 @@ def test_help_is_quick() -> None:
     started = perf_counter()
     done = subprocess.run([sys.executable, "-m", "rtap_training", "sft", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "--tasks" in done.stdout
+    assert "--samples-file" in done.stdout
     assert perf_counter() - started < 5  # about 0.1 s; importing torch would take longer on a busy machine
 
 

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from rtap_core.format import RTAP, parse_cycle
 from rtap_training.__main__ import main
-from rtap_training.config import CorrectConfig
-from rtap_training.corrections import build_rows
-from rtap_training.data import Encoded
+from rtap_training.bundled.config import CorrectConfig
+from rtap_training.bundled.corrections import build_rows
+from rtap_training.bundled.data import Encoded
+from rtap_training.bundled.own_cycles import training_problems
 from rtap_training.huggingface import decode_ids, encode_text, load_policy, load_tokenizer
-from rtap_training.own_cycles import training_problems
 from rtap_training.rollout import SampledCycle, Trajectory, encode_question
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.trajectory import TURN_END
@@ -89,7 +89,7 @@ def test_a_cut_cycle_and_an_answer_that_is_none_teach_nothing(tokenizer: PreTrai
 def test_the_command_mends_and_leaves_a_policy_that_is_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["correct", "--policy", str(POLICY), "--tasks", "countdown=1", "--questions", "24", "--samples", "2"]
+    flags = ["demo-correct", "--policy", str(POLICY), "--tasks", "countdown=1", "--questions", "24", "--samples", "2"]
     sizes = ["--max-steps", "4", "--eval-questions", "4", "--batch-tokens", "1024"]
     output = tmp_path / "corrected"
     assert main([*flags, *sizes, "--output", str(output)]) == 0
@@ -98,7 +98,7 @@ def test_the_command_mends_and_leaves_a_policy_that_is_served(
     assert figures["rows"]["corrected"] > 5  # it is wrong more often than right
     assert figures["before"].keys() == figures["held_out"].keys() == {"countdown"}
     record = json.loads((output / "manifest.json").read_text())
-    assert record["command"] == "rtap train correct"
+    assert record["command"] == "rtap train demo-correct"
     before, after = load_policy(POLICY)[0].state_dict(), load_policy(output)[0].state_dict()
     assert before.keys() == after.keys()
     assert any(not before[name].equal(after[name]) for name in before)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from rtap_training.bundled.data import batches, bucket, conversation_text, encode
 from rtap_training.bundled.tokenizer import TAGS, build_tokenizer, render_prompt
-from rtap_training.data import batches, bucket, conversation_text, encode
 from rtap_training.huggingface import pad_id, token_id
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.trajectory import sample_conversation

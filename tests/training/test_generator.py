@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from rtap_core.adapters import backbone_of, merged, merged_checkpoint
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import main
+from rtap_training.evaluation.scoring import score_samples
 from rtap_training.generator import _batches, _fresh
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.generator_samples import kept_trajectories, numbered, prompt_ids, write
@@ -28,8 +30,11 @@ SMALL = ["--num-questions", "12", "--eval-questions", "4", "--samples", "2", "--
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+def save_llama(folder: Path) -> Path:
     """Random weights in the bundled tokenizer; its format is `think`, as of any checkpoint that says nothing."""
-    folder = tmp_path_factory.mktemp("llama") / "model"
     tokenizer = load_tokenizer(BUNDLED / "policy")
     torch.manual_seed(1)
     shape: dict[str, Any] = {
@@ -103,7 +108,9 @@ def test_kept_samples_are_read_as_they_were_asked_and_judged(loaded: Loaded, tmp
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--lora-rank", "2"], ["--backbone", "BACKBONE"]], ids=["all weights", "lora", "another backbone"]
+    "flags",
+    [[], ["--lora-rank", "2", "--merge", "--bf16"], ["--backbone", "BACKBONE"]],
+    ids=["all weights", "merged lora in bf16", "another backbone"],
 )
 def test_a_generator_of_kept_samples_is_one_checkpoint_as_the_server_loads_it(
     flags: list[str], llama: Path, tmp_path: Path
@@ -125,6 +132,42 @@ def test_a_generator_of_kept_samples_is_one_checkpoint_as_the_server_loads_it(
     assert not list(output.glob("adapter*"))
 
 
+def test_an_adapter_is_merged_into_the_classifier_that_was_judged(llama: Path, tmp_path: Path) -> None:
+    samples, output = kept_samples(tmp_path / "samples.jsonl", questions=60), tmp_path / "generator"
+    flags = ["--lora-rank", "2", "--epochs", "1", "--num-layers", "1", "--learning-rate", "1e-3"]
+    assert (
+        main(["generator", "--policy", str(llama), "--samples-file", str(samples), "--output", str(output), *flags])
+        == 0
+    )
+    assert not (output / "model.safetensors").exists()
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["rtap"]["input"] == "token_ids"
+    whole = merged_checkpoint(output, backbone_of(output, llama), tmp_path / "cache")
+    assert merged_checkpoint(output, str(llama), tmp_path / "cache") == whole
+    assert json.loads((whole / "config.json").read_text())["rtap"] == config["rtap"]
+    scored = tmp_path / "scored.jsonl"
+    score_samples([samples], policy=str(llama), generator=output, output=scored)
+    rows = [json.loads(line) for line in scored.read_text().splitlines()]
+    again = tmp_path / "again.jsonl"
+    score_samples([samples], policy=str(llama), generator=whole, output=again)
+    found = [json.loads(line)["confidence"] for line in again.read_text().splitlines()]
+    assert [row["confidence"] for row in rows] == pytest.approx(found, abs=0.01)
+    assert len(set(found)) > 60
+    assert all(row["confidence_tokens"] > 20 for row in rows)
+
+
+def test_the_backbone_of_an_adapter_elsewhere_is_the_policy_that_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model"}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    for reads, backbone in (("token_ids", "/served"), ("chat", "someone/model")):
+        (tmp_path / "config.json").write_text(json.dumps({"rtap": {"input": reads}}))
+        assert backbone_of(tmp_path, "/served") == backbone
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="is no generator's adapter: it needs adapter_model"):
+        merged(tmp_path, "/served")
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -132,6 +175,7 @@ def test_a_generator_of_kept_samples_is_one_checkpoint_as_the_server_loads_it(
         (["--questions", "countdown", "--prompt", "Solve it."], "prompt='Solve it.' has no {question}"),
         (["--questions", "countdown", "--samples-file", "s.jsonl"], "give questions"),
         (["--samples-file", "nowhere.jsonl"], "cannot read the samples file nowhere.jsonl"),
+        (["--questions", "countdown", "--merge"], "merge needs lora_rank"),
         (["--questions", "countdown", "--lora-rank", "-1"], "lora_rank=-1 must be at least 0"),
         (["--questions", "countdown", "--samples", "1"], "must be at least 2"),
         (["--questions", "countdown", "--epochs", "0"], "epochs=0 must be at least 1"),

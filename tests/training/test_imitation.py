@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rtap_core.format import RTAP
 from rtap_training.__main__ import main
+from rtap_training.bundled.imitation import right_turns
 from rtap_training.huggingface import encode_text, load_policy, load_tokenizer, token_id
-from rtap_training.imitation import right_turns
 from rtap_training.rollout import SampledCycle, Trajectory
 from rtap_training.tasks.trajectory import TURN_END
 
@@ -44,7 +44,7 @@ def test_a_turn_is_learnt_up_to_its_first_right_cycle(tokenizer: PreTrainedToken
 def test_the_command_writes_a_student_that_learnt_of_its_teacher(tmp_path: Path) -> None:
     output = tmp_path / "student"
     student = str(Path("deploy/models/student"))
-    assert main(["imitate", "--policy", student, "--output", str(output), *SHORT]) == 0
+    assert main(["demo-imitate", "--policy", student, "--output", str(output), *SHORT]) == 0
     figures = json.loads((output / "manifest.json").read_text())["figures"]
     assert figures["steps"] == 2
     assert 0 < figures["rows"] <= 24
@@ -58,6 +58,6 @@ def test_the_command_writes_a_student_that_learnt_of_its_teacher(tmp_path: Path)
 def test_a_teacher_that_is_never_right_has_nothing_to_teach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--tasks", "knights=1", "--questions", "2", "--samples", "1", "--max-steps", "1", "--eval-questions", "1"]
     output = tmp_path / "student"
-    assert main(["imitate", "--teacher", "deploy/models/student", "--output", str(output), *flags]) == 2
+    assert main(["demo-imitate", "--teacher", "deploy/models/student", "--output", str(output), *flags]) == 2
     assert "answered none of 2 questions right; use another teacher" in capsys.readouterr().err
     assert not output.exists()

@@ -14,11 +14,12 @@ import torch
 
 from rtap_training import sft
 from rtap_training.__main__ import main
-from rtap_training.config import SftConfig, build_config, run_dir
-from rtap_training.loop import Loop
+from rtap_training.bundled.config import SftConfig
+from rtap_training.bundled.loop import Loop
+from rtap_training.bundled.streams import Stream
+from rtap_training.config import build_config, run_dir
 from rtap_training.optim import build_adamw
 from rtap_training.run_state import States, last_complete
-from rtap_training.streams import Stream
 from rtap_training.training_errors import TrainingError
 
 BUNDLED_POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
@@ -63,10 +64,10 @@ def assert_same_run(first: Path, second: Path) -> None:
 @pytest.mark.slow
 def test_sft_of_two_processes_resumes_to_the_last_bit(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(["sft", *TOGETHER, f"--output={whole}"]) == 0
+    assert main(["demo-sft", *TOGETHER, f"--output={whole}"]) == 0
     assert [line["step"] for line in curve(whole)] == [20, 40, 60]
     kill_after_a_state("sft", TOGETHER, killed)
-    assert main(["sft", *TOGETHER, f"--output={killed}"]) == 0
+    assert main(["demo-sft", *TOGETHER, f"--output={killed}"]) == 0
     assert_same_run(whole, killed)
 
 
@@ -79,12 +80,12 @@ CONFIDENCE = [
 @pytest.mark.slow
 def test_confidence_resumes_to_the_last_bit(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(["confidence", *CONFIDENCE, f"--output={whole}"]) == 0
+    assert main(["demo-confidence", *CONFIDENCE, f"--output={whole}"]) == 0
     kill_after_a_state("confidence", CONFIDENCE, killed)
     sampled = (run_dir(killed) / "samples.jsonl").read_bytes()
     # As if it had been killed while sampling too: what is missing is sampled again, to the same.
     (run_dir(killed) / "samples.jsonl").write_bytes(sampled[: len(sampled) // 2])
-    assert main(["confidence", *CONFIDENCE, f"--output={killed}"]) == 0
+    assert main(["demo-confidence", *CONFIDENCE, f"--output={killed}"]) == 0
     assert_same_run(whole, killed)
 
 
@@ -125,7 +126,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         original(state, file)
 
     monkeypatch.setattr(torch, "save", save)
-    assert main(["sft", *ALONE, f"--output={tmp_path / 'policy'}"]) == 2
+    assert main(["demo-sft", *ALONE, f"--output={tmp_path / 'policy'}"]) == 2
     monkeypatch.undo()
     folder = tmp_path / "policy.run"
     assert f"No space left on device; the last good state is {folder / 'state-8'}" in capsys.readouterr().err
@@ -134,11 +135,11 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_another_config_is_refused_by_the_names_of_its_fields(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sft", *ALONE, f"--output={broken}", "--matrix-rate=0.5", "--eval-questions=3"]) == 2
+    assert main(["demo-sft", *ALONE, f"--output={broken}", "--matrix-rate=0.5", "--eval-questions=3"]) == 2
     assert "(matrix_rate: was 0.02, is 0.5)" in capsys.readouterr().err
     settings = json.loads((run_dir(broken) / "state-8" / "complete.json").read_text())
     (run_dir(broken) / "state-8" / "complete.json").write_text(json.dumps(settings | {"data_sha256": "0"}))
-    assert main(["sft", *ALONE, f"--output={broken}"]) == 2
+    assert main(["demo-sft", *ALONE, f"--output={broken}"]) == 2
     assert "was made from other data" in capsys.readouterr().err
 
 
@@ -146,7 +147,7 @@ def test_a_state_without_its_last_file_is_not_used(broken: Path) -> None:
     (run_dir(broken) / "state-12").mkdir()
     (run_dir(broken) / "state-12" / "shared.pt").write_bytes(b"half")
     assert last_complete(run_dir(broken), "state") == run_dir(broken) / "state-8"
-    assert main(["sft", *ALONE, f"--output={broken}"]) == 0
+    assert main(["demo-sft", *ALONE, f"--output={broken}"]) == 0
     assert [line["step"] for line in curve(broken)] == [20, 40, 60]
     assert not list(run_dir(broken).glob("state-*"))
 

@@ -7,8 +7,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from rtap_core.errors import ConfigError
 from rtap_core.format import RTAP
 from rtap_training.bundled.architecture import build_policy
+from rtap_training.bundled.config import SftConfig
 from rtap_training.bundled.tokenizer import build_tokenizer
-from rtap_training.config import SamplerKind, SftConfig
+from rtap_training.config import SamplerKind
 from rtap_training.huggingface import token_id
 from rtap_training.rollout import (
     MAX_CYCLE_TOKENS,

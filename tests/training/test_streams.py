@@ -6,7 +6,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtap_training.streams import Stream
+from rtap_training.bundled.streams import Stream
 
 
 def pool(rng: Random) -> list[int]:

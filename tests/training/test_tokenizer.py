@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from rtap_training.bundled.data import conversation_text
 from rtap_training.bundled.tokenizer import TAGS, build_tokenizer, render_prompt
-from rtap_training.data import conversation_text
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.trajectory import Message, sample_conversation
 

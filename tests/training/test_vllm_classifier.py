@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rtap_core.format import RTAP
-from rtap_training.classifier import load_generator, pooled
+from rtap_training.bundled.classifier import load_generator, pooled
 from rtap_training.examples import Example
 from rtap_training.huggingface import encode_text
 from rtap_training.rollout import encode_question

@@ -23,8 +23,9 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from rtap_training.own_cycles import PolicySetup, build_sampler, sample_chunk
-from rtap_training.config import ConfidenceConfig, SamplerKind
+from rtap_training.bundled.own_cycles import PolicySetup, build_sampler, sample_chunk
+from rtap_training.bundled.config import ConfidenceConfig
+from rtap_training.config import SamplerKind
 from rtap_training.huggingface import load_policy
 from rtap_training.questions import held_out_questions
 from rtap_training.tasks import TASKS

@@ -85,8 +85,8 @@ def engine_config(engine_args: AsyncEngineArgs, model: str, *, allows_pickles: b
     if _is_path(model) and not (Path(model) / "config.json").is_file():
         if (Path(model) / "adapter_config.json").is_file():
             raise ConfigError(
-                f"{model} is an adapter: serve its base with --enable-lora --lora-modules NAME={model}; a generator's "
-                "is merged into it first (PEFT's merge_and_unload), because vLLM loads no classification head from one"
+                f"{model} is an adapter: serve its base with --enable-lora --lora-modules NAME={model}, or a "
+                "generator's with --confidence-model"
             )
         raise ConfigError(f"no model at {model}: give a folder with a config.json, or a Hugging Face name")
     given = str(engine_args.load_format)

@@ -1,11 +1,13 @@
 """Start the engines of policy and generator, and build the state that requests share."""
 
 import asyncio
+import os
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +18,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from rtap_core.adapters import backbone_of, is_adapter, merged_checkpoint
 from rtap_core.artifact import UNCALIBRATED, Artifact, read_artifact_file
 from rtap_core.errors import ConfigError
 from rtap_core.format import TrajectoryFormat, default_recursion
@@ -57,6 +60,7 @@ from rtap_server.telemetry.logs import announce, captured_stderr
 from rtap_server.telemetry.metrics import Metrics
 
 _TAG_CHARACTERS = 64
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtap" / "generators"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +144,18 @@ async def _started_engines(args: Namespace, settings: Settings) -> AsyncGenerato
 def _generator_config(args: Namespace, settings: Settings) -> VllmConfig | None:
     if settings.confidence_kind != "pooling":
         return None
+    if settings.confidence_model is not None and is_adapter(settings.confidence_model):
+        merged = _merged(Path(settings.confidence_model), args.model)
+        settings = settings.model_copy(update={"confidence_model": str(merged)})
     engine_args = generator_args(args, settings)
     return engine_config(engine_args, engine_args.model, allows_pickles=settings.allow_pickled_weights)
+
+
+def _merged(adapter: Path, policy: str) -> Path:
+    """Checkpoint of a generator that is an adapter. Raises ConfigError."""
+    backbone = backbone_of(adapter, policy)
+    announce(f"the generator is the adapter {adapter} on {backbone}")
+    return merged_checkpoint(adapter, backbone, _CACHE)
 
 
 def _load(config: VllmConfig, *, log_stats: bool) -> AsyncLLM:

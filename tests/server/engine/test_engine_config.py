@@ -3,16 +3,18 @@
 import os
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import rtap_server.engine.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
 from rtap_core.errors import ConfigError
 from rtap_server.__main__ import _parse
-from rtap_server.engine.engine_config import cpu_defaults, emulates_bfloat16, reads_chat
-from rtap_server.engine.loading import start_engines
+from rtap_server.engine.engine_config import check_classifier, cpu_defaults, emulates_bfloat16, reads_chat
+from rtap_server.engine.loading import _generator_config, start_engines
 from rtap_server.settings import Settings
-from tests.other_checkpoints import MODELS, save_adapter, save_family, save_think
+from tests.other_checkpoints import MODELS, save_adapter, save_family, save_generator_adapter, save_think
 
 POLICY = str(MODELS / "policy")
 
@@ -85,10 +87,26 @@ async def test_an_opening_after_which_nothing_is_written_is_refused(opening, sen
 
 async def test_an_adapter_is_told_where_it_belongs(tmp_path):
     adapter = str(save_adapter(tmp_path / "adapter", seed=1))
-    for flags in ([adapter], [POLICY, "--confidence-model", adapter]):
-        refusal = await _refusal(*flags)
-        assert f"{adapter} is an adapter: serve its base with --enable-lora" in refusal
-        assert "a generator's is merged into it first" in refusal
+    refusal = await _refusal(adapter)
+    assert f"{adapter} is an adapter: serve its base with --enable-lora" in refusal
+    assert "a generator's with --confidence-model" in refusal
+    refusal = await _refusal(POLICY, "--confidence-model", adapter)
+    assert f"{adapter} is no generator's adapter: it needs" in refusal
+    assert "a policy's adapter is served with --lora-modules" in refusal
+
+
+def test_a_generators_adapter_is_served_as_the_checkpoint_that_it_is_merged_into(tmp_path, monkeypatch):
+    adapter, cache = save_generator_adapter(tmp_path / "adapter"), tmp_path / "cache"
+    monkeypatch.setattr("rtap_server.engine.loading._CACHE", cache)
+    args, settings, _ = _parse([POLICY, "--confidence-model", str(adapter)])
+    config = _generator_config(args, settings)
+    assert config is not None
+    (checkpoint,) = cache.iterdir()
+    assert config.model_config.model == str(checkpoint)
+    assert check_classifier(config).input == "token_ids"
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (POLICY, checkpoint))
+    assert not after["model.layers.0.self_attn.q_proj.weight"].equal(before["model.layers.0.self_attn.q_proj.weight"])
+    assert _generator_config(args, settings).model_config.model == str(checkpoint)
 
 
 async def test_a_generator_with_another_tokenizer_cannot_read_token_ids(tmp_path):

@@ -1,0 +1,131 @@
+"""Supervised training of a Hugging Face model: its rows, and the whole command on a tiny one."""
+
+import json
+import shutil
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rtap_core.errors import ConfigError
+from rtap_training.__main__ import main
+from rtap_training.generator_samples import kept_trajectories
+from rtap_training.rl.loading import load_dialect
+from rtap_training.sft import IGNORED, _dataset, corrections, rows_of
+from rtap_training.sft_config import SftConfig
+from tests.training.test_generator import kept_samples, save_llama
+
+SHORT = ["--batch-size", "4", "--micro-batch", "2", "--learning-rate", "1e-3", "--max-length", "200"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+def conversations(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_conversation_is_trained_on_its_last_message_and_the_end_of_the_turn(llama: Path, tmp_path: Path) -> None:
+    _, tokenizer, dialect = load_dialect(llama)
+    messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    file = conversations(tmp_path / "c.jsonl", [{"messages": messages}])
+    (row,), counts = rows_of(SftConfig(policy=str(llama), data=str(file)), tokenizer, dialect)
+    assert counts == {"conversations": 1}
+    assert row.ids[row.num_context :] == (*dialect.encode("2"), dialect.end_of_turn_id)
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert dialect.decode(row.ids[: row.num_context]) == prompt
+    (labels,) = _dataset([row])["labels"]
+    assert labels == [IGNORED] * row.num_context + list(row.ids[row.num_context :])
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": []}, {"text": "x"}, {"messages": [{"role": "user", "content": "1+1"}]}, 3]
+)
+def test_a_line_that_is_no_conversation_is_named(llama: Path, tmp_path: Path, row: Any) -> None:
+    _, tokenizer, dialect = load_dialect(llama)
+    file = conversations(tmp_path / "c.jsonl", [row])
+    with pytest.raises(ConfigError, match=r"c\.jsonl:1: not a conversation"):
+        rows_of(SftConfig(policy=str(llama), data=str(file)), tokenizer, dialect)
+
+
+def test_a_correction_trains_a_right_cycle_after_a_wrong_one_and_the_opening(llama: Path, tmp_path: Path) -> None:
+    _, tokenizer, dialect = load_dialect(llama)
+    config = SftConfig(policy=str(llama), samples_file=kept_samples(tmp_path / "s.jsonl"), rows_per_question=2)
+    samples = [rows for _, rows in kept_trajectories(tokenizer, dialect, tmp_path / "s.jsonl")]
+    found = corrections(samples, dialect, config, Random(0))
+    right = {turn.cycles[0].ids for turns in samples for turn in turns if turn.is_right}
+    wrong = {turn.cycles[0].ids for turns in samples for turn in turns if not turn.is_right}
+    opening = dialect.encode(dialect.format.cycle_open)
+    assert found.corrected
+    for part, firsts in ((found.corrected, wrong), (found.confirmed, right)):
+        for row in part:
+            context = row.ids[: row.num_context]
+            assert list(context[-len(opening) :]) == opening
+            assert any(context[: -len(opening)][-len(first) :] == first for first in firsts)
+            # The opening has the tag that begins a thought.
+            assert (*opening, *row.ids[row.num_context : -1]) in right
+            assert row.ids[-1] == dialect.end_of_turn_id
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"data": "corrections"}, "need a samples_file"),
+        ({"data": "c.jsonl", "samples_file": Path("s.jsonl")}, "needs none"),
+        ({"data": "c.jsonl", "merge": True}, "needs a lora_rank"),
+        ({"data": "c.jsonl", "micro_batch": 5}, "must divide"),
+        ({"data": "c.jsonl", "trainer": "[]"}, "must be a JSON object"),
+        ({"data": "c.jsonl", "trainer": "{"}, "is not JSON"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        SftConfig(**wrong)
+
+
+def test_an_argument_that_trl_does_not_know_is_named(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = kept_samples(tmp_path / "s.jsonl", questions=2)
+    flags = ["--policy", str(llama), "--samples-file", str(samples), "--output", str(tmp_path / "o")]
+    assert main(["sft", *flags, "--trainer", '{"learning_rat": 1}']) == 2
+    assert "learning_rat" in capsys.readouterr().err
+
+
+def test_the_command_writes_an_adapter_and_resumes_to_the_same_weights(llama: Path, tmp_path: Path) -> None:
+    samples = kept_samples(tmp_path / "s.jsonl", questions=6)
+    flags = ["sft", "--policy", str(llama), "--samples-file", str(samples), "--lora-rank", "2", *SHORT]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert main([*flags, "--output", str(whole), "--save-steps", "2"]) == 0
+    kept = tmp_path / "whole.run" / "checkpoint-2"
+    shutil.copytree(kept, tmp_path / "resumed.run" / kept.name)
+    (later := tmp_path / "resumed.run" / "checkpoint-3").mkdir()  # a checkpoint that was cut: it has no complete.json
+    assert main([*flags, "--output", str(resumed), "--save-steps", "2"]) == 0
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    assert all(weight.equal(second[name]) for name, weight in first.items())
+    assert later.is_dir()
+    assert main([*flags, "--output", str(resumed), "--learning-rate", "0.5"]) == 2
+    record = json.loads((whole / "manifest.json").read_text())
+    assert record["command"] == "rtap train sft"
+    assert set(record["figures"]["rows"]) == {"corrected", "confirmed", "kept"}
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    tuned = PeftModel.from_pretrained(base, whole).merge_and_unload()
+    assert any(not weight.equal(before[name]) for name, weight in tuned.state_dict().items())
+
+
+def test_a_merged_policy_is_a_checkpoint_that_continues_its_answers(llama: Path, tmp_path: Path) -> None:
+    samples, output = kept_samples(tmp_path / "s.jsonl", questions=3), tmp_path / "merged"
+    flags = ["--samples-file", str(samples), "--lora-rank", "2", "--merge", *SHORT]
+    assert main(["sft", "--policy", str(llama), "--output", str(output), *flags]) == 0
+    config = json.loads((output / "config.json").read_text())
+    assert config["rtap"] == {"format": "think", "recursion": "continue"}
+    assert AutoModelForCausalLM.from_pretrained(output).dtype is torch.bfloat16
