@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from rtap_core.artifact import read_artifact_file
 from rtap_core.errors import ConfigError
 
 _ADAPTER, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = (_ADAPTER, _WEIGHTS, "config.json")
 
 
 def is_adapter(model: str | Path) -> bool:
@@ -21,52 +21,42 @@ def is_adapter(model: str | Path) -> bool:
     return (Path(model) / _ADAPTER).is_file()
 
 
-def backbone_of(folder: Path, policy: str | Path) -> str:
-    """Folder or Hub name of the model that the adapter is merged into. Raises ConfigError.
-
-    The one that it was trained on; where this is no folder of this machine and the adapter reads the policy's token
-    ids, the policy."""
-    _check(folder)
-    try:
-        backbone = str(json.loads((folder / _ADAPTER).read_text("utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"cannot read {folder / _ADAPTER}: {type(error).__name__}: {error}") from error
-    reads_token_ids = read_artifact_file(folder / "config.json").input == "token_ids"
-    return str(policy) if reads_token_ids and not Path(backbone).is_dir() else backbone
-
-
-def _check(folder: Path) -> None:
-    if not (folder / "config.json").is_file() or not (folder / _WEIGHTS).is_file():
+def read_backbone(folder: Path) -> str:
+    """Folder or Hub name of the model that the adapter was trained on. Raises ConfigError."""
+    if any(not (folder / name).is_file() for name in ADAPTER_FILES):
         raise ConfigError(
             f"{folder} is no generator's adapter: it needs {_WEIGHTS} and the classifier's config.json, as "
             "`rtap train generator --lora-rank` writes them; a policy's adapter is served with --lora-modules"
         )
+    try:
+        return str(json.loads((folder / _ADAPTER).read_text("utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"cannot read {folder / _ADAPTER}: {type(error).__name__}: {error}") from error
 
 
-def merged(folder: Path, backbone: str) -> Any:
+def merge_adapter(folder: Path, backbone: str) -> Any:
     """The classifier in fp32, with the adapter in its weights. Raises ConfigError."""
     import torch
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    _check(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of the new head, which the adapter has, and of layers that are left out
     try:
         config = cast(Any, AutoConfig).from_pretrained(folder)
         model = cast(Any, AutoModelForSequenceClassification).from_pretrained(
-            backbone, config=config, dtype=torch.float32
+            backbone, config=config, dtype=torch.float32, use_safetensors=True
         )
         return cast(Any, PeftModel).from_pretrained(model, folder).merge_and_unload()
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # transformers, PEFT, safetensors and the hub raise many classes
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"cannot merge the adapter {folder} into {backbone}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
 
 
-def merged_checkpoint(folder: Path, backbone: str, cache: Path) -> Path:
+def merge_to_checkpoint(folder: Path, backbone: str, cache: Path) -> Path:
     """A checkpoint in bf16 below ``cache`` with the adapter in its weights, made if it is not there.
 
     Raises ConfigError."""
@@ -76,25 +66,28 @@ def merged_checkpoint(folder: Path, backbone: str, cache: Path) -> Path:
     target = cache / _digest(folder, backbone)
     if (target / "config.json").is_file():
         return target
-    model = merged(folder, backbone).to(torch.bfloat16)
-    cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache) as fresh:
-        checkpoint = Path(fresh) / "checkpoint"
-        model.save_pretrained(checkpoint)
-        cast(Any, AutoTokenizer).from_pretrained(backbone).save_pretrained(checkpoint)
-        try:
-            os.rename(checkpoint, target)
-        except OSError:
-            if not (target / "config.json").is_file():  # another process was first
-                raise
+    model = merge_adapter(folder, backbone).to(torch.bfloat16)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=cache) as fresh:
+            checkpoint = Path(fresh) / "checkpoint"
+            model.save_pretrained(checkpoint)
+            cast(Any, AutoTokenizer).from_pretrained(backbone).save_pretrained(checkpoint)
+            try:
+                os.rename(checkpoint, target)
+            except OSError:
+                if not (target / "config.json").is_file():  # another process was first
+                    raise
+    except OSError as error:
+        raise ConfigError(f"cannot write the merged generator to {cache} (XDG_CACHE_HOME moves it): {error}") from error
     return target
 
 
 def _digest(folder: Path, backbone: str) -> str:
     """Identifies what is merged: the adapter's files, and the backbone's name or the size and time of its weights."""
     digest = hashlib.sha256(backbone.encode())
-    for name in (_ADAPTER, _WEIGHTS, "config.json"):
-        digest.update((folder / name).read_bytes() if (folder / name).is_file() else b"")
+    for name in ADAPTER_FILES:
+        digest.update((folder / name).read_bytes())
     for file in sorted(Path(backbone).glob("*.safetensors")) if Path(backbone).is_dir() else []:
         digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
+from rtap_core.adapters import ADAPTER_FILES, is_adapter
 from rtap_core.artifact import BUNDLED_MODELS, is_classifier, read_artifact
 from rtap_core.errors import ConfigError
 from rtap_server.http.api_keys import load_keys
@@ -137,7 +138,8 @@ def model_check(name: str, folder: Path, *, is_default: bool = False) -> Finding
     if not folder.exists() and not is_default and not str(folder).startswith(("/", ".", "~")):
         return _finding(name, "skipped", f"{folder} is not a local folder, so it is a Hugging Face name", "")
     todo = "Give a MODEL." if is_default else "Give a folder with a complete checkpoint."
-    missing = [file for file in ("config.json", "tokenizer.json") if not (folder / file).is_file()]
+    needed = ADAPTER_FILES if name == "generator" and is_adapter(folder) else ("config.json", "tokenizer.json")
+    missing = [file for file in needed if not (folder / file).is_file()]
     weights = sorted(folder.glob("*.safetensors"))
     missing += _missing_weights(folder, weights)
     if missing:

@@ -79,7 +79,11 @@ class Settings(BaseSettings):
     )
     confidence_model: str | None = Field(
         default=None,
-        description="generator: checkpoint of a classifier or reward model, or address of a vLLM /classify server",
+        description="generator: checkpoint of a classifier or reward model, folder of an adapter of `rtap train "
+        "generator`, or address of a vLLM /classify server",
+    )
+    confidence_backbone: str | None = Field(
+        default=None, description="model that a generator's adapter is merged into; default: the one that it names"
     )
     confidence_config: Path | None = Field(
         default=None,

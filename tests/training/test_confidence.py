@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from rtap_core.artifact import Logistic
 from rtap_core.errors import ConfigError
 from rtap_core.features import logprob_features
 from rtap_core.format import RTAP
@@ -140,7 +141,7 @@ def test_the_report_compares_the_generator_with_what_is_free(asked: PolicySetup[
     trajectories = sampled(asked, rights)
     trajectories[1].cycles.append(cycle(asked.tokenizer, "again", True))  # judged, but no first cycle
     model = build_generator(asked.policy, asked.tokenizer)
-    judged = judge_task(model, asked.policy, asked.tokenizer, trajectories, 4096)
+    judged = judge_task(model, asked.policy, asked.tokenizer, trajectories, 4096, Logistic(bias=0.0, generator=1.0))
     assert len(judged.scores) == 19
     rows = [(*t.prompt, *t.cycles[0].ids) for t in trajectories]
     first = confidences(model, rows, 64)
@@ -195,4 +196,3 @@ def test_a_fusion_finds_the_witness_that_knows_and_is_the_servers(asked: PolicyS
     one = CycleScores(labelled[:1], np.array([0.8]), [seen])
     served = logprob_features([("", value) for value in logprobs], None)
     assert fusion.confidence(0.8, served) == pytest.approx(one.confidences(fusion)[0])
-    assert one.confidences(None)[0] == 0.8

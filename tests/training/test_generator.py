@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from rtap_core.adapters import backbone_of, merged, merged_checkpoint
+from rtap_core.adapters import merge_to_checkpoint, read_backbone
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import main
 from rtap_training.evaluation.scoring import score_samples
@@ -23,6 +23,8 @@ from rtap_training.rl.loading import Loaded, load_for_training
 from rtap_training.rl.lockstep import Request
 from rtap_training.rl.online_generator import LabelledCycle
 from rtap_training.rollout import encode_question
+from rtap_training.tasks.base import Split
+from rtap_training.tasks.jsonl import question_split
 from tests.training.rl.tiny import BUNDLED
 
 SMALL = ["--num-questions", "12", "--eval-questions", "4", "--samples", "2", "--max-cycle-tokens", "12"]
@@ -143,8 +145,9 @@ def test_an_adapter_is_merged_into_the_classifier_that_was_judged(llama: Path, t
     config = json.loads((output / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert config["rtap"]["input"] == "token_ids"
-    whole = merged_checkpoint(output, backbone_of(output, llama), tmp_path / "cache")
-    assert merged_checkpoint(output, str(llama), tmp_path / "cache") == whole
+    assert read_backbone(output) == str(llama)
+    whole = merge_to_checkpoint(output, str(llama), tmp_path / "cache")
+    assert merge_to_checkpoint(output, str(llama), tmp_path / "cache") == whole
     assert json.loads((whole / "config.json").read_text())["rtap"] == config["rtap"]
     scored = tmp_path / "scored.jsonl"
     score_samples([samples], policy=str(llama), generator=output, output=scored)
@@ -154,18 +157,26 @@ def test_an_adapter_is_merged_into_the_classifier_that_was_judged(llama: Path, t
     found = [json.loads(line)["confidence"] for line in again.read_text().splitlines()]
     assert [row["confidence"] for row in rows] == pytest.approx(found, abs=0.01)
     assert len(set(found)) > 60
+    # The same figures as those that training wrote, of the questions that it held out.
+    held_out = [(row["confidence"], row["is_correct"]) for row in rows if is_held_out(row)]
+    brier = sum((confidence - right) ** 2 for confidence, right in held_out) / len(held_out)
+    assert brier == pytest.approx(
+        json.loads((output / "manifest.json").read_text())["figures"]["held_out"]["brier"], abs=2e-3
+    )
     assert all(row["confidence_tokens"] > 20 for row in rows)
 
 
-def test_the_backbone_of_an_adapter_elsewhere_is_the_policy_that_it_reads(tmp_path: Path) -> None:
+def is_held_out(row: dict[str, Any]) -> bool:
+    return question_split(row["prompt"]) is Split.HELD_OUT
+
+
+def test_a_folder_that_is_no_generators_adapter_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model"}')
-    (tmp_path / "adapter_model.safetensors").touch()
-    for reads, backbone in (("token_ids", "/served"), ("chat", "someone/model")):
-        (tmp_path / "config.json").write_text(json.dumps({"rtap": {"input": reads}}))
-        assert backbone_of(tmp_path, "/served") == backbone
-    (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="is no generator's adapter: it needs adapter_model"):
-        merged(tmp_path, "/served")
+        read_backbone(tmp_path)
+    for name in ("adapter_model.safetensors", "config.json"):
+        (tmp_path / name).touch()
+    assert read_backbone(tmp_path) == "someone/model"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from rtap_training import sft
 from rtap_training.__main__ import main
+from rtap_training.bundled import sft
 from rtap_training.bundled.config import SftConfig
 from rtap_training.bundled.loop import Loop
 from rtap_training.bundled.streams import Stream
@@ -66,7 +66,7 @@ def test_sft_of_two_processes_resumes_to_the_last_bit(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["demo-sft", *TOGETHER, f"--output={whole}"]) == 0
     assert [line["step"] for line in curve(whole)] == [20, 40, 60]
-    kill_after_a_state("sft", TOGETHER, killed)
+    kill_after_a_state("demo-sft", TOGETHER, killed)
     assert main(["demo-sft", *TOGETHER, f"--output={killed}"]) == 0
     assert_same_run(whole, killed)
 
@@ -81,7 +81,7 @@ CONFIDENCE = [
 def test_confidence_resumes_to_the_last_bit(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["demo-confidence", *CONFIDENCE, f"--output={whole}"]) == 0
-    kill_after_a_state("confidence", CONFIDENCE, killed)
+    kill_after_a_state("demo-confidence", CONFIDENCE, killed)
     sampled = (run_dir(killed) / "samples.jsonl").read_bytes()
     # As if it had been killed while sampling too: what is missing is sampled again, to the same.
     (run_dir(killed) / "samples.jsonl").write_bytes(sampled[: len(sampled) // 2])

@@ -11,12 +11,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import SFTTrainer
 
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import main
 from rtap_training.generator_samples import kept_trajectories
-from rtap_training.rl.loading import load_dialect
-from rtap_training.sft import IGNORED, _dataset, corrections, rows_of
+from rtap_training.rl.loading import load_dialect, load_for_training
+from rtap_training.sft import IGNORED, _dataset, build_corrections, build_rows, trl_arguments
 from rtap_training.sft_config import SftConfig
 from tests.training.test_generator import kept_samples, save_llama
 
@@ -37,8 +38,8 @@ def test_a_conversation_is_trained_on_its_last_message_and_the_end_of_the_turn(l
     _, tokenizer, dialect = load_dialect(llama)
     messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
     file = conversations(tmp_path / "c.jsonl", [{"messages": messages}])
-    (row,), counts = rows_of(SftConfig(policy=str(llama), data=str(file)), tokenizer, dialect)
-    assert counts == {"conversations": 1}
+    (row,), counts = build_rows(SftConfig(policy=str(llama), data=str(file)), tokenizer, dialect)
+    assert counts == {"conversations": 1, "too_long": 0}
     assert row.ids[row.num_context :] == (*dialect.encode("2"), dialect.end_of_turn_id)
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     assert dialect.decode(row.ids[: row.num_context]) == prompt
@@ -47,32 +48,69 @@ def test_a_conversation_is_trained_on_its_last_message_and_the_end_of_the_turn(l
 
 
 @pytest.mark.parametrize(
-    "row", [{"messages": []}, {"text": "x"}, {"messages": [{"role": "user", "content": "1+1"}]}, 3]
+    "row",
+    [
+        {"messages": []},
+        {"text": "x"},
+        {"messages": [{"role": "user", "content": "1+1"}]},
+        {"messages": [{"role": "assistant", "content": "2", "reasoning_content": "1+1"}]},
+        3,
+    ],
 )
 def test_a_line_that_is_no_conversation_is_named(llama: Path, tmp_path: Path, row: Any) -> None:
     _, tokenizer, dialect = load_dialect(llama)
     file = conversations(tmp_path / "c.jsonl", [row])
     with pytest.raises(ConfigError, match=r"c\.jsonl:1: not a conversation"):
-        rows_of(SftConfig(policy=str(llama), data=str(file)), tokenizer, dialect)
+        build_rows(SftConfig(policy=str(llama), data=str(file)), tokenizer, dialect)
 
 
 def test_a_correction_trains_a_right_cycle_after_a_wrong_one_and_the_opening(llama: Path, tmp_path: Path) -> None:
     _, tokenizer, dialect = load_dialect(llama)
     config = SftConfig(policy=str(llama), samples_file=kept_samples(tmp_path / "s.jsonl"), rows_per_question=2)
     samples = [rows for _, rows in kept_trajectories(tokenizer, dialect, tmp_path / "s.jsonl")]
-    found = corrections(samples, dialect, config, Random(0))
+    found = build_corrections(samples, dialect, config, Random(0))
     right = {turn.cycles[0].ids for turns in samples for turn in turns if turn.is_right}
     wrong = {turn.cycles[0].ids for turns in samples for turn in turns if not turn.is_right}
     opening = dialect.encode(dialect.format.cycle_open)
-    assert found.corrected
-    for part, firsts in ((found.corrected, wrong), (found.confirmed, right)):
-        for row in part:
+    assert all(found.values())
+    for kind, firsts in (("corrected", wrong), ("confirmed", right)):
+        for row in found[kind]:
             context = row.ids[: row.num_context]
             assert list(context[-len(opening) :]) == opening
             assert any(context[: -len(opening)][-len(first) :] == first for first in firsts)
             # The opening has the tag that begins a thought.
             assert (*opening, *row.ids[row.num_context : -1]) in right
             assert row.ids[-1] == dialect.end_of_turn_id
+
+
+def test_a_row_is_what_reaches_the_loss(llama: Path, tmp_path: Path) -> None:
+    """TRL's collator keeps our labels, and rows above the length are left out, not cut."""
+    _, tokenizer, dialect = load_dialect(llama)
+    words = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2 \u2028 and more " * 5}]
+    rows = [{"messages": words}, {"messages": [words[0], words[1] | {"content": "2" * 500}]}]
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    config = SftConfig(policy=str(llama), data=str(file), max_length=200, output=tmp_path / "o")
+    (row,), counts = build_rows(config, tokenizer, dialect)
+    assert counts == {"conversations": 1, "too_long": 1}
+    loaded = load_for_training(llama)
+    trainer = SFTTrainer(
+        model=loaded.model, args=trl_arguments(config), train_dataset=_dataset([row]), processing_class=loaded.processor
+    )
+    (batch,) = trainer.get_train_dataloader()
+    assert batch["input_ids"][0].tolist() == list(row.ids)
+    assert (batch["labels"][0] == IGNORED).sum() == row.num_context
+
+
+def test_right_samples_alone_are_imitation(llama: Path, tmp_path: Path) -> None:
+    _, tokenizer, dialect = load_dialect(llama)
+    samples = kept_samples(tmp_path / "s.jsonl", questions=30)
+    config = SftConfig(policy=str(llama), data="right", samples_file=samples)
+    rows, counts = build_rows(config, tokenizer, dialect)
+    assert counts["right"] == len(rows) < 30  # a tenth of the questions is held out
+    right = {str(json.loads(line)["text"]) for line in samples.read_text().splitlines()[::2]}
+    for row in rows:
+        assert any(text in dialect.decode(row.ids[row.num_context :]) for text in right)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +136,8 @@ def test_an_argument_that_trl_does_not_know_is_named(
     flags = ["--policy", str(llama), "--samples-file", str(samples), "--output", str(tmp_path / "o")]
     assert main(["sft", *flags, "--trainer", '{"learning_rat": 1}']) == 2
     assert "learning_rat" in capsys.readouterr().err
+    assert main(["sft", *flags, "--trainer", '{"learning_rate": 1}']) == 2
+    assert "learning_rate is set by a flag" in capsys.readouterr().err
 
 
 def test_the_command_writes_an_adapter_and_resumes_to_the_same_weights(llama: Path, tmp_path: Path) -> None:
@@ -113,9 +153,14 @@ def test_the_command_writes_an_adapter_and_resumes_to_the_same_weights(llama: Pa
     assert all(weight.equal(second[name]) for name, weight in first.items())
     assert later.is_dir()
     assert main([*flags, "--output", str(resumed), "--learning-rate", "0.5"]) == 2
+    kept_samples(samples, questions=7)  # other data
+    assert main([*flags, "--output", str(resumed), "--save-steps", "2"]) == 2
     record = json.loads((whole / "manifest.json").read_text())
     assert record["command"] == "rtap train sft"
-    assert set(record["figures"]["rows"]) == {"corrected", "confirmed", "kept"}
+    assert set(record["figures"]["rows"]) == {"corrected", "confirmed", "kept", "too_long"}
+    assert record["figures"]["loss"] > 0
+    first_line = json.loads((tmp_path / "resumed.run" / "train.jsonl").read_text().splitlines()[0])
+    assert first_line["step"] == 3
     base = AutoModelForCausalLM.from_pretrained(llama)
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
     tuned = PeftModel.from_pretrained(base, whole).merge_and_unload()

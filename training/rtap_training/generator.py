@@ -1,7 +1,7 @@
 """Confidence generator for any Hugging Face model (``rtap train generator``).
 
 Sample the model on the user's questions, label the cycles with answer checkers, train, calibrate, evaluate. A killed
-run resumes. The bundled models use ``confidence.py``, which adds synthetic cycles and a log-probability fusion.
+run resumes. The demo's is trained by ``bundled/confidence.py``, with synthetic cycles and log-probabilities beside it.
 """
 
 import json
@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rtap_core.adapters import merged
+from rtap_core.adapters import merge_adapter
 from rtap_core.artifact import CERTAIN, NUM_BINS, Logistic
 from rtap_core.classifier_input import chat_token_ids
 from rtap_core.errors import ConfigError
@@ -292,12 +292,15 @@ def _merged_as_saved(adapter: Any, config: GeneratorConfig) -> PreTrainedModel:
     """The classifier that a server makes of the saved adapter: in fp32, with the adapter in its weights."""
     with TemporaryDirectory() as name:
         _save_adapter(folder := Path(name) / "adapter", adapter, adapter.config, {})
-        return merged(folder, config.backbone or config.policy).to(adapter.device)
+        return merge_adapter(folder, config.backbone or config.policy).to(adapter.device)
 
 
 def _save_adapter(output: Path, adapter: Any, config: Any, record: Mapping[str, Any]) -> None:
     """Write the adapter with its head in bf16, the classifier's config and the manifest, atomically."""
     config.architectures = [type(adapter.get_base_model()).__name__]
+    backbone = adapter.peft_config["default"].base_model_name_or_path
+    if Path(backbone).is_dir():
+        adapter.peft_config["default"].base_model_name_or_path = str(Path(backbone).resolve())
     weights = {name: weight.bfloat16() for name, weight in adapter.state_dict().items()}
     with replacing(output) as folder:
         adapter.save_pretrained(folder, state_dict=weights)

@@ -17,7 +17,6 @@ from torch.nn import Parameter
 
 from rtap_core.errors import RtapError
 
-# torch.distributed and torch.multiprocessing leave their functions untyped.
 _dist = torch.distributed
 
 

@@ -7,7 +7,7 @@ policy is followed by a right one. Only the last message or cycle of a row is tr
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -21,7 +21,7 @@ from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rtap_core.errors import ConfigError
-from rtap_training.checkpoint import manifest
+from rtap_training.checkpoint import manifest, sha256
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER
 from rtap_training.generator_samples import SampledTrajectory, kept_trajectories
@@ -32,6 +32,8 @@ from rtap_training.rl.rollouts import Dialect
 from rtap_training.run_state import check_same_settings, describe, mark_complete, plain, step_of
 from rtap_training.runtime import configure_torch
 from rtap_training.sft_config import CORRECTIONS, RIGHT, SftConfig
+from rtap_training.tasks.base import Split
+from rtap_training.tasks.jsonl import question_split
 
 IGNORED = -100  # label of a token without loss
 
@@ -44,30 +46,22 @@ class Row:
     num_context: int
 
 
-@dataclass(frozen=True, slots=True)
-class Corrections:
-    """Rows by kind. corrected: a right cycle after a wrong one. confirmed: after a right one. kept: as the first."""
-
-    corrected: list[Row]
-    confirmed: list[Row]
-    kept: list[Row]
-
-
 def run(config: SftConfig) -> None:
     """Train and write ``config.output``. Resumes from the run's last complete checkpoint. Raises ConfigError."""
     configure_torch(config.threads, config.seed)
+    arguments = trl_arguments(config)
     checkpoint = last_checkpoint(run_dir(config.output))
-    if checkpoint is not None:
-        now = plain(config)
-        check_same_settings(checkpoint, now, [name for name in now if name not in config.MAY_CHANGE])
     dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
     loaded = load_for_training(config.policy, dtype=dtype)
     if loaded.sees_images:
         raise ConfigError(f"{config.policy} is a vision-language model; `rtap train sft` supports text models only")
-    rows, counts = rows_of(config, loaded.tokenizer, loaded.dialect)
+    rows, counts = build_rows(config, loaded.tokenizer, loaded.dialect)
+    settings = plain(config) | {"data_sha256": sha256(json.dumps([(row.ids, row.num_context) for row in rows]))}
+    if checkpoint is not None:
+        check_same_settings(checkpoint, settings, [name for name in settings if name not in config.MAY_CHANGE])
     trainer = SFTTrainer(
         model=loaded.model,
-        args=trl_arguments(config),
+        args=arguments,
         train_dataset=_dataset(rows),
         processing_class=loaded.processor,
         peft_config=lora_config(config.lora_rank) if config.lora_rank else None,
@@ -78,13 +72,14 @@ def run(config: SftConfig) -> None:
         is_writer=trainer.is_world_process_zero(),
     )
     trainer.add_callback(log)
-    trainer.add_callback(_Complete(describe(plain(config))))
+    trainer.add_callback(_Complete(describe(settings), trainer.accelerator.wait_for_everyone))
     started = monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     weights: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # collective call
     if trainer.is_world_process_zero():
+        last = next((line for line in reversed(trainer.state.log_history) if "loss" in line), {})
+        figures = {"rows": counts} | last
         data = json.dumps([row.ids for row in rows])
-        figures = {"rows": counts} | log.last
         record = manifest("rtap train sft", config, data=data, seconds=monotonic() - started, figures=figures)
         save_policy(
             config.output,
@@ -100,20 +95,28 @@ def run(config: SftConfig) -> None:
         trainer.accelerator.end_training()  # wait for the process that saves
 
 
-def rows_of(
+def build_rows(
     config: SftConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect
 ) -> tuple[list[Row], dict[str, int]]:
-    """(rows, number of each kind). Raises ConfigError if there is none."""
+    """(rows, number of each kind and of those left out as too long). Samples of the tenth of questions that is held out
+    by hash are not used. Raises ConfigError if there is no row."""
     if config.samples_file is None:
-        parts = {"conversations": _conversations(Path(config.data), tokenizer, dialect)}
+        parts = {"conversations": _read_conversations(Path(config.data), tokenizer, dialect)}
     else:
-        samples = [rows for _, rows in kept_trajectories(tokenizer, dialect, config.samples_file)]
+        kept = kept_trajectories(tokenizer, dialect, config.samples_file)
+        samples = [rows for question, rows in kept if question_split(question.identity) is Split.TRAIN]
         rng = Random(config.seed)
         if config.data == RIGHT:
-            parts = {RIGHT: [row for turns in samples for row in _right_rows(turns, dialect, config, rng)]}
+            parts = {RIGHT: [row for of_one in samples for row in _build_right_rows(of_one, dialect, config, rng)]}
         else:
-            parts = _drawn(corrections(samples, dialect, config, rng), config, rng)
+            parts = build_corrections(samples, dialect, config, rng)
     fitting = {name: [row for row in part if len(row.ids) <= config.max_length] for name, part in parts.items()}
+    too_long = sum(len(part) - len(fitting[name]) for name, part in parts.items())
+    if config.data == CORRECTIONS:
+        rng = Random(f"{config.seed}:shares")
+        for name, share in (("confirmed", config.confirmed_share), ("kept", config.kept_share)):
+            count = min(len(fitting[name]), round(share * len(fitting["corrected"])))
+            fitting[name] = rng.sample(fitting[name], count)
     rows = [row for part in fitting.values() for row in part]
     if not rows:
         source = config.samples_file or config.data
@@ -121,63 +124,51 @@ def rows_of(
             f"{source} gives no row of at most max_length={config.max_length} tokens to train on; `{RIGHT}` needs "
             f"right samples, `{CORRECTIONS}` questions with right and wrong ones"
         )
-    return rows, {name: len(part) for name, part in fitting.items()}
+    return rows, {name: len(part) for name, part in fitting.items()} | {"too_long": too_long}
 
 
-def corrections(
+def build_corrections(
     samples: Sequence[Sequence[SampledTrajectory]], dialect: Dialect, config: SftConfig, rng: Random
-) -> Corrections:
-    """Rows of the samples of each question, at most ``rows_per_question`` of each kind."""
-    found = Corrections([], [], [])
+) -> dict[str, list[Row]]:
+    """Rows of the samples of each question by kind, at most ``rows_per_question`` of each.
+
+    corrected: a right cycle after a wrong one. confirmed: a right cycle after another right one. kept: a right cycle as
+    the first."""
+    rows: dict[str, list[Row]] = {"corrected": [], "confirmed": [], "kept": []}
     opening = dialect.encode(dialect.format.cycle_open)
-    for turns in samples:
-        finished = [turn for turn in turns if turn.cycles[0].answer is not None]
-        right, wrong = ([turn for turn in finished if turn.is_right is side] for side in (True, False))
-        if not right:
-            continue
-        found.kept.extend(_right_rows(right, dialect, config, rng))
-        for part, firsts in ((found.corrected, wrong), (found.confirmed, right)):
+    for of_one in samples:
+        finished = [sample for sample in of_one if sample.cycles[0].answer is not None]
+        right, wrong = ([sample for sample in finished if sample.is_right is side] for side in (True, False))
+        rows["kept"] += _build_right_rows(right, dialect, config, rng)
+        for kind, firsts in (("corrected", wrong), ("confirmed", right)):
             for first in rng.sample(firsts, min(len(firsts), config.rows_per_question)):
-                second = rng.choice([turn for turn in right if turn is not first] or right)
-                before = (*first.prompt_ids, *first.cycles[0].ids, *opening)
-                part.append(Row((*before, *_further(second, dialect)), len(before)))
-    return found
+                others = [sample for sample in right if sample is not first]
+                if others:
+                    before = (*first.prompt_ids, *first.cycles[0].ids, *opening)
+                    rows[kind].append(Row((*before, *_encode_after_opening(rng.choice(others), dialect)), len(before)))
+    return rows
 
 
-def _further(turn: SampledTrajectory, dialect: Dialect) -> tuple[int, ...]:
+def _encode_after_opening(sample: SampledTrajectory, dialect: Dialect) -> tuple[int, ...]:
     """A sampled cycle as it follows an opening: without the tag that the opening has, and with the end of the turn."""
-    ids, tag = turn.cycles[0].ids, tuple(dialect.encode(dialect.format.think_open)) if dialect.format.think_open else ()
-    begins = tag and dialect.format.cycle_open.endswith(dialect.format.think_open) and ids[: len(tag)] == tag
-    return (*(ids[len(tag) :] if begins else ids), dialect.end_of_turn_id)
+    text, fmt = sample.cycles[0].text, dialect.format
+    if fmt.think_open and fmt.cycle_open.endswith(fmt.think_open):
+        text = text.removeprefix(fmt.think_open)
+    return (*dialect.encode(text), dialect.end_of_turn_id)
 
 
-def _right_rows(turns: Sequence[SampledTrajectory], dialect: Dialect, config: SftConfig, rng: Random) -> list[Row]:
-    right = [turn for turn in turns if turn.is_right]
+def _build_right_rows(
+    samples: Sequence[SampledTrajectory], dialect: Dialect, config: SftConfig, rng: Random
+) -> list[Row]:
+    right = [sample for sample in samples if sample.is_right]
     drawn = rng.sample(right, min(len(right), config.rows_per_question))
-    return [
-        Row((*turn.prompt_ids, *turn.cycles[0].ids, dialect.end_of_turn_id), len(turn.prompt_ids)) for turn in drawn
-    ]
+    return [Row((*one.prompt_ids, *one.cycles[0].ids, dialect.end_of_turn_id), len(one.prompt_ids)) for one in drawn]
 
 
-def _drawn(found: Corrections, config: SftConfig, rng: Random) -> dict[str, list[Row]]:
-    """All corrected rows, and a random share of the others."""
-    if not found.corrected:
-        return {"corrected": []}
-
-    def share(rows: list[Row], of_corrected: float) -> list[Row]:
-        return rng.sample(rows, min(len(rows), round(of_corrected * len(found.corrected))))
-
-    return {
-        "corrected": found.corrected,
-        "confirmed": share(found.confirmed, config.confirmed_share),
-        "kept": share(found.kept, config.kept_share),
-    }
-
-
-def _conversations(path: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[Row]:
+def _read_conversations(path: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[Row]:
     """A row of each line ``{"messages": [...]}``, whose last message is the assistant's. Raises ConfigError."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     rows: list[Row] = []
@@ -188,9 +179,14 @@ def _conversations(path: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dial
             *before, last = json.loads(line)["messages"]
             if last["role"] != "assistant":
                 raise ValueError("the last message is not the assistant's")
-            prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-            context = dialect.encode(cast(str, prompt))
-            ids = (*context, *dialect.encode(last["content"]), dialect.end_of_turn_id)
+            if unread := sorted({key for one in (*before, last) for key in one} - {"role", "content"}):
+                raise ValueError(f"{', '.join(unread)} would not be read: put all text into content")
+            prompt = cast(str, tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+            text, tag = last["content"], dialect.format.think_open
+            if tag and prompt.rstrip().endswith(tag):  # the template opens the thought
+                text = text.lstrip().removeprefix(tag)
+            context = dialect.encode(prompt)
+            ids = (*context, *dialect.encode(text), dialect.end_of_turn_id)
         except Exception as error:  # a template raises its own classes
             raise ConfigError(
                 f'{path}:{number}: not a conversation ({type(error).__name__}: {error}); a line is {{"messages": '
@@ -234,6 +230,9 @@ def trl_arguments(config: SftConfig) -> TrlConfig:
         "gradient_checkpointing": config.gradient_checkpointing,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    free = {"lr_scheduler_type", "warmup_steps", "report_to", "logging_steps", "save_total_limit"}
+    if taken := sorted((own.keys() - free) & config.trainer_arguments.keys()):
+        raise ConfigError(f"trainer={config.trainer}: {', '.join(taken)} is set by a flag of this command")
     try:
         return TrlConfig(**own | config.trainer_arguments)
     except (TypeError, ValueError) as error:
@@ -243,11 +242,12 @@ def trl_arguments(config: SftConfig) -> TrlConfig:
 class _Complete(TrainerCallback):
     """Mark each whole checkpoint, so that a killed run does not resume from a part of one."""
 
-    def __init__(self, record: str) -> None:
-        self._record = record
+    def __init__(self, record: str, wait_for_everyone: Callable[[], None]) -> None:
+        self._record, self._wait_for_everyone = record, wait_for_everyone
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called after the last file of a checkpoint."""
         del control, kwargs
+        self._wait_for_everyone()
         if state.is_world_process_zero:
             mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._record)

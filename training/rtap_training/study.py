@@ -111,7 +111,7 @@ def _measure(suite: Suite, policy: Path, own_generator: Path | None, seed: int) 
     generator = None
     if path is not None:
         generator = OnlineGenerator(
-            load_online_generator(path, policy),
+            load_online_generator(path),
             learning_rate=0.0,
             iterations=0,
             global_weight=0.0,

@@ -18,7 +18,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rtap_core.adapters import backbone_of, is_adapter, merged_checkpoint
+from rtap_core.adapters import is_adapter, merge_to_checkpoint, read_backbone
 from rtap_core.artifact import UNCALIBRATED, Artifact, read_artifact_file
 from rtap_core.errors import ConfigError
 from rtap_core.format import TrajectoryFormat, default_recursion
@@ -60,7 +60,6 @@ from rtap_server.telemetry.logs import announce, captured_stderr
 from rtap_server.telemetry.metrics import Metrics
 
 _TAG_CHARACTERS = 64
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtap" / "generators"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +144,23 @@ def _generator_config(args: Namespace, settings: Settings) -> VllmConfig | None:
     if settings.confidence_kind != "pooling":
         return None
     if settings.confidence_model is not None and is_adapter(settings.confidence_model):
-        merged = _merged(Path(settings.confidence_model), args.model)
-        settings = settings.model_copy(update={"confidence_model": str(merged)})
+        checkpoint = _merge(Path(settings.confidence_model), settings.confidence_backbone)
+        settings = settings.model_copy(update={"confidence_model": str(checkpoint)})
+    elif settings.confidence_backbone is not None:
+        raise ConfigError(
+            f"--confidence-backbone {settings.confidence_backbone} is for an adapter, and {settings.confidence_model} "
+            "is none: leave it out"
+        )
     engine_args = generator_args(args, settings)
     return engine_config(engine_args, engine_args.model, allows_pickles=settings.allow_pickled_weights)
 
 
-def _merged(adapter: Path, policy: str) -> Path:
+def _merge(adapter: Path, backbone: str | None) -> Path:
     """Checkpoint of a generator that is an adapter. Raises ConfigError."""
-    backbone = backbone_of(adapter, policy)
+    backbone = backbone or read_backbone(adapter)
     announce(f"the generator is the adapter {adapter} on {backbone}")
-    return merged_checkpoint(adapter, backbone, _CACHE)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rtap" / "generators"
+    return merge_to_checkpoint(adapter, backbone, cache)
 
 
 def _load(config: VllmConfig, *, log_stats: bool) -> AsyncLLM:

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import rtap_server.engine.reasoning_parser  # noqa: F401 - registers itself, as its plugin flag makes vLLM do
@@ -14,7 +15,7 @@ from rtap_server.__main__ import _parse
 from rtap_server.engine.engine_config import check_classifier, cpu_defaults, emulates_bfloat16, reads_chat
 from rtap_server.engine.loading import _generator_config, start_engines
 from rtap_server.settings import Settings
-from tests.other_checkpoints import MODELS, save_adapter, save_family, save_generator_adapter, save_think
+from tests.other_checkpoints import MODELS, RANK, save_adapter, save_family, save_generator_adapter, save_think
 
 POLICY = str(MODELS / "policy")
 
@@ -97,16 +98,36 @@ async def test_an_adapter_is_told_where_it_belongs(tmp_path):
 
 def test_a_generators_adapter_is_served_as_the_checkpoint_that_it_is_merged_into(tmp_path, monkeypatch):
     adapter, cache = save_generator_adapter(tmp_path / "adapter"), tmp_path / "cache"
-    monkeypatch.setattr("rtap_server.engine.loading._CACHE", cache)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     args, settings, _ = _parse([POLICY, "--confidence-model", str(adapter)])
     config = _generator_config(args, settings)
     assert config is not None
-    (checkpoint,) = cache.iterdir()
+    (checkpoint,) = (cache / "rtap" / "generators").iterdir()
     assert config.model_config.model == str(checkpoint)
     assert check_classifier(config).input == "token_ids"
-    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (POLICY, checkpoint))
-    assert not after["model.layers.0.self_attn.q_proj.weight"].equal(before["model.layers.0.self_attn.q_proj.weight"])
+    name = "model.layers.0.self_attn.q_proj"
+    lora = load_file(adapter / "adapter_model.safetensors")
+    a, b = (lora[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    before = load_file(Path(POLICY) / "model.safetensors")[f"{name}.weight"].float()
+    after = load_file(checkpoint / "model.safetensors")
+    scale = 8 / RANK  # PEFT's default alpha over the rank
+    torch.testing.assert_close(after[f"{name}.weight"].float(), before + scale * b @ a, atol=0.02, rtol=0.01)
+    head = lora["base_model.model.score.weight"]
+    torch.testing.assert_close(after["score.weight"].float(), head, atol=0.01, rtol=0.01)
     assert _generator_config(args, settings).model_config.model == str(checkpoint)
+
+
+async def test_a_backbone_without_an_adapter_is_refused():
+    refusal = await _refusal(POLICY, "--confidence-model", str(MODELS / "confidence"), "--confidence-backbone", POLICY)
+    assert refusal.startswith(f"--confidence-backbone {POLICY} is for an adapter")
+
+
+def test_an_adapter_of_a_backbone_that_is_not_there_is_one_sentence(tmp_path):
+    adapter = save_generator_adapter(tmp_path / "adapter")
+    flags = [POLICY, "--confidence-model", str(adapter), "--confidence-backbone", str(tmp_path / "none")]
+    with pytest.raises(ConfigError, match=r"cannot merge the adapter .* into .*none: ") as raised:
+        _generator_config(*_parse(flags)[:2])
+    assert "\n" not in str(raised.value)
 
 
 async def test_a_generator_with_another_tokenizer_cannot_read_token_ids(tmp_path):

@@ -62,7 +62,7 @@ def test_the_bundled_models_measured_twice_give_the_same() -> None:
     model, tokenizer = load_policy(BUNDLED / "policy")
     dialect = load_for_training(BUNDLED / "policy").dialect
     generator = OnlineGenerator(
-        load_online_generator(BUNDLED / "confidence", BUNDLED / "policy"), learning_rate=0.0, iterations=0,
+        load_online_generator(BUNDLED / "confidence"), learning_rate=0.0, iterations=0,
         global_weight=0.0, average=lambda _: None,
     )  # fmt: skip
     questions = held_out_questions(TASKS["countdown"], 12)

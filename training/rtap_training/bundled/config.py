@@ -83,7 +83,7 @@ class SftConfig:
 
 @dataclass(frozen=True, slots=True)
 class SampledTurnsConfig:
-    """Common settings of ``correct`` and ``imitate``, which sample trajectories and train on them.
+    """Common settings of ``demo-correct`` and ``demo-imitate``, which sample trajectories and train on them.
 
     Neither paper has these stages: all defaults are ours, for 3 M parameters on two cores (deploy/models).
     """

@@ -51,10 +51,8 @@ class CycleScores:
         """True for each right cycle."""
         return np.array([c.is_right for _, c in self.cycles], dtype=np.bool_)
 
-    def confidences(self, logistic: Logistic | None) -> Floats:
-        """Confidences as served: the generator's own scores without ``logistic``."""
-        if logistic is None:
-            return self.probabilities
+    def confidences(self, logistic: Logistic) -> Floats:
+        """Confidences as served."""
         return np.array([logistic.confidence(*seen) for seen in self._seen()])
 
     def fit(self, names: Sequence[str]) -> Logistic:
@@ -101,7 +99,7 @@ def judge_task(
     tokenizer: PreTrainedTokenizerFast,
     trajectories: Sequence[Trajectory],
     batch_tokens: int,
-    logistic: Logistic | None = None,
+    logistic: Logistic,
 ) -> Judged:
     """Confidences of all cycles, and the scores of every rule on first cycles."""
     known = score_cycles(model, policy, tokenizer, trajectories, batch_tokens)

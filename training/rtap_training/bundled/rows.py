@@ -1,4 +1,4 @@
-"""Supervised training on rows of token ids, redrawn every epoch; shared by ``correct`` and ``imitate``."""
+"""Supervised training on rows of token ids, redrawn every epoch; shared by ``demo-correct`` and ``demo-imitate``."""
 
 import json
 import sys

@@ -37,7 +37,13 @@ async def run_evaluation(config: EvaluationConfig, console: Console) -> Results:
 
             kept = (config.output / SAMPLES,)
             with console.status(f"{config.confidence_model} scores the samples"):
-                score_samples(config.kept, policy=config.model, generator=Path(config.confidence_model), output=kept[0])
+                score_samples(
+                    config.kept,
+                    policy=config.model,
+                    generator=Path(config.confidence_model),
+                    output=kept[0],
+                    split=config.split,
+                )
         questions, runs = read_samples(
             kept, most, limit=config.limit, split=config.split, confidence_config=config.confidence_config
         )

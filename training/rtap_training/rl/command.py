@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from rtap_core.artifact import read_artifact
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import manifest
 from rtap_training.events import FOLDER
@@ -145,7 +146,9 @@ def _rows_of_a_process(config: RlConfig, num_processes: int) -> int:
 def _generator(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> OnlineGenerator | None:
     if config.confidence is None:
         return None
-    model = load_online_generator(config.confidence, config.policy)
+    model = load_online_generator(config.confidence)
+    if read_artifact(model.config.to_dict()).input == "chat":
+        raise ConfigError(f"the generator {config.confidence} reads chats: train one of this policy, without backbone")
     readable = cast(int, model.get_input_embeddings().num_embeddings)
     if readable < len(loaded.tokenizer):
         raise ConfigError(

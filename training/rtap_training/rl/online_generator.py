@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rtap_core.adapters import backbone_of, is_adapter, merged
+from rtap_core.adapters import is_adapter, merge_adapter, read_backbone
 from rtap_core.errors import ConfigError
 from rtap_training.examples import Example, balance, collect, group, read_once
 from rtap_training.rl.rollouts import Rollout
@@ -138,14 +138,14 @@ def _logits(model: PreTrainedModel, batch: Sequence[Example], *, bf16: bool) -> 
         return model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
 
 
-def load_online_generator(path: Path, policy: str | Path) -> PreTrainedModel:
-    """Load a generator of ``policy`` in fp32: a checkpoint, or an adapter, which is merged into its backbone.
+def load_online_generator(path: Path) -> PreTrainedModel:
+    """Load a generator in fp32: a checkpoint, or an adapter, which is merged into its backbone.
 
     Raises ConfigError unless ``path`` is a classifier with one label and a pad token."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train generator`")
     if is_adapter(path):
-        model = merged(path, backbone_of(path, policy))
+        model = merge_adapter(path, read_backbone(path))
     else:
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
     if model.config.num_labels != 1 or model.config.pad_token_id is None:
