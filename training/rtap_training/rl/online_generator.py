@@ -18,7 +18,7 @@ from rtap_core.errors import ConfigError
 from rtap_training.examples import Example, balance, collect, group, read_once
 from rtap_training.rl.rollouts import Rollout
 
-BATCH_TOKENS = 8192
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 2048  # on a CPU padding costs more than small batches
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -91,7 +91,7 @@ class OnlineGenerator:
     def _descend(self, examples: Sequence[Example], scale: float) -> float:
         self._optimiser.zero_grad(set_to_none=False)
         loss = torch.zeros((), device=self._parameters[0].device)
-        for batch in group(examples, BATCH_TOKENS) if examples else []:
+        for batch in group(examples, _batch_tokens(self.model)) if examples else []:
             logits = _logits(self.model, batch, bf16=self._bf16)
             labels = torch.tensor([float(e.is_right) for e in batch], device=logits.device)
             weights = torch.tensor([e.weight * scale for e in batch], device=logits.device)
@@ -124,7 +124,11 @@ def score_rows(model: PreTrainedModel, rows: Sequence[tuple[int, ...]], *, bf16:
     def read(batch: Sequence[Example]) -> list[float]:
         return _logits(model, batch, bf16=bf16).sigmoid().tolist()
 
-    return read_once(rows, BATCH_TOKENS, read)
+    return read_once(rows, _batch_tokens(model), read)
+
+
+def _batch_tokens(model: PreTrainedModel) -> int:
+    return GPU_BATCH_TOKENS if model.device.type == "cuda" else CPU_BATCH_TOKENS
 
 
 def _logits(model: PreTrainedModel, batch: Sequence[Example], *, bf16: bool) -> Tensor:
