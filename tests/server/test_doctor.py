@@ -10,6 +10,7 @@ import pytest
 
 from rtap_client.doctor import Check
 from rtap_server import doctor
+from tests.other_checkpoints import save_generator_adapter
 
 MODELS = Path(__file__).resolve().parents[2] / "deploy" / "models"
 POLICY, GENERATOR = MODELS / "policy", MODELS / "confidence"
@@ -133,6 +134,13 @@ def test_a_generator_that_does_not_fit(copied):
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rtap": {"threshold": 7}}))
     assert "the rtap block of config.json is wrong at threshold" in doctor.generator_check(POLICY, other)["found"]
+
+
+def test_a_generators_adapter_needs_no_tokenizer_of_its_own(tmp_path):
+    adapter = save_generator_adapter(tmp_path / "adapter")
+    assert doctor.generator_check(POLICY, adapter)["status"] != "failed"
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "has no adapter_model.safetensors" in doctor.generator_check(POLICY, adapter)["found"]
 
 
 def test_a_generator_in_the_place_of_the_model():
