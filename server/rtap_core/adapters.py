@@ -37,6 +37,12 @@ def read_backbone(folder: Path) -> str:
 def merge_adapter(folder: Path, backbone: str) -> Any:
     """The classifier in fp32, with the adapter in its weights. Raises ConfigError."""
     import torch
+
+    return load_adapter(folder, backbone, torch.float32).merge_and_unload()
+
+
+def load_adapter(folder: Path, backbone: str, dtype: Any, *, is_trainable: bool = False) -> Any:
+    """The adapter on its backbone, which is in torch's ``dtype``. Raises ConfigError."""
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -46,12 +52,12 @@ def merge_adapter(folder: Path, backbone: str) -> Any:
     try:
         config = cast(Any, AutoConfig).from_pretrained(folder)
         model = cast(Any, AutoModelForSequenceClassification).from_pretrained(
-            backbone, config=config, dtype=torch.float32, use_safetensors=True
+            backbone, config=config, dtype=dtype, use_safetensors=True
         )
-        return cast(Any, PeftModel).from_pretrained(model, folder).merge_and_unload()
+        return cast(Any, PeftModel).from_pretrained(model, folder, is_trainable=is_trainable)
     except Exception as error:  # transformers, PEFT, safetensors and the hub raise many classes
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"cannot merge the adapter {folder} into {backbone}: {reason}") from error
+        raise ConfigError(f"cannot load the adapter {folder} on {backbone}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
 

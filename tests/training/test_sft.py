@@ -67,6 +67,8 @@ def test_a_line_that_is_no_conversation_is_named(llama: Path, tmp_path: Path, ro
 def test_a_correction_trains_a_right_cycle_after_a_wrong_one_and_the_opening(llama: Path, tmp_path: Path) -> None:
     _, tokenizer, dialect = load_dialect(llama)
     config = SftConfig(policy=str(llama), samples_file=kept_samples(tmp_path / "s.jsonl"), rows_per_question=2)
+    once = config.samples_file.read_text()
+    config.samples_file.write_text(once + once.replace("so ", "thus "))  # two right samples of each question
     samples = [rows for _, rows in kept_trajectories(tokenizer, dialect, tmp_path / "s.jsonl")]
     found = build_corrections(samples, dialect, config, Random(0))
     right = {turn.cycles[0].ids for turns in samples for turn in turns if turn.is_right}
@@ -153,7 +155,7 @@ def test_the_command_writes_an_adapter_and_resumes_to_the_same_weights(llama: Pa
     assert all(weight.equal(second[name]) for name, weight in first.items())
     assert later.is_dir()
     assert main([*flags, "--output", str(resumed), "--learning-rate", "0.5"]) == 2
-    kept_samples(samples, questions=7)  # other data
+    kept_samples(samples, questions=12)  # other data
     assert main([*flags, "--output", str(resumed), "--save-steps", "2"]) == 2
     record = json.loads((whole / "manifest.json").read_text())
     assert record["command"] == "rtap train sft"

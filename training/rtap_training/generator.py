@@ -7,7 +7,7 @@ run resumes. The demo's is trained by ``bundled/confidence.py``, with synthetic 
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -31,17 +31,18 @@ from rtap_core.artifact import CERTAIN, NUM_BINS, Logistic
 from rtap_core.classifier_input import chat_token_ids
 from rtap_core.errors import ConfigError
 from rtap_training.calibration import Bools, Floats, best_threshold, figures, fit_platt, histogram, sigmoid
-from rtap_training.checkpoint import manifest, replacing, sha256, write_manifest
+from rtap_training.checkpoint import manifest, sha256
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.generator_samples import SampledTrajectory, clean_up, kept_trajectories, numbered, sample
 from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.optim import Budget
+from rtap_training.output import save_generator_adapter
 from rtap_training.progress import Progress
 from rtap_training.questions import Question, load_questions, message
 from rtap_training.rl.loading import load_dialect, load_for_training, lora_config
-from rtap_training.rl.online_generator import LabelledCycle, OnlineGenerator, score_rows
+from rtap_training.rl.online_generator import LabelledCycle, OnlineGenerator, score_rows, train_in_fp32
 from rtap_training.rl.rollouts import Dialect, RolledCycle
 from rtap_training.run_state import States, check_resumable, plain
 from rtap_training.runtime import configure_torch
@@ -118,7 +119,7 @@ def run(config: GeneratorConfig) -> None:
     data = "\n".join(q.identity for q in (*fitting, *validation))
     record = manifest("rtap train generator", config, data=data, seconds=training["seconds"], figures=summary)
     if adapter is not None and not config.merge:
-        _save_adapter(config.output, adapter, model.config, record)
+        save_generator_adapter(config.output, adapter, model.config, record)
     else:
         cast_to(model, torch.bfloat16)
         save_checkpoint(config.output, model, tokenizer, record)
@@ -234,9 +235,7 @@ def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
     model.config.pad_token_id = pad_id  # needed to find the end of a padded row
     if config.lora_rank:
         model = get_peft_model(model, lora_config(config.lora_rank, "SEQ_CLS"))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # the head, which PEFT keeps in the base's dtype
+        train_in_fp32(model)
     return cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -291,21 +290,8 @@ def _train(
 def _merged_as_saved(adapter: Any, config: GeneratorConfig) -> PreTrainedModel:
     """The classifier that a server makes of the saved adapter: in fp32, with the adapter in its weights."""
     with TemporaryDirectory() as name:
-        _save_adapter(folder := Path(name) / "adapter", adapter, adapter.config, {})
+        save_generator_adapter(folder := Path(name) / "adapter", adapter, adapter.config, {})
         return merge_adapter(folder, config.backbone or config.policy).to(adapter.device)
-
-
-def _save_adapter(output: Path, adapter: Any, config: Any, record: Mapping[str, Any]) -> None:
-    """Write the adapter with its head in bf16, the classifier's config and the manifest, atomically."""
-    config.architectures = [type(adapter.get_base_model()).__name__]
-    backbone = adapter.peft_config["default"].base_model_name_or_path
-    if Path(backbone).is_dir():
-        adapter.peft_config["default"].base_model_name_or_path = str(Path(backbone).resolve())
-    weights = {name: weight.bfloat16() for name, weight in adapter.state_dict().items()}
-    with replacing(output) as folder:
-        adapter.save_pretrained(folder, state_dict=weights)
-        config.save_pretrained(folder)
-        write_manifest(folder, record)
 
 
 def _score(model: PreTrainedModel, turns: Sequence[SampledTrajectory], *, bf16: bool) -> Cycles:

@@ -25,7 +25,7 @@ from rtap_training.checkpoint import manifest, sha256
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER
 from rtap_training.generator_samples import SampledTrajectory, kept_trajectories
-from rtap_training.policy_output import save_policy
+from rtap_training.output import save_policy
 from rtap_training.rl.checkpoints import JsonLog, last_checkpoint
 from rtap_training.rl.loading import load_for_training, lora_config
 from rtap_training.rl.rollouts import Dialect

@@ -125,7 +125,7 @@ async def test_a_backbone_without_an_adapter_is_refused():
 def test_an_adapter_of_a_backbone_that_is_not_there_is_one_sentence(tmp_path):
     adapter = save_generator_adapter(tmp_path / "adapter")
     flags = [POLICY, "--confidence-model", str(adapter), "--confidence-backbone", str(tmp_path / "none")]
-    with pytest.raises(ConfigError, match=r"cannot merge the adapter .* into .*none: ") as raised:
+    with pytest.raises(ConfigError, match=r"cannot load the adapter .* on .*none: ") as raised:
         _generator_config(*_parse(flags)[:2])
     assert "\n" not in str(raised.value)
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
+from rtap_core.adapters import merge_adapter, read_backbone
 from rtap_core.errors import ConfigError
 from rtap_training.huggingface import load_tokenizer
 from rtap_training.questions import load_questions
@@ -27,6 +29,7 @@ from rtap_training.rl.loading import load_for_training
 from rtap_training.rl.lockstep import Completion
 from rtap_training.tasks.base import Split
 from rtap_training.training_errors import TeacherError, TrainingError
+from tests.other_checkpoints import save_generator_adapter
 from tests.training.rl.tiny import BUNDLED, save_policy
 
 SMALL = {
@@ -123,6 +126,33 @@ def test_lora_writes_an_adapter_and_merge_the_same_model_as_a_checkpoint(tmp_pat
     merged = Qwen3ForCausalLM.from_pretrained(whole.output, dtype=torch.bfloat16).state_dict()
     assert all(value.equal(joined[name].bfloat16()) for name, value in merged.items())
     assert not all(joined[name].equal(value) for name, value in before.items())
+
+
+def test_a_generator_that_is_an_adapter_is_trained_and_written_as_one(tmp_path: Path) -> None:
+    generator = save_generator_adapter(tmp_path / "generator")
+    settings = RECURSIVE | {"max_steps": 2, "bf16": True, "policy": BUNDLED / "policy", "confidence": generator}
+    config = RtapConfig(output=tmp_path / "out", **settings)
+    command.run(config)
+    state = torch.load(last_checkpoint(config.run_dir) / "generator.pt", weights_only=True)
+    assert all("lora_" in name or "score" in name for name in state["model"])  # no frozen backbone
+    written = tmp_path / "out-confidence"
+    assert read_backbone(written) == str(BUNDLED / "policy")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (generator, written))
+    assert before.keys() == after.keys()
+    assert not all(weight.bfloat16().equal(after[name]) for name, weight in before.items())
+    block = json.loads((written / "config.json").read_text())["rtap"]
+    assert block == {"kind": "confidence", "input": "token_ids"}
+    assert merge_adapter(written, read_backbone(written)).num_labels == 1
+
+
+def test_a_generator_that_reads_chats_is_refused(tmp_path: Path) -> None:
+    generator = save_generator_adapter(tmp_path / "generator")
+    config = json.loads((generator / "config.json").read_text())
+    config["rtap"]["input"] = "chat"
+    (generator / "config.json").write_text(json.dumps(config))
+    settings = RECURSIVE | {"policy": BUNDLED / "policy", "confidence": generator, "output": tmp_path / "out"}
+    with pytest.raises(ConfigError, match="reads chats: train one of this policy, without backbone"):
+        command.run(RtapConfig(**settings))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from time import monotonic
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
@@ -17,7 +18,7 @@ from rtap_core.artifact import read_artifact
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import manifest
 from rtap_training.events import FOLDER
-from rtap_training.policy_output import save_policy, write_model
+from rtap_training.output import save_generator_adapter, save_policy, write_model
 from rtap_training.questions import Question, is_right, load_questions
 from rtap_training.rl.checkpoints import JsonLog, SamplesTable, check_same_run, describe, last_checkpoint
 from rtap_training.rl.components import RunComponents
@@ -146,7 +147,7 @@ def _rows_of_a_process(config: RlConfig, num_processes: int) -> int:
 def _generator(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> OnlineGenerator | None:
     if config.confidence is None:
         return None
-    model = load_online_generator(config.confidence)
+    model = load_online_generator(config.confidence, bf16=config.bf16)
     if read_artifact(model.config.to_dict()).input == "chat":
         raise ConfigError(f"the generator {config.confidence} reads chats: train one of this policy, without backbone")
     readable = cast(int, model.get_input_embeddings().num_embeddings)
@@ -218,4 +219,7 @@ def _save(
         block = cast(dict[str, Any], getattr(generator.config, "rtap", None) or {})
         for name in ("logistic", "fusion", "threshold", "calibration"):
             block.pop(name, None)
-        write_model(output, generator, generator.state_dict(), loaded.tokenizer, record)
+        if isinstance(generator, PeftModel):
+            save_generator_adapter(output, generator, generator.config, record)
+        else:
+            write_model(output, generator, generator.state_dict(), loaded.tokenizer, record)

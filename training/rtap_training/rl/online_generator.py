@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rtap_core.adapters import is_adapter, merge_adapter, read_backbone
+from rtap_core.adapters import is_adapter, load_adapter, read_backbone
 from rtap_core.errors import ConfigError
 from rtap_training.examples import Example, balance, collect, group, read_once
 from rtap_training.rl.rollouts import Rollout
@@ -107,12 +107,13 @@ class OnlineGenerator:
         return loss.item()
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimiser."""
-        return {"model": self.model.state_dict(), "optimiser": self._optimiser.state_dict()}
+        """Trained weights, and the optimiser's state."""
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {"model": trained, "optimiser": self._optimiser.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of ``state_dict``."""
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"], strict=False)  # a frozen backbone is not in it
         self._optimiser.load_state_dict(state["optimiser"])
 
 
@@ -142,14 +143,24 @@ def _logits(model: PreTrainedModel, batch: Sequence[Example], *, bf16: bool) -> 
         return model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
 
 
-def load_online_generator(path: Path) -> PreTrainedModel:
-    """Load a generator in fp32: a checkpoint, or an adapter, which is merged into its backbone.
+def train_in_fp32(model: PreTrainedModel) -> None:
+    """Keep what is trained in fp32. PEFT keeps a head in the dtype of its backbone."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def load_online_generator(path: Path, *, bf16: bool = False) -> PreTrainedModel:
+    """Load a generator in fp32: a checkpoint, or an adapter on its backbone, which is frozen and with ``bf16`` in
+    bfloat16.
 
     Raises ConfigError unless ``path`` is a classifier with one label and a pad token."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train generator`")
     if is_adapter(path):
-        model = merge_adapter(path, read_backbone(path))
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        model = load_adapter(path, read_backbone(path), dtype, is_trainable=True)
+        train_in_fp32(model)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
     if model.config.num_labels != 1 or model.config.pad_token_id is None:

@@ -1,5 +1,6 @@
-"""Write a trained policy: a checkpoint in bf16, or an adapter."""
+"""Write what was trained: a checkpoint in bf16, or an adapter."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,6 +45,19 @@ def save_policy(
         model.save_pretrained(folder, state_dict=weights)
         merged = PeftModel.from_pretrained(load_for_training(merge_into).model, folder).merge_and_unload()
     write_model(output, merged, merged.state_dict(), loaded.processor, record, block=block)
+
+
+def save_generator_adapter(output: Path, adapter: Any, config: Any, record: Mapping[str, Any]) -> None:
+    """Write a generator's adapter with its head in bf16, the classifier's config and the manifest, atomically."""
+    config.architectures = [type(adapter.get_base_model()).__name__]
+    settings = adapter.peft_config["default"]
+    if Path(settings.base_model_name_or_path).is_dir():
+        settings.base_model_name_or_path = str(Path(settings.base_model_name_or_path).resolve())
+    weights = {name: weight.bfloat16() for name, weight in adapter.state_dict().items()}
+    with replacing(output) as folder:
+        adapter.save_pretrained(folder, state_dict=weights)
+        config.save_pretrained(folder)
+        write_manifest(folder, record)
 
 
 def write_model(
