@@ -64,6 +64,7 @@ CHECKED: Sequence[tuple[tuple[str, ...], str]] = (
     (("rtap", "serve"), "serves until it is stopped; tests/e2e starts it"),
     (("rtap", "eval"), "minutes; tests/training/test_evaluate_command.py, tests/e2e/test_own_model.py"),
     (("rtap", "calibrate"), "minutes; tests/training/test_calibrate.py"),
+    (("accelerate", "launch"), "needs GPUs; tests/training/rl/test_accelerate_recipes.py reads its files"),
     (("rtap", "train"), "minutes to hours; tests/training/test_smoke.py and test_commands.py"),
     (("docker",), "needs a Docker daemon; tests/deploy/test_container.py checks the files"),
     (("tensorboard",), "serves until it is stopped; tests/training/test_smoke.py reads its files"),
@@ -119,6 +120,8 @@ def check(words: tuple[str, ...]) -> None:
             assert re.search(rf"^{target}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
         case ("rtap", "train", *rest):
             parse(train_parser(), [w if w != "SUITE" else "suite.yaml" for w in rest], needs=("--output", "x"))
+        case ("accelerate", "launch", *rest):
+            parse(train_parser(), rest[rest.index("rtap_training") + 1 :], needs=("--output", "x"))
         case ("rtap", "calibrate", *rest):
             calibrate._parser().parse_args(rest)
         case ("rtap", "eval", *rest):
