@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from rtap_core.adapters import is_adapter, read_backbone
+from rtap_core.adapters import is_adapter, merge_adapter, read_backbone
 from rtap_core.artifact import read_artifact
 from rtap_core.classifier_input import chat_token_ids
 from rtap_core.errors import ConfigError
@@ -28,11 +28,11 @@ def score_samples(
     if any(path.resolve() == output.resolve() for path in paths):
         raise ConfigError(f"{output} would be replaced by its samples with other confidences: give another --output")
     _, tokenizer, dialect = load_dialect(policy)
-    model = load_online_generator(generator)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
+    backbone = read_backbone(generator) if is_adapter(generator) else None
+    model: Any = load_online_generator(generator) if backbone is None else merge_adapter(generator, backbone)
+    model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)  # as it is served
     artifact = read_artifact(model.config.to_dict(), where=f"{generator}/config.json")
-    body = read_backbone(generator) if is_adapter(generator) else generator
-    own: Any = AutoTokenizer.from_pretrained(body)
+    own: Any = AutoTokenizer.from_pretrained(backbone or generator)
     if artifact.input != "chat" and own.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"{generator} reads token ids, but its tokenizer differs from that of {policy}")
 
