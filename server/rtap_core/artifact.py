@@ -102,6 +102,8 @@ class Logistic(BaseModel):
         return Logistic(**weights | {"bias": weights["bias"] + platt.bias})
 
 
+# Weights of log-probability features that `rtap calibrate` and `rtap train generator` fit.
+LOGPROB_WEIGHTS = ("probability_mean", "probability_lowest_tenth", "probability_answer", "log_tokens")
 # For confidence=logprob without a fitted one. Of Qwen2.5-Coder-0.5B-Instruct on sums: it ranks answers, and gives no
 # probabilities of other models and tasks.
 UNCALIBRATED = Logistic(bias=-3.0, probability_mean=1.0, probability_lowest_tenth=1.0, probability_answer=3.0)

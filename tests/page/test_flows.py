@@ -184,9 +184,9 @@ def test_settings_keep_to_the_servers_ceilings_and_only_changes_are_sent(visit, 
     expect(threshold).to_be_hidden()
     ask(page)
     assert [body["rtap"] for body in server.asked] == [
-        {"return_cycles": True},
-        {"threshold": 1, "max_cycles": 5, "deadline_seconds": 20, "return_cycles": True},
-        {"policy": "vote", "deadline_seconds": 20, "return_cycles": True},
+        {"return_cycles": True, "drafts": True},
+        {"threshold": 1, "max_cycles": 5, "deadline_seconds": 20, "return_cycles": True, "drafts": True},
+        {"policy": "vote", "deadline_seconds": 20, "return_cycles": True, "drafts": True},
     ]
     assert [body.get("seed") for body in server.asked] == [None, 9, 9]
 
@@ -201,9 +201,9 @@ def test_presets_come_from_the_servers_configuration(visit, server):
     page.get_by_role("button", name="Countdown, harder").click()
     ask(page)
     assert [body["rtap"] for body in server.asked] == [
-        {"threshold": 0.88, "max_cycles": 16, "return_cycles": True},
-        {"policy": "model", "return_cycles": True},
-        {"return_cycles": True},
+        {"threshold": 0.88, "max_cycles": 16, "return_cycles": True, "drafts": True},
+        {"policy": "model", "return_cycles": True, "drafts": True},
+        {"return_cycles": True, "drafts": True},
     ]
     assert server.asked[2]["messages"][0]["content"] == "Make 264 with 24, 14, 25."
 

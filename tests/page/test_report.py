@@ -65,4 +65,5 @@ def test_axe_finds_nothing_and_it_fits(browser: Browser, report: Path, scheme: s
         tables = page.get_by_role("region")
         assert tables.count() == 6
         wider = tables.evaluate_all("all => all.filter(t => t.scrollWidth > t.clientWidth).length")
-        assert (wider > 0) == (width == 320)  # which then scroll by themselves, by keyboard too
+        # They scroll by themselves, by keyboard too: on a phone all that do not fit, else the two with every rule.
+        assert wider > 2 if width == 320 else wider <= 2

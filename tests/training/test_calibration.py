@@ -9,7 +9,6 @@ from rtap_training.calibration import (
     cross_validated,
     figures,
     fit_logistic,
-    fit_platt,
     histogram,
     intervals,
     sigmoid,
@@ -40,13 +39,13 @@ def test_platt_recovers_the_distortion() -> None:
     generator = np.random.default_rng(0)
     logits = generator.normal(0, 2, 20_000)
     labels = generator.random(20_000) < sigmoid(logits)
-    slope, offset = fit_platt(2 * logits + 3, labels)
+    offset, slope = fit_logistic((2 * logits + 3)[:, None], labels)
     assert slope == pytest.approx(0.5, abs=0.03)
     assert offset == pytest.approx(-1.5, abs=0.1)
 
 
 def test_platt_stays_finite_on_separable_data() -> None:
-    slope, offset = fit_platt(np.array([-4.0, -3.0, 3.0, 4.0]), np.array([0, 0, 1, 1], dtype=bool))
+    offset, slope = fit_logistic(np.array([[-4.0], [-3.0], [3.0], [4.0]]), np.array([0, 0, 1, 1], dtype=bool))
     assert np.isfinite([slope, offset]).all()
     assert slope > 0
 

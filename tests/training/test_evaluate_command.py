@@ -32,6 +32,9 @@ from rtap_training.evaluation import question_files
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.server_process import running_server, serve_command
 from rtap_training.tasks import gym
+from tests.other_checkpoints import save_generator_adapter
+from tests.training.rl.tiny import BUNDLED
+from tests.training.test_generator import kept_samples
 
 QUESTIONS = 60
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,9 +259,31 @@ def test_kept_samples_give_the_same_rows_without_a_server(
     error = capsys.readouterr().err
     assert "needs no server" in error
     assert "omit --questions" in error
-    for more in (["--confidence-model", "G"], ["--policies", "vote"], ["--prompt", "{question}"], ["--resume"]):
+    for more in (["--policies", "vote"], ["--prompt", "{question}"], ["--resume"]):
         assert main(["--from-samples", str(file), *more]) == 2
         assert "asks no server; omit" in capsys.readouterr().err
+    for more in (["--confidence-model", "G"], ["MODEL"]):
+        assert main([*more, "--from-samples", str(file)]) == 2
+        assert "give both, to score the samples, or neither" in capsys.readouterr().err
+
+
+def test_kept_samples_are_scored_by_a_generator_without_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, generator = kept_samples(tmp_path / "samples.jsonl"), save_generator_adapter(tmp_path / "generator")
+    flags = [str(BUNDLED / "policy"), "--from-samples", str(samples), "--confidence-model", str(generator)]
+    assert main([*flags, "--samples", "2", "--output", str(tmp_path)]) == 2
+    assert "would be replaced" in capsys.readouterr().err
+    output = tmp_path / "out"
+    assert main([*flags, "--samples", "2", "--output", str(output)]) == 0
+    scored = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert all(0 < row["confidence"] < 1 and row["kind"] == "pooling" for row in scored)
+    (task,) = json.loads((output / "results.json").read_text())["tasks"]
+    rows = by_label(task, live=False)
+    judged = rows["weighted x2"]
+    assert judged["total_token_ratio"] > judged["token_ratio"]["value"]  # what the generator read is counted
+    read = sum(row["confidence_tokens"] for row in scored) / sum(row["tokens"] for row in scored)
+    assert judged["total_token_ratio"] == pytest.approx(judged["token_ratio"]["value"] + read, rel=0.01)
 
 
 def test_rules_take_turns_in_rounds(plain: FakeServer, questions: Path) -> None:

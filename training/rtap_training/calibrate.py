@@ -80,7 +80,7 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
     """(``rtap`` block of the file, report). Raises ConfigError for samples from which nothing can be learned."""
     import numpy as np
 
-    from rtap_core.artifact import UNCALIBRATED, Logistic
+    from rtap_core.artifact import LOGPROB_WEIGHTS, UNCALIBRATED, Logistic
     from rtap_core.features import LogprobFeatures
     from rtap_training.calibration import (
         best_threshold,
@@ -93,11 +93,7 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
     from rtap_training.evaluation.statistics import within_question_auroc
 
     is_logprob = served.kind == LOGPROB
-    names = (
-        ("probability_mean", "probability_lowest_tenth", "probability_answer", "log_tokens")
-        if is_logprob
-        else ("generator",)
-    )
+    names = LOGPROB_WEIGHTS if is_logprob else ("generator",)
     rows = [one for one in served.samples if (one.logprobs if is_logprob else one.confidence) is not None]
     if not rows:
         what = "log-probability features" if is_logprob else "a confidence"

@@ -105,12 +105,6 @@ def sigmoid(logits: Floats) -> Floats:
     return np.exp(-np.logaddexp(0, -logits))
 
 
-def fit_platt(logits: Floats, labels: Bools) -> tuple[float, float]:
-    """(slope, offset) of sigmoid(slope·logit + offset)."""
-    offset, slope = fit_logistic(logits[:, None], labels)
-    return slope, offset
-
-
 def fit_logistic(features: Floats, labels: Bools) -> list[float]:
     """Bias and weights of a logistic regression on features (N, F). The penalty only separates collinear features.
 

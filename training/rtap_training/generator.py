@@ -27,10 +27,11 @@ from transformers import (
 )
 
 from rtap_core.adapters import merge_adapter
-from rtap_core.artifact import CERTAIN, NUM_BINS, Logistic
+from rtap_core.artifact import LOGPROB_WEIGHTS, NUM_BINS, Logistic
 from rtap_core.classifier_input import chat_token_ids
 from rtap_core.errors import ConfigError
-from rtap_training.calibration import Bools, Floats, best_threshold, figures, fit_platt, histogram, sigmoid
+from rtap_core.features import LogprobFeatures
+from rtap_training.calibration import Bools, Floats, best_threshold, figures, fit_logistic, histogram
 from rtap_training.checkpoint import manifest, sha256
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
@@ -56,12 +57,29 @@ Parts = tuple[list[Question], list[Question], list[Question]]  # of training, ca
 
 @dataclass(frozen=True, slots=True)
 class Cycles:
-    """Generator logits and labels of cycles, in trajectory order."""
+    """Generator's scores and labels of cycles, in trajectory order. logprobs: empty unless all cycles have them."""
 
-    logits: Floats
+    scores: list[float]
     labels: Bools
     questions: list[int]
     is_first: Bools
+    logprobs: list[LogprobFeatures]
+
+    def _inputs(self) -> list[dict[str, float]]:
+        logprobs = self.logprobs or [None] * len(self.scores)
+        return [Logistic.inputs(score, known) for score, known in zip(self.scores, logprobs, strict=True)]
+
+    def fit(self, names: Sequence[str]) -> Logistic:
+        """A logistic regression on the features ``names``."""
+        features = np.array([[row[name] for name in names] for row in self._inputs()])
+        weights = fit_logistic(features, self.labels)
+        return Logistic(**{name: round(w, 4) for name, w in zip(("bias", *names), weights, strict=True)})
+
+    def confidences(self, logistic: Logistic) -> Floats:
+        """Confidences as served."""
+        logprobs = self.logprobs or [None] * len(self.scores)
+        pairs = zip(self.scores, logprobs, strict=True)
+        return np.array([logistic.confidence(score, known) for score, known in pairs], dtype=np.float64)
 
 
 def run(config: GeneratorConfig) -> None:
@@ -104,17 +122,17 @@ def run(config: GeneratorConfig) -> None:
     cast_to(model, torch.bfloat16)  # evaluate the weights as they are saved
     cast_to(model, torch.float32)
     known, unseen = (_score(model, part, bf16=config.bf16) for part in sampled[1:])
-    slope, offset = fit_platt(known.logits, known.labels)
-    threshold = best_threshold(sigmoid(slope * known.logits + offset), known.labels)
-    confidences = sigmoid(slope * unseen.logits + offset)
+    logistic = known.fit(("generator", *(LOGPROB_WEIGHTS if known.logprobs and unseen.logprobs else ())))
+    threshold = best_threshold(known.confidences(logistic), known.labels)
+    confidences = unseen.confidences(logistic)
     judged = asdict(figures(confidences, unseen.labels, unseen.questions))
-    platt = Logistic(bias=round(offset, 4), generator=round(slope, 4))
+    alone = figures(np.array(unseen.scores), unseen.labels, unseen.questions).within_auroc
     calibration = {"bins": NUM_BINS, "reference": histogram(confidences[unseen.is_first]), "held_out": judged}
     model.config.rtap = {
-        "format": dialect.format.name, "kind": "confidence", "threshold": threshold, "logistic": platt.model_dump(),
+        "format": dialect.format.name, "kind": "confidence", "threshold": threshold, "logistic": logistic.model_dump(),
         "calibration": calibration, "input": "chat" if config.backbone else "token_ids",
     }  # fmt: skip
-    summary = training | {"threshold": threshold, "held_out": judged}
+    summary = training | {"threshold": threshold, "held_out": judged, "within_auroc_without_logprobs": alone}
     _show(config, training["steps"], judged, held_out, sampled[2], confidences)
     data = "\n".join(q.identity for q in (*fitting, *validation))
     record = manifest("rtap train generator", config, data=data, seconds=training["seconds"], figures=summary)
@@ -296,13 +314,13 @@ def _merged_as_saved(adapter: Any, config: GeneratorConfig) -> PreTrainedModel:
 
 def _score(model: PreTrainedModel, turns: Sequence[SampledTrajectory], *, bf16: bool) -> Cycles:
     found = [(t, i, (*t.prompt_ids, *c.ids)) for t in turns for i, c in enumerate(t.cycles) if c.answer is not None]
-    scores = score_rows(model, [ids for _, _, ids in found], bf16=bf16)
-    p = np.array(scores, dtype=np.float64).clip(CERTAIN, 1 - CERTAIN)
+    logprobs = [t.logprobs for t, _, _ in found if t.logprobs is not None]
     return Cycles(
-        np.log(p / (1 - p)),
+        score_rows(model, [ids for _, _, ids in found], bf16=bf16),
         np.array([t.cycles[i].is_right for t, i, _ in found], dtype=np.bool_),
         [t.question for t, _, _ in found],
         np.array([i == 0 for _, i, _ in found], dtype=np.bool_),
+        logprobs if len(logprobs) == len(found) else [],
     )
 
 

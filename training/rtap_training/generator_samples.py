@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rtap_core.errors import ConfigError
+from rtap_core.features import LogprobFeatures
 from rtap_training.config import run_dir
 from rtap_training.evaluation.question_files import Question as FileQuestion
 from rtap_training.evaluation.records import CycleRecord
@@ -34,12 +35,14 @@ CHUNK_ROWS = 256  # trajectories lost by a kill, at most
 
 @dataclass(frozen=True, slots=True)
 class SampledTrajectory:
-    """One sampled trajectory. question: index. tokens: completion length, cycle openings included."""
+    """One sampled trajectory. question: index. tokens: completion length, cycle openings included. logprobs: features
+    of the only cycle of a kept sample that has them."""
 
     question: int
     prompt_ids: tuple[int, ...]
     cycles: tuple[RolledCycle, ...]
     tokens: int
+    logprobs: LogprobFeatures | None = None
 
     @property
     def is_right(self) -> bool:
@@ -91,7 +94,8 @@ def kept_trajectories(
         asked, prompt, text = rendered_sample(tokenizer, dialect, question, cycle, row)
         rolled = RolledCycle(tuple(dialect.encode(text)), text, cycle.answer, cycle.is_correct, cycle.oops_tokens)
         _, rows = found.setdefault(asked, (Question(asked, question.answer, question.task), []))
-        rows.append(SampledTrajectory(0, tuple(dialect.encode(prompt)), (rolled,), cycle.tokens))
+        features = None if cycle.logprobs is None else LogprobFeatures.from_shown(cycle.logprobs)
+        rows.append(SampledTrajectory(0, tuple(dialect.encode(prompt)), (rolled,), cycle.tokens, features))
     return list(found.values())
 
 

@@ -38,6 +38,7 @@ def save_policy(
     if merge_into is None:
         with replacing(output) as folder:
             model.save_pretrained(str(folder), state_dict=weights)
+            (folder / "README.md").unlink()  # PEFT's template of a model card
             loaded.processor.save_pretrained(folder)
             write_manifest(folder, record)
         return
@@ -56,6 +57,7 @@ def save_generator_adapter(output: Path, adapter: Any, config: Any, record: Mapp
     weights = {name: weight.bfloat16() for name, weight in adapter.state_dict().items()}
     with replacing(output) as folder:
         adapter.save_pretrained(folder, state_dict=weights)
+        (folder / "README.md").unlink()  # PEFT's template of a model card
         config.save_pretrained(folder)
         write_manifest(folder, record)
 

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from rtap_core.errors import ConfigError
 from rtap_training.questions import load_questions
 from rtap_training.rl import command
-from rtap_training.rl.config import RladConfig, RtapConfig
+from rtap_training.rl.config import RatioLevel, RladConfig, RtapConfig
 from rtap_training.rl.dataset import build_dataset, open_image
 from rtap_training.rl.lockstep import Completion, Request
 from rtap_training.rl.trainer import RecursiveTrainer
@@ -79,7 +79,9 @@ def finished(config: RtapConfig) -> RtapConfig:
         ]
         return [Completion(ids, None) for ids in texts]
 
-    scripted = replace(config, max_cycles=1, beta=0.0, boundary_advantage=0.0, learning_rate=5e-5)
+    scripted = replace(
+        config, max_cycles=1, beta=0.0, boundary_advantage=0.0, learning_rate=5e-5, ratio=RatioLevel.TOKEN
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecursiveTrainer, "_generate_batch", generate)
         command.run(scripted)

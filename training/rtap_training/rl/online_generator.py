@@ -143,7 +143,7 @@ def _logits(model: PreTrainedModel, batch: Sequence[Example], *, bf16: bool) -> 
         return model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
 
 
-def train_in_fp32(model: PreTrainedModel) -> None:
+def train_in_fp32(model: torch.nn.Module) -> None:
     """Keep what is trained in fp32. PEFT keeps a head in the dtype of its backbone."""
     for parameter in model.parameters():
         if parameter.requires_grad:
