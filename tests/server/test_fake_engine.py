@@ -19,15 +19,16 @@ def request(llm: FakeEngine, request_id: str, kind: RequestOutputKind = RequestO
 @pytest.mark.parametrize("kind", KINDS)
 async def test_an_abort_ends_every_request_under_the_id_with_the_tokens_so_far(kind):
     llm = FakeEngine(["x" * 1000], size=1, token_seconds=0.005)
-    running = [asyncio.create_task(request(llm, name, kind, max_tokens=20)) for name in ("a", "a", "b")]
-    await asyncio.sleep(0.03)
+    running = [asyncio.create_task(request(llm, name, kind, max_tokens=60)) for name in ("a", "a", "b")]
+    while llm.num_sampled < 15:  # some of each request, on a busy machine too
+        await asyncio.sleep(0.001)
     await llm.abort(["a"])
     first, second, other = await asyncio.gather(*running)
     for outputs, reason in ((first, "abort"), (second, "abort"), (other, "length")):
         assert [o.outputs[0].finish_reason for o in outputs] == [None] * (len(outputs) - 1) + [reason]
         parts = outputs if kind is RequestOutputKind.DELTA else outputs[-1:]
         num_tokens = sum(len(o.outputs[0].token_ids) for o in parts)
-        assert num_tokens == 20 if reason == "length" else 0 < num_tokens < 20
+        assert num_tokens == 60 if reason == "length" else 0 < num_tokens < 60
         assert "".join(o.outputs[0].text for o in parts) == "x" * num_tokens
     assert llm.aborted == ["a", "a"]
 
