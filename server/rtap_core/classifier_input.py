@@ -13,6 +13,12 @@ def without_padding(token_ids: Sequence[int], pad_token_id: int | None) -> list[
     return kept
 
 
+def answer_ids(tokenizer: Any, question: str, answer: str, pad_token_id: int | None) -> tuple[int, ...]:
+    """Token ids of a question and its answer as a chat."""
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return tuple(chat_token_ids(tokenizer, chat, pad_token_id))
+
+
 def chat_token_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], pad_token_id: int | None) -> list[int]:
     """Messages, the answer last, in a Hugging Face tokenizer's own chat template. Raises what the template raises."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)

@@ -22,7 +22,7 @@ EVAL_COUNT = 600
 RECIPE = Path("training/rtap_training/bundled/recipe.yaml")
 # Module with ``run``, config, help text.
 STAGES: dict[str, tuple[str, type[Any], str]] = {
-    "sft": ("rtap_training.sft", SftConfig, "train a model on conversations, or on corrections of its own samples"),
+    "sft": ("rtap_training.sft", SftConfig, "train a model on conversations, or on corrections of its samples"),
     "generator": (
         "rtap_training.generator",
         GeneratorConfig,
@@ -32,7 +32,7 @@ STAGES: dict[str, tuple[str, type[Any], str]] = {
     "demo-correct": (
         "rtap_training.bundled.corrections",
         demo.CorrectConfig,
-        "train the demo's policy on corrections of its own wrong cycles",
+        "train the demo's policy on corrections of its wrong cycles",
     ),
     "demo-imitate": (
         "rtap_training.bundled.imitation",

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression  # pyright: ignore  # the package has no types
 
-from rtap_core.artifact import NUM_BINS
+from rtap_core.artifact import NUM_BINS, Logistic
 from rtap_core.errors import ConfigError
+from rtap_core.features import LogprobFeatures
 from rtap_training.evaluation.statistics import (
     Floats,
     bootstrap_weights,
@@ -117,6 +118,17 @@ def fit_logistic(features: Floats, labels: Bools) -> list[float]:
     rows, both = np.concatenate([features, features]), np.repeat([True, False], len(features))
     model.fit(rows, both, sample_weight=np.concatenate([targets, 1 - targets]))
     return [float(model.intercept_[0]), *model.coef_[0].tolist()]
+
+
+Seen = tuple[float, LogprobFeatures | None]
+"""(generator's score, log-probability features) of a cycle."""
+
+
+def fit_confidence(seen: Sequence[Seen], labels: Bools, names: Sequence[str]) -> Logistic:
+    """The logistic regression on the features ``names`` of these cycles, rounded for a config."""
+    inputs = [Logistic.inputs(*one) for one in seen]
+    weights = fit_logistic(np.array([[row[name] for name in names] for row in inputs]), labels)
+    return Logistic(**{name: round(w, 4) for name, w in zip(("bias", *names), weights, strict=True)})
 
 
 def cross_validated(features: Floats, labels: Bools, questions: Sequence[int]) -> Floats:

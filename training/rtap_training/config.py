@@ -31,6 +31,13 @@ def setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def check_positive(config: "DataclassInstance", *names: str) -> None:
+    """Raise ConfigError for a count below 1 in the fields ``names``."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
+
+
 Config = TypeVar("Config", bound="DataclassInstance")
 
 

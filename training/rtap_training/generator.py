@@ -1,7 +1,7 @@
 """Confidence generator for any Hugging Face model (``rtap train generator``).
 
 Sample the model on the user's questions, label the cycles with answer checkers, train, calibrate, evaluate. A killed
-run resumes. The demo's is trained by ``bundled/confidence.py``, with synthetic cycles and log-probabilities beside it.
+run resumes. ``bundled/confidence.py`` trains the demo's, with synthetic cycles in addition.
 """
 
 import json
@@ -28,10 +28,10 @@ from transformers import (
 
 from rtap_core.adapters import merge_adapter
 from rtap_core.artifact import LOGPROB_WEIGHTS, NUM_BINS, Logistic
-from rtap_core.classifier_input import chat_token_ids
+from rtap_core.classifier_input import answer_ids
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
-from rtap_training.calibration import Bools, Floats, best_threshold, figures, fit_logistic, histogram
+from rtap_training.calibration import Bools, Floats, Seen, best_threshold, figures, fit_confidence, histogram
 from rtap_training.checkpoint import manifest, sha256
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
@@ -65,21 +65,14 @@ class Cycles:
     is_first: Bools
     logprobs: list[LogprobFeatures]
 
-    def _inputs(self) -> list[dict[str, float]]:
-        logprobs = self.logprobs or [None] * len(self.scores)
-        return [Logistic.inputs(score, known) for score, known in zip(self.scores, logprobs, strict=True)]
-
-    def fit(self, names: Sequence[str]) -> Logistic:
-        """A logistic regression on the features ``names``."""
-        features = np.array([[row[name] for name in names] for row in self._inputs()])
-        weights = fit_logistic(features, self.labels)
-        return Logistic(**{name: round(w, 4) for name, w in zip(("bias", *names), weights, strict=True)})
+    @property
+    def seen(self) -> list[Seen]:
+        """What the served confidence of each cycle is made of."""
+        return list(zip(self.scores, self.logprobs or [None] * len(self.scores), strict=True))
 
     def confidences(self, logistic: Logistic) -> Floats:
         """Confidences as served."""
-        logprobs = self.logprobs or [None] * len(self.scores)
-        pairs = zip(self.scores, logprobs, strict=True)
-        return np.array([logistic.confidence(score, known) for score, known in pairs], dtype=np.float64)
+        return np.array([logistic.confidence(*one) for one in self.seen], dtype=np.float64)
 
 
 def run(config: GeneratorConfig) -> None:
@@ -122,7 +115,8 @@ def run(config: GeneratorConfig) -> None:
     cast_to(model, torch.bfloat16)  # evaluate the weights as they are saved
     cast_to(model, torch.float32)
     known, unseen = (_score(model, part, bf16=config.bf16) for part in sampled[1:])
-    logistic = known.fit(("generator", *(LOGPROB_WEIGHTS if known.logprobs and unseen.logprobs else ())))
+    names = ("generator", *(LOGPROB_WEIGHTS if known.logprobs and unseen.logprobs else ()))
+    logistic = fit_confidence(known.seen, known.labels, names)
     threshold = best_threshold(known.confidences(logistic), known.labels)
     confidences = unseen.confidences(logistic)
     judged = asdict(figures(confidences, unseen.labels, unseen.questions))
@@ -199,11 +193,8 @@ def _in_chat(
     """The trajectories with each cycle as a chat in the backbone's tokens, as the server's chat input renders it."""
 
     def read(turn: SampledTrajectory, cycle: RolledCycle) -> RolledCycle:
-        chat = [
-            {"role": "user", "content": messages[turn.question]},
-            {"role": "assistant", "content": dialect.decode(cycle.ids)},
-        ]
-        return replace(cycle, ids=tuple(chat_token_ids(tokenizer, chat, tokenizer.pad_token_id)))
+        text = dialect.decode(cycle.ids)
+        return replace(cycle, ids=answer_ids(tokenizer, messages[turn.question], text, tokenizer.pad_token_id))
 
     return [replace(turn, prompt_ids=(), cycles=tuple(read(turn, cycle) for cycle in turn.cycles)) for turn in turns]
 

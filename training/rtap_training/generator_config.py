@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import setting
+from rtap_training.config import check_positive, setting
 from rtap_training.evaluation.question_files import check_prompt
 
 
@@ -58,11 +58,8 @@ class GeneratorConfig:
             raise ConfigError("merge needs lora_rank: without adapters there is nothing to merge")
         if self.num_layers < 0 or self.lora_rank < 0:
             raise ConfigError(f"num_layers={self.num_layers} and lora_rank={self.lora_rank} must be at least 0")
-        names = ("num_questions", "eval_questions", "max_cycles", "max_cycle_tokens", "batch_rows", "epochs",
-                 "questions_per_step", "threads")  # fmt: skip
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        check_positive(self, "num_questions", "eval_questions", "max_cycles", "max_cycle_tokens", "batch_rows",
+                       "epochs", "questions_per_step", "threads")  # fmt: skip
         if self.samples < 2:
             raise ConfigError(f"samples={self.samples} must be at least 2: a single answer has no contrast")
         if self.save_steps < 0 or self.save_minutes <= 0:

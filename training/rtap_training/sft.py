@@ -56,7 +56,8 @@ def run(config: SftConfig) -> None:
     if loaded.sees_images:
         raise ConfigError(f"{config.policy} is a vision-language model; `rtap train sft` supports text models only")
     rows, counts = build_rows(config, loaded.tokenizer, loaded.dialect)
-    settings = plain(config) | {"data_sha256": sha256(json.dumps([(row.ids, row.num_context) for row in rows]))}
+    data = json.dumps([(row.ids, row.num_context) for row in rows])
+    settings = plain(config) | {"data_sha256": sha256(data)}
     if checkpoint is not None:
         check_same_settings(checkpoint, settings, [name for name in settings if name not in config.MAY_CHANGE])
     trainer = SFTTrainer(
@@ -79,7 +80,6 @@ def run(config: SftConfig) -> None:
     if trainer.is_world_process_zero():
         last = next((line for line in reversed(trainer.state.log_history) if "loss" in line), {})
         figures = {"rows": counts} | last
-        data = json.dumps([row.ids for row in rows])
         record = manifest("rtap train sft", config, data=data, seconds=monotonic() - started, figures=figures)
         save_policy(
             config.output,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import setting
+from rtap_training.config import check_positive, setting
 
 RIGHT, CORRECTIONS = "right", "corrections"
 
@@ -51,9 +51,8 @@ class SftConfig:
             )
         if self.merge and not self.lora_rank:
             raise ConfigError("merge=True needs a lora_rank: without adapters the output is a whole checkpoint")
-        for name in ("rows_per_question", "epochs", "batch_size", "micro_batch", "max_length", "threads", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        check_positive(self, "rows_per_question", "epochs", "batch_size", "micro_batch", "max_length", "threads",
+                       "save_steps")  # fmt: skip
         if self.batch_size % self.micro_batch:
             raise ConfigError(f"micro_batch={self.micro_batch} must divide batch_size={self.batch_size}")
         for name in ("kept_share", "confirmed_share", "lora_rank"):

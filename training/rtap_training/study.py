@@ -102,21 +102,13 @@ def _measure(suite: Suite, policy: Path, own_generator: Path | None, seed: int) 
     from rtap_training.huggingface import load_policy
     from rtap_training.rl.loading import load_for_training
     from rtap_training.rl.measure import MeasureConfig, measure
-    from rtap_training.rl.online_generator import OnlineGenerator, load_online_generator
+    from rtap_training.rl.online_generator import load_online_generator
 
     settings = dict(suite.measure)
     tasks, count, common = settings.pop("tasks"), settings.pop("questions"), settings.pop("confidence", None)
     model, tokenizer = load_policy(policy)
     path = own_generator or (None if common is None else Path(common))
-    generator = None
-    if path is not None:
-        generator = OnlineGenerator(
-            load_online_generator(path),
-            learning_rate=0.0,
-            iterations=0,
-            global_weight=0.0,
-            average=lambda _: None,
-        )
+    generator = None if path is None else load_online_generator(path)
     torch.set_num_threads(1)
     figures: Figures = {}
     for task in tasks:

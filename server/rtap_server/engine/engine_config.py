@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.usage.usage_lib import UsageContext
 
+from rtap_core.adapters import is_adapter
 from rtap_core.artifact import Artifact, is_classifier, read_artifact
 from rtap_core.errors import ConfigError
 from rtap_core.format import TrajectoryFormat, detect_format
@@ -83,7 +84,7 @@ def cpu_executor(sizes: Mapping[str, Any]) -> str | None:
 
 def engine_config(engine_args: AsyncEngineArgs, model: str, *, allows_pickles: bool) -> VllmConfig:
     if _is_path(model) and not (Path(model) / "config.json").is_file():
-        if (Path(model) / "adapter_config.json").is_file():
+        if is_adapter(model):
             raise ConfigError(
                 f"{model} is an adapter: serve its base with --enable-lora --lora-modules NAME={model}, or a "
                 "generator's with --confidence-model"

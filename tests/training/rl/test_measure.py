@@ -9,7 +9,7 @@ from rtap_training.huggingface import load_policy
 from rtap_training.questions import held_out_questions
 from rtap_training.rl.loading import load_for_training
 from rtap_training.rl.measure import MeasureConfig, forced_figures, measure, own_figures
-from rtap_training.rl.online_generator import OnlineGenerator, load_online_generator
+from rtap_training.rl.online_generator import load_online_generator
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.base import Question
 
@@ -61,10 +61,7 @@ def test_a_question_without_contrast_has_no_within_question_auroc() -> None:
 def test_the_bundled_models_measured_twice_give_the_same() -> None:
     model, tokenizer = load_policy(BUNDLED / "policy")
     dialect = load_for_training(BUNDLED / "policy").dialect
-    generator = OnlineGenerator(
-        load_online_generator(BUNDLED / "confidence"), learning_rate=0.0, iterations=0,
-        global_weight=0.0, average=lambda _: None,
-    )  # fmt: skip
+    generator = load_online_generator(BUNDLED / "confidence")
     questions = held_out_questions(TASKS["countdown"], 12)
     config = MeasureConfig(max_cycles=3, samples=2, forced=1)
     first = measure(model, tokenizer, dialect, generator, questions, config)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import BUNDLED, SamplerKind, setting
+from rtap_training.config import BUNDLED, SamplerKind, check_positive, setting
 from rtap_training.tasks import parse_mix
 
 TASK_MIX = "countdown=0.4,arithmetic=0.2,knights=0.4"
@@ -110,9 +110,7 @@ class SampledTurnsConfig:
     save_minutes: float = setting(5.0, "minutes between them; a kill costs no more")
 
     def __post_init__(self) -> None:
-        for name in ("max_cycles", "questions", "samples", "eval_questions", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        check_positive(self, "max_cycles", "questions", "samples", "eval_questions", "threads")
         parse_mix(self.tasks)
         _check_loop(self)
 
@@ -183,9 +181,7 @@ class ConfidenceConfig:
     def __post_init__(self) -> None:
         if self.samples < 2:
             raise ConfigError(f"samples={self.samples} must be at least 2: a single answer has no contrast")
-        for name in ("max_cycles", "questions", "eval_questions", "eval_samples", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        check_positive(self, "max_cycles", "questions", "eval_questions", "eval_samples", "threads")
         if self.synthetic_pairs < 0 or self.num_layers < 0:
             raise ConfigError(
                 f"synthetic_pairs={self.synthetic_pairs} and num_layers={self.num_layers} must not be negative"

@@ -17,7 +17,7 @@ from rtap_core.features import LogprobFeatures
 from rtap_core.format import RTAP
 from rtap_training.bundled.choice import Sample, compare
 from rtap_training.bundled.classifier import confidences
-from rtap_training.calibration import Bools, Floats, figures, fit_logistic, intervals, rounded
+from rtap_training.calibration import Bools, Floats, figures, fit_confidence, intervals, rounded
 from rtap_training.evaluation.statistics import global_auroc, within_question_auroc
 from rtap_training.huggingface import token_id
 from rtap_training.rollout import SampledCycle, Trajectory
@@ -57,10 +57,7 @@ class CycleScores:
 
     def fit(self, names: Sequence[str]) -> Logistic:
         """A logistic regression on the features ``names`` of these cycles."""
-        inputs = [Logistic.inputs(*seen) for seen in self._seen()]
-        features = np.array([[one[name] for name in names] for one in inputs])
-        weights = fit_logistic(features, self.labels)
-        return Logistic(**{name: round(w, 4) for name, w in zip(("bias", *names), weights, strict=True)})
+        return fit_confidence(list(self._seen()), self.labels, names)
 
     def _seen(self) -> Iterator[tuple[float, LogprobFeatures]]:
         """Inputs of the regression for each cycle: it uses the mean and the lowest log-probability alone."""

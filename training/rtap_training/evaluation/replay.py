@@ -44,7 +44,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a decision reads of a sample. key, text_key: equal for equal answers and texts; None if it was cut.
+    """A sample as decisions read it. key, text_key: equal for equal answers and texts; None if it was cut.
 
     judged_tokens: that a generator read for its confidence."""
 

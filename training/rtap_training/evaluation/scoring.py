@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from rtap_core.adapters import is_adapter, merge_adapter, read_backbone
 from rtap_core.artifact import read_artifact
-from rtap_core.classifier_input import chat_token_ids
+from rtap_core.classifier_input import answer_ids
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
 from rtap_training.evaluation.records import write_atomically
@@ -30,7 +30,7 @@ def score_samples(
     _, tokenizer, dialect = load_dialect(policy)
     backbone = read_backbone(generator) if is_adapter(generator) else None
     model: Any = load_online_generator(generator) if backbone is None else merge_adapter(generator, backbone)
-    model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)  # as it is served
+    model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)  # the server's dtype
     artifact = read_artifact(model.config.to_dict(), where=f"{generator}/config.json")
     own: Any = AutoTokenizer.from_pretrained(backbone or generator)
     if artifact.input != "chat" and own.get_vocab() != tokenizer.get_vocab():
@@ -39,8 +39,7 @@ def score_samples(
     def ids_of(asked: str, prompt: str, text: str) -> tuple[int, ...]:
         if artifact.input != "chat":
             return (*dialect.encode(prompt), *dialect.encode(text))
-        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
-        return tuple(chat_token_ids(own, chat, model.config.pad_token_id))
+        return answer_ids(own, asked, text, model.config.pad_token_id)
 
     samples = [one for one in sample_rows(paths) if split in (None, one[0].split)]
     read = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from rtap_core.recursion import FinalEvent, Recursion
 from rtap_core.types import Confidence, Cycle, Judged, Limits, Policy, Score, Select, Trajectory
@@ -17,7 +17,7 @@ from rtap_core.voting import majority
 from rtap_training.evaluation.statistics import within_question_auroc
 from rtap_training.questions import Question
 from rtap_training.rl.lockstep import Completion, Lockstep, Request, RowEngine, in_lockstep
-from rtap_training.rl.online_generator import OnlineGenerator
+from rtap_training.rl.online_generator import score_rows
 from rtap_training.rl.rollouts import Dialect
 from rtap_training.rollout import TransformersSampler, encode_question
 from rtap_training.tasks import check
@@ -45,18 +45,18 @@ class MeasureConfig:
 class _Scorer:
     """The generator as ``rtap_core.types.Confidence``, one row at a time."""
 
-    generator: OnlineGenerator
+    generator: PreTrainedModel
 
     async def score(self, judged: Judged) -> Score:
         ids = (*judged.question_token_ids, *judged.cycle_token_ids)
-        return Score(self.generator.score([ids])[0], len(ids))
+        return Score(score_rows(self.generator, [ids])[0], len(ids))
 
 
 def measure(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     dialect: Dialect,
-    generator: OnlineGenerator | None,
+    generator: PreTrainedModel | None,
     questions: Sequence[Question],
     config: MeasureConfig,
 ) -> dict[str, float | None]:
