@@ -7,18 +7,18 @@ import torch
 from rtap_core.artifact import read_artifact
 from rtap_core.features import logprob_features
 from rtap_core.format import RTAP
-from rtap_training.bundled.classifier import load_generator
 from rtap_training.huggingface import encode_text, load_policy
-from rtap_training.rollout import encode_question
+from rtap_training.rl.online_generator import load_online_generator
 from tests.e2e.conftest import MODELS
+from tests.training.demo import encode_question
 
 QUESTIONS = ["make 82 from 3, 7, 25", "37*48+65", "What is 96 - 27 + 8?"]
 
 
 @pytest.fixture(scope="module")
 def models():
-    (policy, tokenizer), (generator, _) = load_policy(MODELS / "policy"), load_generator(MODELS / "confidence")
-    return policy, generator, tokenizer
+    policy, tokenizer = load_policy(MODELS / "policy")
+    return policy, load_online_generator(MODELS / "confidence"), tokenizer
 
 
 def _expected(models, question: list[int], before: list[int], cycle: list[int], *, is_opened: bool) -> float:
@@ -40,7 +40,7 @@ def test_every_cycle_has_the_confidence_of_transformers(server, models, text):
     options = {"threshold": 1.0, "max_cycles": 3, "return_cycles": True}
     body = {"model": "rtap", "messages": [{"role": "user", "content": text}], "seed": 5, "rtap": options}
     reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
-    question, before = encode_question(models[2], text), list[int]()
+    question, before = encode_question(text), list[int]()
     for cycle in reply["rtap"]["cycles"]:
         ids = encode_text(models[2], RTAP.render_cycle(cycle["think"], cycle["answer"]))
         if len(ids) != cycle["tokens"]:  # the reply strips white space around a thought
@@ -56,5 +56,5 @@ def test_a_given_pair_has_the_confidence_of_transformers(server, models):
         body = {"question": "37*48+65", "think": think, "answer": answer}
         got = httpx.post(f"{server.url}/v1/rtap/score", json=body, timeout=60).json()["confidence"]
         ids = encode_text(models[2], RTAP.render_cycle(think, answer))
-        expected = _expected(models, encode_question(models[2], "37*48+65"), [], ids, is_opened=False)
+        expected = _expected(models, encode_question("37*48+65"), [], ids, is_opened=False)
         assert got == pytest.approx(expected, abs=0.03)

@@ -1,21 +1,19 @@
 """The models in deploy/models do what their cards say, within the noise of a small sample."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rtap_core.format import RTAP, parse_cycle
-from rtap_training.bundled.classifier import load_generator, pooled
-from rtap_training.examples import Example
-from rtap_training.huggingface import decode_ids, encode_text, load_policy, token_id
+from rtap_training.huggingface import decode_ids, encode_text, load_policy, load_tokenizer, token_id
 from rtap_training.questions import held_out_questions
-from rtap_training.rollout import encode_question, sample_until
+from rtap_training.rl.lockstep import Request
+from rtap_training.rl.online_generator import load_online_generator, score_rows
+from rtap_training.sampling import sample_until
 from rtap_training.tasks import TASKS, check
+from tests.training.demo import MODELS, encode_question
 
-MODELS = Path(__file__).parents[2] / "deploy" / "models"
 PAIRS = [  # Countdown only: in arithmetic its card promises little more than chance
     ("make 82 from 3, 7, 25", "25*3=75 75+7=82", "25*3+7", "25*3=75 75-7=68", "25*3-7"),
     ("Use 4, 9 and 6 to make 30.", "9-4=5 5*6=30", "(9-4)*6", "9+4=13 13*6=78", "(9+4)*6"),
@@ -49,22 +47,20 @@ def test_question_files_are_what_the_command_writes() -> None:
 def test_greedy_answers_are_well_formed_and_often_right(name: str) -> None:
     model, tokenizer = load_policy(MODELS / "policy")
     questions = [q.question for q in held_out_questions(TASKS[name], 60)]
-    stops = (token_id(tokenizer, RTAP.answer_close or ""),)
-    sampled = sample_until(model, [encode_question(tokenizer, q) for q in questions], stops, generator=None)
-    answers = [parse_cycle(decode_ids(tokenizer, ids), RTAP)[1] for ids in sampled]
+    requests = [Request(row, encode_question(question), 160) for row, question in enumerate(questions)]
+    sampled = sample_until(model, requests, frozenset({token_id(tokenizer, RTAP.answer_close or "")}), random=None)
+    answers = [parse_cycle(decode_ids(tokenizer, one.ids), RTAP)[1] for one in sampled]
     assert sum(a is not None for a in answers) >= 58
     right = sum(a is not None and TASKS[name].check(q, a) for q, a in zip(questions, answers, strict=True))
     assert right >= {"countdown": 15, "arithmetic": 45}[name]  # 28 and 56 when they were bundled
 
 
 def test_the_generator_prefers_the_right_cycle_of_the_same_question() -> None:
-    model, tokenizer = load_generator(MODELS / "confidence")
+    model, tokenizer = load_online_generator(MODELS / "confidence"), load_tokenizer(MODELS / "confidence")
     for question, right_think, right, wrong_think, wrong in PAIRS:
-        prompt = encode_question(tokenizer, question)
+        prompt = encode_question(question)
         texts = (RTAP.render_cycle(right_think, right), RTAP.render_cycle(wrong_think, wrong))
-        examples = [Example(0, (*prompt, *encode_text(tokenizer, t)), True, 1) for t in texts]
-        with torch.inference_mode():
-            good, bad = model.score(pooled(model, examples))[:, 0].sigmoid().tolist()
+        good, bad = score_rows(model, [(*prompt, *encode_text(tokenizer, text)) for text in texts])
         assert good > bad, question
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import STAGES, main
-from rtap_training.bundled.config import ConfidenceConfig, SftConfig
+from rtap_training.bundled.config import SftConfig
 from rtap_training.config import add_flags, build_config
+from rtap_training.generator_config import GeneratorConfig
 from rtap_training.rl.config import CONFIGS
 
 
@@ -51,20 +52,15 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         build_config(SftConfig, tmp_path / "none.yaml", {})
 
 
-def test_one_sample_has_no_contrast() -> None:
-    with pytest.raises(ConfigError, match="at least 2"):
-        ConfidenceConfig(samples=1)
-
-
 def test_every_field_is_a_flag() -> None:
     parser = argparse.ArgumentParser()
-    add_flags(parser, ConfidenceConfig)
-    flags = vars(parser.parse_args(["--policy", "a/b", "--learning-rate", "0.1", "--seed", "3"]))
-    assert flags == {"config": None, "policy": Path("a/b"), "learning_rate": 0.1, "seed": 3}
+    add_flags(parser, GeneratorConfig)
+    flags = vars(parser.parse_args(["--output", "a/b", "--learning-rate", "0.1", "--seed", "3", "--bf16"]))
+    assert flags == {"config": None, "output": Path("a/b"), "learning_rate": 0.1, "seed": 3, "bf16": True}
 
 
 def test_errors_are_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo-confidence", "--policy", str(tmp_path)]) == 2
+    assert main(["generator", "--questions", "countdown", "--policy", str(tmp_path)]) == 2
     assert "not a checkpoint" in capsys.readouterr().err
 
 

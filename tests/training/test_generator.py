@@ -4,27 +4,29 @@ The whole command, on a model with contrast in its answers, is tests/e2e/test_ow
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from rtap_core.adapters import merge_to_checkpoint, read_backbone
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import main
 from rtap_training.evaluation.scoring import score_samples
-from rtap_training.generator import _batches, _fresh
+from rtap_training.generator import ClassifierTrainer, Padding, _corruptions, _dataset, _fresh, _weighted
 from rtap_training.generator_config import GeneratorConfig
-from rtap_training.generator_samples import kept_trajectories, numbered, prompt_ids, write
 from rtap_training.huggingface import load_tokenizer, save_checkpoint
-from rtap_training.rl.loading import Loaded, load_for_training
-from rtap_training.rl.lockstep import Request
+from rtap_training.rl.loading import Loaded, load_dialect, load_for_training
 from rtap_training.rl.online_generator import LabelledCycle
-from rtap_training.rollout import encode_question
+from rtap_training.supervised import trainer_arguments
 from rtap_training.tasks.base import Split
 from rtap_training.tasks.jsonl import question_split
+from rtap_training.trajectories import kept_trajectories, numbered, prompt_ids
+from tests.training.demo import encode_question
 from tests.training.rl.tiny import BUNDLED
 
 SMALL = ["--num-questions", "12", "--eval-questions", "4", "--samples", "2", "--max-cycle-tokens", "12"]
@@ -35,9 +37,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("llama") / "model")
 
 
-def save_llama(folder: Path) -> Path:
+def save_llama(folder: Path, *, extra_token: bool = False) -> Path:
     """Random weights in the bundled tokenizer; its format is `think`, as of any checkpoint that says nothing."""
     tokenizer = load_tokenizer(BUNDLED / "policy")
+    if extra_token:
+        tokenizer.add_tokens(["<other>"])
     torch.manual_seed(1)
     shape: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -54,26 +58,12 @@ def loaded(llama: Path) -> Loaded:
 
 def test_it_is_asked_in_its_own_chat_template(loaded: Loaded) -> None:
     assert loaded.dialect.format.name == "think"
-    ids = prompt_ids(loaded, "make 82 from 3, 7, 25")
-    assert ids == encode_question(load_tokenizer(BUNDLED / "policy"), "make 82 from 3, 7, 25")
-
-
-def test_continuations_end_at_the_turns_end_or_their_limit_in_the_order_of_the_requests(loaded: Loaded) -> None:
-    prompts = [prompt_ids(loaded, q) for q in ("make 82 from 3, 7, 25", "1+1", "what is 12*9")]
-    requests = [Request(i, p, limit) for i, (p, limit) in enumerate(zip(prompts, (5, 40, 9), strict=True))]
-    torch.manual_seed(0)
-    alone = write(loaded, requests, batch_rows=64)
-    assert [len(w.ids) <= r.max_tokens for w, r in zip(alone, requests, strict=True)] == [True] * 3
-    ends = loaded.dialect.end_of_turn_ids
-    assert all(not set(w.ids[:-1]) & ends for w in alone)
-    assert all(len(w.ids) == r.max_tokens or w.ids[-1] in ends for w, r in zip(alone, requests, strict=True))
-    torch.manual_seed(0)
-    assert [w.ids for w in write(loaded, requests, batch_rows=64)] == [w.ids for w in alone]
-    assert len(write(loaded, requests, batch_rows=1)) == 3
+    ids = prompt_ids(loaded.tokenizer, loaded.dialect, "make 82 from 3, 7, 25")
+    assert ids == encode_question("make 82 from 3, 7, 25")
 
 
 def test_a_head_of_one_label_on_the_body_and_a_pad_token_to_pool_by(llama: Path, tmp_path: Path) -> None:
-    model = _fresh(GeneratorConfig(policy=llama, questions="countdown"), pad_id=7)
+    model = _fresh(GeneratorConfig(policy=str(llama), questions="countdown"), pad_id=7)
     body = LlamaForCausalLM.from_pretrained(llama).model.state_dict()
     assert all(value.equal(body[name]) for name, value in model.base_model.state_dict().items())
     model.save_pretrained(tmp_path)
@@ -103,7 +93,7 @@ def test_kept_samples_are_read_as_they_were_asked_and_judged(loaded: Loaded, tmp
         "13 + 13 = ? Box it.",
     ]
     (first, second) = found[0][1]
-    assert list(first.prompt_ids) == prompt_ids(loaded, "11 + 7 = ? Box it.")
+    assert list(first.prompt_ids) == prompt_ids(loaded.tokenizer, loaded.dialect, "11 + 7 = ? Box it.")
     assert loaded.dialect.decode(first.cycles[0].ids).endswith("11 + 7 = 18, so \\boxed{18}")
     assert [first.is_right, second.is_right] == [True, False]
     assert [t.question for t in numbered([rows for _, rows in found])] == [0, 0, 1, 1, 2, 2]
@@ -161,7 +151,7 @@ def test_an_adapter_is_merged_into_the_classifier_that_was_judged(llama: Path, t
     held_out = [(row["confidence"], f"{{{row['reference']}}}" in row["text"]) for row in rows if is_held_out(row)]
     brier = sum((confidence - right) ** 2 for confidence, right in held_out) / len(held_out)
     assert brier == pytest.approx(
-        json.loads((output / "manifest.json").read_text())["figures"]["held_out"]["brier"], abs=2e-3
+        json.loads((output / "manifest.json").read_text())["figures"]["held_out"]["all"]["brier"], abs=2e-3
     )
     assert all(row["confidence_tokens"] > 20 for row in rows)
 
@@ -190,7 +180,9 @@ def test_a_folder_that_is_no_generators_adapter_is_one_sentence(tmp_path: Path) 
         (["--questions", "countdown", "--lora-rank", "-1"], "lora_rank=-1 must be at least 0"),
         (["--questions", "countdown", "--samples", "1"], "must be at least 2"),
         (["--questions", "countdown", "--epochs", "0"], "epochs=0 must be at least 1"),
-        (["--questions", "countdown", "--save-minutes", "0"], "save_minutes=0.0 above 0"),
+        (["--questions", "countdown", "--micro-batch", "5"], "micro_batch=5 must divide batch_size=32"),
+        (["--questions", "countdown", "--trainer", '{"seed": 1}'], "seed is set by a flag"),
+        (["--questions", "countdown", "--corruptions", "9", *SMALL], "corruptions=9 need bundled tasks"),
         (["--questions", "countdown", "--validation-share", "1"], "validation_share=1.0 must be between"),
         (["--questions", "nowhere/questions.jsonl"], "cannot read the question file"),
         (["--questions", "countdown", *SMALL], "no contrast to learn from"),  # random weights are never right
@@ -208,14 +200,76 @@ def test_what_cannot_work_is_one_sentence(
     assert not output.exists()
 
 
-def test_a_question_without_contrast_is_in_no_step_where_it_weighs_nothing(llama: Path) -> None:
-    cycles = [LabelledCycle(q, (1,), right) for q, right in (("mixed", True), ("mixed", False), ("all right", True))]
-    alone = GeneratorConfig(policy=llama, questions="countdown", global_weight=0.0)
-    assert _batches(cycles, alone) == [cycles[:2], cycles[:2]]
-    weighed = GeneratorConfig(policy=llama, questions="countdown", questions_per_step=1, epochs=3)
-    assert [len(_batches(cycles, weighed)), len(_batches(cycles[:2], weighed))] == [6, 3]
+def test_cycles_weigh_the_same_on_both_sides_of_a_question_and_one_on_average(llama: Path) -> None:
+    rows = [("mixed", 1, True), ("mixed", 1, True), ("mixed", 2, False), ("mixed", 3, False), ("all right", 4, True)]
+    cycles = [LabelledCycle(name, (token,), right) for name, token, right in rows]
+    weighted = _weighted(cycles, GeneratorConfig(policy=str(llama), questions="countdown", global_weight=0.5))
+    assert [e.weight / weighted[0].weight for e in weighted] == pytest.approx([1.0, 0.5, 0.5, 1.0])
+    assert sum(e.weight for e in weighted) == pytest.approx(len(weighted))
+    alone = GeneratorConfig(policy=str(llama), questions="countdown", global_weight=0.0)
+    assert [e.ids for e in _weighted(cycles, alone)] == [(1,), (2,), (3,)]
     with pytest.raises(ConfigError, match="no question has right and wrong answers; use more samples"):
-        _batches(cycles[2:], alone)
+        _weighted(cycles[-1:], alone)
+
+
+def test_the_loss_is_the_balanced_cross_entropy_however_rows_are_split(llama: Path, tmp_path: Path) -> None:
+    """Two micro batches with accumulation give the gradient of one batch, and padding changes nothing."""
+    cycles = [LabelledCycle(str(i % 2), tuple(range(3, 5 + i)), i < 2) for i in range(4)]
+    gradients: list[torch.Tensor] = []
+    for micro_batch in (4, 2):
+        config = GeneratorConfig(
+            policy=str(llama), questions="countdown", batch_size=4, micro_batch=micro_batch, epochs=1, seed=3,
+            output=tmp_path / f"rows-{micro_batch}", trainer='{"max_grad_norm": 0, "optim": "sgd", "warmup_steps": 0}',
+        )  # fmt: skip
+        examples = _weighted(cycles, config)
+        model = _fresh(config, pad_id=7)
+        before = model.score.weight.detach().clone()
+        trainer = ClassifierTrainer(
+            model=model, args=trainer_arguments(TrainingArguments, config, remove_unused_columns=False),
+            train_dataset=_dataset(examples), data_collator=Padding(7),
+        )  # fmt: skip
+        trainer.train()
+        gradients.append((before - model.score.weight.detach()) / config.learning_rate)
+    assert gradients[0].norm() > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+    # By hand: the weighted mean of the rows, each read alone.
+    model = _fresh(config, pad_id=7)
+    losses = [
+        e.weight
+        * torch.nn.functional.binary_cross_entropy_with_logits(
+            model(input_ids=torch.tensor([e.ids])).logits[0, 0], torch.tensor(float(e.is_right))
+        )
+        for e in examples
+    ]
+    (sum(losses, torch.zeros(())) / len(losses)).backward()
+    torch.testing.assert_close(model.score.weight.grad, gradients[0], rtol=1e-2, atol=1e-4)
+
+
+def test_corrupted_workings_have_both_labels_and_are_of_training_questions() -> None:
+    _, tokenizer, dialect = load_dialect(BUNDLED / "policy")
+    config = GeneratorConfig(policy=str(BUNDLED / "policy"), questions="arithmetic", corruptions=5)
+    found = _corruptions(config, tokenizer, dialect)
+    assert found == _corruptions(config, tokenizer, dialect)
+    by_question: dict[str, set[bool]] = {}
+    for cycle in found:
+        by_question.setdefault(cycle.question, set()).add(cycle.is_right)
+    assert [*by_question.values()] == [{True, False}] * 5
+    assert all("<think>" in dialect.decode(cycle.ids) for cycle in found)
+
+
+def test_a_killed_run_resumes_to_the_same_generator(llama: Path, tmp_path: Path) -> None:
+    samples = kept_samples(tmp_path / "samples.jsonl", questions=60)
+    flags = ["generator", "--policy", str(llama), "--samples-file", str(samples), "--epochs", "1", "--save-steps", "2",
+             "--batch-size", "32", "--learning-rate", "1e-3"]  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert main([*flags, "--output", str(whole)]) == 0
+    kept = tmp_path / "whole.run" / "checkpoint-2"
+    shutil.copytree(kept, tmp_path / "resumed.run" / kept.name)
+    assert main([*flags, "--output", str(resumed)]) == 0
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all(weight.equal(second[name]) for name, weight in first.items())
+    assert json.loads((tmp_path / "resumed.run" / "train.jsonl").read_text().splitlines()[0])["step"] == 3
+    assert main([*flags, "--output", str(resumed), "--learning-rate", "0.5"]) == 2
 
 
 def test_without_a_chat_template_nothing_says_how_it_is_asked(llama: Path, tmp_path: Path) -> None:
@@ -226,4 +280,4 @@ def test_without_a_chat_template_nothing_says_how_it_is_asked(llama: Path, tmp_p
     settings.pop("chat_template", None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="no chat template"):
-        prompt_ids(load_for_training(tmp_path), "1+1")
+        load_for_training(tmp_path)

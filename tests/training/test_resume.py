@@ -71,24 +71,6 @@ def test_sft_of_two_processes_resumes_to_the_last_bit(tmp_path: Path) -> None:
     assert_same_run(whole, killed)
 
 
-CONFIDENCE = [
-    f"--policy={BUNDLED_POLICY}", "--tasks=countdown", "--questions=24", "--samples=3", "--eval-questions=3",
-    "--eval-samples=2", "--max-cycles=2", "--batch-tokens=256", "--max-steps=40", "--save-steps=3",
-]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_confidence_resumes_to_the_last_bit(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(["demo-confidence", *CONFIDENCE, f"--output={whole}"]) == 0
-    kill_after_a_state("demo-confidence", CONFIDENCE, killed)
-    sampled = (run_dir(killed) / "samples.jsonl").read_bytes()
-    # As if it had been killed while sampling too: what is missing is sampled again, to the same.
-    (run_dir(killed) / "samples.jsonl").write_bytes(sampled[: len(sampled) // 2])
-    assert main(["demo-confidence", *CONFIDENCE, f"--output={killed}"]) == 0
-    assert_same_run(whole, killed)
-
-
 GENERATOR = [
     f"--policy={BUNDLED_POLICY}", "--questions=countdown", "--num-questions=20", "--eval-questions=3", "--samples=3",
     "--max-cycles=1", "--max-cycle-tokens=48", "--epochs=6", "--questions-per-step=4", "--learning-rate=1e-4",

@@ -11,14 +11,17 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import main
-from rtap_training.generator_samples import kept_trajectories
 from rtap_training.rl.loading import load_dialect, load_for_training
-from rtap_training.sft import IGNORED, _dataset, build_corrections, build_rows, trl_arguments
+from rtap_training.sft import IGNORED, _dataset, build_corrections, build_rows
 from rtap_training.sft_config import SftConfig
+from rtap_training.supervised import trainer_arguments
+from rtap_training.trajectories import kept_trajectories
+from tests.training.rl.tiny import BUNDLED
 from tests.training.test_generator import kept_samples, save_llama
 
 SHORT = ["--batch-size", "4", "--micro-batch", "2", "--learning-rate", "1e-3", "--max-length", "200"]
@@ -64,7 +67,7 @@ def test_a_line_that_is_no_conversation_is_named(llama: Path, tmp_path: Path, ro
         build_rows(SftConfig(policy=str(llama), data=str(file)), tokenizer, dialect)
 
 
-def test_a_correction_trains_a_right_cycle_after_a_wrong_one_and_the_opening(llama: Path, tmp_path: Path) -> None:
+def test_a_correction_trains_a_right_cycle_after_a_wrong_one_with_its_opening(llama: Path, tmp_path: Path) -> None:
     _, tokenizer, dialect = load_dialect(llama)
     config = SftConfig(policy=str(llama), samples_file=kept_samples(tmp_path / "s.jsonl"), rows_per_question=2)
     once = config.samples_file.read_text()
@@ -77,11 +80,12 @@ def test_a_correction_trains_a_right_cycle_after_a_wrong_one_and_the_opening(lla
     assert all(found.values())
     for kind, firsts in (("corrected", wrong), ("confirmed", right)):
         for row in found[kind]:
-            context = row.ids[: row.num_context]
-            assert list(context[-len(opening) :]) == opening
-            assert any(context[: -len(opening)][-len(first) :] == first for first in firsts)
-            # The opening has the tag that begins a thought.
-            assert (*opening, *row.ids[row.num_context : -1]) in right
+            context, written = row.ids[: row.num_context], row.ids[row.num_context : -1]
+            if kind == "confirmed":  # only a server opens a cycle after a right answer
+                assert list(context[-len(opening) :]) == opening
+                context, written = context[: -len(opening)], (*opening, *written)
+            assert any(context[-len(first) :] == first for first in firsts)
+            assert written in right  # the opening has the tag that begins a thought
             assert row.ids[-1] == dialect.end_of_turn_id
 
 
@@ -97,7 +101,10 @@ def test_a_row_is_what_reaches_the_loss(llama: Path, tmp_path: Path) -> None:
     assert counts == {"conversations": 1, "too_long": 1}
     loaded = load_for_training(llama)
     trainer = SFTTrainer(
-        model=loaded.model, args=trl_arguments(config), train_dataset=_dataset([row]), processing_class=loaded.processor
+        model=loaded.model,
+        args=trainer_arguments(TrlConfig, config, max_length=200),
+        train_dataset=_dataset([row]),
+        processing_class=loaded.processor,
     )
     (batch,) = trainer.get_train_dataloader()
     assert batch["input_ids"][0].tolist() == list(row.ids)
@@ -118,9 +125,11 @@ def test_right_samples_alone_are_imitation(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"data": "corrections"}, "need a samples_file"),
-        ({"data": "c.jsonl", "samples_file": Path("s.jsonl")}, "needs none"),
-        ({"data": "c.jsonl", "merge": True}, "needs a lora_rank"),
+        ({"data": "corrections"}, "with questions to sample or with a samples_file"),
+        ({"data": "c.jsonl", "samples_file": Path("s.jsonl")}, "a file of conversations alone"),
+        ({"data": "c.jsonl", "teacher": "someone/model"}, "teacher=someone/model is sampled on questions"),
+        ({"data": "c.jsonl", "prompt": "{question}!"}, "prompt is for questions"),
+        ({"data": "c.jsonl", "merge": True}, "merge needs lora_rank"),
         ({"data": "c.jsonl", "micro_batch": 5}, "must divide"),
         ({"data": "c.jsonl", "trainer": "[]"}, "must be a JSON object"),
         ({"data": "c.jsonl", "trainer": "{"}, "is not JSON"),
@@ -176,3 +185,16 @@ def test_a_merged_policy_is_a_checkpoint_that_continues_its_answers(llama: Path,
     config = json.loads((output / "config.json").read_text())
     assert config["rtap"] == {"format": "think", "recursion": "continue"}
     assert AutoModelForCausalLM.from_pretrained(output).dtype is torch.bfloat16
+
+
+def test_a_student_imitates_what_its_teacher_writes_on_questions(tmp_path: Path) -> None:
+    """The bundled policy is right on most sums, and its student has the same tokens."""
+    output = tmp_path / "student"
+    flags = ["--questions", "arithmetic", "--num-questions", "6", "--samples", "2", "--max-cycle-tokens", "96"]
+    policies = ["--policy", str(BUNDLED / "student"), "--teacher", str(BUNDLED / "policy")]
+    assert main(["sft", "--data", "right", "--output", str(output), *policies, *flags, *SHORT]) == 0
+    rows = json.loads((output / "manifest.json").read_text())["figures"]["rows"]
+    assert rows["right"] >= 6
+    assert not list((tmp_path / "student.run").glob("samples-*"))
+    other = ["--policy", str(save_llama(tmp_path / "llama", extra_token=True)), "--teacher", str(BUNDLED / "policy")]
+    assert main(["sft", "--data", "right", "--output", str(output), *other, *flags]) == 2

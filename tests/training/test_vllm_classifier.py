@@ -10,17 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from rtap_core.format import RTAP
-from rtap_training.bundled.classifier import load_generator, pooled
-from rtap_training.examples import Example
-from rtap_training.huggingface import encode_text
-from rtap_training.rollout import encode_question
+from rtap_training.huggingface import encode_text, load_tokenizer
+from rtap_training.rl.online_generator import load_online_generator, score_rows
+from tests.training.demo import MODELS, encode_question
 
 pytestmark = pytest.mark.slow
 
-GENERATOR = Path(__file__).parents[2] / "deploy" / "models" / "confidence"
+GENERATOR = MODELS / "confidence"
 SCRIPT = """
 import json, sys
 from vllm import LLM
@@ -44,13 +42,12 @@ CYCLES = [
 
 
 def test_scores_equal_transformers(tmp_path: Path) -> None:
-    model, tokenizer = load_generator(GENERATOR)
+    tokenizer = load_tokenizer(GENERATOR)
     rows = [
-        [*encode_question(tokenizer, question), *encode_text(tokenizer, RTAP.render_cycle(think, answer))]
+        [*encode_question(question), *encode_text(tokenizer, RTAP.render_cycle(think, answer))]
         for question, think, answer in CYCLES
     ]
-    with torch.inference_mode():
-        expected = model.score(pooled(model, [Example(0, tuple(r), True, 1) for r in rows]))[:, 0].sigmoid().tolist()
+    expected = score_rows(load_online_generator(GENERATOR), [tuple(row) for row in rows])
     script = tmp_path / "classify.py"
     script.write_text(SCRIPT)
     environment = os.environ | {

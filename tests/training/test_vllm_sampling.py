@@ -14,32 +14,32 @@ import pytest
 
 from rtap_core.format import RTAP, parse_cycle
 from rtap_training.huggingface import decode_ids, load_tokenizer, token_id
-from rtap_training.rollout import MAX_CYCLE_TOKENS
 
 pytestmark = pytest.mark.slow
 
 POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
 SCRIPT = """
 import json, sys
-from pathlib import Path
 import torch
-from rtap_training.bundled.own_cycles import PolicySetup, build_sampler, sample_chunk
-from rtap_training.bundled.config import ConfidenceConfig
 from rtap_training.config import SamplerKind
-from rtap_training.huggingface import load_policy
 from rtap_training.questions import held_out_questions
+from rtap_training.rl.loading import load_dialect
+from rtap_training.supervised_config import SupervisedConfig
 from rtap_training.tasks import TASKS
+from rtap_training.trajectories import sample_parts
 
 torch.set_num_threads(1)
-path, wanted = Path(sys.argv[1]), []
-questions = [q.question for name in ("countdown", "arithmetic") for q in held_out_questions(TASKS[name], 2)]
+policy, output, wanted = sys.argv[1], sys.argv[2], []
+questions = [q for name in ("countdown", "arithmetic") for q in held_out_questions(TASKS[name], 2)]
+_, tokenizer, dialect = load_dialect(policy)
 for kind in (SamplerKind.VLLM, SamplerKind.TRANSFORMERS):
-    setup = PolicySetup(*load_policy(path), ConfidenceConfig(policy=path, sampler=kind, max_cycles=2))
-    sampler = build_sampler(setup)
-    for seed in (1, 1, 2):
-        trajectories = sample_chunk(setup, sampler.seeded(seed), questions, [0, 1, 2, 3], 16)
-        wanted.append([[t.question, [[c.ids, c.answer, c.is_right] for c in t.cycles]] for t in trajectories])
-    sampler.close()
+    for run, seed in enumerate((1, 1, 2)):
+        config = SupervisedConfig(
+            policy=policy, output=f"{output}/{kind}-{run}", sampler=kind, samples=16, seed=seed, max_cycle_tokens=160
+        )
+        (turns,) = sample_parts(policy, tokenizer, dialect, {"all": questions}, config, max_cycles=2)
+        cycles = [[[c.ids, c.answer, c.is_right, c.logprobs.shown()] for c in t.cycles] for t in turns]
+        wanted.append([[t.question, c] for t, c in zip(turns, cycles)])
 assert not torch.distributed.is_initialized()
 print("SAMPLES", json.dumps(wanted))
 """
@@ -47,15 +47,17 @@ print("SAMPLES", json.dumps(wanted))
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Trajectories [question, [[ids, answer, right], ...]] of vLLM with seeds 1, 1, 2, and of transformers likewise."""
-    script = tmp_path_factory.mktemp("vllm") / "sample.py"
+    """Trajectories [question, [[ids, answer, right, log-probabilities], ...]]: seeds 1, 1, 2 of vLLM, then the same of
+    transformers."""
+    folder = tmp_path_factory.mktemp("vllm")
+    script = folder / "sample.py"
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, str(script), str(POLICY)]
+    command = [sys.executable, str(script), str(POLICY), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
     line = next(x for x in done.stdout.splitlines() if x.startswith("SAMPLES"))
@@ -81,15 +83,15 @@ def test_every_cycle_parses_and_later_ones_are_forced_open(runs: list[Any]) -> N
     depths = set()
     for _, cycles in runs[0]:
         depths.add(len(cycles))
-        for ids, answer, _ in cycles:
+        for ids, answer, *_ in cycles:
             assert ids[0] == cycle_open
             assert ids[1:].count(cycle_open) == 0
             assert parse_cycle(decode_ids(tokenizer, ids), RTAP)[1] == answer
             assert (ids[-1] == close) == (answer is not None)
-            assert len(ids) <= MAX_CYCLE_TOKENS + 1
-        assert not any(is_right for _, _, is_right in cycles[:-1])  # cut at the first right one
+            assert len(ids) <= 161
+        assert not any(is_right for _, _, is_right, _ in cycles[:-1])  # cut at the first right one
     assert depths == {1, 2}
-    whole = [answer is not None for _, cycles in runs[0] for _, answer, _ in cycles]
+    whole = [answer is not None for _, cycles in runs[0] for _, answer, *_ in cycles]
     assert sum(whole) / len(whole) > 0.95
 
 
@@ -100,3 +102,10 @@ def test_about_as_many_are_right_as_of_transformers(runs: list[Any]) -> None:
     ]
     assert shares[0] == pytest.approx(shares[1], abs=0.2)
     assert shares[0] > 0.2
+
+
+def test_both_read_the_same_log_probabilities(runs: list[Any]) -> None:
+    """Means over 64 first cycles, in bf16 and in fp32."""
+    means = [sum(cycles[0][3]["mean"] for _, cycles in part) / 64 for part in (runs[0], runs[3])]
+    assert means[0] == pytest.approx(means[1], abs=0.05)
+    assert means[0] < -0.01

@@ -29,21 +29,6 @@ STAGES: dict[str, tuple[str, type[Any], str]] = {
         "train a confidence generator for a model on your questions, or on kept samples",
     ),
     "demo-sft": ("rtap_training.bundled.sft", demo.SftConfig, "train the demo's policy from random weights"),
-    "demo-correct": (
-        "rtap_training.bundled.corrections",
-        demo.CorrectConfig,
-        "train the demo's policy on corrections of its wrong cycles",
-    ),
-    "demo-imitate": (
-        "rtap_training.bundled.imitation",
-        demo.ImitateConfig,
-        "train the demo's student on its teacher's right trajectories",
-    ),
-    "demo-confidence": (
-        "rtap_training.bundled.confidence",
-        demo.ConfidenceConfig,
-        "train the confidence generator of the demo's policy",
-    ),
 }
 
 

@@ -13,9 +13,6 @@ from random import Random
 from rtap_core.format import RTAP
 from rtap_training.tasks.base import Attempt, Problem
 
-PAIRS = 4
-"""Pairs per question and epoch. Our choice: more would only repeat the same questions sooner."""
-
 Row = tuple[int, tuple[int, ...], bool]
 """(question index, prompt and cycle ids, is right)"""
 
@@ -75,38 +72,11 @@ def read_once(
     return [values[ids] for ids in rows]
 
 
-def pair_batches(examples: Sequence[Example], rng: Random, batch_tokens: int) -> list[list[Example]]:
-    """One pairwise epoch: batches of alternating right and wrong cycles; each pair belongs to one question.
-
-    Every question with contrast gives the same number of pairs. Cycles are drawn in proportion to their counts.
-    """
-    sides: defaultdict[int, tuple[list[Example], list[Example]]] = defaultdict(lambda: ([], []))
-    for example in examples:
-        sides[example.question][example.is_right].append(example)
-    pairs: list[tuple[Example, Example]] = []
-    for wrong, right in sides.values():
-        if wrong and right:
-            drawn = (rng.choices(side, [e.count for e in side], k=PAIRS) for side in (right, wrong))
-            pairs += zip(*drawn, strict=True)
-    rng.shuffle(pairs)  # so that batches of equal lengths differ between epochs
-    batches: list[list[Example]] = [[]]
-    for pair in sorted(pairs, key=_longer):
-        if batches[-1] and (len(batches[-1]) + 2) * _longer(pair) > batch_tokens:
-            batches.append([])
-        batches[-1] += pair
-    rng.shuffle(batches)
-    return batches
-
-
-def _longer(pair: tuple[Example, Example]) -> int:
-    return max(len(e.ids) for e in pair)
-
-
-def synthetic_texts(problem: Problem, rng: Random, pairs: int) -> list[tuple[str, bool]]:
-    """``pairs`` right and wrong cycles as text. Where the task has false attempts, half of the wrong ones are false:
+def synthetic_texts(problem: Problem, rng: Random) -> list[tuple[str, bool]]:
+    """Two right and two wrong cycles as text. Where the task has false attempts, half of the wrong ones are false:
     errors that a policy rarely samples."""
     texts: list[tuple[str, bool]] = []
-    for _ in range(pairs):
+    for _ in range(2):
         right = problem.right_attempt(rng)
         wrong = problem.wrong_attempt(rng, [])
         doubt = problem.doubt(rng, wrong.value) if wrong and rng.random() < 0.4 else ""

@@ -1,22 +1,22 @@
 """Confidence generator for any Hugging Face model (``rtap train generator``).
 
-Sample the model on the user's questions, label the cycles with answer checkers, train, calibrate, evaluate. A killed
-run resumes. ``bundled/confidence.py`` trains the demo's, with synthetic cycles in addition.
+The model's cycles, sampled on questions or kept in a file, are labelled by answer checkers. A classifier learns the
+labels with the Trainer of transformers, is calibrated, and is evaluated on held-out questions.
 """
 
 import json
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from time import monotonic
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
 from peft import get_peft_model
 from torch import Tensor
 from transformers import (
@@ -24,6 +24,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
 )
 
 from rtap_core.adapters import merge_adapter
@@ -32,24 +34,31 @@ from rtap_core.classifier_input import answer_ids
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
 from rtap_training.calibration import Bools, Floats, Seen, best_threshold, figures, fit_confidence, histogram
-from rtap_training.checkpoint import manifest, sha256
+from rtap_training.checkpoint import manifest
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
+from rtap_training.examples import Example, balance, collect, synthetic_texts
 from rtap_training.generator_config import GeneratorConfig
-from rtap_training.generator_samples import SampledTrajectory, clean_up, kept_trajectories, numbered, sample
 from rtap_training.huggingface import cast_to, save_checkpoint
-from rtap_training.optim import Budget
 from rtap_training.output import save_generator_adapter
-from rtap_training.progress import Progress
 from rtap_training.questions import Question, load_questions, message
-from rtap_training.rl.loading import load_dialect, load_for_training, lora_config
-from rtap_training.rl.online_generator import LabelledCycle, OnlineGenerator, score_rows, train_in_fp32
+from rtap_training.reliability import plot_png
+from rtap_training.rl.loading import load_dialect, lora_config
+from rtap_training.rl.online_generator import LabelledCycle, score_rows, train_in_fp32
 from rtap_training.rl.rollouts import Dialect, RolledCycle
-from rtap_training.run_state import States, check_resumable, plain
 from rtap_training.runtime import configure_torch
-from rtap_training.tasks.base import Split
+from rtap_training.supervised import check_resumable, run_trainer, trainer_arguments
+from rtap_training.tasks import TASKS, parse_mix
+from rtap_training.tasks.base import Split, sample_split
 from rtap_training.tasks.jsonl import question_split
-from rtap_training.training_errors import TrainingError
+from rtap_training.trajectories import (
+    SampledTrajectory,
+    kept_trajectories,
+    numbered,
+    prompt_ids,
+    remove_samples,
+    sample_parts,
+)
 
 Item = TypeVar("Item")
 Parts = tuple[list[Question], list[Question], list[Question]]  # of training, calibration, evaluation; disjoint
@@ -57,7 +66,8 @@ Parts = tuple[list[Question], list[Question], list[Question]]  # of training, ca
 
 @dataclass(frozen=True, slots=True)
 class Cycles:
-    """Generator's scores and labels of cycles, in trajectory order. logprobs: empty unless all cycles have them."""
+    """Generator's scores and labels of cycles with an answer, in trajectory order. logprobs: empty unless all cycles
+    have them."""
 
     scores: list[float]
     labels: Bools
@@ -78,37 +88,48 @@ class Cycles:
 def run(config: GeneratorConfig) -> None:
     """Sample, train, calibrate, evaluate on held-out questions, save, and print the metrics. Raises ConfigError.
 
-    Resumes from saved samples and the last state.
+    Resumes from the kept samples and the run's last complete checkpoint.
     """
-    check_resumable(config.output, config)
     configure_torch(config.threads, config.seed)
+    arguments = trainer_arguments(
+        TrainingArguments, config, remove_unused_columns=False, train_sampling_strategy="group_by_length"
+    )
+    check_resumable(config)
     judge_tokenizer = load_dialect(config.backbone)[1] if config.backbone else None  # before hours of sampling
-    parts = None if config.samples_file else _questions(config)
     processor, tokenizer, dialect = load_dialect(config.policy)
     if processor is not tokenizer:
         raise ConfigError(
             f"{config.policy} is a vision-language model; `rtap train generator` supports text models only"
         )
-    parts, sampled = _kept(config, tokenizer, dialect) if parts is None else (parts, _sampled(config, parts))
+    parts, sampled = _samples(config, tokenizer, dialect)
+    added = _corruptions(config, tokenizer, dialect)
     if judge_tokenizer is not None:
         tokenizer = judge_tokenizer
         sampled = [
             _in_chat(turns, [message(q, config.prompt) for q in part], tokenizer, dialect)
             for turns, part in zip(sampled, parts, strict=True)
         ]
-    fitting, validation, held_out = parts
+    held_out = parts[2]
     cycles = _labelled(sampled[0])
     _check_contrast([c.is_right for c in cycles], "training")
     _check_contrast([c.is_right for c in _labelled(sampled[1])], "validation")
     if not _labelled(sampled[2]):
         raise ConfigError("no held-out answer is finished; use more questions, or a larger max_cycle_tokens")
-    states = States(run_dir(config.output), plain(config), data_sha256=sha256(json.dumps(cycles)))
-    model = _fresh(config, pad_id=cast(int, tokenizer.pad_token_id))
-    generator = OnlineGenerator(
-        model, learning_rate=config.learning_rate, iterations=1, global_weight=config.global_weight, average=_alone,
-        bf16=config.bf16,
-    )  # fmt: skip
-    training = _train(generator, _batches(cycles, config), config, states)
+    examples = _weighted([*cycles, *added], config)
+    pad_id = cast(int, tokenizer.pad_token_id)
+    configure_torch(config.threads, config.seed)  # new weights depend on the seed alone, not on the sampling
+    trainer = ClassifierTrainer(
+        model=_fresh(config, pad_id=pad_id),
+        args=arguments,
+        train_dataset=_dataset(examples),
+        data_collator=Padding(pad_id),
+    )
+    data = json.dumps([(e.ids, e.weight, e.is_right) for e in examples])
+    trained = run_trainer(trainer, config, data=data)
+    if not trainer.is_world_process_zero():
+        trainer.accelerator.end_training()  # wait for the process that saves
+        return
+    model = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model))
     adapter = model if config.lora_rank else None
     if adapter is not None:
         model = _merged_as_saved(adapter, config)
@@ -119,35 +140,41 @@ def run(config: GeneratorConfig) -> None:
     logistic = fit_confidence(known.seen, known.labels, names)
     threshold = best_threshold(known.confidences(logistic), known.labels)
     confidences = unseen.confidences(logistic)
-    judged = asdict(figures(confidences, unseen.labels, unseen.questions))
-    alone = figures(np.array(unseen.scores), unseen.labels, unseen.questions).within_auroc
-    calibration = {"bins": NUM_BINS, "reference": histogram(confidences[unseen.is_first]), "held_out": judged}
+    judged = _judged(unseen, confidences, held_out)
+    calibration = {"bins": NUM_BINS, "reference": histogram(confidences[unseen.is_first]), "held_out": judged["all"]}
     model.config.rtap = {
         "format": dialect.format.name, "kind": "confidence", "threshold": threshold, "logistic": logistic.model_dump(),
         "calibration": calibration, "input": "chat" if config.backbone else "token_ids",
     }  # fmt: skip
-    summary = training | {"threshold": threshold, "held_out": judged, "within_auroc_without_logprobs": alone}
-    _show(config, training["steps"], judged, held_out, sampled[2], confidences)
-    data = "\n".join(q.identity for q in (*fitting, *validation))
-    record = manifest("rtap train generator", config, data=data, seconds=training["seconds"], figures=summary)
+    summary = trained.figures | {"examples": len(examples), "threshold": threshold, "held_out": judged}
+    _show(config, int(trainer.state.global_step), judged["all"], held_out, sampled[2], confidences)
+    _plot(run_dir(config.output) / "reliability.png", unseen, confidences, held_out)
+    record = manifest("rtap train generator", config, data=data, seconds=trained.seconds, figures=summary)
     if adapter is not None and not config.merge:
         save_generator_adapter(config.output, adapter, model.config, record)
     else:
         cast_to(model, torch.bfloat16)
         save_checkpoint(config.output, model, tokenizer, record)
-    clean_up(states)
+    remove_samples(config.output)
     sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.end_training()
 
 
-def _alone(_: Sequence[Tensor]) -> None:
-    """Mean over a single process."""
+# Samples.
 
 
-def _questions(config: GeneratorConfig) -> Parts:
-    """Questions of each part, drawn from ``config.questions``."""
+def _samples(
+    config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect
+) -> tuple[Parts, list[list[SampledTrajectory]]]:
+    """Questions of each part, and their trajectories: of a samples file, or sampled from the policy."""
+    if config.samples_file is not None:
+        return _kept(config, config.samples_file, tokenizer, dialect)
     known = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
     held_out = load_questions(config.questions, Split.HELD_OUT, seed=config.seed, count=config.eval_questions)
-    return (*_divided(known, config), held_out)
+    parts = (*_divided(known, config), held_out)
+    named = {"fitting": parts[0], "validation": parts[1], "held-out": held_out}
+    return parts, sample_parts(config.policy, tokenizer, dialect, named, config, max_cycles=config.max_cycles)
 
 
 def _divided(known: list[Item], config: GeneratorConfig) -> tuple[list[Item], list[Item]]:
@@ -159,32 +186,36 @@ def _divided(known: list[Item], config: GeneratorConfig) -> tuple[list[Item], li
     return known[kept:], known[:kept]
 
 
-def _sampled(config: GeneratorConfig, parts: Parts) -> list[list[SampledTrajectory]]:
-    """Trajectories of each part, sampled with transformers."""
-    loaded = load_for_training(config.policy)
-    names = ("fitting", "validation", "held-out")
-    return [
-        sample(loaded, part, config, name, config.seed + i)
-        for i, (name, part) in enumerate(zip(names, parts, strict=True))
-    ]
-
-
 def _kept(
-    config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect
+    config: GeneratorConfig, file: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dialect
 ) -> tuple[Parts, list[list[SampledTrajectory]]]:
     """The parts of a samples file, and their trajectories."""
-    assert config.samples_file is not None
-    found = kept_trajectories(tokenizer, dialect, config.samples_file)
+    found = kept_trajectories(tokenizer, dialect, file)
     Random(config.seed).shuffle(found)
     known = [one for one in found if question_split(one[0].identity) is Split.TRAIN][: config.num_questions]
     held_out = [one for one in found if question_split(one[0].identity) is Split.HELD_OUT][: config.eval_questions]
     if not held_out:
-        raise ConfigError(
-            f"{config.samples_file} has no held_out question; a tenth is held out by hash, so sample more"
-        )
+        raise ConfigError(f"{file} has no held_out question; a tenth is held out by hash, so sample more")
     parts = (*_divided(known, config), held_out)
     fitting, validation, unseen = ([question for question, _ in part] for part in parts)
     return (fitting, validation, unseen), [numbered([rows for _, rows in part]) for part in parts]
+
+
+def _corruptions(config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[LabelledCycle]:
+    """Right workings of bundled tasks and copies with a wrong step: errors that a policy rarely samples."""
+    if not config.corruptions:
+        return []
+    if dialect.format.name != "rtap" or config.backbone or not config.questions:
+        raise ConfigError(f"corruptions={config.corruptions} need bundled tasks as questions, format rtap, no backbone")
+    rng, shares = Random(f"{config.seed}:corruptions"), parse_mix(config.questions)
+    cycles: list[LabelledCycle] = []
+    for number in range(config.corruptions):
+        name = rng.choices(list(shares), list(shares.values()))[0]
+        problem = sample_split(TASKS[name], rng, Split.TRAIN)
+        prompt = prompt_ids(tokenizer, dialect, problem.phrase(rng))
+        for text, is_right in synthetic_texts(problem, rng):
+            cycles.append(LabelledCycle(f"corrupted {number}", (*prompt, *dialect.encode(text)), is_right))
+    return cycles
 
 
 def _in_chat(
@@ -248,52 +279,60 @@ def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
     return cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _batches(cycles: Sequence[LabelledCycle], config: GeneratorConfig) -> list[list[LabelledCycle]]:
-    """Batches of all epochs; each holds all cycles of some questions. Raises ConfigError if no question can be used."""
-    by_question: dict[str, list[LabelledCycle]] = {}
-    for cycle in cycles:
-        by_question.setdefault(cycle.question, []).append(cycle)
-    names = [n for n, own in by_question.items() if config.global_weight or len({c.is_right for c in own}) == 2]
-    if not names:
+def _weighted(cycles: Sequence[LabelledCycle], config: GeneratorConfig) -> list[Example]:
+    """Distinct cycles, weighted as in R-TAP eq. 6 with a mean of 1. Raises ConfigError if none has weight."""
+    names = {name: index for index, name in enumerate(dict.fromkeys(c.question for c in cycles))}
+    rows = collect((names[c.question], c.ids, c.is_right) for c in cycles)
+    weighted = [e for e in balance(rows, global_weight=config.global_weight) if e.weight]
+    if not weighted:
         raise ConfigError("no question has right and wrong answers; use more samples, or a global_weight above 0")
-    rng, size = Random(config.seed), config.questions_per_step
-    batches: list[list[LabelledCycle]] = []
-    for _ in range(config.epochs):
-        rng.shuffle(names)
-        batches += ([c for name in names[k : k + size] for c in by_question[name]] for k in range(0, len(names), size))
-    return batches
+    mean = sum(e.weight for e in weighted) / len(weighted)
+    return [replace(e, weight=e.weight / mean) for e in weighted]
 
 
-def _train(
-    generator: OnlineGenerator, batches: Sequence[list[LabelledCycle]], config: GeneratorConfig, states: States
-) -> dict[str, Any]:
-    """Run the steps after the last state. Raises TrainingError when the loss is not finite."""
-    last = states.last
-    shared, own = states.load(last) if last is not None else ({}, {})
-    budget = Budget(0.0, len(batches), used=shared.get("seconds", 0.0), steps=shared.get("steps", 0))
-    progress, saved = Progress("generator", states.folder, budget), monotonic()
-    if last is not None:
-        generator.load_state_dict(shared["generator"])
-        progress.load_state_dict(shared["progress"])
-        torch.set_rng_state(own["torch"])
-    with progress:
-        for batch in batches[budget.steps :]:
-            loss = generator.update(batch)
-            if loss is None or not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss} at step {budget.steps + 1}; {states.resume_hint}. Try a lower "
-                    f"learning_rate, with another output or with {states.folder} removed"
-                )
-            budget.steps += 1
-            progress.record(loss, rows=len(batch), tokens=sum(len(c.ids) for c in batch))
-            is_step = config.save_steps > 0 and budget.steps % config.save_steps == 0
-            is_time = monotonic() - saved > config.save_minutes * 60
-            if is_step or is_time or budget.steps == len(batches):
-                state = {"generator": generator.state_dict(), "progress": progress.state_dict()}
-                steps = {"steps": budget.steps, "seconds": budget.seconds}
-                states.save(budget.steps, state | steps, {"torch": torch.get_rng_state()})
-                saved = monotonic()
-    return progress.summary()
+def _dataset(examples: Sequence[Example]) -> Any:
+    return Dataset.from_dict(
+        {
+            "input_ids": [list(e.ids) for e in examples],
+            "is_right": [float(e.is_right) for e in examples],
+            "weight": [e.weight for e in examples],
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Collate examples: right-padded ids (B, T), their mask, labels (B,) and weights (B,)."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        return {
+            "input_ids": torch.tensor(
+                [[*r["input_ids"], *[self.pad_id] * (width - len(r["input_ids"]))] for r in rows]
+            ),
+            "attention_mask": torch.tensor([[i < len(r["input_ids"]) for i in range(width)] for r in rows]).long(),
+            "is_right": torch.tensor([row["is_right"] for row in rows]),
+            "weight": torch.tensor([row["weight"] for row in rows]),
+        }
+
+
+class ClassifierTrainer(Trainer):
+    """Trainer of the balanced cross-entropy (R-TAP eq. 6): each cycle counts by its weight."""
+
+    loss_is_scaled_for_ga = False  # the loss is a mean over the micro batch
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Weighted mean over the rows."""
+        del num_items_in_batch  # of tokens
+        labels, weights = inputs.pop("is_right"), inputs.pop("weight")
+        outputs = model(**inputs)
+        losses = F.binary_cross_entropy_with_logits(outputs.logits[:, 0].float(), labels, reduction="none")
+        loss = (losses * weights).mean()
+        return (loss, outputs) if return_outputs else loss
 
 
 def _merged_as_saved(adapter: Any, config: GeneratorConfig) -> PreTrainedModel:
@@ -305,7 +344,7 @@ def _merged_as_saved(adapter: Any, config: GeneratorConfig) -> PreTrainedModel:
 
 def _score(model: PreTrainedModel, turns: Sequence[SampledTrajectory], *, bf16: bool) -> Cycles:
     found = [(t, i, (*t.prompt_ids, *c.ids)) for t in turns for i, c in enumerate(t.cycles) if c.answer is not None]
-    logprobs = [t.logprobs for t, _, _ in found if t.logprobs is not None]
+    logprobs = [known for t, i, _ in found if (known := t.cycles[i].logprobs) is not None]
     return Cycles(
         score_rows(model, [ids for _, _, ids in found], bf16=bf16),
         np.array([t.cycles[i].is_right for t, i, _ in found], dtype=np.bool_),
@@ -313,6 +352,39 @@ def _score(model: PreTrainedModel, turns: Sequence[SampledTrajectory], *, bf16: 
         np.array([i == 0 for _, i, _ in found], dtype=np.bool_),
         logprobs if len(logprobs) == len(found) else [],
     )
+
+
+def _by_task(unseen: Cycles, questions: Sequence[Question]) -> dict[str, Bools]:
+    """Which cycles are of ``all`` tasks, and of each if there are several."""
+    tasks = np.array([questions[q].task for q in unseen.questions])
+    names = sorted(set(tasks.tolist()))
+    own: dict[str, Bools] = {name: tasks == name for name in names} if len(names) > 1 else {}
+    return own | {"all": np.ones(len(tasks), dtype=np.bool_)}
+
+
+def _judged(unseen: Cycles, confidences: Floats, questions: Sequence[Question]) -> dict[str, Any]:
+    """Metrics of held-out cycles by task.
+
+    alone: within-question AUROC of the classifier's own score; first_alone: of first cycles."""
+    scores, asked = np.array(unseen.scores), np.array(unseen.questions)
+
+    def alone(part: Bools) -> float | None:
+        if not part.any():
+            return None
+        return figures(scores[part], unseen.labels[part], asked[part].tolist()).within_auroc
+
+    return {
+        name: asdict(figures(confidences[part], unseen.labels[part], asked[part].tolist()))
+        | {"alone": alone(part), "first_alone": alone(part & unseen.is_first)}
+        for name, part in _by_task(unseen, questions).items()
+    }
+
+
+def _plot(file: Path, unseen: Cycles, confidences: Floats, questions: Sequence[Question]) -> None:
+    """Write the reliability plot of the held-out cycles by task."""
+    parts = _by_task(unseen, questions)
+    curves = {name: (confidences[part], unseen.labels[part]) for name, part in parts.items()}
+    file.write_bytes(plot_png(curves, "held-out questions, all cycles"))
 
 
 def _show(

@@ -15,14 +15,10 @@ from tqdm import tqdm
 
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import sha256
-from rtap_training.rollout import SampledCycle, Trajectory
 from rtap_training.training_errors import TrainingError
 
-CHUNK_ROWS = 2048
-_FORMAT = 2
-
-Sample = Callable[[Sequence[int], int], list[Trajectory]]
-"""(question indices, seed) -> their trajectories, grouped by question."""
+CHUNK_ROWS = 512  # samples lost by a kill, at most
+_FORMAT = 3
 
 Make = Callable[[Sequence[int], int], list[str]]
 """(question indices, seed) -> a line of JSON for each question."""
@@ -55,22 +51,12 @@ def _weights_sha256(name: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_or_sample(file: Path, first: dict[str, Any], sample: Sample) -> list[Trajectory]:
-    """All trajectories of the run that the header ``first`` describes; see ``read_or_make``."""
-
-    def make(indices: Sequence[int], seed: int) -> list[str]:
-        fresh = sample(indices, seed)
-        return [_render(i, [t for t in fresh if t.question == i]) for i in indices]
-
-    return [t for line in read_or_make(file, first, make, chunk_rows=CHUNK_ROWS) for t in _parse(line)]
-
-
-def read_or_make(file: Path, first: dict[str, Any], make: Make, *, chunk_rows: int) -> list[str]:
+def read_or_make(file: Path, first: dict[str, Any], make: Make) -> list[str]:
     """One line per question of the header ``first``: read from ``file``, then made and appended chunk by chunk.
 
-    A chunk has ``chunk_rows`` samples. Raises TrainingError when the file cannot be written; earlier lines are kept.
+    A chunk has CHUNK_ROWS samples. Raises TrainingError when the file cannot be written; earlier lines are kept.
     """
-    count, chunk = first["questions"], max(1, chunk_rows // first["samples"])
+    count, chunk = first["questions"], max(1, CHUNK_ROWS // first["samples"])
     done = _read(file, first)
     whole = len(done) if len(done) == count else len(done) - len(done) % chunk  # a kill may have cut a chunk
     kept = done[:whole]
@@ -104,21 +90,3 @@ def _read(file: Path, expected: dict[str, Any]) -> list[str]:
             f"{file} holds samples of another policy or setting ({', '.join(differing)}); remove it or name another"
         )
     return lines[1:]
-
-
-def _render(question: int, trajectories: Sequence[Trajectory]) -> str:
-    cycles = [[[c.ids, c.answer, c.is_right] for c in t.cycles] for t in trajectories]
-    return json.dumps({"question": question, "prompt": trajectories[0].prompt, "samples": cycles})
-
-
-def _parse(line: str) -> list[Trajectory]:
-    content = json.loads(line)
-    return [
-        Trajectory(
-            content["question"],
-            content["prompt"],
-            [SampledCycle(tuple(ids), answer, is_right) for ids, answer, is_right in cycles],
-            is_open=False,
-        )
-        for cycles in content["samples"]
-    ]

@@ -5,35 +5,33 @@ policy is followed by a right one. Only the last message or cycle of a row is tr
 """
 
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from random import Random
-from time import monotonic
 from typing import Any, cast
 
 import torch
 from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rtap_core.errors import ConfigError
-from rtap_training.checkpoint import manifest, sha256
-from rtap_training.config import run_dir
-from rtap_training.events import FOLDER
-from rtap_training.generator_samples import SampledTrajectory, kept_trajectories
+from rtap_training.checkpoint import manifest
 from rtap_training.output import save_policy
-from rtap_training.rl.checkpoints import JsonLog, last_checkpoint
-from rtap_training.rl.loading import load_for_training, lora_config
+from rtap_training.questions import load_questions
+from rtap_training.rl.loading import load_dialect, load_for_training, lora_config
 from rtap_training.rl.rollouts import Dialect
-from rtap_training.run_state import check_same_settings, describe, mark_complete, plain, step_of
+from rtap_training.rl.teacher import check_same_tokens
 from rtap_training.runtime import configure_torch
 from rtap_training.sft_config import CORRECTIONS, RIGHT, SftConfig
+from rtap_training.supervised import check_resumable, run_trainer, trainer_arguments
 from rtap_training.tasks.base import Split
 from rtap_training.tasks.jsonl import question_split
+from rtap_training.trajectories import SampledTrajectory, kept_trajectories, remove_samples, sample_parts
 
 IGNORED = -100  # label of a token without loss
 
@@ -49,17 +47,13 @@ class Row:
 def run(config: SftConfig) -> None:
     """Train and write ``config.output``. Resumes from the run's last complete checkpoint. Raises ConfigError."""
     configure_torch(config.threads, config.seed)
-    arguments = trl_arguments(config)
-    checkpoint = last_checkpoint(run_dir(config.output))
+    arguments = trainer_arguments(TrlConfig, config, max_length=config.max_length)
+    check_resumable(config)
     dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
     loaded = load_for_training(config.policy, dtype=dtype)
     if loaded.sees_images:
         raise ConfigError(f"{config.policy} is a vision-language model; `rtap train sft` supports text models only")
     rows, counts = build_rows(config, loaded.tokenizer, loaded.dialect)
-    data = json.dumps([(row.ids, row.num_context) for row in rows])
-    settings = plain(config) | {"data_sha256": sha256(data)}
-    if checkpoint is not None:
-        check_same_settings(checkpoint, settings, [name for name in settings if name not in config.MAY_CHANGE])
     trainer = SFTTrainer(
         model=loaded.model,
         args=arguments,
@@ -67,29 +61,21 @@ def run(config: SftConfig) -> None:
         processing_class=loaded.processor,
         peft_config=lora_config(config.lora_rank) if config.lora_rank else None,
     )
-    log = JsonLog(
-        run_dir(config.output) / "train.jsonl",
-        resumed_at=step_of(checkpoint) if checkpoint else 0,
-        is_writer=trainer.is_world_process_zero(),
-    )
-    trainer.add_callback(log)
-    trainer.add_callback(_Complete(describe(settings), trainer.accelerator.wait_for_everyone))
-    started = monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    weights: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # collective call
+    data = json.dumps([(row.ids, row.num_context) for row in rows])
+    trained = run_trainer(trainer, config, data=data)
     if trainer.is_world_process_zero():
-        last = next((line for line in reversed(trainer.state.log_history) if "loss" in line), {})
-        figures = {"rows": counts} | last
-        record = manifest("rtap train sft", config, data=data, seconds=monotonic() - started, figures=figures)
+        figures = {"rows": counts} | trained.figures
+        record = manifest("rtap train sft", config, data=data, seconds=trained.seconds, figures=figures)
         save_policy(
             config.output,
             trainer.model,
-            weights,
+            trained.weights,
             loaded,
             record,
             merge_into=config.policy if config.merge else None,
             continues=config.data == CORRECTIONS,
         )
+        remove_samples(config.output)
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.end_training()  # wait for the process that saves
@@ -100,11 +86,10 @@ def build_rows(
 ) -> tuple[list[Row], dict[str, int]]:
     """(rows, number of each kind and of those left out as too long). Samples of the tenth of questions that is held out
     by hash are not used. Raises ConfigError if there is no row."""
-    if config.samples_file is None:
+    if config.data not in (RIGHT, CORRECTIONS):
         parts = {"conversations": _read_conversations(Path(config.data), tokenizer, dialect)}
     else:
-        kept = kept_trajectories(tokenizer, dialect, config.samples_file)
-        samples = [rows for question, rows in kept if question_split(question.identity) is Split.TRAIN]
+        samples = _samples(config, tokenizer, dialect)
         rng = Random(config.seed)
         if config.data == RIGHT:
             parts = {RIGHT: [row for of_one in samples for row in _build_right_rows(of_one, dialect, config, rng)]}
@@ -127,13 +112,26 @@ def build_rows(
     return rows, {name: len(part) for name, part in fitting.items()} | {"too_long": too_long}
 
 
+def _samples(config: SftConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[list[SampledTrajectory]]:
+    """Samples of each training question: of a file, or sampled from the teacher or the policy."""
+    if config.samples_file is not None:
+        kept = kept_trajectories(tokenizer, dialect, config.samples_file)
+        return [rows for question, rows in kept if question_split(question.identity) is Split.TRAIN]
+    if config.teacher:
+        check_same_tokens(tokenizer, load_dialect(config.teacher)[1])
+    questions = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
+    parts = {"train": questions}
+    (turns,) = sample_parts(config.teacher or config.policy, tokenizer, dialect, parts, config, max_cycles=1)
+    return [list(of_one) for _, of_one in groupby(turns, key=lambda turn: turn.question)]
+
+
 def build_corrections(
     samples: Sequence[Sequence[SampledTrajectory]], dialect: Dialect, config: SftConfig, rng: Random
 ) -> dict[str, list[Row]]:
     """Rows of the samples of each question by kind, at most ``rows_per_question`` of each.
 
-    corrected: a right cycle after a wrong one. confirmed: a right cycle after another right one. kept: a right cycle as
-    the first."""
+    corrected: a right cycle after a wrong one; the policy learns to open it. confirmed: a right cycle after another
+    right one; the opening is not trained, because only a server opens it. kept: a right cycle as the first."""
     rows: dict[str, list[Row]] = {"corrected": [], "confirmed": [], "kept": []}
     opening = dialect.encode(dialect.format.cycle_open)
     for of_one in samples:
@@ -144,8 +142,9 @@ def build_corrections(
             for first in rng.sample(firsts, min(len(firsts), config.rows_per_question)):
                 others = [sample for sample in right if sample is not first]
                 if others:
-                    before = (*first.prompt_ids, *first.cycles[0].ids, *opening)
-                    rows[kind].append(Row((*before, *_encode_after_opening(rng.choice(others), dialect)), len(before)))
+                    before = (*first.prompt_ids, *first.cycles[0].ids)
+                    after = (*opening, *_encode_after_opening(rng.choice(others), dialect))
+                    rows[kind].append(Row((*before, *after), len(before) + (kind == "confirmed") * len(opening)))
     return rows
 
 
@@ -199,55 +198,3 @@ def _read_conversations(path: Path, tokenizer: PreTrainedTokenizerBase, dialect:
 def _dataset(rows: Sequence[Row]) -> Any:
     labels = [[*[IGNORED] * row.num_context, *row.ids[row.num_context :]] for row in rows]
     return Dataset.from_dict({"input_ids": [list(row.ids) for row in rows], "labels": labels})
-
-
-def trl_arguments(config: SftConfig) -> TrlConfig:
-    """TRL's arguments: those of the config, then those of ``config.trainer``. Raises ConfigError."""
-    folder, world = run_dir(config.output), int(os.environ.get("WORLD_SIZE", "1"))
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / FOLDER)
-    if config.batch_size % (config.micro_batch * world):
-        raise ConfigError(
-            f"batch_size={config.batch_size} cannot be split over {world} processes into micro batches of "
-            f"{config.micro_batch}"
-        )
-    own: dict[str, Any] = {
-        "output_dir": str(folder),
-        "num_train_epochs": config.epochs,
-        "per_device_train_batch_size": config.micro_batch,
-        "gradient_accumulation_steps": config.batch_size // (config.micro_batch * world),
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,
-        "max_length": config.max_length,
-        "save_strategy": "steps",
-        "save_steps": config.save_steps,
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "seed": config.seed,
-        "report_to": ["tensorboard"],
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": config.bf16,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    free = {"lr_scheduler_type", "warmup_steps", "report_to", "logging_steps", "save_total_limit"}
-    if taken := sorted((own.keys() - free) & config.trainer_arguments.keys()):
-        raise ConfigError(f"trainer={config.trainer}: {', '.join(taken)} is set by a flag of this command")
-    try:
-        return TrlConfig(**own | config.trainer_arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"trainer={config.trainer}: {error}") from error
-
-
-class _Complete(TrainerCallback):
-    """Mark each whole checkpoint, so that a killed run does not resume from a part of one."""
-
-    def __init__(self, record: str, wait_for_everyone: Callable[[], None]) -> None:
-        self._record, self._wait_for_everyone = record, wait_for_everyone
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called after the last file of a checkpoint."""
-        del control, kwargs
-        self._wait_for_everyone()
-        if state.is_world_process_zero:
-            mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._record)

@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rtap_core.recursion import FinalEvent, Recursion
 from rtap_core.types import Confidence, Cycle, Judged, Limits, Policy, Score, Select, Trajectory
 from rtap_core.voting import majority
 from rtap_training.evaluation.statistics import within_question_auroc
 from rtap_training.questions import Question
-from rtap_training.rl.lockstep import Completion, Lockstep, Request, RowEngine, in_lockstep
+from rtap_training.rl.lockstep import Lockstep, RowEngine, in_lockstep
 from rtap_training.rl.online_generator import score_rows
 from rtap_training.rl.rollouts import Dialect
-from rtap_training.rollout import TransformersSampler, encode_question
+from rtap_training.sampling import TransformersSampler
 from rtap_training.tasks import check
+from rtap_training.trajectories import prompt_ids
 
 NEVER = 2.0  # a threshold that no confidence reaches
+BATCH_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ class _Scorer:
 
 
 def measure(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     dialect: Dialect,
     generator: PreTrainedModel | None,
     questions: Sequence[Question],
@@ -74,8 +76,8 @@ def measure(
 
 
 def _run(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     dialect: Dialect,
     confidence: Confidence | None,
     questions: Sequence[Question],
@@ -84,17 +86,14 @@ def _run(
     config: MeasureConfig,
 ) -> list[list[Trajectory]]:
     """Run ``samples`` trajectories per question."""
-    prompts = [encode_question(tokenizer, q.question) for q in questions for _ in range(samples)]
-    write = TransformersSampler(model).seeded(config.seed)
-    stops = tuple(sorted(dialect.end_of_turn_ids | dialect.cycle_end_ids))
-
-    def generate(requests: Sequence[Request]) -> list[Completion]:
-        rows = write([r.prompt_ids for r in requests], stops)
-        return [Completion(ids[: config.max_cycle_tokens], None) for ids in rows]
+    prompts = [prompt_ids(tokenizer, dialect, q.question) for q in questions for _ in range(samples)]
+    ends = dialect.end_of_turn_ids | dialect.cycle_end_ids
+    sampler = TransformersSampler(lambda: model, ends, batch_rows=BATCH_ROWS)
+    sampler.seed(config.seed)
 
     async def follow(lockstep: Lockstep, row: int) -> Trajectory:
         engine = RowEngine(
-            lockstep, row, frozenset(stops), dialect.end_of_turn_ids, dialect.decode, dialect.encode,
+            lockstep, row, ends, dialect.end_of_turn_ids, dialect.decode, dialect.encode,
             config.max_cycle_tokens,
         )  # fmt: skip
         async for event in Recursion(engine, dialect.format, confidence, dialect.count_oops).run(prompts[row], limits):
@@ -102,7 +101,7 @@ def _run(
                 return event.trajectory
         raise AssertionError("a trajectory ends with its final event")
 
-    flat = in_lockstep(generate, len(prompts), follow)
+    flat = in_lockstep(sampler.generate, len(prompts), follow)
     return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
 

@@ -7,6 +7,7 @@ one, threshold 1. Rows are token ids throughout and never re-tokenised.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rtap_core.features import LogprobFeatures, logprob_features
 from rtap_core.format import TrajectoryFormat, parse_cycle
 from rtap_core.recursion import CycleEvent, DraftEvent, FinalEvent, Recursion, StepEvent
 from rtap_core.types import Judged, Limits, Policy, Score
@@ -43,7 +44,7 @@ class RolledCycle:
     """One kept cycle.
 
     ids: input of a generator; the end tag of the answer is added if the policy ended its turn without it. answer: None
-    if truncated.
+    if truncated. logprobs: features of the sampled tokens; None if the sampler returns no log-probabilities.
     """
 
     ids: tuple[int, ...]
@@ -51,6 +52,7 @@ class RolledCycle:
     answer: str | None
     is_right: bool
     oops_tokens: int
+    logprobs: LogprobFeatures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ async def _collect(asked: RolloutQuestion, recursion: Recursion, limits: Limits,
     """Collect the tokens of one trajectory, and which of them are boundaries."""
     row = _Row(dialect)
     cycles: list[RolledCycle] = []
+    sampled: list[tuple[int, float]] = []
     closing = tuple(dialect.encode(dialect.format.answer_close or ""))
     # A chat template may write the first opening; the cycle text includes it.
     opened = dialect.format.has_think_tags and dialect.decode(asked.prompt_ids).rstrip().endswith(
@@ -127,6 +130,7 @@ async def _collect(asked: RolloutQuestion, recursion: Recursion, limits: Limits,
         match event:
             case StepEvent(step=step) if step.finished:
                 row.write(step.token_ids, step.native)
+                sampled = list(zip(step.token_ids, step.native or (), strict=False))
             case StepEvent(step=step):
                 row.open(step.token_ids)
             case CycleEvent(cycle=cycle):
@@ -135,12 +139,19 @@ async def _collect(asked: RolloutQuestion, recursion: Recursion, limits: Limits,
                 if cycle.answer is not None and closing and ids[-len(closing) :] != closing:
                     ids = (*ids, *closing)
                 text = (dialect.format.think_open if opened and not cycles else "") + dialect.decode(written)
-                cycles.append(RolledCycle(ids, text, cycle.answer, cycle.confidence == 1.0, cycle.oops_tokens))
+                is_right, known = cycle.confidence == 1.0, _features(dialect, sampled, cycle.answer)
+                cycles.append(RolledCycle(ids, text, cycle.answer, is_right, cycle.oops_tokens, known))
             case DraftEvent():
                 pass  # of streams
             case FinalEvent():
                 row.finish(is_right=cycles[-1].is_right)
     return Rollout(asked.question, asked.prompt_ids, row.ids, row.is_boundary, row.logps, tuple(cycles))
+
+
+def _features(dialect: Dialect, sampled: Sequence[tuple[int, float]], answer: str | None) -> LogprobFeatures | None:
+    if not sampled:
+        return None
+    return logprob_features([(dialect.decode([token]), logp) for token, logp in sampled], answer)
 
 
 class _Row:
