@@ -16,7 +16,7 @@ from rtap_core.format import RTAP
 from rtap_training.bundled.architecture import build_policy
 from rtap_training.bundled.classifier import body_of, build_generator, build_scratch, confidences
 from rtap_training.bundled.confidence import balanced_loss, label, pairwise_loss
-from rtap_training.bundled.config import ConfidenceConfig, Loss, SftConfig
+from rtap_training.bundled.config import Architecture, ConfidenceConfig, Loss
 from rtap_training.bundled.judging import (
     ALONE,
     GENERATOR,
@@ -41,7 +41,7 @@ def asked() -> PolicySetup[ConfidenceConfig]:
     tokenizer = build_tokenizer(["make 82 from 3, 7, 25 user assistant"] * 10, vocab_size=300, max_length=1024)
     torch.manual_seed(0)
     torch.set_num_threads(1)  # two would wait for each other where the machine is busy
-    shape = SftConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=64)
+    shape = Architecture(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=64)
     return PolicySetup(build_policy(shape, tokenizer).eval(), tokenizer, CONFIG)
 
 

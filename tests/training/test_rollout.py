@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from rtap_core.errors import ConfigError
 from rtap_core.format import RTAP
 from rtap_training.bundled.architecture import build_policy
-from rtap_training.bundled.config import SftConfig
+from rtap_training.bundled.config import Architecture
 from rtap_training.bundled.tokenizer import build_tokenizer
 from rtap_training.config import SamplerKind
 from rtap_training.huggingface import token_id
@@ -31,7 +31,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # two would wait for each other where the machine is busy
-    shape = SftConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=64)
+    shape = Architecture(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=64)
     return build_policy(shape, tokenizer).eval()
 
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from rtap_training.parallel import average_gradients
-
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -77,14 +75,13 @@ def build_muon(
 
 
 def descend(loss: Tensor, optimisers: Iterable[torch.optim.Optimizer], *, factor: float) -> None:
-    """One optimiser step on ``loss``: average gradients over processes, clip them, scale peak rates by ``factor``.
+    """One optimiser step on ``loss``: clip gradients, scale peak rates by ``factor``.
 
     Raises FloatingPointError before any weight changes when a gradient is not finite.
     """
     loss.backward()
     chosen = list(optimisers)
     parameters = [p for o in chosen for g in o.param_groups for p in cast(list[Parameter], g["params"])]
-    average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
     if not norm.isfinite():
         raise FloatingPointError(f"the gradient's norm is {norm.item()}")

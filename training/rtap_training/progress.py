@@ -18,19 +18,17 @@ _SMOOTHING = 0.97
 class Progress:
     """Bar and logs of one run: ``train.jsonl`` and ``tensorboard``, every 20 steps and at the end.
 
-    A run resumed at ``budget.steps`` drops later entries and logs them again. Nothing is written unless ``is_shown``.
+    A run resumed at ``budget.steps`` drops later entries and logs them again.
     """
 
-    def __init__(self, name: str, folder: Path, budget: Budget, *, is_shown: bool = True) -> None:
+    def __init__(self, name: str, folder: Path, budget: Budget) -> None:
         self._budget = budget
         self._num_rows = self._num_tokens = 0
         self._loss = 0.0
         self._logged_step = budget.steps
-        self._log = LineLog(folder / "train.jsonl", resumed_at=budget.steps) if is_shown else None
-        self._events = open_events(folder / FOLDER, resumed_at=budget.steps) if is_shown else None
-        self._bar = tqdm(
-            total=100, desc=name, disable=not is_shown, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        )
+        self._log = LineLog(folder / "train.jsonl", resumed_at=budget.steps)
+        self._events = open_events(folder / FOLDER, resumed_at=budget.steps)
+        self._bar = tqdm(total=100, desc=name, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
 
     def __enter__(self) -> "Progress":
         return self
@@ -41,8 +39,7 @@ class Progress:
         self._bar.close()
         if error is None and self._budget.steps > self._logged_step:
             self._write()
-        if self._events is not None:
-            self._events.close()
+        self._events.close()
 
     def record(self, loss: float, *, rows: int, tokens: int) -> None:
         """Record one step. Raises TrainingError when the log cannot be written."""
@@ -56,8 +53,6 @@ class Progress:
 
     def _write(self) -> None:
         self._logged_step = self._budget.steps
-        if self._log is None or self._events is None:
-            return
         try:
             self._log.write({"step": self._budget.steps} | self.summary())
             for name, value in (("loss", self._loss), ("rows", self._num_rows), ("tokens", self._num_tokens)):

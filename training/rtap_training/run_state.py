@@ -17,7 +17,6 @@ import torch
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import git_commit, versions
 from rtap_training.config import run_dir
-from rtap_training.parallel import rank, wait_for_all
 from rtap_training.training_errors import TrainingError
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _is_kept(line: str, resumed_at: int) -> bool:
 
 
 class States:
-    """Resumable states of a run: folders ``state-STEP`` with one file per process and a shared one. Keeps the newest.
+    """Resumable states of a run: folders ``state-STEP`` of weights (shared) and random states (own). Keeps the newest.
 
     data_sha256: digest of the training data, which the settings name but do not pin.
     """
@@ -130,26 +129,23 @@ class States:
         return f"the last good state is {self.last}" if self.last else "no state was saved yet"
 
     def load(self, state: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(shared part, this process's part). Raises ConfigError if the training data changed."""
+        """(shared, own). Raises ConfigError if the training data changed."""
         made: dict[str, Any] = json.loads((state / COMPLETE_FILE).read_text("utf-8"))
         if made["data_sha256"] != self._data_sha256:
             raise ConfigError(
                 f"{state} was made from other data (the code, a checkpoint or a samples file changed); remove "
                 f"{self.folder} to start over"
             )
-        return _read(state / "shared.pt"), _read(state / _own_file())
+        return _read(state / "shared.pt"), _read(state / "own.pt")
 
     def save(self, step: int, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Write a state, then remove older ones. Call in every process. Raises TrainingError."""
+        """Write a state, then remove older ones. Raises TrainingError."""
         folder = self.folder / f"{STATE}-{step}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / _own_file(), own)
-            if rank() == 0:
-                _write(folder / "shared.pt", shared)
-            wait_for_all()
-            if rank() == 0:
-                self._complete(folder)
+            _write(folder / "own.pt", own)
+            _write(folder / "shared.pt", shared)
+            self._complete(folder)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             if not (folder / COMPLETE_FILE).exists():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -168,10 +164,6 @@ class States:
         for state in self.folder.glob(f"{STATE}-*"):
             (state / COMPLETE_FILE).unlink(missing_ok=True)
             shutil.rmtree(state, ignore_errors=True)
-
-
-def _own_file() -> str:
-    return f"process-{rank()}.pt"
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

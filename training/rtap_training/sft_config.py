@@ -35,6 +35,7 @@ class SftConfig:
     batch_size: int = setting(16, "rows an update")
     micro_batch: int = setting(8, "rows a forward pass")
     learning_rate: float = setting(1e-5, "peak rate; about 2e-4 with lora_rank")
+    matrix_rate: float = setting(0.0, "train the layers' matrices by Muon at this peak rate; 0: all weights by AdamW")
     max_length: int = setting(2048, "longer rows are left out")
     seed: int = setting(4, "seed of rows and their order")
     threads: int = setting(1, "torch threads; use more only on idle cores")
@@ -49,13 +50,15 @@ class SftConfig:
                 f"data={self.data} and samples_file={self.samples_file}: {RIGHT} and {CORRECTIONS} need a "
                 "samples_file, a file of conversations needs none"
             )
+        if self.matrix_rate and self.lora_rank:
+            raise ConfigError(f"matrix_rate={self.matrix_rate} needs all weights: leave out lora_rank={self.lora_rank}")
         if self.merge and not self.lora_rank:
             raise ConfigError("merge=True needs a lora_rank: without adapters the output is a whole checkpoint")
         check_positive(self, "rows_per_question", "epochs", "batch_size", "micro_batch", "max_length", "threads",
                        "save_steps")  # fmt: skip
         if self.batch_size % self.micro_batch:
             raise ConfigError(f"micro_batch={self.micro_batch} must divide batch_size={self.batch_size}")
-        for name in ("kept_share", "confirmed_share", "lora_rank"):
+        for name in ("kept_share", "confirmed_share", "lora_rank", "matrix_rate"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
         if not self.learning_rate > 0:

@@ -7,6 +7,8 @@ of ``minutes`` keeps count of the time used. The caller computes the loss of eac
 import math
 import random
 from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Any, Protocol
@@ -14,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import Module
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from rtap_training.bundled.streams import Stream
+from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.optim import Budget, descend, schedule
-from rtap_training.parallel import rank, synchronised
 from rtap_training.progress import Progress
 from rtap_training.run_state import States
 from rtap_training.training_errors import TrainingError
@@ -39,7 +42,7 @@ class LoopConfig(Protocol):
 
 
 class Loop:
-    """Training loop: ``with Loop(...) as loop: while loop.should_continue(): loop.descend(...)``, in every process."""
+    """Training loop: ``with Loop(...) as loop: while loop.should_continue(): loop.descend(...)``."""
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class Loop:
         shared, own = states.load(last) if last is not None else ({}, {})
         self._saved_step: int = shared.get("steps", 0)
         self._budget = Budget(config.minutes, config.max_steps, used=shared.get("seconds", 0.0), steps=self._saved_step)
-        self._progress = Progress(name, states.folder, self._budget, is_shown=rank() == 0)
+        self._progress = Progress(name, states.folder, self._budget)
         if last is not None:
             self._load(shared, own)
 
@@ -76,13 +79,10 @@ class Loop:
         self._progress.__exit__(kind, error, trace)
 
     def should_continue(self) -> bool:
-        """Return True while the budget lasts. Saves a state when one is due and after the last step.
-
-        The clock of rank 0 decides, so all processes take the same number of steps at the same rates.
-        """
+        """Return True while the budget lasts. Saves a state when one is due and after the last step."""
         steps, config = self._budget.steps, self._config
         is_time = monotonic() - self._saved > config.save_minutes * 60
-        done, is_time = synchronised(self._budget.progress, float(is_time))
+        done = self._budget.progress
         is_step = config.save_steps > 0 and steps % config.save_steps == 0
         if steps > self._saved_step and (is_step or is_time or done >= 1):
             self._save()
@@ -102,7 +102,7 @@ class Loop:
         self._progress.record(value, rows=rows, tokens=tokens)
 
     def summary(self) -> dict[str, Any]:
-        """Totals of the run so far. Rows and tokens are those of rank 0; other ranks read as many."""
+        """Totals of the run so far."""
         return self._progress.summary()
 
     def _broken(self, what: str) -> TrainingError:
@@ -131,3 +131,10 @@ class Loop:
         self._stream.load_state_dict(own["stream"])
         random.setstate(own["python"])
         torch.set_rng_state(own["torch"])
+
+
+def save(output: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:
+    """Save a bf16 copy; the model itself stays fp32."""
+    copy = deepcopy(model)
+    cast_to(copy, torch.bfloat16)
+    save_checkpoint(output, copy, tokenizer, record)

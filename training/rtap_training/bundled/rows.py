@@ -8,11 +8,10 @@ from random import Random
 from typing import Any, TypeVar
 
 from rtap_training.bundled.config import SampledTurnsConfig
-from rtap_training.bundled.data import Batch, Encoded, bucket, pad
-from rtap_training.bundled.held_out import HeldOutTrajectories, show_held_out
-from rtap_training.bundled.loop import Loop
+from rtap_training.bundled.data import Batch, Encoded, bucket, pad, policy_loss
+from rtap_training.bundled.held_out import HeldOutTrajectories, held_out_figures, show_held_out, write_held_out
+from rtap_training.bundled.loop import Loop, save
 from rtap_training.bundled.own_cycles import PolicySetup, clean_up
-from rtap_training.bundled.sft import held_out_figures, policy_loss, save, write_held_out
 from rtap_training.bundled.streams import Stream
 from rtap_training.checkpoint import manifest, sha256
 from rtap_training.config import run_dir
