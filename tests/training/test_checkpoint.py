@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rtap_training.bundled.config import SftConfig
+from rtap_training.bundled.config import StartConfig
 from rtap_training.checkpoint import git_commit, manifest, replacing
 
 
@@ -43,7 +43,7 @@ def test_a_kill_between_the_renames_is_repaired(tmp_path: Path) -> None:
 
 
 def test_the_manifest_says_how_it_came_about() -> None:
-    record = manifest("rtap train demo-sft", SftConfig(seed=5), data="x", seconds=1.25, figures={"loss": 0.5})
+    record = manifest("rtap train demo-start", StartConfig(seed=5), data="x", seconds=1.25, figures={"loss": 0.5})
     assert record["config"]["seed"] == 5
     assert record["figures"] == {"loss": 0.5}
     assert set(record) == {

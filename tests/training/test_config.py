@@ -12,7 +12,7 @@ import pytest
 
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import STAGES, main
-from rtap_training.bundled.config import SftConfig
+from rtap_training.bundled.config import StartConfig
 from rtap_training.config import add_flags, build_config
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.rl.config import CONFIGS
@@ -20,9 +20,9 @@ from rtap_training.rl.config import CONFIGS
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("seed: 7\nminutes: 3\n")
-    config = build_config(SftConfig, file, {"seed": 8})
-    assert (config.seed, config.minutes, config.threads) == (8, 3.0, SftConfig().threads)
+    file.write_text("seed: 7\nnum_layers: 3\n")
+    config = build_config(StartConfig, file, {"seed": 8})
+    assert (config.seed, config.num_layers, config.num_texts) == (8, 3, StartConfig().num_texts)
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("head_dim: 48", "head_dim=48"),
         ("num_kv_heads: 4", "multiple of num_kv_heads"),
         ("tasks: countdown=-1", "at least 0"),
-        ("minutes: 0", "must be positive"),
-        ("initial: a\ntokenizer: b", "initial=a has its own tokenizer; leave out tokenizer=b"),
+        ("num_texts: 0", "num_texts=0 must be at least 1"),
         ("- seed", "name: value"),
         ("seed: [", "cannot read"),
     ],
@@ -44,12 +43,12 @@ def test_bad_files_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=reason):
-        build_config(SftConfig, file, {})
+        build_config(StartConfig, file, {})
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
-        build_config(SftConfig, tmp_path / "none.yaml", {})
+        build_config(StartConfig, tmp_path / "none.yaml", {})
 
 
 def test_every_field_is_a_flag() -> None:
@@ -68,8 +67,8 @@ def test_errors_are_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.Cap
     ("words", "sentence"),
     [
         (
-            ["demo-sft", "--max-step=3"],
-            "unknown arguments of demo-sft: --max-step=3 (did you mean --max-steps?); `rtap train",
+            ["demo-start", "--num-text=3"],
+            "unknown arguments of demo-start: --num-text=3 (did you mean --num-texts?); `rtap train",
         ),
         (["rtap", "--zzz", "3"], "unknown arguments of rtap: --zzz 3; `rtap train rtap --help` lists its flags"),
         (

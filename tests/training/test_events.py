@@ -2,14 +2,18 @@
 
 import pytest
 
-from rtap_training.events import MAX_ROWS, Sample, last_confidences, samples_table, scalars_of
+from rtap_training.events import MAX_ROWS, Sample, last_confidences, means_over, samples_table
 from rtap_training.rl.figures import means_of, samples_of, sums_of
 from rtap_training.rl.messages import last_text
 from rtap_training.rl.rollouts import RolledCycle, Rollout
-from rtap_training.rollout import SampledCycle, Trajectory
+from rtap_training.trajectories import SampledTrajectory
 
-RIGHT, WRONG = SampledCycle((1, 2, 3), "82", True), SampledCycle((4, 5), "81", False)
-CUT = SampledCycle((6,), None, False)
+RIGHT, WRONG = RolledCycle((1, 2, 3), "", "82", True, 0), RolledCycle((4, 5), "", "81", False, 0)
+CUT = RolledCycle((6,), "", None, False, 0)
+
+
+def turn(*cycles: RolledCycle) -> SampledTrajectory:
+    return SampledTrajectory(0, (9,), cycles, sum(len(c.ids) for c in cycles))
 
 
 def test_text_of_a_model_cannot_shape_the_table() -> None:
@@ -30,8 +34,8 @@ def test_a_table_is_short_and_says_where_there_is_no_confidence() -> None:
 
 
 def test_means_over_trajectories() -> None:
-    turns = [Trajectory(0, [9], [RIGHT]), Trajectory(1, [9], [WRONG, RIGHT]), Trajectory(2, [9], [WRONG, CUT])]
-    figures = scalars_of(turns, ["fine", "oops", "oops"], lambda text: 2 if text == "oops" else 0)
+    turns = [turn(RIGHT), turn(WRONG, RIGHT), turn(WRONG, CUT)]
+    figures = means_over(turns, tokens=sum(t.tokens for t in turns), oops=4)
     assert figures == {
         "first_right": pytest.approx(1 / 3), "right": pytest.approx(2 / 3), "cycles": pytest.approx(5 / 3),
         "tokens": pytest.approx(11 / 3), "oops_per_1000_tokens": pytest.approx(4000 / 11),
@@ -39,7 +43,7 @@ def test_means_over_trajectories() -> None:
 
 
 def test_the_confidence_of_a_turn_is_that_of_its_last_cycle() -> None:
-    turns = [Trajectory(0, [9], [WRONG, RIGHT]), Trajectory(0, [9], [WRONG, CUT]), Trajectory(1, [9], [RIGHT])]
+    turns = [turn(WRONG, RIGHT), turn(WRONG, CUT), turn(RIGHT)]
     assert last_confidences(turns, [0.1, 0.9, 0.2, 0.8]) == [0.9, None, 0.8]
 
 

@@ -1,5 +1,6 @@
 """The pipeline runs stages in order, resumes, and installs complete models only."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import pytest
 from rtap_core.errors import ConfigError
 from rtap_training.bundled import pipeline
 from rtap_training.checkpoint import MANIFEST
+from rtap_training.training_errors import TrainingError
 
 RECIPE = """
 stages:
   - {name: a, command: sft, settings: {seed: 1, max_steps: 100}, smoke: {max_steps: 1}}
   - {name: b, command: rtap, settings: {policy: "@a"}, install: {b: policy, b-confidence: confidence}}
-  - {name: c, command: rtap, settings: {policy: "@b", confidence: "@b-confidence"}}
+  - {name: c, command: rtap, settings: {policy: "@b", confidence: "@b-confidence", questions: "@a/texts.jsonl"}}
 """
 
 
@@ -53,7 +55,7 @@ def test_stages_see_the_outputs_of_earlier_ones(recipe: Path, tmp_path: Path) ->
     assert [(c, {k: v for k, v in s.items() if k != "output"}) for c, s in commands.ran] == [
         ("sft", {"seed": 1, "max_steps": 100}),
         ("rtap", {"policy": f"{out}/a"}),
-        ("rtap", {"policy": f"{out}/b", "confidence": f"{out}/b-confidence"}),
+        ("rtap", {"policy": f"{out}/b", "confidence": f"{out}/b-confidence", "questions": f"{out}/a/texts.jsonl"}),
     ]
 
 
@@ -86,6 +88,8 @@ def test_installing_replaces_models_and_keeps_their_cards(recipe: Path, tmp_path
     ("text", "message"),
     [
         (RECIPE.replace('policy: "@a"', 'policy: "@c"'), "stage b needs @c, but only"),
+        (RECIPE.replace("@a/texts.jsonl", "@d/texts.jsonl"), "stage c needs @d/texts.jsonl, but only"),
+        (RECIPE.replace("command: sft,", "command: sft, processes: 0,"), "processes=0 of stage a must be a number"),
         ("stages: 3", "cannot read the stages"),
         ("stages: [{name: a}]", "cannot read the stages"),
     ],
@@ -94,3 +98,18 @@ def test_a_wrong_recipe_is_refused(recipe: Path, text: str, message: str) -> Non
     recipe.write_text(text)
     with pytest.raises(ConfigError, match=message):
         run(recipe, Commands())
+
+
+def work(command: str, settings: dict[str, Any]) -> None:
+    """Stand-in for a training command. Raises ConfigError in the second process if settings has ``fails``."""
+    rank = os.environ["RANK"]
+    if settings.get("fails") and rank == "1":
+        raise ConfigError(f"no {command} for me")
+    Path(settings["output"], rank).write_text(os.environ["WORLD_SIZE"])
+
+
+def test_a_stage_of_two_processes_runs_in_both(tmp_path: Path) -> None:
+    pipeline.run_in_processes(work, 2, "sft", {"output": str(tmp_path)})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2", "1": "2"}
+    with pytest.raises(TrainingError, match=r"sft failed in process 1 of 2: .*no sft for me"):
+        pipeline.run_in_processes(work, 2, "sft", {"output": str(tmp_path), "fails": True})

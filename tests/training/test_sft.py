@@ -42,12 +42,23 @@ def test_a_conversation_is_trained_on_its_last_message_and_the_end_of_the_turn(l
     messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
     file = conversations(tmp_path / "c.jsonl", [{"messages": messages}])
     (row,), counts = build_rows(SftConfig(policy=str(llama), data=str(file)), tokenizer, dialect)
-    assert counts == {"conversations": 1, "too_long": 0}
+    assert counts == {"lines": 1, "too_long": 0}
     assert row.ids[row.num_context :] == (*dialect.encode("2"), dialect.end_of_turn_id)
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     assert dialect.decode(row.ids[: row.num_context]) == prompt
     (labels,) = _dataset([row])["labels"]
     assert labels == [IGNORED] * row.num_context + list(row.ids[row.num_context :])
+
+
+def test_a_pair_of_texts_is_taken_as_it_is(llama: Path, tmp_path: Path) -> None:
+    _, tokenizer, dialect = load_dialect(llama)
+    end = tokenizer.eos_token
+    texts = [("1+1=", "2"), ("1+1=", f"2{end}"), (f"<think>3</think>{end}", "<think>2</think>")]
+    file = conversations(tmp_path / "c.jsonl", [{"prompt": prompt, "completion": text} for prompt, text in texts])
+    rows, _ = build_rows(SftConfig(policy=str(llama), data=str(file)), tokenizer, dialect)
+    for row, (prompt, text) in zip(rows, texts, strict=True):
+        assert dialect.decode(row.ids[: row.num_context]) == prompt
+        assert dialect.decode(row.ids[row.num_context :]) == text.removesuffix(end) + end
 
 
 @pytest.mark.parametrize(
@@ -57,13 +68,19 @@ def test_a_conversation_is_trained_on_its_last_message_and_the_end_of_the_turn(l
         {"text": "x"},
         {"messages": [{"role": "user", "content": "1+1"}]},
         {"messages": [{"role": "assistant", "content": "2", "reasoning_content": "1+1"}]},
+        {"prompt": "1+1"},
+        {"completion": "2"},
+        {"prompt": "1+1", "completion": ""},
+        {"prompt": "", "completion": "2"},
+        {"prompt": "1+1", "completion": 2},
+        {"prompt": [{"role": "user", "content": "1+1"}], "completion": [{"role": "assistant", "content": "2"}]},
         3,
     ],
 )
-def test_a_line_that_is_no_conversation_is_named(llama: Path, tmp_path: Path, row: Any) -> None:
+def test_a_line_that_is_no_row_is_named(llama: Path, tmp_path: Path, row: Any) -> None:
     _, tokenizer, dialect = load_dialect(llama)
     file = conversations(tmp_path / "c.jsonl", [row])
-    with pytest.raises(ConfigError, match=r"c\.jsonl:1: not a conversation"):
+    with pytest.raises(ConfigError, match=r"c\.jsonl:1: not a row \(.*; a line is"):
         build_rows(SftConfig(policy=str(llama), data=str(file)), tokenizer, dialect)
 
 
@@ -98,7 +115,7 @@ def test_a_row_is_what_reaches_the_loss(llama: Path, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     config = SftConfig(policy=str(llama), data=str(file), max_length=200, output=tmp_path / "o")
     (row,), counts = build_rows(config, tokenizer, dialect)
-    assert counts == {"conversations": 1, "too_long": 1}
+    assert counts == {"lines": 1, "too_long": 1}
     loaded = load_for_training(llama)
     trainer = SFTTrainer(
         model=loaded.model,
@@ -130,6 +147,8 @@ def test_right_samples_alone_are_imitation(llama: Path, tmp_path: Path) -> None:
         ({"data": "c.jsonl", "teacher": "someone/model"}, "teacher=someone/model is sampled on questions"),
         ({"data": "c.jsonl", "prompt": "{question}!"}, "prompt is for questions"),
         ({"data": "c.jsonl", "merge": True}, "merge needs lora_rank"),
+        ({"data": "c.jsonl", "matrix_rate": 0.1, "lora_rank": 2}, "leave out lora_rank=2"),
+        ({"data": "c.jsonl", "matrix_rate": -0.1}, "matrix_rate=-0.1 must be at least 0"),
         ({"data": "c.jsonl", "micro_batch": 5}, "must divide"),
         ({"data": "c.jsonl", "trainer": "[]"}, "must be a JSON object"),
         ({"data": "c.jsonl", "trainer": "{"}, "is not JSON"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rtap_training.bundled.data import conversation_text
+from rtap_training.bundled.start import split_text
 from rtap_training.bundled.tokenizer import TAGS, build_tokenizer, render_prompt
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.trajectory import Message, sample_conversation
@@ -26,7 +26,7 @@ MESSAGES = [
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     rng = Random(0)
     weights = {"countdown": 0.4, "arithmetic": 0.2, "knights": 0.4}
-    corpus = (conversation_text(sample_conversation(TASKS, weights, rng))[0] for _ in range(3000))
+    corpus = ("".join(split_text(sample_conversation(TASKS, weights, rng))) for _ in range(3000))
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     build_tokenizer(corpus, vocab_size=448, max_length=1024).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)

@@ -28,7 +28,11 @@ STAGES: dict[str, tuple[str, type[Any], str]] = {
         GeneratorConfig,
         "train a confidence generator for a model on your questions, or on kept samples",
     ),
-    "demo-sft": ("rtap_training.bundled.sft", demo.SftConfig, "train the demo's policy from random weights"),
+    "demo-start": (
+        "rtap_training.bundled.start",
+        demo.StartConfig,
+        "write an untrained model and training texts for the demo",
+    ),
 }
 
 
@@ -83,8 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, flags: dict[str, Any]) -> None:
-    # TRL warns about vLLM versions it does not list; the version pinned in pyproject.toml was tested.
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     match command:
         case "questions":
             from rtap_training.questions import write_held_out
@@ -106,6 +108,8 @@ def _run(command: str, flags: dict[str, Any]) -> None:
 
 def _train(command: str, flags: dict[str, Any]) -> None:
     """Run one training command; the flag ``config`` is a YAML file."""
+    # TRL warns about vLLM versions it does not list; the version pinned in pyproject.toml was tested.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     file: Path | None = flags.pop("config", None)
     if command in STAGES:
         module, kind, _ = STAGES[command]
@@ -120,4 +124,6 @@ def _train(command: str, flags: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(
+        import_module("rtap_training.__main__").main()
+    )  # functions of __main__ cannot be sent to other processes

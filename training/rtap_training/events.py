@@ -1,13 +1,10 @@
 """TensorBoard events: metrics of sampled trajectories and a table of samples."""
 
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-from rtap_training.rollout import Trajectory
+from typing import Protocol
 
 FOLDER, TAG = "tensorboard", "samples"  # folder in the run folder; tag of the table
 SHOWN = ("within_auroc", "global_auroc", "ece", "brier")  # metrics of a generator; the manifest has more
@@ -61,15 +58,6 @@ def _cell(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]|~#])", r"\\\1", " ".join(escaped.split()))
 
 
-def open_events(folder: Path, *, resumed_at: int) -> Any:
-    """Writer of TensorBoard events. Events after ``resumed_at`` are dropped, as in the log."""
-    from torch.utils.tensorboard import SummaryWriter  # a slow import
-
-    if resumed_at == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    return SummaryWriter(str(folder), purge_step=resumed_at + 1)
-
-
 def add_events(folder: Path, step: int, scalars: Mapping[str, float], samples: Mapping[str, Sequence[Sample]]) -> None:
     """Add scalars, and one table per entry of ``samples``, to the events in ``folder``."""
     from torch.utils.tensorboard import SummaryWriter
@@ -80,14 +68,6 @@ def add_events(folder: Path, step: int, scalars: Mapping[str, float], samples: M
     for name, rows in samples.items():
         events.add_text(name, samples_table(rows), step)
     events.close()
-
-
-def scalars_of(
-    trajectories: Sequence[Trajectory], texts: Sequence[str], count_oops: Callable[[str], int]
-) -> dict[str, float]:
-    """Means over trajectories with the texts ``texts``."""
-    tokens = sum(len(c.ids) for t in trajectories for c in t.cycles)
-    return means_over(trajectories, tokens=tokens, oops=sum(map(count_oops, texts)))
 
 
 def means_over(turns: Sequence[CheckedTrajectory], *, tokens: int, oops: int) -> dict[str, float]:

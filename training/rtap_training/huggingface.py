@@ -14,7 +14,7 @@ from rtap_training.checkpoint import replacing, write_manifest
 def load_policy(path: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Policy in fp32 and evaluation mode, and its tokenizer. Raises ConfigError if ``path`` is not a checkpoint."""
     if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train demo-sft`")
+        raise ConfigError(f"{path} is not a checkpoint (no config.json); train one with `rtap train sft`")
     model = Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model.eval(), load_tokenizer(path)
 

@@ -1,37 +1,23 @@
-"""Log and resumable states of a training run, in the folder ``OUTPUT.run``.
+"""Log and whole checkpoints of a training run, in the folder ``OUTPUT.run``.
 
-Both survive a kill at any time: a truncated log line is dropped, and a state counts only once its last file exists.
+Both survive a kill at any time: a truncated log line is dropped, and a checkpoint counts once its last file exists.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import git_commit, versions
-from rtap_training.config import run_dir
-from rtap_training.parallel import rank, wait_for_all
-from rtap_training.training_errors import TrainingError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    class Resumable(DataclassInstance, Protocol):
-        """A config of a resumable command. MAY_CHANGE: fields that may differ when the run is resumed."""
-
-        MAY_CHANGE: ClassVar[frozenset[str]]
-
-
 COMPLETE_FILE = "complete.json"
 """The last file of a state; a state without it is ignored."""
-STATE = "state"
 
 
 def plain(config: "DataclassInstance") -> dict[str, Any]:
@@ -55,14 +41,6 @@ def check_same_settings(state: Path, now: Mapping[str, Any], names: Iterable[str
             f"{state} belongs to a run with other settings ({'; '.join(differing)}); "
             f"use those settings, choose another output, or remove {state.parent}"
         )
-
-
-def check_resumable(output: Path, config: "Resumable") -> None:
-    """Raise ConfigError if the run that writes ``output`` was started with incompatible settings."""
-    last = last_complete(run_dir(output), STATE)
-    if last is not None:
-        now = plain(config)
-        check_same_settings(last, now, (name for name in now if name not in config.MAY_CHANGE))
 
 
 def mark_complete(state: Path, record: str) -> None:
@@ -106,81 +84,3 @@ def _is_kept(line: str, resumed_at: int) -> bool:
         return line.endswith("\n") and int(json.loads(line)["step"]) <= resumed_at
     except (ValueError, KeyError):
         return False
-
-
-class States:
-    """Resumable states of a run: folders ``state-STEP`` with one file per process and a shared one. Keeps the newest.
-
-    data_sha256: digest of the training data, which the settings name but do not pin.
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], *, data_sha256: str) -> None:
-        self.folder = folder
-        self._settings = settings
-        self._data_sha256 = data_sha256
-
-    @property
-    def last(self) -> Path | None:
-        """The newest complete state."""
-        return last_complete(self.folder, STATE)
-
-    @property
-    def resume_hint(self) -> str:
-        """Clause for an error message that names the last good state."""
-        return f"the last good state is {self.last}" if self.last else "no state was saved yet"
-
-    def load(self, state: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(shared part, this process's part). Raises ConfigError if the training data changed."""
-        made: dict[str, Any] = json.loads((state / COMPLETE_FILE).read_text("utf-8"))
-        if made["data_sha256"] != self._data_sha256:
-            raise ConfigError(
-                f"{state} was made from other data (the code, a checkpoint or a samples file changed); remove "
-                f"{self.folder} to start over"
-            )
-        return _read(state / "shared.pt"), _read(state / _own_file())
-
-    def save(self, step: int, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Write a state, then remove older ones. Call in every process. Raises TrainingError."""
-        folder = self.folder / f"{STATE}-{step}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / _own_file(), own)
-            if rank() == 0:
-                _write(folder / "shared.pt", shared)
-            wait_for_all()
-            if rank() == 0:
-                self._complete(folder)
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            if not (folder / COMPLETE_FILE).exists():
-                shutil.rmtree(folder, ignore_errors=True)
-            raise TrainingError(f"cannot save step {step}: {error}; {self.resume_hint}") from error
-
-    def _complete(self, folder: Path) -> None:
-        mark_complete(folder, describe(self._settings, data_sha256=self._data_sha256))
-        for other in self.folder.glob(f"{STATE}-*"):
-            if other != folder:
-                # Remove the mark first: a half-removed folder must not count as complete.
-                (other / COMPLETE_FILE).unlink(missing_ok=True)
-                shutil.rmtree(other, ignore_errors=True)
-
-    def remove(self) -> None:
-        """Remove all states."""
-        for state in self.folder.glob(f"{STATE}-*"):
-            (state / COMPLETE_FILE).unlink(missing_ok=True)
-            shutil.rmtree(state, ignore_errors=True)
-
-
-def _own_file() -> str:
-    return f"process-{rank()}.pt"
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write and fsync: a power cut must not leave the mark without the data."""
-    with path.open("wb") as file:
-        torch.save(dict(content), file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)

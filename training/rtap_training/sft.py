@@ -21,6 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import manifest
+from rtap_training.muon import MuonAdamW
 from rtap_training.output import save_policy
 from rtap_training.questions import load_questions
 from rtap_training.rl.loading import load_dialect, load_for_training, lora_config
@@ -60,6 +61,7 @@ def run(config: SftConfig) -> None:
         train_dataset=_dataset(rows),
         processing_class=loaded.processor,
         peft_config=lora_config(config.lora_rank) if config.lora_rank else None,
+        optimizer_cls_and_kwargs=_muon(config.matrix_rate, arguments) if config.matrix_rate else None,
     )
     data = json.dumps([(row.ids, row.num_context) for row in rows])
     trained = run_trainer(trainer, config, data=data)
@@ -87,7 +89,7 @@ def build_rows(
     """(rows, number of each kind and of those left out as too long). Samples of the tenth of questions that is held out
     by hash are not used. Raises ConfigError if there is no row."""
     if config.data not in (RIGHT, CORRECTIONS):
-        parts = {"conversations": _read_conversations(Path(config.data), tokenizer, dialect)}
+        parts = {"lines": _read_rows(Path(config.data), tokenizer, dialect)}
     else:
         samples = _samples(config, tokenizer, dialect)
         rng = Random(config.seed)
@@ -164,8 +166,8 @@ def _build_right_rows(
     return [Row((*one.prompt_ids, *one.cycles[0].ids, dialect.end_of_turn_id), len(one.prompt_ids)) for one in drawn]
 
 
-def _read_conversations(path: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[Row]:
-    """A row of each line ``{"messages": [...]}``, whose last message is the assistant's. Raises ConfigError."""
+def _read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[Row]:
+    """A row of each line of a JSONL file. Raises ConfigError that names the line."""
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:
@@ -175,26 +177,51 @@ def _read_conversations(path: Path, tokenizer: PreTrainedTokenizerBase, dialect:
         if not line.strip():
             continue
         try:
-            *before, last = json.loads(line)["messages"]
-            if last["role"] != "assistant":
-                raise ValueError("the last message is not the assistant's")
-            if unread := sorted({key for one in (*before, last) for key in one} - {"role", "content"}):
-                raise ValueError(f"{', '.join(unread)} would not be read: put all text into content")
-            prompt = cast(str, tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
-            text, tag = last["content"], dialect.format.think_open
-            if tag and prompt.rstrip().endswith(tag):  # the template opens the thought
-                text = text.lstrip().removeprefix(tag)
-            context = dialect.encode(prompt)
-            ids = (*context, *dialect.encode(text), dialect.end_of_turn_id)
+            content = json.loads(line)
+            is_pair = "messages" not in content
+            rows.append(_encode_pair(content, dialect) if is_pair else _encode_messages(content, tokenizer, dialect))
         except Exception as error:  # a template raises its own classes
             raise ConfigError(
-                f'{path}:{number}: not a conversation ({type(error).__name__}: {error}); a line is {{"messages": '
-                '[{"role": …, "content": …}, …]}, the last one of the assistant'
+                f'{path}:{number}: not a row ({type(error).__name__}: {error}); a line is {{"messages": [{{"role": …, '
+                '"content": …}, …]}, the last one of the assistant, or {"prompt": text, "completion": text}'
             ) from error
-        rows.append(Row(ids, len(context)))
     return rows
+
+
+def _encode_messages(content: Any, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> Row:
+    *before, last = content["messages"]
+    if last["role"] != "assistant":
+        raise ValueError("the last message is not the assistant's")
+    if unread := sorted({key for one in (*before, last) for key in one} - {"role", "content"}):
+        raise ValueError(f"{', '.join(unread)} would not be read: put all text into content")
+    prompt = cast(str, tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+    text, tag = last["content"], dialect.format.think_open
+    if tag and prompt.rstrip().endswith(tag):  # the template opens the thought
+        text = text.lstrip().removeprefix(tag)
+    context = dialect.encode(prompt)
+    return Row((*context, *dialect.encode(text), dialect.end_of_turn_id), len(context))
+
+
+def _encode_pair(content: Any, dialect: Dialect) -> Row:
+    """Texts as they are: no template is applied, and the end of the turn is added only if it is missing."""
+    prompt, completion = content["prompt"], content["completion"]
+    if not (isinstance(prompt, str) and isinstance(completion, str) and prompt and completion):
+        raise ValueError(f"prompt={prompt!r} and completion={completion!r} must be texts that are not empty")
+    context, ids = dialect.encode(prompt), dialect.encode(completion)
+    end = () if ids[-1] == dialect.end_of_turn_id else (dialect.end_of_turn_id,)
+    return Row((*context, *ids, *end), len(context))
 
 
 def _dataset(rows: Sequence[Row]) -> Any:
     labels = [[*[IGNORED] * row.num_context, *row.ids[row.num_context :]] for row in rows]
     return Dataset.from_dict({"input_ids": [list(row.ids) for row in rows], "labels": labels})
+
+
+def _muon(matrix_rate: float, arguments: TrlConfig) -> Any:
+    """Trainer's hook: it calls the first without arguments, and the result with the model and the second."""
+    return lambda: MuonAdamW, {
+        "matrix_rate": matrix_rate,
+        "learning_rate": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "weight_decay": arguments.weight_decay,
+    }

@@ -19,9 +19,10 @@ from rtap_training.run_state import check_same_settings, describe, mark_complete
 from rtap_training.supervised_config import SupervisedConfig
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
-_MAY_REPLACE = frozenset(
-    {"lr_scheduler_type", "warmup_steps", "report_to", "logging_steps", "save_total_limit", "train_sampling_strategy"}
-)
+_MAY_REPLACE = frozenset({
+    "lr_scheduler_type", "warmup_steps", "report_to", "logging_steps", "save_total_limit", "train_sampling_strategy",
+    "ddp_find_unused_parameters",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ def trainer_arguments(kind: type[Arguments], config: SupervisedConfig, **more: A
         "bf16": config.bf16,
         "gradient_checkpointing": config.gradient_checkpointing,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
         "ddp_timeout": 86_400,  # seconds: processes wait while the first one samples
     } | more
     if taken := sorted((own.keys() - _MAY_REPLACE) & config.trainer_arguments.keys()):

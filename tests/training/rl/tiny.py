@@ -6,7 +6,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 from rtap_training.bundled.architecture import build_policy
-from rtap_training.bundled.config import SftConfig
+from rtap_training.bundled.config import Architecture
 from rtap_training.huggingface import load_tokenizer, save_checkpoint
 
 BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
@@ -15,7 +15,7 @@ BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
 def save_policy(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(BUNDLED / "policy")
-    shape = SftConfig(hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, ffn_size=32)
+    shape = Architecture(hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, ffn_size=32)
     save_checkpoint(folder, build_policy(shape, tokenizer), tokenizer, {})
     return folder
 

@@ -2,23 +2,23 @@
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rtap_training.bundled.config import SftConfig
+from rtap_training.bundled.config import Architecture
 from rtap_training.huggingface import pad_id, token_id
 from rtap_training.tasks.trajectory import TURN_END
 
 MAX_POSITIONS = 1024
 
 
-def policy_config(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+def policy_config(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     """Qwen3 config with tied embeddings, full attention, and the ``rtap`` block that the server reads."""
     settings = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.ffn_size,
+        num_hidden_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_heads,
+        num_key_value_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -29,9 +29,9 @@ def policy_config(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen
     return settings
 
 
-def build_policy(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_policy(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """Policy with random weights from torch's global generator."""
-    model = Qwen3ForCausalLM(policy_config(config, tokenizer))
+    model = Qwen3ForCausalLM(policy_config(architecture, tokenizer))
     model.generation_config = generation_config(tokenizer)
     return model
 

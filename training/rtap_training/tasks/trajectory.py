@@ -1,7 +1,7 @@
-"""Cold-start trajectories as text with the trained parts marked.
+"""Cold-start trajectories as text with the parts marked that may be trained.
 
-True statements are trained, including correct results of wrong Countdown attempts; false statements and bad choices are
-masked. Continuing after a wrong answer and ending the turn after a right one are trained. A few traces have a further
+False statements and bad choices are masked, true statements are not, correct results of wrong Countdown attempts
+included. Continuing after a wrong answer and ending the turn after a right one are trained. A few traces have a further
 cycle after a right answer, as the server opens when the generator is unsure: its content is trained, its opening not.
 """
 
