@@ -7,10 +7,9 @@ import torch
 from rtap_core.artifact import read_artifact
 from rtap_core.features import logprob_features
 from rtap_core.format import RTAP
-from rtap_training.huggingface import encode_text, load_policy
 from rtap_training.rl.online_generator import load_online_generator
 from tests.e2e.conftest import MODELS
-from tests.training.demo import encode_question
+from tests.training.demo import encode_question, encode_text, load_policy
 
 QUESTIONS = ["make 82 from 3, 7, 25", "37*48+65", "What is 96 - 27 + 8?"]
 

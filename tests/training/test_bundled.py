@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from rtap_core.format import RTAP, parse_cycle
-from rtap_training.huggingface import decode_ids, encode_text, load_policy, load_tokenizer, token_id
+from rtap_training.huggingface import load_tokenizer, token_id
 from rtap_training.questions import held_out_questions
 from rtap_training.rl.lockstep import Request
 from rtap_training.rl.online_generator import load_online_generator, score_rows
 from rtap_training.sampling import sample_until
 from rtap_training.tasks import TASKS, check
-from tests.training.demo import MODELS, encode_question
+from tests.training.demo import MODELS, decode_ids, encode_question, encode_text, load_policy
 
 PAIRS = [  # Countdown only: in arithmetic its card promises little more than chance
     ("make 82 from 3, 7, 25", "25*3=75 75+7=82", "25*3+7", "25*3=75 75-7=68", "25*3-7"),

@@ -5,10 +5,9 @@ import torch
 
 from rtap_core.errors import ConfigError
 from rtap_training.config import SamplerKind
-from rtap_training.huggingface import load_policy
 from rtap_training.rl.lockstep import Request
 from rtap_training.sampling import TransformersSampler, sample_until, sampler_kind
-from tests.training.demo import MODELS, encode_question
+from tests.training.demo import MODELS, encode_question, load_policy
 
 NO_END = frozenset[int]()
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from rtap_core.format import RTAP, parse_cycle
-from rtap_training.huggingface import decode_ids, load_tokenizer, token_id
+from rtap_training.huggingface import load_tokenizer, token_id
+from tests.training.demo import decode_ids
 
 pytestmark = pytest.mark.slow
 

@@ -37,14 +37,14 @@ from rtap_training.calibration import Bools, Floats, Seen, best_threshold, figur
 from rtap_training.checkpoint import manifest
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
-from rtap_training.examples import Example, balance, collect, synthetic_texts
+from rtap_training.examples import Example, synthetic_texts
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.output import save_generator_adapter
 from rtap_training.questions import Question, load_questions, message
 from rtap_training.reliability import plot_png
 from rtap_training.rl.loading import load_dialect, lora_config
-from rtap_training.rl.online_generator import LabelledCycle, score_rows, train_in_fp32
+from rtap_training.rl.online_generator import LabelledCycle, pad_rows, score_rows, train_in_fp32, weighted_examples
 from rtap_training.rl.rollouts import Dialect, RolledCycle
 from rtap_training.runtime import configure_torch
 from rtap_training.supervised import check_resumable, run_trainer, trainer_arguments
@@ -77,7 +77,7 @@ class Cycles:
 
     @property
     def seen(self) -> list[Seen]:
-        """What the served confidence of each cycle is made of."""
+        """(generator's score, log-probability features) of each cycle."""
         return list(zip(self.scores, self.logprobs or [None] * len(self.scores), strict=True))
 
     def confidences(self, logistic: Logistic) -> Floats:
@@ -230,9 +230,6 @@ def _in_chat(
     return [replace(turn, prompt_ids=(), cycles=tuple(read(turn, cycle) for cycle in turn.cycles)) for turn in turns]
 
 
-# Samples.
-
-
 def _labelled(turns: Sequence[SampledTrajectory]) -> list[LabelledCycle]:
     """Cycles with an answer; truncated ones are left out."""
     return [
@@ -281,9 +278,7 @@ def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
 
 def _weighted(cycles: Sequence[LabelledCycle], config: GeneratorConfig) -> list[Example]:
     """Distinct cycles, weighted as in R-TAP eq. 6 with a mean of 1. Raises ConfigError if none has weight."""
-    names = {name: index for index, name in enumerate(dict.fromkeys(c.question for c in cycles))}
-    rows = collect((names[c.question], c.ids, c.is_right) for c in cycles)
-    weighted = [e for e in balance(rows, global_weight=config.global_weight) if e.weight]
+    weighted = weighted_examples(cycles, global_weight=config.global_weight)
     if not weighted:
         raise ConfigError("no question has right and wrong answers; use more samples, or a global_weight above 0")
     mean = sum(e.weight for e in weighted) / len(weighted)
@@ -307,12 +302,10 @@ class Padding:
     pad_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
+        ids, mask = pad_rows([row["input_ids"] for row in rows], self.pad_id)
         return {
-            "input_ids": torch.tensor(
-                [[*r["input_ids"], *[self.pad_id] * (width - len(r["input_ids"]))] for r in rows]
-            ),
-            "attention_mask": torch.tensor([[i < len(r["input_ids"]) for i in range(width)] for r in rows]).long(),
+            "input_ids": ids,
+            "attention_mask": mask,
             "is_right": torch.tensor([row["is_right"] for row in rows]),
             "weight": torch.tensor([row["weight"] for row in rows]),
         }

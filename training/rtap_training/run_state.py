@@ -25,9 +25,9 @@ def plain(config: "DataclassInstance") -> dict[str, Any]:
     return {name: str(v) if isinstance(v, Path | StrEnum) else v for name, v in asdict(config).items()}
 
 
-def describe(settings: Mapping[str, Any], **more: Any) -> str:
+def describe(settings: Mapping[str, Any]) -> str:
     """JSON of the settings, versions and commit that made a state."""
-    record = {"config": dict(settings), "versions": versions(), "git_commit": git_commit()} | more
+    record = {"config": dict(settings), "versions": versions(), "git_commit": git_commit()}
     return json.dumps(record, indent=2) + "\n"
 
 

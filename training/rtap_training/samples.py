@@ -25,12 +25,12 @@ Make = Callable[[Sequence[int], int], list[str]]
 
 
 def header(
-    policy: str | Path, questions: Sequence[str], *, sampler: str, samples: int, max_cycles: int, seed: int
+    policy_sha256: str, questions: Sequence[str], *, sampler: str, samples: int, max_cycles: int, seed: int
 ) -> dict[str, Any]:
-    """Everything the samples depend on."""
+    """Everything the samples depend on. policy_sha256: see ``weights_sha256``."""
     return {
         "format": _FORMAT,
-        "policy_sha256": _weights_sha256(policy),
+        "policy_sha256": policy_sha256,
         "sampler": sampler,
         "samples": samples,
         "max_cycles": max_cycles,
@@ -40,7 +40,7 @@ def header(
     }
 
 
-def _weights_sha256(name: str | Path) -> str:
+def weights_sha256(name: str | Path) -> str:
     """Digest of all weight files, read in parts; of the name for a model of the Hub."""
     policy = Path(name)
     digest = hashlib.sha256(b"" if policy.is_dir() else str(name).encode())

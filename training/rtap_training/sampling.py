@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def sample_until(
     model: PreTrainedModel, requests: Sequence[Request], end_ids: frozenset[int], *, random: torch.Generator | None
 ) -> list[Completion]:
     """Complete each request up to and including an end token, or to its limit. Greedy without ``random``."""
-    device, run = model.device, _callable(model)
+    device, run = model.device, cast(Any, model)
     places = {ids: place for place, ids in enumerate(dict.fromkeys(tuple(r.prompt_ids) for r in requests))}
     width = max(map(len, places))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in places], device=device)  # (B, T), left-padded
@@ -130,10 +130,6 @@ def sample_until(
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         positions = positions[:, -1:] + 1
     return written
-
-
-def _callable(model: PreTrainedModel) -> Any:
-    return model
 
 
 def _select(keep: list[int], cache: DynamicCache, *tensors: Tensor) -> list[Tensor]:

@@ -99,21 +99,20 @@ def _train_and_measure(suite: Suite, name: str, seed: int, folder: Path, run_com
 def _measure(suite: Suite, policy: Path, own_generator: Path | None, seed: int) -> Figures:
     import torch
 
-    from rtap_training.huggingface import load_policy
     from rtap_training.rl.loading import load_for_training
     from rtap_training.rl.measure import MeasureConfig, measure
     from rtap_training.rl.online_generator import load_online_generator
 
     settings = dict(suite.measure)
     tasks, count, common = settings.pop("tasks"), settings.pop("questions"), settings.pop("confidence", None)
-    model, tokenizer = load_policy(policy)
+    loaded = load_for_training(policy)
     path = own_generator or (None if common is None else Path(common))
     generator = None if path is None else load_online_generator(path)
     torch.set_num_threads(1)
     figures: Figures = {}
     for task in tasks:
         questions = held_out_questions(TASKS[task], count)
-        found = measure(model, tokenizer, load_for_training(policy).dialect, generator, questions,
+        found = measure(loaded.model, loaded.tokenizer, loaded.dialect, generator, questions,
                         MeasureConfig(**settings, seed=seed))  # fmt: skip
         figures |= {f"{task}/{key}": None if value is None else round(value, 5) for key, value in found.items()}
     return figures

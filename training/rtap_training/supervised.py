@@ -1,7 +1,7 @@
-"""What the supervised commands share: arguments of a Trainer, and a run that resumes from its last whole checkpoint."""
+"""Arguments of a Trainer, and a run that resumes from its last whole checkpoint, for ``sft`` and ``generator``."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -27,8 +27,8 @@ _MAY_REPLACE = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a run left. weights: by name, in the main process. figures: last line of the log. seconds: of this
-    process, since it was started or resumed."""
+    """Result of a run. weights: by name, in the main process. figures: last line of the log. seconds: of this process,
+    since it was started or resumed."""
 
     weights: dict[str, Any]
     figures: dict[str, Any]
@@ -77,17 +77,18 @@ def check_resumable(config: SupervisedConfig) -> None:
     """Raise ConfigError if the run that writes ``config.output`` was started with other settings."""
     checkpoint = last_checkpoint(run_dir(config.output))
     if checkpoint is not None:
-        check_same_settings(checkpoint, plain(config), _pinned(plain(config), config))
+        settings = plain(config)
+        check_same_settings(checkpoint, settings, [name for name in settings if name not in config.MAY_CHANGE])
 
 
 def run_trainer(trainer: Trainer, config: SupervisedConfig, *, data: str) -> Trained:
     """Train from the run's last complete checkpoint, if any. data: text that identifies the training data.
 
-    Raises ConfigError if the checkpoint was made with other settings or data."""
+    Raises ConfigError if the checkpoint was made with other data; ``check_resumable`` compares the settings."""
     checkpoint = last_checkpoint(run_dir(config.output))
     settings = plain(config) | {"data_sha256": sha256(data)}
     if checkpoint is not None:
-        check_same_settings(checkpoint, settings, _pinned(settings, config))
+        check_same_settings(checkpoint, settings, ["data_sha256"])
     log = JsonLog(
         run_dir(config.output) / "train.jsonl",
         resumed_at=step_of(checkpoint) if checkpoint else 0,
@@ -100,10 +101,6 @@ def run_trainer(trainer: Trainer, config: SupervisedConfig, *, data: str) -> Tra
     weights: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # collective call
     last = next((line for line in reversed(trainer.state.log_history) if "loss" in line), {})
     return Trained(weights, last, monotonic() - started)
-
-
-def _pinned(settings: Mapping[str, Any], config: SupervisedConfig) -> list[str]:
-    return [name for name in settings if name not in config.MAY_CHANGE]
 
 
 class _Complete(TrainerCallback):

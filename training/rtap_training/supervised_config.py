@@ -1,4 +1,4 @@
-"""Settings that the supervised commands share: whose samples they train on, and TRL's or transformers' Trainer."""
+"""Settings of samples and Trainer that ``sft`` and ``generator`` share."""
 
 import json
 from dataclasses import dataclass

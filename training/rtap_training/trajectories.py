@@ -24,7 +24,7 @@ from rtap_training.evaluation.samples import sample_rows
 from rtap_training.questions import is_right, message
 from rtap_training.rl.loading import loading
 from rtap_training.rl.rollouts import Dialect, RolledCycle, Rollout, RolloutQuestion, roll_out
-from rtap_training.samples import header, read_or_make
+from rtap_training.samples import header, read_or_make, weights_sha256
 from rtap_training.sampling import Sampler, TransformersSampler, VllmSampler, sampler_kind
 from rtap_training.supervised_config import SupervisedConfig
 from rtap_training.tasks.base import Question
@@ -60,17 +60,21 @@ def sample_parts(
         name: [prompt_ids(tokenizer, dialect, message(q, config.prompt)) for q in part] for name, part in parts.items()
     }
     longest = max(len(ids) for part in prompts.values() for ids in part) + max_cycles * config.max_cycle_tokens
-    sampler = _open_sampler(model, dialect, config, max_length=longest)
+    kind, digest = sampler_kind(config.sampler), weights_sha256(model)
+    sampler = _open_sampler(kind, model, dialect, config, max_length=longest)
+    shared = {"policy_sha256": digest, "sampler": kind, "samples": config.samples, "max_cycles": max_cycles}
     with closing(sampler), PartialState().main_process_first():
         return [
-            _sample(sampler, model, dialect, part, prompts[name], config, name, config.seed + i, max_cycles)
+            _sample(sampler, shared, dialect, part, prompts[name], config, name, config.seed + i)
             for i, (name, part) in enumerate(parts.items())
         ]
 
 
-def _open_sampler(model: str, dialect: Dialect, config: SupervisedConfig, *, max_length: int) -> Sampler:
+def _open_sampler(
+    kind: SamplerKind, model: str, dialect: Dialect, config: SupervisedConfig, *, max_length: int
+) -> Sampler:
     ends = dialect.end_of_turn_ids | dialect.cycle_end_ids
-    if sampler_kind(config.sampler) is SamplerKind.VLLM:
+    if kind is SamplerKind.VLLM:
         return VllmSampler(model, ends, max_length=max_length, threads=config.threads)
 
     def load() -> PreTrainedModel:
@@ -84,20 +88,16 @@ def _open_sampler(model: str, dialect: Dialect, config: SupervisedConfig, *, max
 
 def _sample(
     sampler: Sampler,
-    model: str,
+    shared: Mapping[str, Any],
     dialect: Dialect,
     questions: Sequence[Question],
     prompts: Sequence[list[int]],
     config: SupervisedConfig,
     part: str,
     seed: int,
-    max_cycles: int,
 ) -> list[SampledTrajectory]:
     identities = [json.dumps([p, q.answer]) for p, q in zip(prompts, questions, strict=True)]
-    first = header(
-        model, identities, sampler=sampler_kind(config.sampler), samples=config.samples, max_cycles=max_cycles,
-        seed=seed,
-    )  # fmt: skip
+    first, max_cycles = header(questions=identities, seed=seed, **shared), shared["max_cycles"]
 
     def make(indices: Sequence[int], chunk_seed: int) -> list[str]:
         sampler.seed(chunk_seed)

@@ -40,6 +40,21 @@ def labelled_cycles(rollouts: Iterable[Rollout]) -> list[LabelledCycle]:
     ]
 
 
+def weighted_examples(cycles: Sequence[LabelledCycle], *, global_weight: float) -> list[Example]:
+    """Distinct cycles with their weights (R-TAP eq. 6); those without weight are left out."""
+    names = {name: index for index, name in enumerate(dict.fromkeys(c.question for c in cycles))}
+    rows = ((names[c.question], c.ids, c.is_right) for c in cycles)
+    return [e for e in balance(collect(rows), global_weight=global_weight) if e.weight]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Right-padded ids (B, T) and their mask (B, T)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+    return ids, (torch.arange(width)[None] < lengths[:, None]).long()
+
+
 class OnlineGenerator:
     """A generator that is trained along with the policy.
 
@@ -75,9 +90,7 @@ class OnlineGenerator:
         cycles: of all processes, the same list in each, because weights are balanced over whole questions; each process
         reads its share. Returns the loss before the first step; None if no question has contrast.
         """
-        names = {name: index for index, name in enumerate(dict.fromkeys(c.question for c in cycles))}
-        rows = ((names[c.question], c.ids, c.is_right) for c in cycles)
-        examples = [e for e in balance(collect(rows), global_weight=self._global_weight) if e.weight]
+        examples = weighted_examples(cycles, global_weight=self._global_weight)
         # The mean over processes must equal the sum over all examples.
         scale = num_processes / sum(e.weight for e in examples) if examples else 0.0
         share = sorted(examples, key=lambda e: len(e.ids))[rank::num_processes]
@@ -134,11 +147,8 @@ def _batch_tokens(model: PreTrainedModel) -> int:
 
 def _logits(model: PreTrainedModel, batch: Sequence[Example], *, bf16: bool) -> Tensor:
     """Logits (B,) in fp32. The model pools each row's last token that is not padding."""
-    pad_id = cast(int, model.config.pad_token_id)
-    width = max(len(e.ids) for e in batch)
-    ids = torch.tensor([[*e.ids, *[pad_id] * (width - len(e.ids))] for e in batch], device=model.device)
-    lengths = torch.tensor([len(e.ids) for e in batch], device=model.device)
-    mask = (torch.arange(width, device=model.device)[None] < lengths[:, None]).long()
+    ids, mask = pad_rows([e.ids for e in batch], cast(int, model.config.pad_token_id))
+    ids, mask = ids.to(model.device), mask.to(model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         return model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
 
