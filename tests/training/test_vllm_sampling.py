@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"
 SCRIPT = """
 import json, sys
+from pathlib import Path
 import torch
 from rtap_training.config import SamplerKind
 from rtap_training.questions import held_out_questions
@@ -36,7 +37,8 @@ _, tokenizer, dialect = load_dialect(policy)
 for kind in (SamplerKind.VLLM, SamplerKind.TRANSFORMERS):
     for run, seed in enumerate((1, 1, 2)):
         config = SupervisedConfig(
-            policy=policy, output=f"{output}/{kind}-{run}", sampler=kind, samples=16, seed=seed, max_cycle_tokens=160
+            policy=policy, output=Path(output) / f"{kind}-{run}", sampler=kind, samples=16, seed=seed,
+            max_cycle_tokens=160,
         )
         (turns,) = sample_parts(policy, tokenizer, dialect, {"all": questions}, config, max_cycles=2)
         cycles = [[[c.ids, c.answer, c.is_right, c.logprobs.shown()] for c in t.cycles] for t in turns]

@@ -46,7 +46,7 @@ from rtap_training.reliability import plot_png
 from rtap_training.rl.loading import load_dialect, lora_config
 from rtap_training.rl.online_generator import LabelledCycle, pad_rows, score_rows, train_in_fp32, weighted_examples
 from rtap_training.rl.rollouts import Dialect, RolledCycle
-from rtap_training.runtime import configure_torch
+from rtap_training.runtime import configure_torch, end_processes
 from rtap_training.supervised import check_resumable, run_trainer, trainer_arguments
 from rtap_training.tasks import TASKS, parse_mix
 from rtap_training.tasks.base import Split, sample_split
@@ -127,7 +127,7 @@ def run(config: GeneratorConfig) -> None:
     data = json.dumps([(e.ids, e.weight, e.is_right) for e in examples])
     trained = run_trainer(trainer, config, data=data)
     if not trainer.is_world_process_zero():
-        trainer.accelerator.end_training()  # wait for the process that saves
+        end_processes(trainer.accelerator)
         return
     model = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model))
     adapter = model if config.lora_rank else None
@@ -157,8 +157,7 @@ def run(config: GeneratorConfig) -> None:
         save_checkpoint(config.output, model, tokenizer, record)
     remove_samples(config.output)
     sys.stdout.write(json.dumps(summary, indent=2) + "\n")
-    if trainer.accelerator.num_processes > 1:
-        trainer.accelerator.end_training()
+    end_processes(trainer.accelerator)
 
 
 # Samples.

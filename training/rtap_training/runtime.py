@@ -1,8 +1,9 @@
-"""Process-wide torch settings: threads, seeds, allocator."""
+"""Process-wide torch settings (threads, seeds, allocator), and the end of a run of several processes."""
 
 import ctypes
 import sys
 from random import seed as seed_python
+from typing import Any
 
 import torch
 
@@ -23,3 +24,10 @@ def configure_torch(threads: int, seed: int) -> None:
     torch.set_num_threads(threads)
     seed_python(seed)
     torch.manual_seed(seed)
+
+
+def end_processes(accelerator: Any) -> None:
+    """Wait for the process that saves, then leave the process group, if there is one."""
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()  # also lets gloo free its last tensors: its end would block on them
+        accelerator.end_training()

@@ -27,7 +27,7 @@ from rtap_training.questions import load_questions
 from rtap_training.rl.loading import load_dialect, load_for_training, lora_config
 from rtap_training.rl.rollouts import Dialect
 from rtap_training.rl.teacher import check_same_tokens
-from rtap_training.runtime import configure_torch
+from rtap_training.runtime import configure_torch, end_processes
 from rtap_training.sft_config import CORRECTIONS, RIGHT, SftConfig
 from rtap_training.supervised import check_resumable, run_trainer, trainer_arguments
 from rtap_training.tasks.base import Split
@@ -79,8 +79,7 @@ def run(config: SftConfig) -> None:
         )
         remove_samples(config.output)
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")
-    if trainer.accelerator.num_processes > 1:
-        trainer.accelerator.end_training()  # wait for the process that saves
+    end_processes(trainer.accelerator)
 
 
 def build_rows(

@@ -29,7 +29,7 @@ from rtap_training.rl.online_generator import OnlineGenerator, load_online_gener
 from rtap_training.rl.teacher import LocalTeacher, RemoteTeacher, Teacher, check_same_tokens, load_teacher
 from rtap_training.rl.trainer import RecursiveTrainer
 from rtap_training.run_state import step_of
-from rtap_training.runtime import configure_torch
+from rtap_training.runtime import configure_torch, end_processes
 from rtap_training.tasks.base import Split
 
 
@@ -60,8 +60,7 @@ def run(config: RlConfig) -> None:
                           figures=log.last)  # fmt: skip
         _save(config, trainer, weights, loaded, record)
         sys.stdout.write(json.dumps(log.last, indent=2) + "\n")
-    if trainer.accelerator.num_processes > 1:
-        trainer.accelerator.end_training()  # wait for the process that saves
+    end_processes(trainer.accelerator)
 
 
 def build_trainer(config: RlConfig, loaded: Loaded, questions: Sequence[Question]) -> RecursiveTrainer:
