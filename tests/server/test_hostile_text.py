@@ -5,7 +5,6 @@ four times, and sixteen from the shortest to the longest.
 """
 
 import contextlib
-import time
 from collections.abc import Callable
 
 import msgspec
@@ -21,6 +20,7 @@ from rtap_server.http.errors import shape_error
 from rtap_server.http.field_limits import FieldLimits
 from rtap_server.http.response_rewriter import EventStream
 from rtap_server.telemetry.feedback import Feedback
+from tests.costs import cpu_seconds
 from tests.server.http.test_recursion_fields import _trajectory
 
 MEBIBYTE = 2**20
@@ -30,9 +30,7 @@ UNITS = ["<", "</", "</answer", "<think><answer>", "[]", "oops ", "let me ", " "
 def cost(work: Callable[[str], object], unit: str, size: int) -> float:
     """Seconds of this thread."""
     text = (unit * (size // len(unit) + 1))[:size]
-    began = time.thread_time()
-    work(text)
-    return time.thread_time() - began
+    return cpu_seconds(lambda: work(text))
 
 
 def in_deltas(fmt, step: int) -> Callable[[str], None]:

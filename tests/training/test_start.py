@@ -1,6 +1,7 @@
 """The demo's untrained model and its training texts."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rtap_training.__main__ import main
-from rtap_training.bundled.start import split_text
+from rtap_training.bundled.start import group_by_length, split_text
 from rtap_training.bundled.tokenizer import TAGS, render_prompt
 from rtap_training.checkpoint import MANIFEST
 from rtap_training.rl.loading import load_dialect
@@ -66,6 +67,17 @@ def test_the_completion_is_what_follows_the_last_masked_segment() -> None:
         trained = conversation.turn[masked[-1] + 1 :] if masked else conversation.turn
         assert completion == "".join(segment.text for segment in trained)
     assert sum(any(not segment.is_trained for segment in c.turn) for c in conversations) > 60
+
+
+def test_texts_of_similar_length_are_neighbours_and_none_is_lost() -> None:
+    rng = Random(3)
+    pairs = [("a" * rng.randint(1, 40), "b" * rng.randint(1, 40)) for _ in range(103)]
+    grouped = group_by_length(pairs, 10, Random(1))
+    assert sorted(grouped) == sorted(pairs)
+    lengths = [[len(prompt + completion) for prompt, completion in grouped[i : i + 10]] for i in range(0, 100, 10)]
+    spans = sorted((min(group), max(group)) for group in lengths)
+    assert all(longest <= shortest for (_, longest), (shortest, _) in pairwise(spans))
+    assert lengths != sorted(lengths)
 
 
 def test_a_split_text_has_the_tokens_of_the_whole_text(start: Path) -> None:

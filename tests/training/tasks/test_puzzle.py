@@ -2,7 +2,6 @@
 
 from itertools import product
 from random import Random
-from time import perf_counter
 
 import pytest
 from hypothesis import given
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from rtap_training.tasks.knights import Knights
 from rtap_training.tasks.puzzle import first_clash, parse_guess, parse_puzzle, parse_statement, solutions
+from tests.costs import cpu_seconds
 
 TASK = Knights(2, 8, weights=None)
 SEEDS = st.integers(0, 2**32)
@@ -110,9 +110,7 @@ def test_other_questions_are_not_claimed(question: str) -> None:
 
 @pytest.mark.parametrize("unit", ["A:B=L ", "T", "T ", "A=T", " ", "=", "A says ", ":A", "B=T&", "\x00", "ẗ"])
 def test_hostile_text_is_wrong_at_once(unit: str) -> None:
-    started = perf_counter()
     text = unit * (10**6 // len(unit))
-    assert not TASK.check("A:B=L B:A=T|B=L", text)
-    assert not TASK.check(text, "TL")
-    assert not TASK.check(text[:400], text)
-    assert perf_counter() - started < 1
+    checks = [("A:B=L B:A=T|B=L", text), (text, "TL"), (text[:400], text)]
+    assert not any(TASK.check(*check) for check in checks)
+    assert cpu_seconds(lambda: [TASK.check(*check) for check in checks]) < 1

@@ -40,10 +40,13 @@ class StartConfig(Architecture):
     tokenizer: Path | None = setting(None, "checkpoint whose tokenizer is used; a student needs its teacher's")
     tasks: str = setting(TASK_MIX, "share of each task, as NAME=WEIGHT with commas between")
     num_texts: int = setting(100_000, "training texts, about 70 tokens each")
+    group_size: int = setting(
+        56, "neighbouring texts of similar length: the batch size of a training that keeps the order"
+    )
     vocab_size: int = setting(448, "tokens of a new tokenizer in all, added ones included")
     seed: int = setting(1, "seed of texts and weights")
 
     def __post_init__(self) -> None:
         Architecture.__post_init__(self)  # super() fails in a dataclass with slots
-        check_positive(self, "num_texts", "vocab_size")
+        check_positive(self, "num_texts", "group_size", "vocab_size")
         parse_mix(self.tasks)

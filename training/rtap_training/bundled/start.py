@@ -33,7 +33,8 @@ def run(config: StartConfig) -> None:
         corpus = (prompt + completion for prompt, completion in pairs[:CORPUS_SIZE])
         tokenizer = build_tokenizer(corpus, vocab_size=config.vocab_size, max_length=MAX_POSITIONS)
     model = build_policy(config, tokenizer)
-    data = "".join(json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in pairs)
+    ordered = group_by_length(pairs, config.group_size, rng)
+    data = "".join(json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in ordered)
     figures = {"texts": len(pairs), "parameters": model.num_parameters()}
     record = manifest("rtap train demo-start", config, data=data, seconds=monotonic() - started, figures=figures)
     with replacing(config.output) as folder:
@@ -46,12 +47,24 @@ def run(config: StartConfig) -> None:
 def split_text(conversation: Conversation) -> tuple[str, str]:
     """(prompt, completion): the completion follows the last masked segment, and training is on it alone.
 
-    Cycles before it belong to the prompt, true statements in them included.
+    Cycles before it belong to the prompt, true statements in them included: a quarter of the tokens that could be
+    trained. TRL ends every completion with the end of the turn, so a span in the middle cannot be one.
     """
     turn = conversation.turn
     first = max((index for index, segment in enumerate(turn, 1) if not segment.is_trained), default=0)
     before, after = ("".join(segment.text for segment in part) for part in (turn[:first], turn[first:]))
     return render_prompt(conversation.messages) + before, after
+
+
+def group_by_length(pairs: list[tuple[str, str]], size: int, rng: Random) -> list[tuple[str, str]]:
+    """Shuffled groups of ``size`` texts of similar length, so that batches in this order need little padding.
+
+    The Trainer's own grouping reads each 50 batches from long to short; the loss was 0.1 higher after 400 updates.
+    """
+    ordered = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    groups = [ordered[start : start + size] for start in range(0, len(ordered) - size + 1, size)]
+    rng.shuffle(groups)
+    return [pair for group in groups for pair in group] + ordered[len(groups) * size :]
 
 
 def load_complete_tokenizer(path: Path) -> PreTrainedTokenizerFast:
