@@ -22,6 +22,7 @@ from rtap_training.generator_config import GeneratorConfig
 from rtap_training.huggingface import load_tokenizer, save_checkpoint
 from rtap_training.rl.loading import Loaded, load_dialect, load_for_training
 from rtap_training.rl.online_generator import LabelledCycle
+from rtap_training.rl.rollouts import Dialect
 from rtap_training.supervised import trainer_arguments
 from rtap_training.tasks.base import Split
 from rtap_training.tasks.jsonl import question_split
@@ -255,6 +256,20 @@ def test_corrupted_workings_have_both_labels_and_are_of_training_questions() -> 
         by_question.setdefault(cycle.question, set()).add(cycle.is_right)
     assert [*by_question.values()] == [{True, False}] * 5
     assert all("<think>" in dialect.decode(cycle.ids) for cycle in found)
+
+
+def _prompt(cycle: LabelledCycle, dialect: Dialect) -> str:
+    return dialect.decode(cycle.ids).partition("<think>")[0]
+
+
+def test_a_right_working_of_no_question_is_wrong() -> None:
+    _, tokenizer, dialect = load_dialect(BUNDLED / "policy")
+    config = GeneratorConfig(policy=str(BUNDLED / "policy"), questions="arithmetic", corruptions=100)
+    found = _corruptions(config, tokenizer, dialect)
+    prompts = {one.question: _prompt(one, dialect) for one in found if one.is_right}
+    unrelated = [one for one in found if _prompt(one, dialect) != prompts[one.question]]
+    assert len(unrelated) > 5
+    assert not any(one.is_right or set("0123456789") & set(_prompt(one, dialect)) for one in unrelated)
 
 
 def test_a_killed_run_resumes_to_the_same_generator(llama: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
+from string import ascii_lowercase
 
 from rtap_core.format import RTAP
 from rtap_training.tasks.base import Attempt, Problem
@@ -91,3 +92,10 @@ def synthetic_texts(problem: Problem, rng: Random) -> list[tuple[str, bool]]:
 def cycle_text(attempt: Attempt, doubt: str) -> str:
     """Text of a cycle as the policy writes it."""
     return RTAP.render_cycle(doubt + "".join(s.text for s in attempt.think), attempt.answer.text)
+
+
+def unrelated_text(rng: Random) -> str:
+    """A message of one to ten words of random letters: no question of a bundled task."""
+    opening = rng.choice(("", "", "What is ", "Who is ", "Make ", "Solve "))
+    words = ("".join(rng.choices(ascii_lowercase, k=rng.randint(1, 9))) for _ in range(rng.randint(1, 10)))
+    return opening + " ".join(words) + rng.choice(("", "", "?", "."))

@@ -37,7 +37,7 @@ from rtap_training.calibration import Bools, Floats, Seen, best_threshold, figur
 from rtap_training.checkpoint import manifest
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
-from rtap_training.examples import Example, synthetic_texts
+from rtap_training.examples import Example, synthetic_texts, unrelated_text
 from rtap_training.generator_config import GeneratorConfig
 from rtap_training.huggingface import cast_to, save_checkpoint
 from rtap_training.output import save_generator_adapter
@@ -62,6 +62,7 @@ from rtap_training.trajectories import (
 
 Item = TypeVar("Item")
 Parts = tuple[list[Question], list[Question], list[Question]]  # of training, calibration, evaluation; disjoint
+UNRELATED_SHARE = 0.1  # of the right workings of `corruptions`
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,8 @@ def _kept(
 
 
 def _corruptions(config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[LabelledCycle]:
-    """Right workings of bundled tasks and copies with a wrong step: errors that a policy rarely samples."""
+    """Right workings of bundled tasks, copies with a wrong step, and the right one under text that asks for nothing: a
+    policy rarely samples such errors."""
     if not config.corruptions:
         return []
     if dialect.format.name != "rtap" or config.backbone or not config.questions:
@@ -214,6 +216,9 @@ def _corruptions(config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, di
         prompt = prompt_ids(tokenizer, dialect, problem.phrase(rng))
         for text, is_right in synthetic_texts(problem, rng):
             cycles.append(LabelledCycle(f"corrupted {number}", (*prompt, *dialect.encode(text)), is_right))
+            if is_right and rng.random() < UNRELATED_SHARE:
+                other = prompt_ids(tokenizer, dialect, unrelated_text(rng))
+                cycles.append(LabelledCycle(f"corrupted {number}", (*other, *dialect.encode(text)), False))
     return cycles
 
 

@@ -21,7 +21,7 @@ class GeneratorConfig(SupervisedConfig):
     eval_questions: int = setting(200, "held-out questions at most, of the tenth that is held out by hash")
     samples: int = setting(8, "trajectories a question. R-TAP: 128")
     max_cycles: int = setting(2, "cycles a trajectory; a wrong cycle is followed by another")
-    corruptions: int = setting(0, "questions more, with right and corrupted workings; bundled tasks alone")
+    corruptions: int = setting(0, "questions more, with right, corrupted and unrelated workings; bundled tasks alone")
     epochs: int = setting(2, "passes over the cycles")
     batch_size: int = setting(32, "distinct cycles an update")
     global_weight: float = setting(0.25, "weight of questions all right or all wrong")
