@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,7 +56,7 @@ def sample_parts(
     max_cycles: int,
 ) -> list[list[SampledTrajectory]]:
     """``config.samples`` trajectories of ``model`` per question of each part, grouped by question. The keys of
-    ``parts`` name the files. The first process of a distributed run samples for all."""
+    ``parts`` name the files. Processes of a distributed run sample a share of each part, and read those of all."""
     prompts = {
         name: [prompt_ids(tokenizer, dialect, message(q, config.prompt)) for q in part] for name, part in parts.items()
     }
@@ -63,11 +64,29 @@ def sample_parts(
     kind, digest = sampler_kind(config.sampler), weights_sha256(model)
     sampler = _open_sampler(kind, model, dialect, config, max_length=longest)
     shared = {"policy_sha256": digest, "sampler": kind, "samples": config.samples, "max_cycles": max_cycles}
-    with closing(sampler), PartialState().main_process_first():
+    state = PartialState()
+
+    def sample(rank: int) -> list[list[SampledTrajectory]]:
+        share = Share(rank, state.num_processes)
         return [
-            _sample(sampler, shared, dialect, part, prompts[name], config, name, config.seed + i)
+            _sample(sampler, shared, dialect, part, prompts[name], share, config, name, config.seed + i)
             for i, (name, part) in enumerate(parts.items())
         ]
+
+    with closing(sampler):
+        sample(state.process_index)
+    state.wait_for_everyone()
+    shares = [sample(rank) for rank in range(state.num_processes)]
+    by_part = (chain.from_iterable(rows) for rows in zip(*shares, strict=True))
+    return [sorted(rows, key=lambda turn: turn.question) for rows in by_part]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Every ``of``-th question from ``rank`` on: those that one process samples."""
+
+    rank: int
+    of: int
 
 
 def _open_sampler(
@@ -92,16 +111,19 @@ def _sample(
     dialect: Dialect,
     questions: Sequence[Question],
     prompts: Sequence[list[int]],
+    share: Share,
     config: SupervisedConfig,
     part: str,
     seed: int,
 ) -> list[SampledTrajectory]:
-    identities = [json.dumps([p, q.answer]) for p, q in zip(prompts, questions, strict=True)]
-    first, max_cycles = header(questions=identities, seed=seed, **shared), shared["max_cycles"]
+    """Trajectories of a share of the questions, read from its file, or sampled into it."""
+    own = range(share.rank, len(questions), share.of)
+    identities = [json.dumps([prompts[i], questions[i].answer]) for i in own]
+    first, max_cycles = header(questions=identities, seed=seed + share.rank, **shared), shared["max_cycles"]
 
     def make(indices: Sequence[int], chunk_seed: int) -> list[str]:
         sampler.seed(chunk_seed)
-        asked = [RolloutQuestion(str(i), prompts[i], partial(is_right, questions[i])) for i in indices]
+        asked = [RolloutQuestion(str(own[i]), prompts[own[i]], partial(is_right, questions[own[i]])) for i in indices]
         rollouts = roll_out(
             [one for one in asked for _ in range(config.samples)],
             sampler.generate,
@@ -112,7 +134,8 @@ def _sample(
         )
         return [_render(rollouts[k : k + config.samples]) for k in range(0, len(rollouts), config.samples)]
 
-    file = run_dir(config.output) / f"samples-{part}.jsonl"
+    name = part if share.of == 1 else f"{part}-{share.rank + 1}-of-{share.of}"
+    file = run_dir(config.output) / f"samples-{name}.jsonl"
     first |= {"max_cycle_tokens": config.max_cycle_tokens}
     return [turn for line in read_or_make(file, first, make) for turn in _parse(line)]
 
