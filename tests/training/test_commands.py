@@ -40,7 +40,7 @@ def test_a_generator_of_the_demo_learns_from_its_policys_cycles_and_corrupted_wo
     output = tmp_path / "confidence"
     flags = ["--policy", str(BUNDLED_POLICY), "--questions", "countdown=0.6,arithmetic=0.4", "--samples", "3",
              "--num-questions", "60", "--eval-questions", "16", "--max-cycle-tokens", "96", "--corruptions", "20",
-             "--epochs", "1", "--learning-rate", "1e-4"]  # fmt: skip
+             "--epochs", "1", "--learning-rate", "1e-4", "--matrix-rate", "2e-4"]  # fmt: skip
     assert main(["generator", "--output", str(output), *flags]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert (model.config.num_labels, model.dtype) == (1, torch.bfloat16)

@@ -47,7 +47,7 @@ from rtap_training.rl.loading import load_dialect, lora_config
 from rtap_training.rl.online_generator import LabelledCycle, pad_rows, score_rows, train_in_fp32, weighted_examples
 from rtap_training.rl.rollouts import Dialect, RolledCycle
 from rtap_training.runtime import configure_torch, end_processes
-from rtap_training.supervised import check_resumable, run_trainer, trainer_arguments
+from rtap_training.supervised import check_resumable, optimizer, run_trainer, trainer_arguments
 from rtap_training.tasks import TASKS, parse_mix
 from rtap_training.tasks.base import Split, sample_split
 from rtap_training.tasks.jsonl import question_split
@@ -124,6 +124,7 @@ def run(config: GeneratorConfig) -> None:
         args=arguments,
         train_dataset=_dataset(examples),
         data_collator=Padding(pad_id),
+        optimizer_cls_and_kwargs=optimizer(config, arguments),
     )
     data = json.dumps([(e.ids, e.weight, e.is_right) for e in examples])
     trained = run_trainer(trainer, config, data=data)

@@ -21,7 +21,6 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import manifest
-from rtap_training.muon import MuonAdamW
 from rtap_training.output import save_policy
 from rtap_training.questions import load_questions
 from rtap_training.rl.loading import load_dialect, load_for_training, lora_config
@@ -29,7 +28,7 @@ from rtap_training.rl.rollouts import Dialect
 from rtap_training.rl.teacher import check_same_tokens
 from rtap_training.runtime import configure_torch, end_processes
 from rtap_training.sft_config import CORRECTIONS, RIGHT, SftConfig
-from rtap_training.supervised import check_resumable, run_trainer, trainer_arguments
+from rtap_training.supervised import check_resumable, optimizer, run_trainer, trainer_arguments
 from rtap_training.tasks.base import Split
 from rtap_training.tasks.jsonl import question_split
 from rtap_training.trajectories import SampledTrajectory, kept_trajectories, remove_samples, sample_parts
@@ -61,7 +60,7 @@ def run(config: SftConfig) -> None:
         train_dataset=_dataset(rows),
         processing_class=loaded.processor,
         peft_config=lora_config(config.lora_rank) if config.lora_rank else None,
-        optimizer_cls_and_kwargs=_muon(config.matrix_rate, arguments) if config.matrix_rate else None,
+        optimizer_cls_and_kwargs=optimizer(config, arguments),
     )
     data = json.dumps([(row.ids, row.num_context) for row in rows])
     trained = run_trainer(trainer, config, data=data)
@@ -214,13 +213,3 @@ def _encode_pair(content: Any, dialect: Dialect) -> Row:
 def _dataset(rows: Sequence[Row]) -> Any:
     labels = [[*[IGNORED] * row.num_context, *row.ids[row.num_context :]] for row in rows]
     return Dataset.from_dict({"input_ids": [list(row.ids) for row in rows], "labels": labels})
-
-
-def _muon(matrix_rate: float, arguments: TrlConfig) -> Any:
-    """Trainer's hook: it calls the first without arguments, and the result with the model and the second."""
-    return lambda: MuonAdamW, {
-        "matrix_rate": matrix_rate,
-        "learning_rate": arguments.learning_rate,
-        "betas": (arguments.adam_beta1, arguments.adam_beta2),
-        "weight_decay": arguments.weight_decay,
-    }

@@ -26,7 +26,6 @@ class SftConfig(SupervisedConfig):
     rows_per_question: int = setting(4, "rows of each kind a question at most")
     kept_share: float = setting(0.5, "right first cycles, for each corrected one")
     confirmed_share: float = setting(0.5, "right cycles after a right one, for each corrected one")
-    matrix_rate: float = setting(0.0, "train the layers' matrices by Muon at this peak rate; 0: all weights by AdamW")
     max_length: int = setting(2048, "longer rows are left out")
 
     def __post_init__(self) -> None:
@@ -36,12 +35,10 @@ class SftConfig(SupervisedConfig):
                 f"data={self.data}, questions={self.questions!r} and samples_file={self.samples_file}: give {RIGHT} or "
                 f"{CORRECTIONS} with questions to sample or with a samples_file, or a file of conversations alone"
             )
-        if self.matrix_rate and self.lora_rank:
-            raise ConfigError(f"matrix_rate={self.matrix_rate} needs all weights: leave out lora_rank={self.lora_rank}")
         if self.teacher and not self.questions:
             raise ConfigError(f"teacher={self.teacher} is sampled on questions: give them")
         SupervisedConfig.__post_init__(self)  # super() fails in a dataclass with slots
         check_positive(self, "rows_per_question", "max_length")
-        for name in ("kept_share", "confirmed_share", "matrix_rate"):
+        for name in ("kept_share", "confirmed_share"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")

@@ -14,6 +14,7 @@ from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import sha256
 from rtap_training.config import run_dir
 from rtap_training.events import FOLDER
+from rtap_training.muon import MuonAdamW
 from rtap_training.rl.checkpoints import JsonLog, last_checkpoint
 from rtap_training.run_state import check_same_settings, describe, mark_complete, plain, step_of
 from rtap_training.supervised_config import SupervisedConfig
@@ -71,6 +72,19 @@ def trainer_arguments(kind: type[Arguments], config: SupervisedConfig, **more: A
         return kind(**own | config.trainer_arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"trainer={config.trainer}: {error}") from error
+
+
+def optimizer(config: SupervisedConfig, arguments: TrainingArguments) -> Any:
+    """The Trainer's ``optimizer_cls_and_kwargs``: Muon and AdamW with a ``matrix_rate``, else its own choice."""
+    if not config.matrix_rate:
+        return None
+    # The Trainer calls the first without arguments, and the result with the model and the second.
+    return lambda: MuonAdamW, {
+        "matrix_rate": config.matrix_rate,
+        "learning_rate": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "weight_decay": arguments.weight_decay,
+    }
 
 
 def check_resumable(config: SupervisedConfig) -> None:

@@ -34,6 +34,7 @@ class SupervisedConfig:
     batch_size: int = setting(16, "rows an update")
     micro_batch: int = setting(8, "rows a forward pass")
     learning_rate: float = setting(1e-5, "peak rate; about 2e-4 with lora_rank")
+    matrix_rate: float = setting(0.0, "train the layers' matrices by Muon at this peak rate; 0: all weights by AdamW")
     bf16: bool = setting(False, "compute in bfloat16; with lora_rank the frozen weights are kept in it too")
     gradient_checkpointing: bool = setting(False, "recompute activations (large models)")
     seed: int = setting(4, "seed of questions, sampling, new weights, and order of rows")
@@ -58,6 +59,10 @@ class SupervisedConfig:
             raise ConfigError(f"lora_rank={self.lora_rank} must be at least 0")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate={self.learning_rate} must be positive")
+        if not self.matrix_rate >= 0:
+            raise ConfigError(f"matrix_rate={self.matrix_rate} must be at least 0")
+        if self.matrix_rate and self.lora_rank:
+            raise ConfigError(f"matrix_rate={self.matrix_rate} needs all weights: leave out lora_rank={self.lora_rank}")
         _ = self.trainer_arguments
 
     @property
