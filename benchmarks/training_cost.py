@@ -2,7 +2,7 @@
 
     python benchmarks/training_cost.py --policy runs/student --teacher deploy/models/policy
 
-A step is one generation and its update (mu = 1, so the teacher scores every step). Writes
+A step is one generation and its update (mu = 1, so the teacher scores once a step). Writes
 docs/results/training-cost/cost.{json,md}.
 """
 

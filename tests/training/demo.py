@@ -29,5 +29,5 @@ def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 def encode_question(question: str) -> list[int]:
     """Prompt ids of a question."""
-    _, tokenizer, dialect = load_dialect(MODELS / "policy")
-    return prompt_ids(tokenizer, dialect, question)
+    *_, dialect = load_dialect(MODELS / "policy")
+    return prompt_ids(dialect, question)

@@ -59,7 +59,7 @@ def loaded(llama: Path) -> Loaded:
 
 def test_it_is_asked_in_its_own_chat_template(loaded: Loaded) -> None:
     assert loaded.dialect.format.name == "think"
-    ids = prompt_ids(loaded.tokenizer, loaded.dialect, "make 82 from 3, 7, 25")
+    ids = prompt_ids(loaded.dialect, "make 82 from 3, 7, 25")
     assert ids == encode_question("make 82 from 3, 7, 25")
 
 
@@ -87,14 +87,14 @@ def kept_samples(path: Path, *, questions: int = 40, prompt: str = "{} = ? Box i
 
 
 def test_kept_samples_are_read_as_they_were_asked_and_judged(loaded: Loaded, tmp_path: Path) -> None:
-    found = kept_trajectories(loaded.tokenizer, loaded.dialect, kept_samples(tmp_path / "samples.jsonl", questions=3))
+    found = kept_trajectories(loaded.dialect, kept_samples(tmp_path / "samples.jsonl", questions=3))
     assert [question.question for question, _ in found] == [
         "11 + 7 = ? Box it.",
         "12 + 10 = ? Box it.",
         "13 + 13 = ? Box it.",
     ]
     (first, second) = found[0][1]
-    assert list(first.prompt_ids) == prompt_ids(loaded.tokenizer, loaded.dialect, "11 + 7 = ? Box it.")
+    assert list(first.prompt_ids) == prompt_ids(loaded.dialect, "11 + 7 = ? Box it.")
     assert loaded.dialect.decode(first.cycles[0].ids).endswith("11 + 7 = 18, so \\boxed{18}")
     assert [first.is_right, second.is_right] == [True, False]
     assert [t.question for t in numbered([rows for _, rows in found])] == [0, 0, 1, 1, 2, 2]
@@ -247,10 +247,10 @@ def test_the_loss_is_the_balanced_cross_entropy_however_rows_are_split(llama: Pa
 
 
 def test_corrupted_workings_have_both_labels_and_are_of_training_questions() -> None:
-    _, tokenizer, dialect = load_dialect(BUNDLED / "policy")
+    *_, dialect = load_dialect(BUNDLED / "policy")
     config = GeneratorConfig(policy=str(BUNDLED / "policy"), questions="arithmetic", corruptions=5)
-    found = _corruptions(config, tokenizer, dialect)
-    assert found == _corruptions(config, tokenizer, dialect)
+    found = _corruptions(config, dialect)
+    assert found == _corruptions(config, dialect)
     by_question: dict[str, set[bool]] = {}
     for cycle in found:
         by_question.setdefault(cycle.question, set()).add(cycle.is_right)
@@ -263,9 +263,9 @@ def _prompt(cycle: LabelledCycle, dialect: Dialect) -> str:
 
 
 def test_a_right_working_of_no_question_is_wrong() -> None:
-    _, tokenizer, dialect = load_dialect(BUNDLED / "policy")
+    _, _, dialect = load_dialect(BUNDLED / "policy")
     config = GeneratorConfig(policy=str(BUNDLED / "policy"), questions="arithmetic", corruptions=100)
-    found = _corruptions(config, tokenizer, dialect)
+    found = _corruptions(config, dialect)
     prompts = {one.question: _prompt(one, dialect) for one in found if one.is_right}
     unrelated = [one for one in found if _prompt(one, dialect) != prompts[one.question]]
     assert len(unrelated) > 5

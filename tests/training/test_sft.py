@@ -85,11 +85,11 @@ def test_a_line_that_is_no_row_is_named(llama: Path, tmp_path: Path, row: Any) -
 
 
 def test_a_correction_trains_a_right_cycle_after_a_wrong_one_with_its_opening(llama: Path, tmp_path: Path) -> None:
-    _, tokenizer, dialect = load_dialect(llama)
+    *_, dialect = load_dialect(llama)
     config = SftConfig(policy=str(llama), samples_file=kept_samples(tmp_path / "s.jsonl"), rows_per_question=2)
     once = config.samples_file.read_text()
     config.samples_file.write_text(once + once.replace("so ", "thus "))  # two right samples of each question
-    samples = [rows for _, rows in kept_trajectories(tokenizer, dialect, tmp_path / "s.jsonl")]
+    samples = [rows for _, rows in kept_trajectories(dialect, tmp_path / "s.jsonl")]
     found = build_corrections(samples, dialect, config, Random(0))
     right = {turn.cycles[0].ids for turns in samples for turn in turns if turn.is_right}
     wrong = {turn.cycles[0].ids for turns in samples for turn in turns if not turn.is_right}

@@ -29,7 +29,7 @@ class Processes:
 
 def test_two_processes_sample_a_share_each_and_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = str(BUNDLED / "policy")
-    _, tokenizer, dialect = load_dialect(policy)
+    _, _, dialect = load_dialect(policy)
     config = SupervisedConfig(policy=policy, output=tmp_path / "output", samples=2, max_cycle_tokens=40)
     asked = list[str]()
     sample = trajectories.roll_out
@@ -42,7 +42,7 @@ def test_two_processes_sample_a_share_each_and_read_the_same(tmp_path: Path, mon
 
     def run(index: int) -> list[SampledTrajectory]:
         monkeypatch.setattr(trajectories, "PartialState", lambda: Processes(index))
-        (turns,) = sample_parts(policy, tokenizer, dialect, {"all": QUESTIONS}, config, max_cycles=1)
+        (turns,) = sample_parts(policy, dialect, {"all": QUESTIONS}, config, max_cycles=1)
         return turns
 
     first, second = run(0), run(1)

@@ -33,14 +33,14 @@ from rtap_training.trajectories import sample_parts
 torch.set_num_threads(1)
 policy, output, wanted = sys.argv[1], sys.argv[2], []
 questions = [q for name in ("countdown", "arithmetic") for q in held_out_questions(TASKS[name], 2)]
-_, tokenizer, dialect = load_dialect(policy)
+*_, dialect = load_dialect(policy)
 for kind in (SamplerKind.VLLM, SamplerKind.TRANSFORMERS):
     for run, seed in enumerate((1, 1, 2)):
         config = SupervisedConfig(
             policy=policy, output=Path(output) / f"{kind}-{run}", sampler=kind, samples=16, seed=seed,
             max_cycle_tokens=160,
         )
-        (turns,) = sample_parts(policy, tokenizer, dialect, {"all": questions}, config, max_cycles=2)
+        (turns,) = sample_parts(policy, dialect, {"all": questions}, config, max_cycles=2)
         cycles = [[[c.ids, c.answer, c.is_right, c.logprobs.shown()] for c in t.cycles] for t in turns]
         wanted.append([[t.question, c] for t, c in zip(turns, cycles)])
 assert not torch.distributed.is_initialized()

@@ -1,6 +1,7 @@
 """Configs of the training commands. Flags override a YAML file, which overrides defaults."""
 
 import argparse
+import json
 from dataclasses import field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,11 @@ class SamplerKind(StrEnum):
 
 
 BUNDLED = BUNDLED_MODELS
+TEMPLATE_KWARGS = 'JSON of variables of the chat template, such as {"enable_thinking": false}, as served'
+# Arguments of apply_chat_template that training sets.
+_SET_BY_TRAINING = frozenset({
+    "add_generation_prompt", "chat_template", "conversation", "messages", "padding", "return_dict", "tokenize", "tools",
+})  # fmt: skip
 
 
 def setting(default: Any, text: str) -> Any:
@@ -36,6 +42,25 @@ def check_positive(config: "DataclassInstance", *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """The JSON object in ``text``, the value of the setting ``name``. Raises ConfigError."""
+    try:
+        found: Any = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name}={text!r} must be a JSON object")
+    return cast(dict[str, Any], found)
+
+
+def template_kwargs(text: str) -> dict[str, Any]:
+    """Variables of the chat template in the setting ``chat_template_kwargs``. Raises ConfigError."""
+    found = json_object("chat_template_kwargs", text)
+    if taken := sorted(found.keys() & _SET_BY_TRAINING):
+        raise ConfigError(f"chat_template_kwargs={text!r}: {', '.join(taken)} is set by training; leave it out")
+    return found
 
 
 Config = TypeVar("Config", bound="DataclassInstance")

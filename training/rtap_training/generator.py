@@ -23,7 +23,6 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
@@ -97,13 +96,13 @@ def run(config: GeneratorConfig) -> None:
     )
     check_resumable(config)
     judge_tokenizer = load_dialect(config.backbone)[1] if config.backbone else None  # before hours of sampling
-    processor, tokenizer, dialect = load_dialect(config.policy)
+    processor, tokenizer, dialect = load_dialect(config.policy, config.template_kwargs)
     if processor is not tokenizer:
         raise ConfigError(
             f"{config.policy} is a vision-language model; `rtap train generator` supports text models only"
         )
-    parts, sampled = _samples(config, tokenizer, dialect)
-    added = _corruptions(config, tokenizer, dialect)
+    parts, sampled = _samples(config, dialect)
+    added = _corruptions(config, dialect)
     if judge_tokenizer is not None:
         tokenizer = judge_tokenizer
         sampled = [
@@ -165,17 +164,15 @@ def run(config: GeneratorConfig) -> None:
 # Samples.
 
 
-def _samples(
-    config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect
-) -> tuple[Parts, list[list[SampledTrajectory]]]:
+def _samples(config: GeneratorConfig, dialect: Dialect) -> tuple[Parts, list[list[SampledTrajectory]]]:
     """Questions of each part, and their trajectories: of a samples file, or sampled from the policy."""
     if config.samples_file is not None:
-        return _kept(config, config.samples_file, tokenizer, dialect)
+        return _kept(config, config.samples_file, dialect)
     known = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
     held_out = load_questions(config.questions, Split.HELD_OUT, seed=config.seed, count=config.eval_questions)
     parts = (*_divided(known, config), held_out)
     named = {"fitting": parts[0], "validation": parts[1], "held-out": held_out}
-    return parts, sample_parts(config.policy, tokenizer, dialect, named, config, max_cycles=config.max_cycles)
+    return parts, sample_parts(config.policy, dialect, named, config, max_cycles=config.max_cycles)
 
 
 def _divided(known: list[Item], config: GeneratorConfig) -> tuple[list[Item], list[Item]]:
@@ -187,11 +184,9 @@ def _divided(known: list[Item], config: GeneratorConfig) -> tuple[list[Item], li
     return known[kept:], known[:kept]
 
 
-def _kept(
-    config: GeneratorConfig, file: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dialect
-) -> tuple[Parts, list[list[SampledTrajectory]]]:
+def _kept(config: GeneratorConfig, file: Path, dialect: Dialect) -> tuple[Parts, list[list[SampledTrajectory]]]:
     """The parts of a samples file, and their trajectories."""
-    found = kept_trajectories(tokenizer, dialect, file)
+    found = kept_trajectories(dialect, file)
     Random(config.seed).shuffle(found)
     known = [one for one in found if question_split(one[0].identity) is Split.TRAIN][: config.num_questions]
     held_out = [one for one in found if question_split(one[0].identity) is Split.HELD_OUT][: config.eval_questions]
@@ -202,7 +197,7 @@ def _kept(
     return (fitting, validation, unseen), [numbered([rows for _, rows in part]) for part in parts]
 
 
-def _corruptions(config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[LabelledCycle]:
+def _corruptions(config: GeneratorConfig, dialect: Dialect) -> list[LabelledCycle]:
     """Right workings of bundled tasks, copies with a wrong step, and the right one under text that asks for nothing: a
     policy rarely samples such errors."""
     if not config.corruptions:
@@ -214,11 +209,11 @@ def _corruptions(config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, di
     for number in range(config.corruptions):
         name = rng.choices(list(shares), list(shares.values()))[0]
         problem = sample_split(TASKS[name], rng, Split.TRAIN)
-        prompt = prompt_ids(tokenizer, dialect, problem.phrase(rng))
+        prompt = prompt_ids(dialect, problem.phrase(rng))
         for text, is_right in synthetic_texts(problem, rng):
             cycles.append(LabelledCycle(f"corrupted {number}", (*prompt, *dialect.encode(text)), is_right))
             if is_right and rng.random() < UNRELATED_SHARE:
-                other = prompt_ids(tokenizer, dialect, unrelated_text(rng))
+                other = prompt_ids(dialect, unrelated_text(rng))
                 cycles.append(LabelledCycle(f"corrupted {number}", (*other, *dialect.encode(text)), False))
     return cycles
 

@@ -80,16 +80,21 @@ def trrd_log_ratio(
     return alpha * (logp - logp_old) + (1 - alpha) * to_teacher
 
 
+def by_token(advantages: Tensor) -> Tensor:
+    """Advantages as (B, T), or as (B, 1) where those of a row are equal."""
+    return advantages if advantages.dim() == 2 else advantages[:, None]
+
+
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) for each token, (B, T)."""
-    per_token = advantages if advantages.dim() == 2 else advantages[:, None]
+    per_token = by_token(advantages)
     ratio = log_ratio.exp()
     return -torch.min(ratio * per_token, ratio.clamp(1 - clip_low, 1 + clip_high) * per_token)
 
 
 def is_clipped(log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
     """Tokens with a flat surrogate (bool, (B, T)). With a teacher there are some from the first update on (RLAD)."""
-    per_token = advantages if advantages.dim() == 2 else advantages[:, None]
+    per_token = by_token(advantages)
     ratio = log_ratio.exp()
     return ((ratio > 1 + clip_high) & (per_token > 0)) | ((ratio < 1 - clip_low) & (per_token < 0))
 

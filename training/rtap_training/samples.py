@@ -84,7 +84,8 @@ def _read(file: Path, expected: dict[str, Any]) -> list[str]:
     if not lines:
         return []
     found: dict[str, Any] = json.loads(lines[0])
-    differing = [f"{name}: {found.get(name)!r}" for name in expected if found.get(name) != expected[name]]
+    names = expected | found
+    differing = [f"{name}: {found.get(name)!r}" for name in names if found.get(name) != expected.get(name)]
     if differing:
         raise ConfigError(
             f"{file} holds samples of another policy or setting ({', '.join(differing)}); remove it or name another"

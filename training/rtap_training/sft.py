@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
@@ -50,7 +50,7 @@ def run(config: SftConfig) -> None:
     arguments = trainer_arguments(TrlConfig, config, max_length=config.max_length)
     check_resumable(config)
     dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
-    loaded = load_for_training(config.policy, dtype=dtype)
+    loaded = load_for_training(config.policy, config.template_kwargs, dtype=dtype)
     if loaded.sees_images:
         raise ConfigError(f"{config.policy} is a vision-language model; `rtap train sft` supports text models only")
     rows, counts = build_rows(config, loaded.tokenizer, loaded.dialect)
@@ -87,7 +87,7 @@ def build_rows(
     """(rows, number of each kind and of those left out as too long). Samples of the tenth of questions that is held out
     by hash are not used. Raises ConfigError if there is no row."""
     if config.data not in (RIGHT, CORRECTIONS):
-        parts = {"lines": _read_rows(Path(config.data), tokenizer, dialect)}
+        parts = {"lines": _read_rows(Path(config.data), dialect)}
     else:
         samples = _samples(config, tokenizer, dialect)
         rng = Random(config.seed)
@@ -115,13 +115,13 @@ def build_rows(
 def _samples(config: SftConfig, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[list[SampledTrajectory]]:
     """Samples of each training question: of a file, or sampled from the teacher or the policy."""
     if config.samples_file is not None:
-        kept = kept_trajectories(tokenizer, dialect, config.samples_file)
+        kept = kept_trajectories(dialect, config.samples_file)
         return [rows for question, rows in kept if question_split(question.identity) is Split.TRAIN]
     if config.teacher:
-        check_same_tokens(tokenizer, load_dialect(config.teacher)[1])
+        check_same_tokens(tokenizer, load_dialect(config.teacher)[1], config.template_kwargs)
     questions = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
     parts = {"train": questions}
-    (turns,) = sample_parts(config.teacher or config.policy, tokenizer, dialect, parts, config, max_cycles=1)
+    (turns,) = sample_parts(config.teacher or config.policy, dialect, parts, config, max_cycles=1)
     return [list(of_one) for _, of_one in groupby(turns, key=lambda turn: turn.question)]
 
 
@@ -164,7 +164,7 @@ def _build_right_rows(
     return [Row((*one.prompt_ids, *one.cycles[0].ids, dialect.end_of_turn_id), len(one.prompt_ids)) for one in drawn]
 
 
-def _read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> list[Row]:
+def _read_rows(path: Path, dialect: Dialect) -> list[Row]:
     """A row of each line of a JSONL file. Raises ConfigError that names the line."""
     try:
         lines = path.read_text("utf-8").split("\n")
@@ -177,7 +177,7 @@ def _read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dialect)
         try:
             content = json.loads(line)
             is_pair = "messages" not in content
-            rows.append(_encode_pair(content, dialect) if is_pair else _encode_messages(content, tokenizer, dialect))
+            rows.append(_encode_pair(content, dialect) if is_pair else _encode_messages(content, dialect))
         except Exception as error:  # a template raises its own classes
             raise ConfigError(
                 f'{path}:{number}: not a row ({type(error).__name__}: {error}); a line is {{"messages": [{{"role": …, '
@@ -186,13 +186,13 @@ def _read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, dialect: Dialect)
     return rows
 
 
-def _encode_messages(content: Any, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> Row:
+def _encode_messages(content: Any, dialect: Dialect) -> Row:
     *before, last = content["messages"]
     if last["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
     if unread := sorted({key for one in (*before, last) for key in one} - {"role", "content"}):
         raise ValueError(f"{', '.join(unread)} would not be read: put all text into content")
-    prompt = cast(str, tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+    prompt = dialect.render(before)
     text, tag = last["content"], dialect.format.think_open
     if tag and prompt.rstrip().endswith(tag):  # the template opens the thought
         text = text.lstrip().removeprefix(tag)

@@ -90,29 +90,32 @@ def run(file: Path, output: Path, run_command: Run) -> None:
 def _train_and_measure(suite: Suite, name: str, seed: int, folder: Path, run_command: Run) -> Figures:
     method, settings = suite.run(name)
     if method is None:
-        return _measure(suite, Path(settings["policy"]), None, seed)
+        return _measure(suite, settings, Path(settings["policy"]), None, seed)
     run_command(method, settings | {"seed": seed, "output": str(folder)})
     own_generator = folder.with_name(f"{folder.name}-confidence")  # where RL saves the generator it updates
-    return _measure(suite, folder, own_generator if own_generator.is_dir() else None, seed)
+    return _measure(suite, settings, folder, own_generator if own_generator.is_dir() else None, seed)
 
 
-def _measure(suite: Suite, policy: Path, own_generator: Path | None, seed: int) -> Figures:
+def _measure(
+    suite: Suite, run_settings: Mapping[str, Any], policy: Path, own_generator: Path | None, seed: int
+) -> Figures:
     import torch
 
+    from rtap_training.config import template_kwargs
     from rtap_training.rl.loading import load_for_training
     from rtap_training.rl.measure import MeasureConfig, measure
     from rtap_training.rl.online_generator import load_online_generator
 
     settings = dict(suite.measure)
     tasks, count, common = settings.pop("tasks"), settings.pop("questions"), settings.pop("confidence", None)
-    loaded = load_for_training(policy)
+    loaded = load_for_training(policy, template_kwargs(run_settings.get("chat_template_kwargs", "{}")))
     path = own_generator or (None if common is None else Path(common))
     generator = None if path is None else load_online_generator(path)
     torch.set_num_threads(1)
     figures: Figures = {}
     for task in tasks:
         questions = held_out_questions(TASKS[task], count)
-        found = measure(loaded.model, loaded.tokenizer, loaded.dialect, generator, questions,
+        found = measure(loaded.model, loaded.dialect, generator, questions,
                         MeasureConfig(**settings, seed=seed))  # fmt: skip
         figures |= {f"{task}/{key}": None if value is None else round(value, 5) for key, value in found.items()}
     return figures

@@ -1,12 +1,11 @@
 """Settings of samples and Trainer that ``sft`` and ``generator`` share."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import SamplerKind, check_positive, setting
+from rtap_training.config import TEMPLATE_KWARGS, SamplerKind, check_positive, json_object, setting, template_kwargs
 from rtap_training.evaluation.question_files import check_prompt
 
 
@@ -22,6 +21,7 @@ class SupervisedConfig:
     output: Path = setting(Path("runs/supervised"), "what is written; logs and checkpoints are in OUTPUT.run")
     questions: str = setting("", "questions to sample: JSONL file, rg:NAME, hf:NAME, or a mix of bundled tasks")
     prompt: str = setting("", "message with {question} in it; empty: the question, for rg: also to answer in a box")
+    chat_template_kwargs: str = setting("{}", TEMPLATE_KWARGS)
     samples_file: Path | None = setting(None, "samples.jsonl of `rtap eval` or `rtap calibrate`, instead of questions")
     num_questions: int = setting(2000, "training questions at most")
     samples: int = setting(8, "samples a question")
@@ -63,15 +63,14 @@ class SupervisedConfig:
             raise ConfigError(f"matrix_rate={self.matrix_rate} must be at least 0")
         if self.matrix_rate and self.lora_rank:
             raise ConfigError(f"matrix_rate={self.matrix_rate} needs all weights: leave out lora_rank={self.lora_rank}")
-        _ = self.trainer_arguments
+        _ = self.trainer_arguments, self.template_kwargs
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """Further arguments of the Trainer. Raises ConfigError."""
-        try:
-            found: Any = json.loads(self.trainer)
-        except ValueError as error:
-            raise ConfigError(f"trainer={self.trainer!r} is not JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise ConfigError(f"trainer={self.trainer!r} must be a JSON object of arguments of the Trainer")
-        return found
+        return json_object("trainer", self.trainer)
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the chat template. Raises ConfigError."""
+        return template_kwargs(self.chat_template_kwargs)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState  # pyright: ignore[reportMissingTypeStubs]
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
@@ -48,7 +48,6 @@ class SampledTrajectory:
 
 def sample_parts(
     model: str,
-    tokenizer: PreTrainedTokenizerBase,
     dialect: Dialect,
     parts: Mapping[str, Sequence[Question]],
     config: SupervisedConfig,
@@ -57,9 +56,7 @@ def sample_parts(
 ) -> list[list[SampledTrajectory]]:
     """``config.samples`` trajectories of ``model`` per question of each part, grouped by question. The keys of
     ``parts`` name the files. Processes of a distributed run sample a share of each part, and read those of all."""
-    prompts = {
-        name: [prompt_ids(tokenizer, dialect, message(q, config.prompt)) for q in part] for name, part in parts.items()
-    }
+    prompts = {name: [prompt_ids(dialect, message(q, config.prompt)) for q in part] for name, part in parts.items()}
     longest = max(len(ids) for part in prompts.values() for ids in part) + max_cycles * config.max_cycle_tokens
     kind, digest = sampler_kind(config.sampler), weights_sha256(model)
     sampler = _open_sampler(kind, model, dialect, config, max_length=longest)
@@ -137,19 +134,19 @@ def _sample(
     name = part if share.of == 1 else f"{part}-{share.rank + 1}-of-{share.of}"
     file = run_dir(config.output) / f"samples-{name}.jsonl"
     first |= {"max_cycle_tokens": config.max_cycle_tokens}
+    if config.template_kwargs:
+        first["chat_template_kwargs"] = config.template_kwargs
     return [turn for line in read_or_make(file, first, make) for turn in _parse(line)]
 
 
-def kept_trajectories(
-    tokenizer: PreTrainedTokenizerBase, dialect: Dialect, path: Path
-) -> list[tuple[Question, list[SampledTrajectory]]]:
+def kept_trajectories(dialect: Dialect, path: Path) -> list[tuple[Question, list[SampledTrajectory]]]:
     """The samples of each question in a file of ``rtap eval`` or ``rtap calibrate``, as trajectories of one cycle.
 
     ``question`` of a trajectory is 0 until ``numbered`` sets it. The server strips thought and answer, so a sample of a
     thinking model lacks the white space next to its tags. Raises ConfigError for lines that are no samples."""
     found: dict[str, tuple[Question, list[SampledTrajectory]]] = {}
     for question, cycle, row in sample_rows([path]):
-        asked, prompt, text = rendered_sample(tokenizer, dialect, question, cycle, row)
+        asked, prompt, text = rendered_sample(dialect, question, cycle, row)
         features = None if cycle.logprobs is None else LogprobFeatures.from_shown(cycle.logprobs)
         ids = tuple(dialect.encode(text))
         rolled = RolledCycle(ids, text, cycle.answer, cycle.is_correct, cycle.oops_tokens, features)
@@ -159,7 +156,6 @@ def kept_trajectories(
 
 
 def rendered_sample(
-    tokenizer: PreTrainedTokenizerBase,
     dialect: Dialect,
     question: FileQuestion,
     cycle: CycleRecord,
@@ -171,7 +167,7 @@ def rendered_sample(
     if cycle.answer is not None and not (cycle.text or "").strip():
         raise ConfigError(f"the sample with the answer {cycle.answer!r:.80} has no text")
     asked = str(row.get("prompt") or question.text)
-    prompt = _rendered(tokenizer, asked)
+    prompt = _rendered(dialect, asked)
     return asked, prompt, dialect.format.render_cycle(cycle.think or "", cycle.text or "", prompt=prompt)
 
 
@@ -215,11 +211,10 @@ def _parse(line: str) -> list[SampledTrajectory]:
     ]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, dialect: Dialect, question: str) -> list[int]:
+def prompt_ids(dialect: Dialect, question: str) -> list[int]:
     """Prompt ids of a question in the model's chat template."""
-    return dialect.encode(_rendered(tokenizer, question))
+    return dialect.encode(_rendered(dialect, question))
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    messages = [{"role": "user", "content": question}]
-    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def _rendered(dialect: Dialect, question: str) -> str:
+    return dialect.render([{"role": "user", "content": question}])

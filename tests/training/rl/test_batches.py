@@ -1,9 +1,9 @@
-"""Forward passes by length equal one padded pass."""
+"""Forward passes by length equal one padded pass; equal rows are found."""
 
 import torch
 from torch import Tensor
 
-from rtap_training.rl.batches import forward_by_length
+from rtap_training.rl.batches import distinct_rows, forward_by_length
 
 PROMPTS = [3, 1, 2, 3, 2]
 COMPLETIONS = [2, 9, 1, 4, 0]
@@ -61,3 +61,12 @@ def test_the_gradient_reaches_every_row_as_in_one_pass() -> None:
     assert whole is not None
     assert weight.grad is not None
     assert torch.equal(weight.grad, whole)
+
+
+def test_rows_are_of_a_kind_if_their_tokens_are_equal_at_equal_places() -> None:
+    ids = torch.tensor([[9, 1, 2, 0], [9, 1, 2, 3], [7, 1, 2, 3], [9, 1, 2, 0], [7, 1, 2, 8]])
+    mask = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 0]])
+    firsts, kinds = distinct_rows(ids, mask)
+    assert firsts.tolist() == [0, 1, 3]  # the last token of row 3 is id 0, not padding
+    assert kinds.tolist() == [0, 1, 1, 2, 0]
+    assert [part.tolist() for part in distinct_rows(ids[:0], mask[:0])] == [[], []]

@@ -59,13 +59,13 @@ def test_a_question_without_contrast_has_no_within_question_auroc() -> None:
 
 @pytest.mark.slow
 def test_the_bundled_models_measured_twice_give_the_same() -> None:
-    model, tokenizer = load_policy(BUNDLED / "policy")
+    model, _ = load_policy(BUNDLED / "policy")
     dialect = load_for_training(BUNDLED / "policy").dialect
     generator = load_online_generator(BUNDLED / "confidence")
     questions = held_out_questions(TASKS["countdown"], 12)
     config = MeasureConfig(max_cycles=3, samples=2, forced=1)
-    first = measure(model, tokenizer, dialect, generator, questions, config)
-    assert first == measure(model, tokenizer, dialect, generator, questions, config)
+    first = measure(model, dialect, generator, questions, config)
+    assert first == measure(model, dialect, generator, questions, config)
     assert first["model_cycles"] <= 3
     assert first["first_tokens"] <= first["model_tokens"]
     assert first["last"] <= first["ever"]
@@ -74,9 +74,9 @@ def test_the_bundled_models_measured_twice_give_the_same() -> None:
 
 def test_the_end_of_the_turn_is_no_cycle() -> None:
     """The bundled policy is right nine times in ten in arithmetic and then ends its turn."""
-    model, tokenizer = load_policy(BUNDLED / "policy")
+    model, _ = load_policy(BUNDLED / "policy")
     dialect = load_for_training(BUNDLED / "policy").dialect
     found = measure(
-        model, tokenizer, dialect, None, held_out_questions(TASKS["arithmetic"], 12), MeasureConfig(samples=1, forced=0)
+        model, dialect, None, held_out_questions(TASKS["arithmetic"], 12), MeasureConfig(samples=1, forced=0)
     )
     assert found["model_cycles"] < 2

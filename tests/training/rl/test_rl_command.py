@@ -27,6 +27,7 @@ from rtap_training.rl.checkpoints import last_checkpoint
 from rtap_training.rl.config import GrpoConfig, KdrlConfig, RladConfig, RlConfig, RtapConfig
 from rtap_training.rl.loading import load_for_training
 from rtap_training.rl.lockstep import Completion
+from rtap_training.rl.teacher import LocalTeacher
 from rtap_training.tasks.base import Split
 from rtap_training.training_errors import TeacherError, TrainingError
 from tests.other_checkpoints import save_generator_adapter
@@ -204,6 +205,37 @@ def test_alpha_one_is_grpo_and_a_teacher_changes_the_update(teacher: Path, tmp_p
     assert half["grad_norm"] != grpo["grad_norm"]
     kdrl = first_update(KdrlConfig(output=tmp_path / "kdrl", teacher=str(teacher), **common))
     assert kdrl["grad_norm"] not in (grpo["grad_norm"], half["grad_norm"])
+
+
+@pytest.mark.parametrize("boundary_advantage", [0.0, 1.0])
+def test_rows_that_the_teacher_need_not_score_change_no_update(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boundary_advantage: float
+) -> None:
+    common = RECURSIVE | {"policy": BUNDLED / "policy", "teacher": str(teacher), "questions_per_step": 4,
+                          "boundary_advantage": boundary_advantage}  # fmt: skip
+    rows: list[int] = []
+    original = LocalTeacher.logps
+
+    def count(self: LocalTeacher, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+        rows.append(ids.size(0))
+        return original(self, ids, mask, keep)
+
+    monkeypatch.setattr(LocalTeacher, "logps", count)
+    some = RladConfig(output=tmp_path / "some", **common)
+    command.run(some)
+    logged = [json.loads(line) for line in (some.run_dir / "train.jsonl").read_text().splitlines()]
+    shares = [line["teacher/scored"] for line in logged if "teacher/scored" in line]
+    assert [16 * share for share in shares if share] == rows  # without a row to score the teacher is not called
+    assert (len(shares), min(shares) < 1) == (2, True)
+    monkeypatch.setattr("rtap_training.rl.trainer.needs_teacher", lambda _, __, mask: torch.ones(mask.size(0)) > 0)
+    monkeypatch.setattr("rtap_training.rl.trainer.distinct_rows", lambda ids, _: (torch.arange(len(ids)),) * 2)
+    rows.clear()
+    everything = RladConfig(output=tmp_path / "all", **common)
+    command.run(everything)
+    assert rows == [16, 16]
+    assert curve(some)[0]["grad_norm"] > 0
+    for less, more in zip(curve(some), curve(everything), strict=True):
+        assert less == pytest.approx(more, rel=1e-4, abs=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_checkpoint(

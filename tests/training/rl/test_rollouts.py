@@ -30,7 +30,10 @@ def decode(ids: Sequence[int]) -> str:
 
 def dialect(fmt: TrajectoryFormat = RTAP) -> Dialect:
     ends = frozenset(encode(fmt.answer_close)) if fmt.answer_close else frozenset[int]()
-    return Dialect(fmt, END, frozenset({END}), ends, decode, encode, count_oops=lambda text: text.count("Oops"))
+    return Dialect(
+        fmt, END, frozenset({END}), ends, decode, encode,
+        count_oops=lambda text: text.count("Oops"), render=lambda messages: messages[-1]["content"],
+    )  # fmt: skip
 
 
 def script(rows: list[list[str]], *, logps: bool = False) -> tuple[Generate, list[list[Request]]]:

@@ -79,7 +79,7 @@ def test_the_first_id_that_means_something_else_is_named() -> None:
         return {"prompt": "".join("?" if i == 300 else tokenizer.decode([i]) for i in body["tokens"])}
 
     with pytest.raises(TeacherError, match=r"id 300 is .* to the student and another token to the teacher"):
-        teacher(other).check_same_tokens(tokenizer)
+        teacher(other).check_same_tokens(tokenizer, {})
 
 
 def test_another_rendering_of_conversations_is_refused() -> None:
@@ -89,4 +89,4 @@ def test_another_rendering_of_conversations_is_refused() -> None:
         return {"prompt": tokenizer.decode(body["tokens"])} if path == "/detokenize" else {"tokens": [1, 2]}
 
     with pytest.raises(TeacherError, match="renders prompts differently"):
-        teacher(other).check_same_tokens(tokenizer)
+        teacher(other).check_same_tokens(tokenizer, {})

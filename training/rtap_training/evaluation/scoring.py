@@ -43,7 +43,7 @@ def score_samples(
 
     samples = [one for one in sample_rows(paths) if split in (None, one[0].split)]
     read = [
-        None if cycle.answer is None else ids_of(*rendered_sample(tokenizer, dialect, question, cycle, row))
+        None if cycle.answer is None else ids_of(*rendered_sample(dialect, question, cycle, row))
         for question, cycle, row in samples
     ]
     scores = iter(score_rows(model, [ids for ids in read if ids is not None]))

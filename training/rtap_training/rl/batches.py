@@ -1,4 +1,4 @@
-"""Forward passes with little padding: batch rows by length and trim unused columns.
+"""Forward passes with little padding: batch rows by length, trim unused columns, find equal rows.
 
 Lengths of recursive trajectories differ by a factor of ten. Padded to the longest row, three quarters of a batch were
 padding (bundled policy, Countdown, T = 4).
@@ -27,6 +27,18 @@ def forward_by_length(
     logps = torch.cat([p[0] for p in passes])[back]
     entropies = [p[1] for p in passes if p[1] is not None]
     return logps, torch.cat(entropies)[back] if entropies else None
+
+
+def distinct_rows(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(indices (K,) of the first row of each kind, kind (B,) of every row). Rows of a kind have equal tokens.
+
+    ids, mask (B, T); ids of padding are ignored.
+    """
+    kinds: dict[tuple[int, ...], int] = {}
+    rows = (tuple(row) for row in torch.where(mask.bool(), ids, -1).tolist())
+    kind_of = [kinds.setdefault(row, len(kinds)) for row in rows]
+    firsts = [kind_of.index(kind) for kind in range(len(kinds))]
+    return ids.new_tensor(firsts), ids.new_tensor(kind_of)
 
 
 def _trimmed(forward: Forward, ids: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor | None]:

@@ -41,7 +41,7 @@ def run(config: RlConfig) -> None:
         check_same_run(checkpoint, config)
     questions = load_questions(config.questions, Split.TRAIN, seed=config.seed, count=config.num_questions)
     dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
-    loaded = load_for_training(config.policy, dtype=dtype)
+    loaded = load_for_training(config.policy, config.template_kwargs, dtype=dtype)
     trainer = build_trainer(config, loaded, questions)
     log = JsonLog(
         config.run_dir / "train.jsonl",
@@ -118,6 +118,7 @@ def trl_arguments(config: RlConfig) -> GRPOConfig:
         top_p=config.top_p,
         top_k=config.top_k,
         repetition_penalty=config.repetition_penalty,
+        chat_template_kwargs=config.template_kwargs,
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=2,
@@ -189,10 +190,10 @@ def _teacher(config: RlConfig, loaded: Loaded, trainer: RecursiveTrainer) -> Tea
                 f"max_tokens={config.max_tokens} leaves no room for a prompt in the teacher's context of "
                 f"{remote.context_length}; lower it, or serve the teacher with a larger --max-model-len"
             )
-        remote.check_same_tokens(loaded.tokenizer)
+        remote.check_same_tokens(loaded.tokenizer, config.template_kwargs)
         return remote
     model = load_teacher(config.teacher)
-    check_same_tokens(loaded.tokenizer, AutoTokenizer.from_pretrained(config.teacher))
+    check_same_tokens(loaded.tokenizer, AutoTokenizer.from_pretrained(config.teacher), config.template_kwargs)
     add_fused_lm_head(model, temperature=config.temperature)
     model.to(trainer.accelerator.device)
     return LocalTeacher(model, trainer.log_probs)

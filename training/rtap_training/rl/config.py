@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import BUNDLED, run_dir, setting
+from rtap_training.config import BUNDLED, TEMPLATE_KWARGS, run_dir, setting, template_kwargs
 from rtap_training.evaluation.question_files import check_prompt
 
 REWARDS = ("increase", "final", "format", "answer", "length")
@@ -53,6 +53,7 @@ class RlConfig:
     questions: str = setting("countdown", "task, mix (countdown=0.5,knights=0.5), JSONL file, rg:NAME, or hf:NAME")
     prompt: str = setting("", "message with {question} in it; empty: the question, for rg: also to answer in a box")
     system_prompt: str = setting("", "system message before it. R-TAP app. B1 has one")
+    chat_template_kwargs: str = setting("{}", TEMPLATE_KWARGS)
     num_questions: int = setting(4096, "distinct training questions to draw. Ours")
     confidence: Path | None = setting(None, "confidence generator; required by the rewards increase and final")
     confidence_output: Path | None = setting(None, "where to save the updated generator; default: OUTPUT-confidence")
@@ -107,6 +108,7 @@ class RlConfig:
         _check_ranges(self)
         if self.prompt:
             check_prompt("prompt=", self.prompt)
+        _ = self.template_kwargs
         unknown = sorted(set(self.reward_names) - set(REWARDS))
         if unknown or not self.reward_names:
             raise ConfigError(f"rewards={self.rewards!r} must list some of {', '.join(REWARDS)}")
@@ -143,6 +145,11 @@ class RlConfig:
     def reward_names(self) -> tuple[str, ...]:
         """The rewards in use."""
         return tuple(name.strip() for name in self.rewards.split(",") if name.strip())
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the chat template. Raises ConfigError."""
+        return template_kwargs(self.chat_template_kwargs)
 
     @property
     def generation_rows(self) -> int:

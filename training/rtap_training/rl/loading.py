@@ -1,8 +1,9 @@
 """Load a policy for reinforcement learning, and derive its trajectory format in tokens."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +24,10 @@ from rtap_core.artifact import read_artifact
 from rtap_core.errors import ConfigError
 from rtap_core.format import TrajectoryFormat, detect_format
 from rtap_core.lexicon import OopsCounter, load_lexicon
+from rtap_training.rl.messages import render
 from rtap_training.rl.rollouts import Dialect
 
+NO_KWARGS: Mapping[str, Any] = {}
 _VISION = ("visual", "vision_tower", "vision_model", "vision_encoder")
 _NOT_LANGUAGE = (*_VISION, "projector", "connector", "merger", "audio")
 
@@ -44,13 +47,16 @@ class Loaded:
         return self.processor is not self.tokenizer
 
 
-def load_for_training(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Loaded:
+def load_for_training(
+    name: str | Path, template_kwargs: Mapping[str, Any] = NO_KWARGS, *, dtype: torch.dtype = torch.float32
+) -> Loaded:
     """Load a causal language model, or a vision-language model with a frozen vision encoder (R-TAP app. A).
 
-    name: folder or Hub name. Its trajectory format is the one that ``rtap serve`` would detect.
-    Raises ConfigError if it is not a checkpoint or its tokenizer does not support its trajectory format.
+    name: folder or Hub name. Its trajectory format is the one that ``rtap serve`` would detect. template_kwargs:
+    variables of its chat template. Raises ConfigError if it is not a checkpoint, or does not support its trajectory
+    format or these variables.
     """
-    processor, tokenizer, dialect = load_dialect(name)
+    processor, tokenizer, dialect = load_dialect(name, template_kwargs)
     is_vlm = processor is not tokenizer
     with loading(name):
         factory = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
@@ -62,10 +68,12 @@ def load_for_training(name: str | Path, *, dtype: torch.dtype = torch.float32) -
     return Loaded(model, processor, tokenizer, dialect)
 
 
-def load_dialect(name: str | Path) -> tuple[Any, PreTrainedTokenizerBase, Dialect]:
+def load_dialect(
+    name: str | Path, template_kwargs: Mapping[str, Any] = NO_KWARGS
+) -> tuple[Any, PreTrainedTokenizerBase, Dialect]:
     """Processor (the tokenizer itself for a text model), tokenizer and dialect of a model, without its weights.
 
-    Raises ConfigError."""
+    template_kwargs: variables of its chat template. Raises ConfigError."""
     with loading(name):
         config = AutoConfig.from_pretrained(name)
         is_vlm = hasattr(config, "vision_config")
@@ -74,11 +82,13 @@ def load_dialect(name: str | Path) -> tuple[Any, PreTrainedTokenizerBase, Dialec
     template = processor.chat_template or tokenizer.chat_template  # a dict if there are several
     if not template:
         raise ConfigError(f"{name} has no chat template, so nothing says how it is asked; add one to its tokenizer")
+    if unread := [variable for variable in template_kwargs if variable not in str(template)]:
+        raise ConfigError(f"chat_template_kwargs: the chat template of {name} does not read {', '.join(unread)}")
     if tokenizer.pad_token_id is None:  # Llama has none; padding is masked everywhere
         tokenizer.pad_token = tokenizer.eos_token
     block = read_artifact(config.to_dict()).model_dump(exclude_none=True)
     fmt, _ = detect_format(block, template=str(template), vocabulary=tokenizer.get_vocab())
-    return processor, tokenizer, dialect_of(name, tokenizer, fmt)
+    return processor, tokenizer, dialect_of(name, tokenizer, fmt, template_kwargs)
 
 
 @contextmanager
@@ -101,8 +111,10 @@ def lora_config(rank: int, task_type: str = "CAUSAL_LM", *, sees_images: bool = 
     )
 
 
-def dialect_of(name: str | Path, tokenizer: PreTrainedTokenizerBase, fmt: TrajectoryFormat) -> Dialect:
-    """Tags and end tokens of ``fmt`` in this tokenizer.
+def dialect_of(
+    name: str | Path, tokenizer: PreTrainedTokenizerBase, fmt: TrajectoryFormat, template_kwargs: Mapping[str, Any]
+) -> Dialect:
+    """Tags and end tokens of ``fmt`` in this tokenizer, and its chat template with these variables.
 
     Raises ConfigError if the end of an answer is not a single token, because generation could not stop there.
     """
@@ -138,4 +150,5 @@ def dialect_of(name: str | Path, tokenizer: PreTrainedTokenizerBase, fmt: Trajec
         decode=decode,
         encode=encode,
         count_oops=OopsCounter(load_lexicon(), encode).count,
+        render=partial(render, tokenizer, template_kwargs=template_kwargs),
     )

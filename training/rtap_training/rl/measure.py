@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rtap_core.recursion import FinalEvent, Recursion
 from rtap_core.types import Confidence, Cycle, Judged, Limits, Policy, Score, Select, Trajectory
@@ -56,7 +56,6 @@ class _Scorer:
 
 def measure(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     dialect: Dialect,
     generator: PreTrainedModel | None,
     questions: Sequence[Question],
@@ -64,20 +63,19 @@ def measure(
 ) -> dict[str, float | None]:
     """Metrics by name. Shares are over questions or trajectories; tokens and cycles are means per trajectory."""
     model.eval()
-    own = _run(model, tokenizer, dialect, None, questions, config.samples,
+    own = _run(model, dialect, None, questions, config.samples,
                Limits(Policy.MODEL, max_cycles=config.max_cycles, select=Select.LAST), config)  # fmt: skip
     figures = own_figures(own, questions)
     if config.forced:
         scorer = None if generator is None else _Scorer(generator)
         limits = Limits(Policy.CONFIDENCE, threshold=NEVER, max_cycles=config.max_cycles)
-        forced = _run(model, tokenizer, dialect, scorer, questions, config.forced, limits, config)
+        forced = _run(model, dialect, scorer, questions, config.forced, limits, config)
         figures |= forced_figures(forced, questions, config.threshold, is_scored=generator is not None)
     return figures
 
 
 def _run(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     dialect: Dialect,
     confidence: Confidence | None,
     questions: Sequence[Question],
@@ -86,7 +84,7 @@ def _run(
     config: MeasureConfig,
 ) -> list[list[Trajectory]]:
     """Run ``samples`` trajectories per question."""
-    prompts = [prompt_ids(tokenizer, dialect, q.question) for q in questions for _ in range(samples)]
+    prompts = [prompt_ids(dialect, q.question) for q in questions for _ in range(samples)]
     ends = dialect.end_of_turn_ids | dialect.cycle_end_ids
     sampler = TransformersSampler(lambda: model, ends, batch_rows=BATCH_ROWS)
     sampler.seed(config.seed)

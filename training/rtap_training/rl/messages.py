@@ -1,9 +1,21 @@
-"""Helpers for TRL's conversations and processor fields."""
+"""Helpers for conversations, and for TRL's processor fields."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from transformers import PreTrainedTokenizerBase
+
 Messages = list[dict[str, Any]]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]
+) -> str:
+    """Prompt of a conversation in the chat template, up to where the model writes."""
+    text = tokenizer.apply_chat_template(
+        cast(Any, messages), tokenize=False, add_generation_prompt=True, **template_kwargs
+    )
+    return cast(str, text)
 
 
 def last_text(messages: Messages) -> str:

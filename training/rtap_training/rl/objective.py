@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from rtap_training.losses import (
+    by_token,
     clipped_surrogate,
     is_clipped,
     kdrl_weight,
@@ -16,10 +18,23 @@ from rtap_training.losses import (
 from rtap_training.rl.config import Method, RatioLevel, RlConfig
 
 
+def needs_teacher(config: RlConfig, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Rows (bool, (B,)) whose objective depends on the teacher. mask (B, T): tokens that are trained.
+
+    All rows under KDRL. Under RLAD a token without advantage has loss and gradient 0 for any teacher.
+    """
+    if config.method is Method.KDRL:
+        return torch.ones_like(mask[:, 0], dtype=torch.bool)
+    return ((by_token(advantages) != 0) & mask.bool()).any(dim=1)
+
+
 def objective(
     config: RlConfig, logp: Tensor, inputs: Mapping[str, Tensor], mask: Tensor, *, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(clipped surrogate plus KL terms, metrics to log), all (B, T). mask (B, T): tokens that are trained."""
+    """(clipped surrogate plus KL terms, metrics to log), all (B, T). mask (B, T): tokens that are trained.
+
+    The teacher's log-probabilities, and its metrics, are NaN in rows that it did not score.
+    """
     old = inputs.get("old_per_token_logps")  # TRL omits it when a generation is used for one update
     log_ratio = _log_ratio(config, logp, logp.detach() if old is None else old, inputs)
     if config.ratio is RatioLevel.SEQUENCE:
@@ -44,7 +59,8 @@ def objective(
         metrics["kl"] = distance
     if "teacher_per_token_logps" in inputs:
         gap = logp - inputs["teacher_per_token_logps"]
-        metrics |= {"teacher/log_ratio": gap, "teacher/clamped": gap.abs() > config.teacher_clamp}
+        is_clamped = (gap.abs() > config.teacher_clamp).to(gap.dtype)
+        metrics |= {"teacher/log_ratio": gap, "teacher/clamped": torch.where(gap.isnan(), gap, is_clamped)}
     return per_token, metrics
 
 
@@ -54,7 +70,7 @@ def _log_ratio(config: RlConfig, logp: Tensor, old: Tensor, inputs: Mapping[str,
     return trrd_log_ratio(
         logp,
         old,
-        inputs["teacher_per_token_logps"],
+        inputs["teacher_per_token_logps"].nan_to_num(0.0),  # rows without advantage: any finite value
         alpha=config.alpha,
         teacher_clamp=config.teacher_clamp,
         clamp_gradient=config.clamp_gradient.value,

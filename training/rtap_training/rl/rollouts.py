@@ -4,8 +4,9 @@ The cut is the server's stop rule with an answer checker as generator: confidenc
 one, threshold 1. Rows are token ids throughout and never re-tokenised.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rtap_core.features import LogprobFeatures, logprob_features
 from rtap_core.format import TrajectoryFormat, parse_cycle
@@ -25,8 +26,9 @@ class RolloutQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Trajectory format in a policy's tokens.
+    """Trajectory format in a policy's tokens, and its chat template.
 
+    render: messages -> prompt, up to where the policy writes.
     end_of_turn_id: appended after a right answer. cycle_end_ids: tokens that end a cycle but not the turn.
     """
 
@@ -37,6 +39,7 @@ class Dialect:
     decode: Callable[[Sequence[int]], str]
     encode: Callable[[str], list[int]]
     count_oops: Callable[[str], int]
+    render: Callable[[Sequence[Mapping[str, Any]]], str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ checked before the run.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol, cast
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from rtap_training.rl.messages import render
 from rtap_training.training_errors import TeacherError
 
 REMOTE_TIMEOUT_SECONDS = 120.0
@@ -81,12 +82,13 @@ class RemoteTeacher:
                 result[row, :length] = torch.tensor(scores[len(scores) - length :])
         return result
 
-    def check_same_tokens(self, student: PreTrainedTokenizerBase) -> None:
+    def check_same_tokens(self, student: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
         """Like the function ``check_same_tokens``, through the server's /detokenize and /tokenize."""
         with self._open_client() as client:
             self._check_ids(client, student)
-            prompt = self._call(client, "/tokenize", lambda reply: reply["tokens"], {"messages": PROBE})
-        if prompt != student.encode(_render(student, PROBE), add_special_tokens=False):
+            body = {"messages": PROBE, "chat_template_kwargs": template_kwargs}
+            prompt = self._call(client, "/tokenize", lambda reply: reply["tokens"], body)
+        if prompt != student.encode(render(student, PROBE, template_kwargs), add_special_tokens=False):
             raise TeacherError(OTHER_CONTEXTS)
 
     def _check_ids(self, client: httpx.Client, student: PreTrainedTokenizerBase) -> None:
@@ -144,8 +146,10 @@ def load_teacher(path: str) -> PreTrainedModel:
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 
-def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise TeacherError with the first difference in token ids, end of turn or prompt rendering.
+def check_same_tokens(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> None:
+    """Raise TeacherError with the first difference in token ids, end of turn or prompt rendering with these variables.
 
     A teacher may have more tokens, because padded vocabularies differ in size.
     """
@@ -160,9 +164,5 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
         raise TeacherError(
             f"teacher and student end a turn differently: {teacher.eos_token!r} and {student.eos_token!r}"
         )
-    if _render(student, PROBE) != _render(teacher, PROBE):
+    if render(student, PROBE, template_kwargs) != render(teacher, PROBE, template_kwargs):
         raise TeacherError(OTHER_CONTEXTS)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    return cast(str, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

@@ -5,7 +5,7 @@ the TRL internals in use, and a contract test checks them. Formulas are in ``los
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +19,13 @@ from trl.trainer.grpo_config import GRPOConfig
 from rtap_training.events import Sample
 from rtap_training.losses import advantage_shares, group_advantages, sequence_mean
 from rtap_training.rl import figures
-from rtap_training.rl.batches import forward_by_length
+from rtap_training.rl.batches import distinct_rows, forward_by_length
 from rtap_training.rl.checkpoints import last_checkpoint
 from rtap_training.rl.components import RunComponents
 from rtap_training.rl.config import RlConfig
 from rtap_training.rl.lockstep import Completion, Request
 from rtap_training.rl.messages import Messages, extend, last_text
-from rtap_training.rl.objective import objective
+from rtap_training.rl.objective import needs_teacher, objective
 from rtap_training.rl.online_generator import LabelledCycle, labelled_cycles
 from rtap_training.rl.reward_functions import reward_functions
 from rtap_training.rl.rollouts import Rollout, RolloutQuestion, roll_out
@@ -202,15 +202,26 @@ class RecursiveTrainer(GRPOTrainer):
         return output
 
     def _teacher_logps(self, output: dict[str, Any]) -> Tensor:
-        """Teacher log-probabilities, computed once per generation."""
+        """Teacher log-probabilities, computed once per generation; NaN in rows that do not need them.
+
+        Rows of equal tokens are scored once.
+        """
         assert self.components.teacher is not None
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-        logps = self.components.teacher.logps(ids, mask, output["completion_ids"].size(1))
         used = output["completion_mask"].bool()
-        if not torch.isfinite(logps[used]).all():
-            raise TeacherError("the teacher returned log-probabilities that are not finite")
-        return torch.where(used, logps, 0.0)
+        needed = needs_teacher(self.config, output["advantages"], _trained_tokens(output)).nonzero()[:, 0]
+        firsts, kinds = distinct_rows(ids[needed], mask[needed])
+        scored, rows = self._sum_over_processes([firsts.numel(), ids.size(0)])
+        self._mode_metrics["teacher/scored"].append(scored / rows)
+        result = torch.full(used.shape, math.nan, device=ids.device)
+        if firsts.numel():
+            distinct = needed[firsts]
+            logps = self.components.teacher.logps(ids[distinct], mask[distinct], used.size(1))
+            if not torch.isfinite(logps[used[distinct]]).all():
+                raise TeacherError("the teacher returned log-probabilities that are not finite")
+            result[needed] = torch.where(used[needed], logps[kinds], 0.0)
+        return result
 
     def log_probs(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
         """Log-probabilities (B, T) of the last T = ``keep`` tokens under any model with TRL's fused head."""
@@ -248,7 +259,7 @@ class RecursiveTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The method's objective: mean over sequences of token means."""
         completion_mask = inputs["completion_mask"]
-        mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
+        mask = _trained_tokens(inputs)
         logp, entropies, _ = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -270,14 +281,20 @@ class RecursiveTrainer(GRPOTrainer):
         return loss / self.current_gradient_accumulation_steps if self.model.training else loss
 
     def _record(self, metrics: dict[str, Tensor], mask: Tensor, loss: Tensor) -> float:
-        """Log token means over all processes; return the sum of their losses."""
+        """Log means over the tokens of all processes that have a value (not NaN); return the sum of their losses."""
         names = sorted(metrics)
-        sums = [(metrics[n].detach().float() * mask).sum() for n in names]
-        *totals, tokens, losses = self._sum_over_processes([*sums, mask.sum(), loss.detach()])
-        mode = "train" if self.model.training else "eval"
-        for name, total in zip(names, totals, strict=True):
-            self._metrics[mode][name].append(total / max(1.0, tokens))
+        values = [torch.where(mask.bool(), metrics[name].detach().float(), torch.nan) for name in names]
+        sums, counts = [v.nansum() for v in values], [(~v.isnan()).sum() for v in values]
+        losses, *totals = self._sum_over_processes([loss.detach(), *sums, *counts])
+        for name, total, count in zip(names, totals[: len(names)], totals[len(names) :], strict=True):
+            if count:
+                self._mode_metrics[name].append(total / count)
         return losses
+
+    @property
+    def _mode_metrics(self) -> dict[str, list[float]]:
+        """TRL's metrics of training or evaluation, for values that are equal in all processes."""
+        return self._metrics["train" if self.model.training else "eval"]
 
     def _last_good(self) -> str:
         last = last_checkpoint(Path(cast(str, self.args.output_dir)))
@@ -303,3 +320,9 @@ class RecursiveTrainer(GRPOTrainer):
         if checkpoint is not None and self.components.generator is not None:
             state = torch.load(Path(checkpoint) / GENERATOR_FILE, map_location="cpu", weights_only=True)
             self.components.generator.load_state_dict(state)
+
+
+def _trained_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """Mask (B, T) of the tokens that are trained: no padding, and no boundaries unless they have an advantage."""
+    mask: Tensor = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask

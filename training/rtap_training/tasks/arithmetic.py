@@ -165,10 +165,6 @@ class ArithmeticProblem:
                 return self._attempt(slipped, slip)
         return None
 
-    def value_of(self, answer: str, /) -> int | None:
-        """The number."""
-        return int(answer) if _ANSWER.fullmatch(answer.strip()) else None
-
     def doubt(self, rng: Random, _value: int, /) -> str:
         """A phrase of doubt."""
         return rng.choice(_DOUBTS)
@@ -239,10 +235,9 @@ def parse_expression(question: str) -> str | None:
 
 
 class Arithmetic:
-    """Arithmetic task. Levels: number of operations."""
+    """Arithmetic task."""
 
     name = "arithmetic"
-    levels = (1, 2)
     wrong_first_share = 0.22
     wrong_count_weights = (0.75, 0.2, 0.05)
 
@@ -262,7 +257,3 @@ class Arithmetic:
         if result is None or not _ANSWER.fullmatch(answer.strip()):
             return False
         return result.value == int(answer)
-
-    def level(self, question: str) -> int:
-        """Number of operators in the expression."""
-        return sum(c in "+-*/" for c in parse_expression(question) or "")

@@ -92,10 +92,6 @@ class Problem(Protocol):
         """A wrong working that differs from ``earlier``; None if there is none."""
         ...
 
-    def value_of(self, answer: str, /) -> int | None:
-        """``Attempt.value`` of an answer; None if it cannot be interpreted as a wrong result."""
-        ...
-
     def doubt(self, rng: Random, value: int, /) -> str:
         """Opening phrase of the cycle after a wrong attempt with this ``value``."""
         ...
@@ -126,11 +122,6 @@ class Task(Protocol):
         """Relative frequency of 1, 2, ... wrong attempts in those traces."""
         ...
 
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """Sampled difficulties, easiest first."""
-        ...
-
     def sample(self, rng: Random) -> Problem:
         """A random problem of either split."""
         ...
@@ -141,10 +132,6 @@ class Task(Protocol):
 
     def check(self, question: str, answer: str) -> bool:
         """True if ``answer`` is right. Both may be any text; hostile input returns False quickly."""
-        ...
-
-    def level(self, question: str) -> int:
-        """Difficulty of a question of this task; 0 for any other text."""
         ...
 
 

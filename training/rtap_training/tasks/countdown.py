@@ -175,12 +175,6 @@ class CountdownProblem:
         weights = [1 / (5 + abs(c.value - self.target)) for c in misses]
         return _attempt(rng.choices(misses, weights)[0], self._solutions())
 
-    def value_of(self, answer: str, /) -> int | None:
-        """Value of the expression; None if it is not an integer or equals the target (then the numbers are wrong)."""
-        result = evaluate(answer)
-        is_miss = result is not None and result.value.denominator == 1 and result.value != self.target
-        return int(result.value) if result is not None and is_miss else None
-
     def doubt(self, rng: Random, value: int, /) -> str:
         """A phrase of doubt that usually names the value reached."""
         return rng.choice(_DOUBTS).format(v=value, t=self.target)
@@ -236,10 +230,9 @@ def parse_question(question: str) -> CountdownProblem | None:
 
 
 class Countdown:
-    """Countdown task. Levels: 1 sums and differences, 2 a product, 3 a product of a sum."""
+    """Countdown task."""
 
     name = "countdown"
-    levels = (1, 2, 3)
     wrong_first_share = 0.4
     # Halves each time: after any number of misses the next attempt is right about half the time.
     wrong_count_weights = (0.54, 0.24, 0.11, 0.05, 0.03, 0.02, 0.01)
@@ -263,12 +256,3 @@ class Countdown:
         if problem is None or result is None:
             return False
         return result.value == problem.target and Counter(result.numbers) == Counter(problem.numbers)
-
-    def level(self, question: str) -> int:
-        """Level of the easiest canonical solution; 3 if there is none."""
-        problem = parse_question(question)
-        if problem is None:
-            return 0
-        a, b, c = problem.numbers
-        solutions = (x.expression for x in candidates((a, b, c)) if x.value == problem.target)
-        return min((3 if "(" in s else 2 if "*" in s else 1 for s in solutions), default=3)

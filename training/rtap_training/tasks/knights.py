@@ -129,11 +129,6 @@ class KnightsProblem:
         weights = [3.0 ** -min(_distance(g, n) for n in near) for g in misses]
         return rng.choices(misses, weights)[0] if misses else None
 
-    def value_of(self, answer: str, /) -> int | None:
-        """Index of the first speaker whose statement clashes with the guess."""
-        guess = parse_guess(answer, len(self.puzzle))
-        return None if guess is None else first_clash(self.puzzle, guess)
-
     def doubt(self, rng: Random, value: int, /) -> str:
         """A phrase of doubt that usually names the speaker whose statement clashed."""
         return rng.choice(_DOUBTS).format(p=PEOPLE[value])
@@ -203,12 +198,12 @@ class Knights:
     ) -> None:
         if not 2 <= min_people <= max_people <= len(PEOPLE):
             raise ValueError(f"a puzzle has 2 to {len(PEOPLE)} people, not {min_people} to {max_people}")
-        self.levels = tuple(range(min_people, max_people + 1))
-        self._weights = [(weights or {}).get(n, 1.0) for n in self.levels]
+        self._sizes = range(min_people, max_people + 1)
+        self._weights = [(weights or {}).get(n, 1.0) for n in self._sizes]
 
     def sample(self, rng: Random) -> KnightsProblem:
         """A random puzzle with exactly one solution (about one in three draws)."""
-        people = PEOPLE[: rng.choices(self.levels, self._weights)[0]]
+        people = PEOPLE[: rng.choices(self._sizes, self._weights)[0]]
         while True:
             puzzle = tuple(_statement(rng, people, speaker) for speaker in people)
             if len(solutions(puzzle)) == 1:
@@ -223,7 +218,3 @@ class Knights:
         puzzle = parse_puzzle(question)
         guess = parse_guess(answer, len(puzzle)) if puzzle is not None else None
         return puzzle is not None and guess is not None and first_clash(puzzle, guess) is None
-
-    def level(self, question: str) -> int:
-        """Number of people."""
-        return len(parse_puzzle(question) or ())
