@@ -43,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
         add_flags(commands.add_parser(name, help=what, allow_abbrev=False), kind)
     for name, kind in CONFIGS.items():
         add_flags(commands.add_parser(name, help=(kind.__doc__ or "").splitlines()[0], allow_abbrev=False), kind)
+    for name in ("sft", "generator", *CONFIGS):
+        commands.choices[name].add_argument(
+            "--estimate", type=int, nargs="?", const=0, metavar="RANKS", default=argparse.SUPPRESS,
+            help="print the expected peak memory of a process and exit without loading anything; RANKS: processes that "
+            "FSDP shards the policy over (default: as launched)",
+        )  # fmt: skip
     study = commands.add_parser(
         "study", help="train and measure the runs of a suite over seeds, and tabulate them", allow_abbrev=False
     )
@@ -87,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, flags: dict[str, Any]) -> None:
+    # TRL warns about vLLM versions it does not list; the version pinned in pyproject.toml was tested.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     match command:
         case "questions":
             from rtap_training.questions import write_held_out
@@ -102,14 +110,18 @@ def _run(command: str, flags: dict[str, Any]) -> None:
 
             models = flags["models"] if flags["install"] else None
             pipeline.run(flags["recipe"], flags["folder"], _train, is_smoke=flags["smoke"], install_into=models)
+        case _ if "estimate" in flags:
+            from rtap_training import estimate
+
+            ranks: int = flags.pop("estimate")
+            kind = STAGES[command][1] if command in STAGES else CONFIGS[command]
+            estimate.run(build_config(kind, flags.pop("config", None), flags), ranks)
         case _:
             _train(command, flags)
 
 
 def _train(command: str, flags: dict[str, Any]) -> None:
     """Run one training command; the flag ``config`` is a YAML file."""
-    # TRL warns about vLLM versions it does not list; the version pinned in pyproject.toml was tested.
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     file: Path | None = flags.pop("config", None)
     if command in STAGES:
         module, kind, _ = STAGES[command]

@@ -255,14 +255,7 @@ def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
     """The backbone's body (R-TAP app. A: the policy's) with a new one-label head."""
     torch.manual_seed(config.seed)
     name = config.backbone or config.policy
-    shape: Any = AutoConfig.from_pretrained(name, num_labels=1)
-    if config.num_layers:
-        body = shape.get_text_config()
-        if config.num_layers > body.num_hidden_layers:
-            raise ConfigError(f"num_layers={config.num_layers} is above the {body.num_hidden_layers} of {name}")
-        body.num_hidden_layers = config.num_layers
-        if getattr(body, "layer_types", None):
-            body.layer_types = body.layer_types[: config.num_layers]
+    shape = classifier_shape(name, config.num_layers)
     factory = AutoModelForSequenceClassification
     try:
         dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
@@ -274,6 +267,21 @@ def _fresh(config: GeneratorConfig, *, pad_id: int) -> PreTrainedModel:
         model = get_peft_model(model, lora_config(config.lora_rank, "SEQ_CLS"))
         train_in_fp32(model)
     return cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def classifier_shape(name: str, num_layers: int) -> Any:
+    """Config of a model as a classifier with one label and its first ``num_layers`` layers; 0: all.
+
+    Raises ConfigError if it has fewer."""
+    shape: Any = AutoConfig.from_pretrained(name, num_labels=1)
+    if num_layers:
+        body = shape.get_text_config()
+        if num_layers > body.num_hidden_layers:
+            raise ConfigError(f"num_layers={num_layers} is above the {body.num_hidden_layers} of {name}")
+        body.num_hidden_layers = num_layers
+        if getattr(body, "layer_types", None):
+            body.layer_types = body.layer_types[:num_layers]
+    return shape
 
 
 def _weighted(cycles: Sequence[LabelledCycle], config: GeneratorConfig) -> list[Example]:

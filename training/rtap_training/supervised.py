@@ -40,16 +40,11 @@ def trainer_arguments(kind: type[Arguments], config: SupervisedConfig, **more: A
     """Arguments of a Trainer: those of the config, ``more``, then those of ``config.trainer``. Raises ConfigError."""
     folder, world = run_dir(config.output), int(os.environ.get("WORLD_SIZE", "1"))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / FOLDER)
-    if config.batch_size % (config.micro_batch * world):
-        raise ConfigError(
-            f"batch_size={config.batch_size} cannot be split over {world} processes into micro batches of "
-            f"{config.micro_batch}"
-        )
     own: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": config.epochs,
         "per_device_train_batch_size": config.micro_batch,
-        "gradient_accumulation_steps": config.batch_size // (config.micro_batch * world),
+        "gradient_accumulation_steps": accumulation_steps(config, world),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
@@ -85,6 +80,17 @@ def optimizer(config: SupervisedConfig, arguments: TrainingArguments) -> Any:
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
         "weight_decay": arguments.weight_decay,
     }
+
+
+def accumulation_steps(config: SupervisedConfig, processes: int) -> int:
+    """Micro batches an update in each process. Raises ConfigError if the batch cannot be split."""
+    steps, rest = divmod(config.batch_size, config.micro_batch * processes)
+    if rest:
+        raise ConfigError(
+            f"batch_size={config.batch_size} cannot be split over {processes} processes into micro batches of "
+            f"{config.micro_batch}"
+        )
+    return steps
 
 
 def check_resumable(config: SupervisedConfig) -> None:

@@ -164,4 +164,4 @@ def test_rows_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch, tm
             with pytest.raises(ConfigError, match="=16 sequences over 3 processes"):
                 command.trl_arguments(config)
         else:
-            assert command._rows_of_a_process(config, 4) == 4
+            assert command.rows_of_a_process(config, 4) == 4

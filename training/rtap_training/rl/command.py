@@ -91,7 +91,7 @@ def trl_arguments(config: RlConfig) -> GRPOConfig:
     # Otherwise one process per machine loads weights and FSDP broadcasts only the policy's, so that generator, teacher
     # and reference model would differ between processes.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    rows = _rows_of_a_process(config, int(os.environ.get("WORLD_SIZE", "1")))
+    rows = rows_of_a_process(config, int(os.environ.get("WORLD_SIZE", "1")))
     micro_batch = min(config.micro_batch, rows)
     vllm: dict[str, Any] = {}
     if config.vllm != "none":
@@ -134,7 +134,8 @@ def trl_arguments(config: RlConfig) -> GRPOConfig:
     )
 
 
-def _rows_of_a_process(config: RlConfig, num_processes: int) -> int:
+def rows_of_a_process(config: RlConfig, num_processes: int) -> int:
+    """Sequences of a generation in each process. Raises ConfigError if they cannot be split."""
     rows, rest = divmod(config.generation_rows, num_processes)
     if rest or rows % min(config.micro_batch, max(rows, 1)):
         raise ConfigError(

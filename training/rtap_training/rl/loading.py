@@ -62,10 +62,15 @@ def load_for_training(
         factory = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
         model = cast(PreTrainedModel, factory.from_pretrained(name, dtype=dtype))
     if is_vlm:
-        for part, parameter in model.named_parameters():
-            if any(tower in part for tower in _VISION):
-                parameter.requires_grad_(False)
+        freeze_vision(model)
     return Loaded(model, processor, tokenizer, dialect)
+
+
+def freeze_vision(model: PreTrainedModel) -> None:
+    """Exclude the vision encoder of a vision-language model from training."""
+    for part, parameter in model.named_parameters():
+        if any(tower in part for tower in _VISION):
+            parameter.requires_grad_(False)
 
 
 def load_dialect(
