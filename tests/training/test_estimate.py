@@ -154,8 +154,8 @@ def test_a_supervised_run_uses_the_estimate(untrained: Path, tmp_path: Path, ran
 
 def test_a_generators_run_uses_the_estimate(untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = kept_samples(tmp_path / "samples.jsonl")
-    _, tokenizer, dialect = load_dialect(untrained)
-    turns = [turn for _, rows in kept_trajectories(tokenizer, dialect, samples) for turn in rows]
+    _, _, dialect = load_dialect(untrained)
+    turns = [turn for _, rows in kept_trajectories(dialect, samples) for turn in rows]
     longest = max(len(turn.prompt_ids) + len(turn.cycles[0].ids) for turn in turns)
     monkeypatch.setattr(module, "PROMPT_TOKENS", longest - 8)
     config = GeneratorConfig(policy=str(untrained), samples_file=samples, max_cycle_tokens=8, micro_batch=16)
