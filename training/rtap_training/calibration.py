@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit  # pyright: ignore  # comes with scikit-learn
 from sklearn.linear_model import LogisticRegression  # pyright: ignore  # the package has no types
 
 from rtap_core.artifact import NUM_BINS, Logistic
@@ -17,15 +18,17 @@ from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
 from rtap_training.evaluation.statistics import (
     Floats,
+    bins_of,
     bootstrap_weights,
     brier,
     expected_calibration_error,
     global_auroc,
+    paired_ratio,
+    percentiles,
     within_question_auroc,
 )
 
 Bools = NDArray[np.bool_]
-BOOTSTRAPS = 1000
 FOLDS = 10
 
 
@@ -47,11 +50,11 @@ class Figures:
 
 def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
     """All metrics, rounded for a report."""
-    within = within_question_auroc(questions, scores, labels)
+    within, overall = within_question_auroc(questions, scores, labels), global_auroc(scores, labels)
     return Figures(
         within_auroc=None if within is None else round(within.auroc.value, 4),
         contrast_questions=0 if within is None else within.mixed_questions,
-        global_auroc=rounded(global_auroc(scores, labels)),
+        global_auroc=None if overall is None else round(overall, 4),
         ece=round(expected_calibration_error(scores, labels), 4),
         brier=round(brier(scores, labels), 4),
         cycles=len(scores),
@@ -59,51 +62,22 @@ def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
     )
 
 
-def intervals(scores: Floats, labels: Bools, questions: Sequence[int], *, seed: int = 0) -> dict[str, list[float]]:
+def intervals(scores: Floats, labels: Bools, questions: Sequence[int]) -> dict[str, list[float]]:
     """95 % bootstrap intervals of the metrics. Questions are resampled: cycles of one question are not independent.
 
     The calibration error is biased upwards by noise, so its interval lies high.
     """
-    names, place = np.unique(np.asarray(questions), return_inverse=True)
-    num_questions = len(names)
-    draws = bootstrap_weights(num_questions, seed=seed, resamples=BOOTSTRAPS)  # (R, Q)
-    bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
-    errors = scores - labels
-    gaps = np.bincount(place * NUM_BINS + bins, weights=errors, minlength=num_questions * NUM_BINS)
-    cycles = draws @ np.bincount(place)
-    by_question = np.array(
-        [global_auroc(scores[place == q], labels[place == q]) for q in range(num_questions)], dtype=np.float64
-    )  # NaN without contrast
-    is_mixed = ~np.isnan(by_question)
-    mixed = draws @ is_mixed
-    with np.errstate(invalid="ignore"):  # a resample without a mixed question has no within-question AUROC
-        within = draws @ np.where(is_mixed, by_question, 0.0) / mixed
-    _, level = np.unique(scores, return_inverse=True)
-    drawn: dict[str, Floats] = {
-        "within_auroc": within,
-        "global_auroc": np.array([_weighted_auroc(level, labels, row[place]) for row in draws]),
-        "ece": np.abs(draws @ gaps.reshape(num_questions, NUM_BINS)).sum(axis=1) / cycles,
-        "brier": draws @ np.bincount(place, weights=errors**2) / cycles,
-    }
-    ends = {name: np.nanpercentile(v, [2.5, 97.5]).tolist() for name, v in drawn.items() if not np.isnan(v).all()}
+    _, place = np.unique(np.asarray(questions), return_inverse=True)
+    cycles, errors = np.bincount(place), scores - labels
+    gaps = np.zeros((len(cycles), NUM_BINS))
+    np.add.at(gaps, (place, bins_of(scores)), errors)
+    draws = bootstrap_weights(len(cycles), seed=0)
+    ends = {"ece": percentiles(np.abs(draws @ gaps).sum(axis=1) / (draws @ cycles))}
+    known = {"brier": paired_ratio(np.bincount(place, weights=errors**2), cycles.astype(np.float64))}
+    if (within := within_question_auroc(questions, scores, labels)) is not None:
+        known["within_auroc"] = within.auroc
+    ends |= {name: (one.low, one.high) for name, one in known.items()}
     return {name: [round(low, 4), round(high, 4)] for name, (low, high) in ends.items()}
-
-
-def _weighted_auroc(level: NDArray[np.intp], labels: Bools, weights: Floats) -> float:
-    """AUROC of weighted cycles, scored by rank; NaN without contrast."""
-    right, wrong = np.bincount(level, weights=weights * labels), np.bincount(level, weights=weights * ~labels)
-    pairs = right.sum() * wrong.sum()
-    return float((right * (wrong.cumsum() - wrong / 2)).sum() / pairs) if pairs else float("nan")
-
-
-def rounded(value: float | None) -> float | None:
-    """To the four places of a report."""
-    return None if value is None else round(value, 4)
-
-
-def sigmoid(logits: Floats) -> Floats:
-    """Sigmoid that does not overflow."""
-    return np.exp(-np.logaddexp(0, -logits))
 
 
 def fit_logistic(features: Floats, labels: Bools) -> list[float]:
@@ -143,7 +117,7 @@ def cross_validated(features: Floats, labels: Bools, questions: Sequence[int]) -
         if len(np.unique(labels[fitted])) < 2:
             raise ConfigError("right or wrong samples are of too few questions to cross-validate; give more questions")
         bias, *weights = fit_logistic(features[fitted], labels[fitted])
-        scores[left_out] = sigmoid(bias + features[left_out] @ np.array(weights))
+        scores[left_out] = expit(bias + features[left_out] @ np.array(weights))
     return scores
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import Run
-from rtap_training.reliability import Bin, reliability_bins
+from rtap_training.evaluation.statistics import Bin, reliability_bins
 
 NUM_BINS = 10  # of the plotted curve; the calibration error uses other bins
 WORST = 8  # answers kept of each kind

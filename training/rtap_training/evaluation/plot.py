@@ -5,11 +5,9 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
@@ -18,6 +16,7 @@ from rtap_training.evaluation.judgement import Judgement
 from rtap_training.evaluation.replay import TEXT
 from rtap_training.evaluation.results import Results, TaskResults
 from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, MODEL, SINGLE, VOTE, WEIGHTED
+from rtap_training.reliability import reliability_figure, style_axis
 
 # Okabe–Ito colours, distinguishable by colour-blind readers; markers repeat the distinction in print.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -47,41 +46,7 @@ def trade_off_svg(task: TaskResults) -> bytes:
 
 def calibration_svg(judgement: Judgement) -> bytes:
     """Reliability plot of a confidence as an SVG file."""
-    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1, label="perfectly calibrated")
-    colour, marker, _ = STYLES[CONFIDENCE]
-    bins = judgement.bins
-    axis.errorbar(
-        [b.confidence for b in bins],
-        [b.right for b in bins],
-        yerr=[[max(b.right - b.low, 0) for b in bins], [max(b.high - b.right, 0) for b in bins]],
-        color=f"{colour}55",
-        ecolor=f"{colour}66",
-        elinewidth=1.0,
-        linewidth=1.2,
-    )
-    axis.scatter(
-        [b.confidence for b in bins],
-        [b.right for b in bins],
-        s=[24 + 900 * b.cycles / judgement.answers for b in bins],
-        color=f"{colour}cc",
-        edgecolors="white",
-        marker=marker,
-        label=f"{judgement.answers:,} answers",
-        zorder=4,
-    )
-    axis.set_xlim(-0.06, 1.06)
-    axis.set_ylim(-0.06, 1.06)
-    for scale in (axis.xaxis, axis.yaxis):
-        scale.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.set_xlabel("confidence")
-    axis.set_ylabel("answers that are right")
-    _style_axis(axis)
-    for handle in axis.legend(frameon=False, loc="upper left").legend_handles:
-        if isinstance(handle, PathCollection):
-            handle.set_sizes([40])  # not the size of the first bin
-    return _svg(figure)
+    return _svg(reliability_figure({judgement.rule: judgement.bins}))
 
 
 def _svg(figure: Figure) -> bytes:
@@ -91,13 +56,6 @@ def _svg(figure: Figure) -> bytes:
     return output.getvalue()
 
 
-def _style_axis(axis: Axes) -> None:
-    axis.grid(which="major", color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
 def _trade_off(tasks: Sequence[TaskResults]) -> Figure:
     panels = max(len(tasks), 1)
     figure = Figure(figsize=(6.4 * panels, 5.2), dpi=160, layout="constrained")
@@ -105,14 +63,10 @@ def _trade_off(tasks: Sequence[TaskResults]) -> Figure:
     for axis, task in zip(axes, tasks, strict=False):
         _panel(axis, task)
     axes[0].set_ylabel("accuracy")
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(str(label), handle)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=min(panels + 1, 3), frameon=False
-        )
+        columns = min(panels + 1, 3)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -135,7 +89,7 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     axis.set_xlabel("policy tokens per question (log scale)")
     axis.set_title(f"{task.task}, {task.n} questions", loc="left", fontweight="bold")
     axis.margins(x=0.08)
-    _style_axis(axis)
+    style_axis(axis)
     _budget_line(axis, task)
 
 
