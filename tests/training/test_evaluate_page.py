@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rtap_training.evaluation.judgement import WORST, judge
-from rtap_training.evaluation.page import bar, choose, interval, percent, task_view, to_html
+from rtap_training.evaluation.measurement import WORST, judge
+from rtap_training.evaluation.page import BY_CONFIDENCE, bar, choose, interval, percent, task_view, to_html
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-from rtap_training.evaluation.results import Results, RuleParameters, task_results
+from rtap_training.evaluation.replay import RuleParameters
+from rtap_training.evaluation.results import Results, task_results
 from rtap_training.evaluation.statistics import Interval
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
@@ -154,7 +155,5 @@ def test_a_threshold_is_highlighted_if_it_was_chosen_or_is_served_and_not_for_it
     runs = [run(RunSpec("confidence", t), 4) for t in (0.2, 0.7)]
     task = task_results(TASK, runs, questions(4), PARAMETERS)
     task = replace(task, rows=tuple(row for row in task.rows if "chosen" not in row.label))
-    assert choose(task).confidence is None
-    served = choose(task, 0.7).confidence
-    assert served is not None
-    assert served.threshold == 0.7
+    assert BY_CONFIDENCE not in choose(task)
+    assert choose(task, 0.7)[BY_CONFIDENCE].threshold == 0.7

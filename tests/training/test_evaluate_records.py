@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from rtap_core.errors import ConfigError
-from rtap_training.evaluation.client import outcome_of
+from rtap_training.evaluation.client import judged, outcome_of
 from rtap_training.evaluation.measurement import confidence_quality, measure
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import CycleRecord, Outcome, Reply, Round, Run, RunFile, RunSpec, write_atomically
-from rtap_training.evaluation.results import RuleParameters, task_results
+from rtap_training.evaluation.records import CycleRecord, Outcome, Round, Run, RunFile, RunSpec, write_atomically
+from rtap_training.evaluation.replay import RuleParameters
+from rtap_training.evaluation.results import task_results
 
 
 def cycle(answer: str | None, *, right: bool = False, confidence: float | None = None, tokens: int = 10) -> CycleRecord:
@@ -90,16 +91,12 @@ def test_a_run_goes_on_after_the_last_whole_line(tmp_path: Path) -> None:
     file = RunFile(path, resume=False)
     file.add(answered)
     file.add(Outcome(1, error="HTTP 500: no"))  # asked again
-    file.add_reply(Reply(2, 0.5, {"id": "x"}))  # killed before it was judged
-    file.add_reply(Reply(3, error="HTTP 500: no"))
-    file.end_round(0, Round(12.5, "today"))
+    file.end_round(Round(0, 12.5, "today"))
     path.write_text(path.read_text() + '{"index": 2, "error": nu')  # killed while it wrote
     again = RunFile(path, resume=True)
-    assert (again.outcomes, again.rounds) == ({0: answered}, {0: Round(12.5, "today")})
-    assert again.replies == {2: Reply(2, 0.5, {"id": "x"})}
+    assert (again.outcomes, again.rounds) == ({0: answered}, {0: Round(0, 12.5, "today")})
     again.add(outcome(2, [cycle("3")]))
     assert set(RunFile(path, resume=True).outcomes) == {0, 2}
-    assert RunFile(path, resume=True).replies == {}
     assert RunFile(path, resume=False).outcomes == {}
     assert path.read_text() == ""
 
@@ -180,12 +177,12 @@ def reply_of(answer: str | None, content: str) -> dict[str, Any]:
 
 
 def test_what_was_sampled_for_nothing_is_spent_as_well() -> None:
-    spent = outcome_of(0, Question("2+2", "4", "sums"), reply_of("4", "4"), 1.5)
+    spent = judged(Question("2+2", "4", "sums"), outcome_of(0, reply_of("4", "4"), 1.5))
     assert (spent.is_correct, spent.policy_tokens, spent.generator_tokens) == (True, 37, 9)
 
 
 def test_a_cut_answer_is_no_answer() -> None:
-    cut = outcome_of(0, Question("2+2", "4", "sums"), reply_of(None, "4"), 1.5)
+    cut = judged(Question("2+2", "4", "sums"), outcome_of(0, reply_of(None, "4"), 1.5))
     assert (cut.answer, cut.is_correct) == (None, False)
 
 
@@ -196,12 +193,12 @@ def test_seconds_are_compared_within_one_session() -> None:
         return Run("demo", spec, (outcome(0, cycles),), 1.0, rounds)
 
     parameters = RuleParameters((2,), (0.95,), (0.5,), 1.0)
-    vote = run("vote", Round(10.0, "monday"), Round(10.0, "monday"), Round(10.0, "tuesday"))
+    vote = run("vote", Round(0, 10.0, "monday"), Round(0, 10.0, "monday"), Round(0, 10.0, "tuesday"))
 
     def ratio(*rounds: Round | None) -> float | None:
         found = task_results("demo", [run("single", *rounds), vote], [Question("q", "a", "demo")], parameters)
         interval = found.rows[0].wall_ratio
         return None if interval is None else interval.value
 
-    assert ratio(Round(5.0, "monday"), Round(90.0, "tuesday"), Round(5.0, "tuesday")) == 0.5
-    assert ratio(Round(5.0, "tuesday"), None, Round(5.0, None)) is None
+    assert ratio(Round(0, 5.0, "monday"), Round(0, 90.0, "tuesday"), Round(0, 5.0, "tuesday")) == 0.5
+    assert ratio(Round(0, 5.0, "tuesday"), None, Round(0, 5.0, "")) is None

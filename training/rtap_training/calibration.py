@@ -73,7 +73,7 @@ def intervals(scores: Floats, labels: Bools, questions: Sequence[int]) -> dict[s
     np.add.at(gaps, (place, bins_of(scores)), errors)
     draws = bootstrap_weights(len(cycles), seed=0)
     ends = {"ece": percentiles(np.abs(draws @ gaps).sum(axis=1) / (draws @ cycles))}
-    known = {"brier": paired_ratio(np.bincount(place, weights=errors**2), cycles.astype(np.float64))}
+    known = {"brier": paired_ratio(np.bincount(place, weights=errors**2).astype(np.float64), cycles.astype(np.float64))}
     if (within := within_question_auroc(questions, scores, labels)) is not None:
         known["within_auroc"] = within.auroc
     ends |= {name: (one.low, one.high) for name, one in known.items()}

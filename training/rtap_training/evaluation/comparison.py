@@ -117,9 +117,14 @@ def restrict(figures: Figures, indices: Collection[int]) -> Figures:
     """The figures on those questions only, in question order."""
     wanted = set(indices)
     at = [i for i, index in enumerate(figures.indices) if index in wanted]
-    judged = None if figures.judged is None else figures.judged[at]
-    columns = (figures.right[at], figures.samples[at], figures.tokens[at], judged)
-    return Figures(figures.spec, tuple(figures.indices[i] for i in at), *columns, note=figures.note)
+    return replace(
+        figures,
+        indices=tuple(figures.indices[i] for i in at),
+        right=figures.right[at],
+        samples=figures.samples[at],
+        tokens=figures.tokens[at],
+        judged=None if figures.judged is None else figures.judged[at],
+    )
 
 
 def _share(right: Floats) -> Interval:

@@ -1,22 +1,27 @@
-"""Metrics of a run: accuracy, cost, recursion and quality of the confidence."""
+"""Metrics of a run: accuracy, cost, recursion, and quality of the confidence with its largest errors."""
 
 import statistics as plain
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from rtap_training.evaluation.records import CycleRecord, Run, RunSpec
-from rtap_training.evaluation.rules import ADAPTIVE, CGES, VOTE
+from rtap_training.evaluation.question_files import Question
+from rtap_training.evaluation.records import ADAPTIVE, CGES, VOTE, CycleRecord, Run, RunSpec
 from rtap_training.evaluation.statistics import (
+    Bin,
     Interval,
     WithinQuestion,
     brier,
     expected_calibration_error,
     global_auroc,
     mean_interval,
+    reliability_bins,
     wilson_interval,
     within_question_auroc,
 )
+
+NUM_BINS = 10  # of the plotted curve; the calibration error uses other bins
+WORST = 8  # answers kept of each kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,6 @@ class Measurement:
     without an answer, which count as wrong. stop_reasons, error_messages: counts.
     """
 
-    task: str
     spec: RunSpec
     n: int
     errors: int
@@ -49,20 +53,18 @@ class Measurement:
     later_recomputed_max: int | None
     unanswered: int
     degraded: int
-    stop_reasons: Mapping[str, int] = field(default_factory=dict[str, int])
-    error_messages: Mapping[str, int] = field(default_factory=dict[str, int])
+    stop_reasons: Mapping[str, int]
+    error_messages: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class ConfidenceQuality:
-    """Quality of the confidence over all scored answers of a vote run (``samples`` answers per question).
+    """Quality of the confidence over all scored answers of a vote run.
 
     best_of: accuracy of the most confident sample. ceiling: share of questions with a right sample. auroc, ece, brier:
     over all answers.
     """
 
-    task: str
-    samples: int
     scored_answers: int
     share_right: float
     within: WithinQuestion | None
@@ -71,6 +73,31 @@ class ConfidenceQuality:
     brier: float
     best_of: Interval
     ceiling: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """A misjudged answer. expected: the reference, which may be one of several right answers."""
+
+    question: str
+    answer: str
+    expected: str
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Reliability of the confidence over all scored answers of one run. rule: label of the run.
+
+    surely_wrong: wrong answers, highest confidence first. hardly_right: right answers, lowest confidence first. At most
+    one answer per question in each.
+    """
+
+    rule: str
+    answers: int
+    bins: tuple[Bin, ...]
+    surely_wrong: tuple[Mistake, ...]
+    hardly_right: tuple[Mistake, ...]
 
 
 def measure(run: Run) -> Measurement:
@@ -85,7 +112,6 @@ def measure(run: Run) -> Measurement:
     later = [] if run.spec.rule in (VOTE, ADAPTIVE, CGES) else [c for outcome in answered for c in outcome.cycles[1:]]
     later_recomputed = [c.prompt_tokens - c.cached_tokens for c in later if c.cached_tokens is not None]
     return Measurement(
-        task=run.task,
         spec=run.spec,
         n=n,
         errors=len(run.outcomes) - n,
@@ -110,35 +136,55 @@ def measure(run: Run) -> Measurement:
     )
 
 
-def confidence_quality(run: Run) -> ConfidenceQuality | None:
-    """Quality of the confidence in a vote run; None if no answer has one."""
-    scored = [
-        (outcome.index, cycle.confidence, cycle.is_correct)
+def _scored(run: Run) -> list[tuple[int, str, float, bool]]:
+    """(question, answer, confidence, is right) of each answer with a confidence."""
+    return [
+        (outcome.index, cycle.answer, cycle.confidence, cycle.is_correct)
         for outcome in run.answered
         for cycle in outcome.cycles
-        if cycle.confidence is not None and cycle.answer is not None
+        if cycle.answer is not None and cycle.confidence is not None
     ]
+
+
+def confidence_quality(run: Run) -> ConfidenceQuality | None:
+    """Quality of the confidence in a vote run; None if no answer has one."""
+    scored = _scored(run)
     if not scored:
         return None
-    questions = [index for index, _, _ in scored]
-    scores = [score for _, score, _ in scored]
-    labels = [label for _, _, label in scored]
+    questions, _, scores, labels = zip(*scored, strict=True)
     n = len(run.answered)
-    best: dict[int, tuple[float, bool]] = {}
-    for index, score, label in scored:
-        if index not in best or score > best[index][0]:
-            best[index] = (score, label)
+    best = {index: right for index, _, _, right in sorted(reversed(scored), key=lambda one: one[2])}  # the last counts
     return ConfidenceQuality(
-        task=run.task,
-        samples=run.spec.samples or 1,
         scored_answers=len(scored),
         share_right=sum(labels) / len(labels),
         within=within_question_auroc(questions, scores, labels),
         auroc=global_auroc(scores, labels),
         ece=expected_calibration_error(scores, labels),
         brier=brier(scores, labels),
-        best_of=wilson_interval(sum(label for _, label in best.values()), n),
+        best_of=wilson_interval(sum(best.values()), n),
         ceiling=wilson_interval(sum(any(c.is_correct for c in outcome.cycles) for outcome in run.answered), n),
+    )
+
+
+def judge(run: Run, questions: Sequence[Question]) -> Judgement | None:
+    """Compute the judgement; None if no answer of the run has a confidence."""
+    scored = _scored(run)
+    if not scored:
+        return None
+
+    def worst(found: Iterable[tuple[int, str, float, bool]]) -> tuple[Mistake, ...]:
+        first: dict[int, Mistake] = {}
+        for index, answer, confidence, _ in found:
+            question = questions[index]
+            first.setdefault(index, Mistake(question.text, answer, question.answer, confidence))
+        return tuple(first.values())[:WORST]
+
+    return Judgement(
+        run.spec.label,
+        len(scored),
+        tuple(reliability_bins([one[2] for one in scored], [one[3] for one in scored], bins=NUM_BINS)),
+        surely_wrong=worst(sorted((one for one in scored if not one[3]), key=lambda one: -one[2])),
+        hardly_right=worst(sorted((one for one in scored if one[3]), key=lambda one: one[2])),
     )
 
 

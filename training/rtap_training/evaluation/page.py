@@ -5,7 +5,6 @@ This module selects the content; ``page.html.j2`` renders it.
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -13,21 +12,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rtap_core.voting import COUNT_THRESHOLD
 from rtap_training.evaluation.comparison import CHOSEN, Row
 from rtap_training.evaluation.plot import STYLES, calibration_svg, trade_off_svg
+from rtap_training.evaluation.records import ADAPTIVE, CGES, CONFIDENCE, SINGLE
 from rtap_training.evaluation.results import Results, TaskResults
-from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, SINGLE
 from rtap_training.evaluation.statistics import Interval
 
 View = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """Rows shown at the top of a task; None for rules that were not measured."""
-
-    single: Row | None
-    adaptive: Row | None
-    confidence: Row | None
-    majority: Row | None
+ONE_PASS, ADAPTIVE_VOTE, BY_CONFIDENCE, MAJORITY_OF_ALL = (
+    "One pass",
+    "Adaptive vote",
+    "Stopped by confidence",
+    "Majority of all samples",
+)
 
 
 def to_html(results: Results) -> str:
@@ -40,8 +37,7 @@ def to_html(results: Results) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "number": number, "interval": interval}
-    template = environment.get_template("page.html.j2")
-    return template.render(
+    return environment.get_template("page.html.j2").render(
         setting=results.setting,
         facts=facts(results.setting),
         errors=results.errors,
@@ -51,23 +47,22 @@ def to_html(results: Results) -> str:
 
 def served_threshold(setting: Mapping[str, Any]) -> float | None:
     """The server's threshold, if its default policy is the confidence rule."""
-    served: Mapping[str, Any] = setting.get("server") or {}
-    defaults: Mapping[str, Any] = served.get("defaults") or {}
+    defaults: Mapping[str, Any] = (setting.get("server") or {}).get("defaults") or {}
     return defaults.get("threshold") if defaults.get("policy") == CONFIDENCE else None
 
 
 def task_view(task: TaskResults, threshold: float | None = None) -> View:
     """Template variables of a task. threshold: that of the server."""
     chosen = choose(task, threshold)
+    best = best_of(chosen)
     shown = [row for row in task.rows if row.n]
     low = min((row.accuracy.low for row in shown), default=0.0)
     high = max((row.accuracy.high for row in shown), default=1.0)
-    best = chosen.adaptive or chosen.confidence
     return {
         "name": task.task,
         "n": task.n,
         "headline": headline(chosen),
-        "cards": cards(chosen),
+        "cards": [{"name": name, "r": row, "is_best": row is best} for name, row in chosen.items()],
         "trade_off": data_uri(trade_off_svg(task)),
         "rows": [
             {"r": row, "bar": bar(row.accuracy, low, high), "is_best": row is best, "colour": STYLES[row.rule][0]}
@@ -80,48 +75,47 @@ def task_view(task: TaskResults, threshold: float | None = None) -> View:
     }
 
 
-def choose(task: TaskResults, threshold: float | None = None) -> Chosen:
-    """Rows to highlight: single cycle, adaptive vote, chosen (or served) threshold, majority of all samples.
+def choose(task: TaskResults, threshold: float | None = None) -> dict[str, Row]:
+    """Rows to highlight: single cycle, adaptive vote, chosen (or served) threshold, majority of all samples, as far as
+    they were measured.
 
     Live rows come before replayed ones. The most accurate threshold is not highlighted: selected and judged on the same
     questions it would look better than it is."""
     shown = sorted((row for row in task.rows if row.n), key=lambda row: not row.is_live)
     curve = [row for row in shown if row.rule == CONFIDENCE]
     votes = [row for row in shown if row.rule in (ADAPTIVE, CGES)]
-    return Chosen(
-        single=next((row for row in shown if row.rule == SINGLE), None),
-        adaptive=next((row for row in votes if row.threshold == COUNT_THRESHOLD), next(iter(votes), None)),
-        confidence=next(
-            (row for row in curve if row.label.endswith(CHOSEN)),
-            next((row for row in curve if row.threshold == threshold), None),
-        ),
-        majority=next((row for row in shown if row.label == task.majority), None),
-    )
+    candidates = {
+        ONE_PASS: [row for row in shown if row.rule == SINGLE],
+        ADAPTIVE_VOTE: [*(row for row in votes if row.threshold == COUNT_THRESHOLD), *votes],
+        BY_CONFIDENCE: [
+            *(row for row in curve if row.label.endswith(CHOSEN)),
+            *(row for row in curve if row.threshold == threshold),
+        ],
+        MAJORITY_OF_ALL: [row for row in shown if row.label == task.majority],
+    }
+    return {name: rows[0] for name, rows in candidates.items() if rows}
 
 
-def headline(chosen: Chosen) -> str:
+def best_of(chosen: Mapping[str, Row]) -> Row | None:
+    """The rule to recommend: the adaptive vote, else the threshold."""
+    return chosen.get(ADAPTIVE_VOTE) or chosen.get(BY_CONFIDENCE)
+
+
+def headline(chosen: Mapping[str, Row]) -> str:
     """One-sentence summary; empty if no rule that stops early was measured."""
-    row, majority, single = chosen.adaptive or chosen.confidence, chosen.majority, chosen.single
+    row, majority, single = (
+        chosen.get(ADAPTIVE_VOTE) or chosen.get(BY_CONFIDENCE),
+        chosen.get(MAJORITY_OF_ALL),
+        chosen.get(ONE_PASS),
+    )
     if row is None:
         return ""
-    cost = f"{row.label} answers {percent(row.accuracy.value)} right with {number(row.tokens.value)} tokens"
+    cost = f"{row.label} answers {percent(row.accuracy.value)} right with {number(row.tokens.value)} tokens a question"
     if majority is None:
-        return f"{cost} a question."
-    share = percent(row.token_ratio.value if row.token_ratio else None, 0)
+        return f"{cost}."
+    share = percent(row.token_ratio and row.token_ratio.value, 0)
     once = f"; one pass, {percent(single.accuracy.value)}" if single else ""
-    return f"{cost} a question: {share} of what {majority.label} spends for {percent(majority.accuracy.value)}{once}."
-
-
-def cards(chosen: Chosen) -> list[View]:
-    """Cards of the highlighted rows."""
-    names = (
-        ("One pass", chosen.single),
-        ("Adaptive vote", chosen.adaptive),
-        ("Stopped by confidence", chosen.confidence),
-        ("Majority of all samples", chosen.majority),
-    )
-    best = chosen.adaptive or chosen.confidence
-    return [{"name": name, "r": row, "is_best": row is best} for name, row in names if row is not None]
+    return f"{cost}: {share} of what {majority.label} spends for {percent(majority.accuracy.value)}{once}."
 
 
 def bar(value: Interval, low: float, high: float) -> Mapping[str, float]:
@@ -134,19 +128,14 @@ def bar(value: Interval, low: float, high: float) -> Mapping[str, float]:
 def facts(setting: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Labelled facts about the setup."""
     load: Mapping[str, Any] = setting.get("load") or {}
-    counts: Mapping[str, int] = setting.get("questions") or {}
-    versions: Mapping[str, str] = setting.get("versions") or {}
-    served: Mapping[str, Any] = setting.get("server") or {}
-    models = sorted(map(str, served.get("models") or ()))
-    asked = ", ".join(f"{count:,} {task}" for task, count in counts.items())
     known = {
         "Date": str(setting.get("date", ""))[:10],
-        "Model": ", ".join(models),
-        "Questions": asked,
+        "Model": ", ".join(sorted(map(str, (setting.get("server") or {}).get("models") or ()))),
+        "Questions": ", ".join(f"{count:,} {task}" for task, count in (setting.get("questions") or {}).items()),
         "Sampling": f"temperature {load.get('temperature')}, seed {load.get('seed')}" if load else "",
         "At a time": f"{load.get('concurrency')} requests" if load else "",
         "Machine": str(setting.get("machine", "")),
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Versions": ", ".join(f"{name} {version}" for name, version in (setting.get("versions") or {}).items()),
     }
     return [(name, text) for name, text in known.items() if text]
 

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from rtap_training.evaluation.comparison import CHOSEN, Row
-from rtap_training.evaluation.judgement import Judgement
+from rtap_training.evaluation.measurement import Judgement
+from rtap_training.evaluation.records import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, MODEL, SINGLE, VOTE, WEIGHTED
 from rtap_training.evaluation.replay import TEXT
 from rtap_training.evaluation.results import Results, TaskResults
-from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, MODEL, SINGLE, VOTE, WEIGHTED
 from rtap_training.reliability import reliability_figure, style_axis
 
 # Okabe–Ito colours, distinguishable by colour-blind readers; markers repeat the distinction in print.
@@ -74,12 +74,11 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     shown = [row for row in task.rows if row.n and not row.label.endswith((TEXT, CHOSEN))]
     for rule in STYLES:
         points = sorted((row for row in shown if row.rule == rule), key=lambda row: row.tokens.value)
-        replayed, live = [row for row in points if not row.is_live], [row for row in points if row.is_live]
+        replayed = [row for row in points if not row.is_live]
         if replayed:
             _points(axis, rule, replayed)
-        if live:
-            _points(axis, rule, live, is_filled=bool(not replayed))
-    _from_single(axis, shown)
+        if live := [row for row in points if row.is_live]:
+            _points(axis, rule, live, is_filled=not replayed)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -91,16 +90,6 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     axis.margins(x=0.08)
     style_axis(axis)
     _budget_line(axis, task)
-
-
-def _from_single(axis: Axes, shown: Sequence[Row]) -> None:
-    """Extend the curve of thresholds to the single cycle, which equals threshold 0."""
-    single = [row for row in shown if row.rule == SINGLE]
-    curve = sorted((row for row in shown if row.rule == CONFIDENCE), key=lambda row: row.tokens.value)
-    ends = [*single[:1], *curve[:1]]
-    if len(ends) == 2:
-        xs, ys = [row.tokens.value for row in ends], [row.accuracy.value for row in ends]
-        axis.plot(xs, ys, color=STYLES[CONFIDENCE][0], linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
 
 
 def _points(axis: Axes, rule: str, points: Sequence[Row], *, is_filled: bool = True) -> None:

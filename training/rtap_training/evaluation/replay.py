@@ -14,13 +14,35 @@ from rtap_core.stopping import choose, clears
 from rtap_core.types import Cycle, Select
 from rtap_core.voting import next_wave, rank
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, SINGLE, WEIGHTED
+from rtap_training.evaluation.records import (
+    ADAPTIVE,
+    CGES,
+    CONFIDENCE,
+    MAJORITY,
+    SINGLE,
+    WEIGHTED,
+    CycleRecord,
+    Outcome,
+    Run,
+    RunSpec,
+)
 from rtap_training.evaluation.statistics import Floats
 
 ORDERS = 20
 SCORED = (CGES, CONFIDENCE, WEIGHTED)
 TEXT = " by text"  # texts are compared instead of the answers extracted from them
+
+
+@dataclass(frozen=True, slots=True)
+class RuleParameters:
+    """Parameters of the rules. samples: sizes of votes; only the largest is drawn. vote_thresholds: of adaptive votes,
+    the live one first. thresholds: of the confidence rule. budget: share of the majority's tokens that the chosen
+    threshold may spend."""
+
+    samples: tuple[int, ...]
+    vote_thresholds: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    budget: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +95,11 @@ def figures_of(run: Run) -> Figures:
     )
 
 
-def replay(
-    vote: Run,
-    questions: Sequence[Question],
-    *,
-    sizes: Sequence[int],
-    vote_thresholds: Sequence[float],
-    thresholds: Sequence[float],
-) -> list[Figures]:
-    """Every rule that the samples of ``vote`` allow; those with confidences only if some answer has one.
+def replay(vote: Run, questions: Sequence[Question], parameters: RuleParameters) -> list[Figures]:
+    """Every rule that the samples of ``vote`` allow; those with confidences only if some answer has one. The confidence
+    rule makes fresh attempts, at most as many as there are samples.
 
-    Votes with an unscored answer count answers, as on the server; the label says in how many questions there is one.
-
-    sizes: numbers of samples of plain and weighted votes. vote_thresholds: of adaptive votes. thresholds: of the
-    confidence rule, which makes fresh attempts, at most as many as there are samples.
-    """
+    Votes with an unscored answer count answers, as on the server; the label says in how many questions there is one."""
     kept, most = _kept(vote, questions), vote.spec.samples or 1
     if not kept:
         return []
@@ -95,14 +107,14 @@ def replay(
     is_scored = any(cycle.confidence is not None for cycles in complete.values() for cycle in cycles)
     unscored = sum(any(cycle.confidence is None for cycle in cycles) for cycles in complete.values())
     note = f" ({unscored} questions not fully scored)" if unscored else ""
-    sizes = sorted({size for size in (1, *sizes, most) if size <= most})
-    specs = [RunSpec(SINGLE), *(RunSpec(MAJORITY, samples=size) for size in sizes if size > 1)]
+    specs = [RunSpec(SINGLE)]
     if most > 1:
-        specs += [RunSpec(ADAPTIVE, t, most) for t in sorted(vote_thresholds)]
-    if most > 1 and is_scored:
-        specs += [RunSpec(WEIGHTED, samples=size) for size in sizes if size > 1]
-        specs += [RunSpec(CGES, t, most) for t in sorted(vote_thresholds)]
-        specs += [RunSpec(CONFIDENCE, t, most) for t in thresholds]
+        rules = [(MAJORITY, ADAPTIVE), (WEIGHTED, CGES)] if is_scored else [(MAJORITY, ADAPTIVE)]
+        sizes = sorted({size for size in (*parameters.samples, most) if 1 < size <= most})
+        for plain, adaptive in rules:
+            specs += [RunSpec(plain, samples=size) for size in sizes]
+            specs += [RunSpec(adaptive, t, most) for t in sorted(parameters.vote_thresholds)]
+        specs += [RunSpec(CONFIDENCE, t, most) for t in parameters.thresholds if is_scored]
     orders = {index: _orders(questions[index], samples) for index, samples in kept.items()}
     scored = [c for o in vote.answered for c in o.cycles if c.confidence is not None]
     # Log-probabilities cost no tokens; a server reports a generator's tokens by request, not by sample.
@@ -182,9 +194,8 @@ def _orders(question: Question, samples: Sequence[Sample]) -> list[list[Sample]]
 def _sample(question: Question, index: int, record: CycleRecord) -> Sample:
     text = record.answer if record.text is None else record.text
     is_cut = record.answer is None or text is None
-    cycle = Cycle(
-        index, "", record.answer, record.confidence, False, record.tokens, 0, 0, 0, 0, record.seconds, None, 0
-    )
+    cost = (record.tokens, 0, 0, 0, 0, record.seconds, None, 0)
+    cycle = Cycle(index, "", record.answer, record.confidence, False, *cost)
     return Sample(
         cycle,
         key=None if is_cut else answer_key(text or ""),

@@ -2,19 +2,19 @@
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import fields as dataclass_fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import TypeAdapter
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from rtap_training.evaluation.comparison import Row
 from rtap_training.evaluation.measurement import ConfidenceQuality, Measurement
-from rtap_training.evaluation.page import to_html
+from rtap_training.evaluation.page import number, to_html
 from rtap_training.evaluation.plot import plot_png
 from rtap_training.evaluation.records import write_atomically
 from rtap_training.evaluation.replay import ORDERS
@@ -29,21 +29,21 @@ ROW_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("", lambda r: "live" if r.is_live else "replayed"),
     ("n", lambda r: str(r.n)),
     ("accuracy [95 %]", lambda r: interval(r.accuracy)),
-    ("minus majority's [95 %]", lambda r: _optional(r.difference, sign=True)),
+    ("minus majority's [95 %]", lambda r: interval(r.difference, sign=True)),
     ("samples", lambda r: number(r.samples, 2)),
     ("tokens", lambda r: number(r.tokens.value)),
-    ("of majority's [95 %]", lambda r: _optional(r.token_ratio)),
+    ("of majority's [95 %]", lambda r: interval(r.token_ratio)),
     ("with judged", lambda r: number(r.total_token_ratio, 3)),
-    ("seconds, of vote's [95 %]", lambda r: _optional(r.wall_ratio)),
-    ("minus adaptive vote at equal tokens [95 %]", lambda r: _optional(r.at_equal_tokens, sign=True)),
+    ("seconds, of vote's [95 %]", lambda r: interval(r.wall_ratio)),
+    ("minus adaptive vote at equal tokens [95 %]", lambda r: interval(r.at_equal_tokens, sign=True)),
 )
 SHORT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("rule", lambda r: f"live {r.label}" if r.is_live else r.label),
     ("right", lambda r: number(r.accuracy.value, 3)),
-    ("to majority [95 %]", lambda r: interval(r.difference, sign=True, digits=2) if r.difference else "–"),
+    ("to majority [95 %]", lambda r: interval(r.difference, sign=True, digits=2)),
     ("drawn", lambda r: number(r.samples, 1)),
     ("tokens", lambda r: number(r.tokens.value, 0)),
-    ("share", lambda r: number(r.token_ratio.value if r.token_ratio else None, 2)),
+    ("share", lambda r: number(r.token_ratio and r.token_ratio.value, 2)),
 )
 COST_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
     ("rule", lambda m: m.spec.label),
@@ -69,9 +69,9 @@ RECURSION_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
 QUALITY_COLUMNS: tuple[tuple[str, Callable[[ConfidenceQuality], str]], ...] = (
     ("answers", lambda q: str(q.scored_answers)),
     ("right", lambda q: number(q.share_right, 3)),
-    ("AUROC within question [95 %]", lambda q: interval(q.within.auroc) if q.within else "–"),
+    ("AUROC within question [95 %]", lambda q: interval(q.within and q.within.auroc)),
     ("mixed questions", lambda q: str(q.within.mixed_questions) if q.within else "0"),
-    ("AUROC by pairs", lambda q: number(q.within.pair_auroc, 3) if q.within else "–"),
+    ("AUROC by pairs", lambda q: number(q.within and q.within.pair_auroc, 3)),
     ("AUROC global", lambda q: number(q.auroc, 3)),
     ("ECE", lambda q: number(q.ece, 3)),
     ("Brier", lambda q: number(q.brier, 3)),
@@ -80,23 +80,19 @@ QUALITY_COLUMNS: tuple[tuple[str, Callable[[ConfidenceQuality], str]], ...] = (
 )
 
 
-def number(value: float | None, digits: int = 1) -> str:
-    """Fixed decimals; a dash for unknown values."""
-    return "–" if value is None or value != value else f"{value:,.{digits}f}"
-
-
-def interval(value: Interval, *, sign: bool = False, digits: int = 3) -> str:
-    """Value and interval, e.g. ``0.512 [0.472, 0.552]``; the value alone if it has none."""
+def interval(value: Interval | None, *, sign: bool = False, digits: int = 3) -> str:
+    """Value and interval, e.g. ``0.512 [0.472, 0.552]``; the value alone if it has none, a dash for unknown ones."""
+    if value is None:
+        return "–"
     spec = f"{'+' if sign else ''}.{digits}f"
-    if value.low != value.low:
-        return f"{value.value:{spec}}"
-    return f"{value.value:{spec}} [{value.low:{spec}}, {value.high:{spec}}]"
+    ends = "" if value.low != value.low else f" [{value.low:{spec}}, {value.high:{spec}}]"
+    return f"{value.value:{spec}}{ends}"
 
 
 def write_results(results: Results, directory: Path) -> list[Path]:
     """Write results.{json,csv,md}, report.html and accuracy_vs_tokens.png into ``directory``, each atomically."""
     contents: dict[str, str | bytes] = {
-        "results.json": json.dumps(results.as_json(), indent=1, allow_nan=False) + "\n",
+        "results.json": TypeAdapter(Results).dump_json(results, indent=1),
         "results.csv": to_csv(results),
         "results.md": to_markdown(results),
         "report.html": to_html(results),
@@ -131,34 +127,21 @@ def _print(
 
 
 def to_csv(results: Results) -> str:
-    """One line per rule with raw numbers."""
-    lines = [{"task": task.task, **_flat(row)} for task in results.tasks for row in task.rows]
+    """One line per rule with raw numbers; an interval has three columns."""
+    lines: list[dict[str, object]] = []
+    for task in results.tasks:
+        for row in task.rows:
+            lines.append({"task": task.task})
+            for field in fields(Row):
+                value = getattr(row, field.name)
+                ends = (value.value, value.low, value.high) if isinstance(value, Interval) else (value, None, None)
+                names = (field.name, f"{field.name}_low", f"{field.name}_high")
+                lines[-1] |= dict(zip(names if "Interval" in str(field.type) else names[:1], ends, strict=False))
     output = io.StringIO()
-    writer = csv.DictWriter(output, ["task", *_columns()], lineterminator="\n")
+    writer = csv.DictWriter(output, lines[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return output.getvalue()
-
-
-def _columns() -> list[str]:
-    """Columns of a rule; an interval has three."""
-    return [name for field in dataclass_fields(Row) for name in _names(field.name, "Interval" in str(field.type))]
-
-
-def _names(name: str, is_interval: bool) -> list[str]:
-    return [name, f"{name}_low", f"{name}_high"] if is_interval else [name]
-
-
-def _flat(row: Row) -> dict[str, object]:
-    """Values of a rule by column; interval bounds become separate columns."""
-    flat: dict[str, object] = {}
-    for field in dataclass_fields(row):
-        value = getattr(row, field.name)
-        if isinstance(value, Interval):
-            flat |= dict(zip(_names(field.name, True), (value.value, value.low, value.high), strict=True))
-        else:
-            flat[field.name] = value
-    return flat
 
 
 def to_markdown(results: Results) -> str:
@@ -205,10 +188,6 @@ def _grid(columns: Sequence[tuple[str, Callable[[Line], str]]], rows: Sequence[L
 
 def _later(m: Measurement) -> str:
     return "–" if m.later_recomputed_mean is None else f"{m.later_recomputed_mean:.1f} ({m.later_recomputed_max})"
-
-
-def _optional(value: Interval | None, *, sign: bool = False) -> str:
-    return "–" if value is None else interval(value, sign=sign)
 
 
 def _quality_sentence(quality: ConfidenceQuality) -> str:

@@ -1,30 +1,22 @@
 """Results of an evaluation, task by task."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 from rtap_training.evaluation.comparison import Reference, Row, choose_threshold, row_of
-from rtap_training.evaluation.judgement import Judgement, judge
-from rtap_training.evaluation.measurement import ConfidenceQuality, Measurement, confidence_quality, measure
+from rtap_training.evaluation.measurement import (
+    ConfidenceQuality,
+    Judgement,
+    Measurement,
+    confidence_quality,
+    judge,
+    measure,
+)
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import Run
-from rtap_training.evaluation.replay import TEXT, Figures, figures_of, majority_as_drawn, replay
-from rtap_training.evaluation.rules import ADAPTIVE, CONFIDENCE, MAJORITY, SINGLE, VOTE
+from rtap_training.evaluation.records import ADAPTIVE, CONFIDENCE, MAJORITY, SINGLE, VOTE, Run
+from rtap_training.evaluation.replay import TEXT, Figures, RuleParameters, figures_of, majority_as_drawn, replay
 from rtap_training.evaluation.statistics import Interval, paired_ratio
-
-
-@dataclass(frozen=True, slots=True)
-class RuleParameters:
-    """Parameters of the rules. samples: sizes of votes; only the largest is drawn. vote_thresholds: of adaptive votes,
-    the live one first. thresholds: of the confidence rule. budget: share of the majority's tokens that the chosen
-    threshold may spend."""
-
-    samples: tuple[int, ...]
-    vote_thresholds: tuple[float, ...]
-    thresholds: tuple[float, ...]
-    budget: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,27 +46,13 @@ class Results:
         """Number of failed requests over all runs."""
         return sum(m.errors for task in self.tasks for m in task.measurements)
 
-    def as_json(self) -> dict[str, Any]:
-        """JSON values; NaN and infinity become null."""
-        return cast(dict[str, Any], _jsonable(asdict(self)))
-
 
 def task_results(
     task: str, runs: Sequence[Run], questions: Sequence[Question], parameters: RuleParameters, *, is_kept: bool = False
 ) -> TaskResults:
     """Compute the metrics of one task from its runs. is_kept: they are kept samples, not answers of this evaluation."""
     vote = next((run for run in runs if run.spec.rule == VOTE), None)
-    replayed = (
-        []
-        if vote is None
-        else replay(
-            vote,
-            questions,
-            sizes=parameters.samples,
-            vote_thresholds=parameters.vote_thresholds,
-            thresholds=parameters.thresholds,
-        )
-    )
+    replayed = [] if vote is None else replay(vote, questions, parameters)
     reference = _reference(replayed)
     drawn = None if is_kept or vote is None else majority_as_drawn(vote, questions)
     of_live = reference if reference is None or drawn is None else replace(reference, majority=drawn)
@@ -115,14 +93,6 @@ def _wall_ratio(run: Run, vote: Run | None) -> Interval | None:
     pairs = [
         (own.seconds, other.seconds)
         for own, other in zip(run.rounds, vote.rounds, strict=False)
-        if own is not None and other is not None and own.session is not None and own.session == other.session
+        if own is not None and other is not None and own.session == other.session
     ]
     return paired_ratio([own for own, _ in pairs], [other for _, other in pairs]) if pairs else None
-
-
-def _jsonable(value: object) -> object:
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in cast(dict[object, object], value).items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in cast(Sequence[object], value)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

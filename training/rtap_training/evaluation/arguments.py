@@ -1,0 +1,116 @@
+"""Command lines of ``rtap eval`` and ``rtap calibrate``: shared flags, their values, exit status. Cheap to import."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from rtap_core.errors import ConfigError
+
+Value = TypeVar("Value")
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    act: Callable[[argparse.Namespace], int],
+    hint: Callable[[argparse.Namespace], str],
+) -> int:
+    """Parse the command line and return the exit status: that of ``act``, 2 for wrong input, 130 if interrupted.
+
+    ``serve_flags``: what follows ``--``. ``command``: the line, without the key. hint: how to go on when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    args = parser.parse_args(arguments[:at])
+    shown = [text.replace(args.api_key, "…") for text in arguments] if args.api_key else arguments
+    args.serve_flags, args.command = arguments[at + 1 :], shlex.join([*parser.prog.split(), *shown])
+    try:
+        _check(args)
+        return act(args)
+    except ConfigError as error:
+        message, status = str(error), 2
+    except OSError as error:
+        message, status = f"cannot write {error.filename}: {error.strerror}", 2
+    except KeyboardInterrupt:
+        message, status = f"interrupted; {hint(args)}", 130
+    sys.stderr.write(f"{parser.prog}: {message}\n")
+    return status
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for contradictory sources of answers."""
+    if args.server is not None and (args.model or args.confidence_model or args.serve_flags):
+        raise ConfigError(
+            "--server uses a running server; MODEL, --confidence-model and flags after -- start one; give only one of "
+            "them"
+        )
+    if args.from_samples and (args.server or args.questions or args.serve_flags):
+        raise ConfigError(
+            "--from-samples needs no server and has its own questions; omit --server, --questions and flags after --"
+        )
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for server, questions and load."""
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="model to serve (default: the bundled one)")
+    add("--confidence-model", metavar="PATH", help="confidence generator of MODEL")
+    add("--server", metavar="URL", help="address of a running rtap server, instead of MODEL")
+    text = "API key of the server (default: RTAP_API_KEY)"
+    add("--api-key", default=os.environ.get("RTAP_API_KEY"), help=text)
+    text = "JSONL files with question and answer, or rg:NAME?option=value of reasoning-gym"
+    add("--questions", nargs="+", default=[], metavar="SOURCE", help=text)
+    text = "samples.jsonl of earlier runs, instead of server and questions"
+    add("--from-samples", type=Path, nargs="+", default=[], metavar="FILE", help=text)
+    text = "message with {question} in it (default: the question; for rg: also to answer in \\boxed{})"
+    add("--prompt", metavar="TEMPLATE", help=text)
+    add("--limit", type=positive, metavar="N", help="only the first N questions of each task")
+    add("--split", choices=("calibration", "test"), help="only this half of the questions (default: both)")
+    add("--max-tokens", type=positive, metavar="N", help="maximum tokens per reply (default: no limit)")
+    text = "sampling temperature, as your clients use (default: %(default)s)"
+    add("--temperature", type=number_up_to(2), default="1.0", metavar="T", help=text)
+    text = "seed; every question derives its own from it (default: %(default)s)"
+    add("--seed", type=int, default="0", metavar="S", help=text)
+    add("--concurrency", type=positive, default="32", metavar="N", help="concurrent requests (default: %(default)s)")
+    text = "timeout of one request (default: %(default)s)"
+    add("--timeout", type=positive, default="600", metavar="SECONDS", help=text)
+    text = "timeout of a server start (default: %(default)s)"
+    add("--ready-timeout", type=positive, default="300", metavar="SECONDS", help=text)
+
+
+def list_of(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """Parser of a comma-separated list."""
+
+    def parse(text: str) -> list[Value]:
+        items = [item.strip() for item in text.split(",")]
+        if not all(items):
+            raise argparse.ArgumentTypeError(f"{text!r} must be a comma-separated list, like 1,2,4")
+        return [kind(item) for item in items]
+
+    return parse
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return int(text)
+
+
+def number_up_to(high: float) -> Callable[[str], float]:
+    """Parser of a number from 0 to ``high``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not 0.0 <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to {high:g}")
+        return value
+
+    return parse
