@@ -211,8 +211,8 @@ def test_all_rules_are_measured_and_written(
     assert {m["errors"] for m in task["measurements"]} == {0}
     confidence = next(m for m in task["measurements"] if m["spec"]["threshold"] == 0.7)
     assert confidence["later_recomputed_max"] == 9
-    assert task["quality"]["scored_answers"] == 8 * QUESTIONS
-    assert 0.85 < task["quality"]["within"]["auroc"]["value"] < 0.97  # two gaussians two deviations apart: 0.92
+    assert task["judgement"]["answers"] == 8 * QUESTIONS
+    assert 0.85 < task["judgement"]["within"]["auroc"]["value"] < 0.97  # two gaussians two deviations apart: 0.92
     assert results["setting"]["load"]["seed"] == 3
     assert "--seed 3" in results["setting"]["command"]
     shown = capsys.readouterr().out

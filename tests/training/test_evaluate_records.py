@@ -10,7 +10,7 @@ import pytest
 
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.client import judged, outcome_of
-from rtap_training.evaluation.measurement import confidence_quality, measure
+from rtap_training.evaluation.measurement import judge, measure
 from rtap_training.evaluation.question_files import Question, load_questions
 from rtap_training.evaluation.records import CycleRecord, Outcome, Round, Run, RunFile, RunSpec, write_atomically
 from rtap_training.evaluation.replay import RuleParameters
@@ -148,7 +148,7 @@ def test_measure_counts_every_cycle_and_keeps_failed_requests_apart() -> None:
     assert figures.stop_reasons == {"max_tokens": 1, "threshold": 1}
 
 
-def test_confidence_quality_reads_every_scored_sample() -> None:
+def test_a_judgement_reads_every_scored_sample() -> None:
     good, bad = cycle("1", right=True, confidence=0.8), cycle("2", confidence=0.3)
     run = Run(
         "demo",
@@ -156,13 +156,17 @@ def test_confidence_quality_reads_every_scored_sample() -> None:
         (outcome(0, [good, bad, cycle(None)]), outcome(1, [bad, bad, bad]), outcome(2, [bad, good, good])),
         1.0,
     )
-    quality = confidence_quality(run)
-    assert quality is not None
-    assert quality.scored_answers == 8
-    assert quality.within is not None
-    assert (quality.within.auroc.value, quality.within.mixed_questions) == (1.0, 2)
-    assert (quality.best_of.value, quality.ceiling.value) == (2 / 3, 2 / 3)
-    assert confidence_quality(run_of(RunSpec("vote", samples=1), [True], 5)) is None
+    questions = [Question(f"q{i}", "1", "demo") for i in range(3)]
+    judged = judge(run, questions)
+    assert judged is not None
+    assert judged.answers == 8
+    assert judged.within is not None
+    assert (judged.within.auroc.value, judged.within.mixed_questions) == (1.0, 2)
+    assert (judged.best_of.value, judged.ceiling.value) == (2 / 3, 2 / 3)
+    assert judge(run_of(RunSpec("vote", samples=1), [True], 5), questions) is None
+    stopped = judge(replace(run, spec=RunSpec("confidence", 0.5)), questions)
+    assert stopped is not None
+    assert stopped.within is None  # the rule selects which answers there are
 
 
 def reply_of(answer: str | None, content: str) -> dict[str, Any]:

@@ -150,12 +150,12 @@ def test_equal_cost_difference_of_a_rule_on_the_curve_is_zero_and_of_a_worse_rul
     rng = np.random.default_rng(1)
     costs = np.stack([rng.poisson(20, 400), rng.poisson(40, 400), rng.poisson(80, 400)]).astype(float)
     gains = np.stack([rng.random(400) < p for p in (0.4, 0.6, 0.7)]).astype(float)
-    same = s.equal_cost_difference(costs, gains, list(costs[1]), list(gains[1]))
+    same = s.equal_cost_difference(costs, gains, costs[1], gains[1])
     assert same is not None
     assert same.value == pytest.approx(0.0)
     assert (same.low, same.high) == (pytest.approx(0.0), pytest.approx(0.0))
-    worse = s.equal_cost_difference(costs, gains, list(costs[1]), [0.0] * 400)
+    worse = s.equal_cost_difference(costs, gains, costs[1], np.zeros(400))
     assert worse is not None
-    assert worse.value == pytest.approx(float(gains[1].mean()))
-    assert 0.5 < worse.low < worse.value < worse.high < 0.7
-    assert s.equal_cost_difference(costs, gains, [1000.0] * 400, [0.0] * 400) is None
+    assert worse.value == pytest.approx(-float(gains[1].mean()))
+    assert -0.7 < worse.low < worse.value < worse.high < -0.5
+    assert s.equal_cost_difference(costs, gains, np.full(400, 1000.0), np.zeros(400)) is None

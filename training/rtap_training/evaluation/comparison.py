@@ -68,20 +68,19 @@ def row_of(figures: Figures, reference: Reference | None, *, is_live: bool, wall
         is_live,
         len(figures.indices),
         _share(figures.right),
-        float(figures.samples.mean()) if len(figures.indices) else 0.0,
+        float(figures.samples.mean()) if figures.indices else 0.0,
         mean_interval(list(figures.tokens)),
         wall_ratio=wall_ratio,
     )
     if reference is None or not figures.indices:
         return row
-    majority = restrict(reference.majority, figures.indices)
+    majority, spent = restrict(reference.majority, figures.indices), figures.judged
+    total = None if spent is None else paired_ratio(figures.tokens + spent, majority.tokens).value
     return replace(
         row,
-        difference=paired_difference(list(figures.right), list(majority.right)),
+        difference=paired_difference(figures.right, majority.right),
         token_ratio=paired_ratio(figures.tokens, majority.tokens),
-        total_token_ratio=None
-        if figures.judged is None
-        else float((figures.tokens + figures.judged).sum() / majority.tokens.sum()),
+        total_token_ratio=total,
         at_equal_tokens=_at_equal_tokens(figures, [restrict(one, figures.indices) for one in reference.adaptive]),
     )
 
@@ -93,23 +92,20 @@ def choose_threshold(
     other questions. Ties go to fewer tokens; without a majority all are candidates.
 
     None if a half is empty or no threshold is within the budget."""
-    common = (
-        {index for index in curve[0].indices if all(index in one.indices for one in curve)} if curve else set[int]()
-    )
-    if majority is not None:
-        common &= set(majority.indices)
+    compared = curve if majority is None else [*curve, majority]
+    common = set.intersection(*(set(one.indices) for one in compared)) if curve else set[int]()
     on, off = common & set(selecting), common - set(selecting)
     if not on or not off:
         return None
 
-    def tokens(one: Figures) -> float:
-        return float(restrict(one, on).tokens.mean())
-
-    allowed = float("inf") if majority is None else budget * tokens(majority)
-    candidates = [one for one in curve if tokens(one) <= allowed]
+    judged = [(one, restrict(one, on)) for one in curve]
+    allowed = float("inf") if majority is None else budget * restrict(majority, on).tokens.mean()
+    candidates = [
+        (one.right.mean(), -one.tokens.mean(), whole) for whole, one in judged if one.tokens.mean() <= allowed
+    ]
     if not candidates:
         return None
-    chosen = max(candidates, key=lambda one: (float(restrict(one, on).right.mean()), -tokens(one)))
+    *_, chosen = max(candidates, key=lambda one: one[:2])
     return replace(restrict(chosen, off), note=chosen.note + CHOSEN)
 
 
@@ -117,13 +113,11 @@ def restrict(figures: Figures, indices: Collection[int]) -> Figures:
     """The figures on those questions only, in question order."""
     wanted = set(indices)
     at = [i for i, index in enumerate(figures.indices) if index in wanted]
+    columns = {name: getattr(figures, name) for name in ("right", "samples", "tokens", "judged")}
     return replace(
         figures,
         indices=tuple(figures.indices[i] for i in at),
-        right=figures.right[at],
-        samples=figures.samples[at],
-        tokens=figures.tokens[at],
-        judged=None if figures.judged is None else figures.judged[at],
+        **{name: None if column is None else column[at] for name, column in columns.items()},
     )
 
 
@@ -139,5 +133,4 @@ def _at_equal_tokens(figures: Figures, adaptive: Sequence[Figures]) -> Interval 
     if len(adaptive) < 2 or any(one.spec.rule == figures.spec.rule for one in adaptive):
         return None
     costs, gains = np.asarray([one.tokens for one in adaptive]), np.asarray([one.right for one in adaptive])
-    found = equal_cost_difference(costs, gains, list(figures.tokens), list(figures.right))
-    return None if found is None else Interval(0.0 - found.value, 0.0 - found.high, 0.0 - found.low)
+    return equal_cost_difference(costs, gains, figures.tokens, figures.right)

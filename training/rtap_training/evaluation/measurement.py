@@ -2,7 +2,7 @@
 
 import statistics as plain
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rtap_training.evaluation.question_files import Question
@@ -58,24 +58,6 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class ConfidenceQuality:
-    """Quality of the confidence over all scored answers of a vote run.
-
-    best_of: accuracy of the most confident sample. ceiling: share of questions with a right sample. auroc, ece, brier:
-    over all answers.
-    """
-
-    scored_answers: int
-    share_right: float
-    within: WithinQuestion | None
-    auroc: float | None
-    ece: float
-    brier: float
-    best_of: Interval
-    ceiling: Interval
-
-
-@dataclass(frozen=True, slots=True)
 class Mistake:
     """A misjudged answer. expected: the reference, which may be one of several right answers."""
 
@@ -87,14 +69,23 @@ class Mistake:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Reliability of the confidence over all scored answers of one run. rule: label of the run.
+    """Quality of the confidence over all scored answers of one run. rule: label of the run.
 
-    surely_wrong: wrong answers, highest confidence first. hardly_right: right answers, lowest confidence first. At most
-    one answer per question in each.
+    within, auroc: None without contrast, and for a run that stops by confidence, which selects its answers. best_of:
+    accuracy of each question's most confident answer. ceiling: share of questions with a right answer. surely_wrong:
+    wrong answers, highest confidence first. hardly_right: right answers, lowest confidence first. At most one answer
+    per question in each.
     """
 
     rule: str
     answers: int
+    share_right: float
+    within: WithinQuestion | None
+    auroc: float | None
+    ece: float
+    brier: float
+    best_of: Interval
+    ceiling: Interval
     bins: tuple[Bin, ...]
     surely_wrong: tuple[Mistake, ...]
     hardly_right: tuple[Mistake, ...]
@@ -136,55 +127,44 @@ def measure(run: Run) -> Measurement:
     )
 
 
-def _scored(run: Run) -> list[tuple[int, str, float, bool]]:
-    """(question, answer, confidence, is right) of each answer with a confidence."""
-    return [
-        (outcome.index, cycle.answer, cycle.confidence, cycle.is_correct)
+def judge(run: Run, questions: Sequence[Question]) -> Judgement | None:
+    """Quality of a run's confidence; None if no answer has one."""
+    scored = [
+        (outcome.index, cycle)
         for outcome in run.answered
         for cycle in outcome.cycles
         if cycle.answer is not None and cycle.confidence is not None
     ]
-
-
-def confidence_quality(run: Run) -> ConfidenceQuality | None:
-    """Quality of the confidence in a vote run; None if no answer has one."""
-    scored = _scored(run)
     if not scored:
         return None
-    questions, _, scores, labels = zip(*scored, strict=True)
-    n = len(run.answered)
-    best = {index: right for index, _, _, right in sorted(reversed(scored), key=lambda one: one[2])}  # the last counts
-    return ConfidenceQuality(
-        scored_answers=len(scored),
+    rising = sorted(scored, key=lambda one: one[1].confidence or 0.0)
+    falling = sorted(scored, key=lambda one: -(one[1].confidence or 0.0))
+    asked, scores = [index for index, _ in scored], [cycle.confidence or 0.0 for _, cycle in scored]
+    labels, n, is_vote = [cycle.is_correct for _, cycle in scored], len(run.answered), run.spec.rule == VOTE
+    best = {index: cycle.is_correct for index, cycle in reversed(falling)}  # the most confident one comes last
+    return Judgement(
+        rule=run.spec.label,
+        answers=len(scored),
         share_right=sum(labels) / len(labels),
-        within=within_question_auroc(questions, scores, labels),
-        auroc=global_auroc(scores, labels),
+        within=within_question_auroc(asked, scores, labels) if is_vote else None,
+        auroc=global_auroc(scores, labels) if is_vote else None,
         ece=expected_calibration_error(scores, labels),
         brier=brier(scores, labels),
         best_of=wilson_interval(sum(best.values()), n),
         ceiling=wilson_interval(sum(any(c.is_correct for c in outcome.cycles) for outcome in run.answered), n),
+        bins=tuple(reliability_bins(scores, labels, bins=NUM_BINS)),
+        surely_wrong=_mistakes([one for one in falling if not one[1].is_correct], questions),
+        hardly_right=_mistakes([one for one in rising if one[1].is_correct], questions),
     )
 
 
-def judge(run: Run, questions: Sequence[Question]) -> Judgement | None:
-    """Compute the judgement; None if no answer of the run has a confidence."""
-    scored = _scored(run)
-    if not scored:
-        return None
-
-    def worst(found: Iterable[tuple[int, str, float, bool]]) -> tuple[Mistake, ...]:
-        first: dict[int, Mistake] = {}
-        for index, answer, confidence, _ in found:
-            question = questions[index]
-            first.setdefault(index, Mistake(question.text, answer, question.answer, confidence))
-        return tuple(first.values())[:WORST]
-
-    return Judgement(
-        run.spec.label,
-        len(scored),
-        tuple(reliability_bins([one[2] for one in scored], [one[3] for one in scored], bins=NUM_BINS)),
-        surely_wrong=worst(sorted((one for one in scored if not one[3]), key=lambda one: -one[2])),
-        hardly_right=worst(sorted((one for one in scored if one[3]), key=lambda one: one[2])),
+def _mistakes(found: Sequence[tuple[int, CycleRecord]], questions: Sequence[Question]) -> tuple[Mistake, ...]:
+    """The first answers, one per question."""
+    first = {index: cycle for index, cycle in reversed(found)}
+    order = list(dict.fromkeys(index for index, _ in found))[:WORST]
+    return tuple(
+        Mistake(questions[i].text, first[i].answer or "", questions[i].answer, first[i].confidence or 0.0)
+        for i in order
     )
 
 

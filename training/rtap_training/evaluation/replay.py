@@ -103,10 +103,12 @@ def replay(vote: Run, questions: Sequence[Question], parameters: RuleParameters)
     kept, most = _kept(vote, questions), vote.spec.samples or 1
     if not kept:
         return []
-    complete = {i: [s.cycle for s in samples if s.cycle.answer is not None] for i, samples in kept.items()}
-    is_scored = any(cycle.confidence is not None for cycles in complete.values() for cycle in cycles)
-    unscored = sum(any(cycle.confidence is None for cycle in cycles) for cycles in complete.values())
-    note = f" ({unscored} questions not fully scored)" if unscored else ""
+    complete = [[s.cycle for s in samples if s.cycle.answer is not None] for samples in kept.values()]
+    is_scored = any(cycle.confidence is not None for cycles in complete for cycle in cycles)
+    unscored = sum(any(cycle.confidence is None for cycle in cycles) for cycles in complete)
+    # Log-probabilities cost no tokens; a server reports a generator's tokens by request, not by sample.
+    scored = [c for o in vote.answered for c in o.cycles if c.confidence is not None]
+    is_known = all(c.confidence_tokens is not None or c.logprobs is not None for c in scored)
     specs = [RunSpec(SINGLE)]
     if most > 1:
         rules = [(MAJORITY, ADAPTIVE), (WEIGHTED, CGES)] if is_scored else [(MAJORITY, ADAPTIVE)]
@@ -116,14 +118,11 @@ def replay(vote: Run, questions: Sequence[Question], parameters: RuleParameters)
             specs += [RunSpec(adaptive, t, most) for t in sorted(parameters.vote_thresholds)]
         specs += [RunSpec(CONFIDENCE, t, most) for t in parameters.thresholds if is_scored]
     orders = {index: _orders(questions[index], samples) for index, samples in kept.items()}
-    scored = [c for o in vote.answered for c in o.cycles if c.confidence is not None]
-    # Log-probabilities cost no tokens; a server reports a generator's tokens by request, not by sample.
-    is_known = all(c.confidence_tokens is not None or c.logprobs is not None for c in scored)
     found = [_figures(spec, orders) for spec in specs]
-    found = [
-        replace(one, judged=one.judged if is_known else None, note=one.note + note) if one.spec.rule in SCORED else one
-        for one in found
-    ]
+    for i, one in enumerate(found):
+        if one.spec.rule in SCORED:
+            note = f" ({unscored} questions not fully scored)" if unscored else ""
+            found[i] = replace(one, judged=one.judged if is_known else None, note=note)
     if any(sample.text_key != sample.key for samples in kept.values() for sample in samples):
         by_text = [RunSpec(SINGLE), *([RunSpec(MAJORITY, samples=most)] if most > 1 else [])]
         found += [_figures(spec, orders, by_text=True) for spec in by_text]
@@ -159,21 +158,18 @@ def outcome_of_rule(spec: RunSpec, samples: Sequence[Sample], *, by_text: bool =
 
 
 def _figures(spec: RunSpec, orders: Mapping[int, Sequence[Sequence[Sample]]], *, by_text: bool = False) -> Figures:
-    right, samples, tokens, judged = (np.zeros(len(orders)) for _ in range(4))
-    for row, of_question in enumerate(orders.values()):
-        for order in of_question:
-            selected, drawn = outcome_of_rule(spec, order, by_text=by_text)
-            if selected is not None:
-                # A vote over texts still returns an answer; a single text is right if it is the reference.
-                one = order[selected]
-                right[row] += one.is_text_right if by_text and spec.rule == SINGLE else one.is_right
-            samples[row] += drawn
-            tokens[row] += sum(sample.cycle.tokens for sample in order[:drawn])
-            if spec.rule in SCORED:
-                judged[row] += sum(sample.judged_tokens for sample in order[:drawn])
-    count = len(next(iter(orders.values())))
-    note = TEXT if by_text else ""
-    return Figures(spec, tuple(orders), right / count, samples / count, tokens / count, judged / count, note)
+    figures = [[_spent(spec, order, by_text) for order in of_question] for of_question in orders.values()]
+    right, samples, tokens, judged = np.asarray(figures, dtype=np.float64).mean(axis=1).T
+    return Figures(spec, tuple(orders), right, samples, tokens, judged, TEXT if by_text else "")
+
+
+def _spent(spec: RunSpec, order: Sequence[Sample], by_text: bool) -> tuple[float, ...]:
+    """(is right, samples, tokens, judged tokens)"""
+    selected, drawn = outcome_of_rule(spec, order, by_text=by_text)
+    # A vote over texts still returns an answer; a single text is right if it is the reference.
+    rights = [one.is_text_right if by_text and spec.rule == SINGLE else one.is_right for one in order]
+    judged = sum(sample.judged_tokens for sample in order[:drawn]) if spec.rule in SCORED else 0
+    return selected is not None and rights[selected], drawn, sum(s.cycle.tokens for s in order[:drawn]), judged
 
 
 def _kept(vote: Run, questions: Sequence[Question]) -> dict[int, list[Sample]]:

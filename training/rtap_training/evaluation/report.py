@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rtap_training.evaluation.comparison import Row
-from rtap_training.evaluation.measurement import ConfidenceQuality, Measurement
+from rtap_training.evaluation.measurement import Judgement, Measurement
 from rtap_training.evaluation.page import number, to_html
 from rtap_training.evaluation.plot import plot_png
 from rtap_training.evaluation.records import write_atomically
@@ -45,38 +45,34 @@ SHORT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("tokens", lambda r: number(r.tokens.value, 0)),
     ("share", lambda r: number(r.token_ratio and r.token_ratio.value, 2)),
 )
-COST_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
+LIVE_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
     ("rule", lambda m: m.spec.label),
-    ("n", lambda m: str(m.n)),
-    ("accuracy [95 %]", lambda m: interval(m.accuracy)),
-    ("policy tokens", lambda m: number(m.policy_tokens.value)),
     ("judged tokens", lambda m: number(m.generator_tokens)),
     ("wall s", lambda m: number(m.wall_seconds)),
     ("per s", lambda m: number(m.questions_per_second)),
-    ("failed", lambda m: str(m.errors)),
-)
-RECURSION_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
-    ("rule", lambda m: m.spec.label),
+    ("median s", lambda m: number(m.median_seconds, 2)),
     ("cycles", lambda m: number(m.cycles, 2)),
     ("Oops tokens", lambda m: number(m.oops_tokens, 2)),
     ("per 1,000", lambda m: number(m.oops_per_1000_tokens, 2)),
     ("prompt cached", lambda m: number(m.cached_prompt_tokens)),
-    ("re- computed", lambda m: number(m.recomputed_prompt_tokens)),
-    ("per later cycle (max)", lambda m: _later(m)),
+    ("recomputed", lambda m: number(m.recomputed_prompt_tokens)),
+    ("per later cycle (max)", lambda m: f"{number(m.later_recomputed_mean)} ({m.later_recomputed_max or 0})"),
     ("no answer", lambda m: str(m.unanswered)),
     ("degraded", lambda m: str(m.degraded)),
+    ("failed", lambda m: str(m.errors)),
 )
-QUALITY_COLUMNS: tuple[tuple[str, Callable[[ConfidenceQuality], str]], ...] = (
-    ("answers", lambda q: str(q.scored_answers)),
-    ("right", lambda q: number(q.share_right, 3)),
-    ("AUROC within question [95 %]", lambda q: interval(q.within and q.within.auroc)),
-    ("mixed questions", lambda q: str(q.within.mixed_questions) if q.within else "0"),
-    ("AUROC by pairs", lambda q: number(q.within and q.within.pair_auroc, 3)),
-    ("AUROC global", lambda q: number(q.auroc, 3)),
-    ("ECE", lambda q: number(q.ece, 3)),
-    ("Brier", lambda q: number(q.brier, 3)),
-    ("best of all [95 %]", lambda q: interval(q.best_of)),
-    ("any right", lambda q: number(q.ceiling.value, 3)),
+QUALITY_COLUMNS: tuple[tuple[str, Callable[[Judgement], str]], ...] = (
+    ("answers of", lambda j: j.rule),
+    ("answers", lambda j: str(j.answers)),
+    ("right", lambda j: number(j.share_right, 3)),
+    ("AUROC within question [95 %]", lambda j: interval(j.within and j.within.auroc)),
+    ("mixed questions", lambda j: str(j.within.mixed_questions if j.within else "–")),
+    ("AUROC by pairs", lambda j: number(j.within and j.within.pair_auroc, 3)),
+    ("AUROC global", lambda j: number(j.auroc, 3)),
+    ("ECE", lambda j: number(j.ece, 3)),
+    ("Brier", lambda j: number(j.brier, 3)),
+    ("best of all [95 %]", lambda j: interval(j.best_of)),
+    ("any right", lambda j: number(j.ceiling.value, 3)),
 )
 
 
@@ -104,26 +100,21 @@ def write_results(results: Results, directory: Path) -> list[Path]:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print the tables of each task."""
+    """Print the rules of each task, and the quality of its confidence."""
     for task in results.tasks:
-        _print(console, f"{task.task}: rules", SHORT_COLUMNS, task.rows)
-        if task.measurements:
-            _print(console, f"{task.task}: cost of the live runs", COST_COLUMNS, task.measurements)
-            _print(console, "recursion", RECURSION_COLUMNS, task.measurements)
-        if task.quality is not None:
-            console.print(_quality_sentence(task.quality), highlight=False, markup=False)
-
-
-def _print(
-    console: Console, title: str, columns: Sequence[tuple[str, Callable[[Line], str]]], lines: Sequence[Line]
-) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, _ in columns:
-        is_rule = heading == "rule"
-        table.add_column(heading, justify="left" if is_rule else "right", no_wrap=is_rule)
-    for line in lines:
-        table.add_row(*(cell(line) for _, cell in columns))
-    console.print(table)
+        table = Table(title=task.task, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for heading, _ in SHORT_COLUMNS:
+            is_rule = heading == "rule"
+            table.add_column(heading, justify="left" if is_rule else "right", no_wrap=is_rule)
+        for row in task.rows:
+            table.add_row(*(cell(row) for _, cell in SHORT_COLUMNS))
+        console.print(table)
+        if (found := task.judgement) is not None:
+            line = (
+                f"Confidence: AUROC {interval(found.within and found.within.auroc)} within a question, "
+                f"{number(found.auroc, 3)} global; ECE {number(found.ece, 3)}, Brier {number(found.brier, 3)}."
+            )
+            console.print(line, highlight=False, markup=False)
 
 
 def to_csv(results: Results) -> str:
@@ -166,33 +157,22 @@ def to_markdown(results: Results) -> str:
 
 
 def _task_markdown(task: TaskResults) -> str:
-    parts = [f"## {task.task}", _grid(ROW_COLUMNS, task.rows)]
-    errors = [
-        f"- `{m.spec.label}`, {count} failed: {text}"
-        for m in task.measurements
-        for text, count in m.error_messages.items()
-    ]
-    parts += ["\n".join(errors)] if errors else []
+    failed = [(m.spec.label, *one) for m in task.measurements for one in m.error_messages.items()]
+    parts = [f"## {task.task}", _table(ROW_COLUMNS, task.rows)]
+    if failed:
+        parts.append("\n".join(f"- `{rule}`, {count} failed: {text}" for rule, text, count in failed))
     if task.measurements:
-        parts += ["### Live runs", _grid(COST_COLUMNS, task.measurements)]
-        parts += ["### Recursion", _grid(RECURSION_COLUMNS, task.measurements)]
-    if task.quality is not None:
-        parts += ["### Quality of the confidence", _grid(QUALITY_COLUMNS, [task.quality])]
+        parts += ["### Live runs", _table(LIVE_COLUMNS, task.measurements)]
+    if task.judgement is not None:
+        parts += ["### Quality of the confidence", _table(QUALITY_COLUMNS, [task.judgement])]
     return "\n\n".join(parts)
 
 
-def _grid(columns: Sequence[tuple[str, Callable[[Line], str]]], rows: Sequence[Line]) -> str:
-    lines = ["| " + " | ".join(heading for heading, _ in columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows)])
+def _table(columns: Sequence[tuple[str, Callable[[Line], str]]], lines: Sequence[Line]) -> str:
+    return grid([heading for heading, _ in columns], [[cell(line) for _, cell in columns] for line in lines])
 
 
-def _later(m: Measurement) -> str:
-    return "–" if m.later_recomputed_mean is None else f"{m.later_recomputed_mean:.1f} ({m.later_recomputed_max})"
-
-
-def _quality_sentence(quality: ConfidenceQuality) -> str:
-    within = interval(quality.within.auroc) if quality.within else "unknown (no question has right and wrong answers)"
-    return (
-        f"Confidence: AUROC {within} within a question, {number(quality.auroc, 3)} "
-        f"global; ECE {number(quality.ece, 3)}, Brier {number(quality.brier, 3)}."
-    )
+def grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown table."""
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

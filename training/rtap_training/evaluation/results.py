@@ -5,14 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rtap_training.evaluation.comparison import Reference, Row, choose_threshold, row_of
-from rtap_training.evaluation.measurement import (
-    ConfidenceQuality,
-    Judgement,
-    Measurement,
-    confidence_quality,
-    judge,
-    measure,
-)
+from rtap_training.evaluation.measurement import Judgement, Measurement, judge, measure
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import ADAPTIVE, CONFIDENCE, MAJORITY, SINGLE, VOTE, Run
 from rtap_training.evaluation.replay import TEXT, Figures, RuleParameters, figures_of, majority_as_drawn, replay
@@ -28,7 +21,6 @@ class TaskResults:
     n: int
     rows: tuple[Row, ...]
     measurements: tuple[Measurement, ...]
-    quality: ConfidenceQuality | None
     judgement: Judgement | None
     majority: str | None
     budget: float
@@ -72,7 +64,6 @@ def task_results(
         n=len(questions),
         rows=tuple(rows),
         measurements=() if is_kept else tuple(map(measure, runs)),
-        quality=None if vote is None else confidence_quality(vote),
         judgement=None if judged is None else judge(judged, questions),
         majority=None if reference is None else reference.majority.label,
         budget=parameters.budget,

@@ -145,7 +145,7 @@ def bootstrap_weights(n: int, *, seed: int, resamples: int = RESAMPLES) -> Float
     return weights
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Interval:
+def paired_difference(first: Scores, second: Scores, *, seed: int = 0) -> Interval:
     """Mean of first - second over the same questions, interval by paired bootstrap."""
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     n = len(differences)
@@ -154,7 +154,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: 
     return Interval(float(differences.mean()), *percentiles(bootstrap_weights(n, seed=seed) @ differences / n))
 
 
-def paired_ratio(first: Sequence[float] | Floats, second: Sequence[float] | Floats, *, seed: int = 0) -> Interval:
+def paired_ratio(first: Scores, second: Scores, *, seed: int = 0) -> Interval:
     """Sum of first over sum of second, of the same questions or rounds, interval by paired bootstrap; a single pair has
     none."""
     above, below = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
@@ -166,23 +166,22 @@ def paired_ratio(first: Sequence[float] | Floats, second: Sequence[float] | Floa
 
 
 def equal_cost_difference(
-    curve_cost: Floats, curve_gain: Floats, cost: Sequence[float], gain: Sequence[float], *, seed: int = 0
+    curve_cost: Floats, curve_gain: Floats, cost: Floats, gain: Floats, *, seed: int = 0
 ) -> Interval | None:
-    """Gain of a curve of rules over one rule at that rule's mean cost; None if that cost is beyond the curve.
+    """Gain of one rule over a curve of rules at the rule's mean cost; None if that cost is beyond the curve.
 
     curve_cost, curve_gain: (points, questions), one row for each point of the curve; cost, gain: (questions,).
     Every resample of questions recomputes the whole curve; a cost beyond its ends takes the gain at the end.
     """
-    own = np.asarray([cost, gain], dtype=np.float64)
-    weights = np.vstack([np.ones(own.shape[1]), bootstrap_weights(own.shape[1], seed=seed)]) / own.shape[1]
-    costs, gains = weights @ curve_cost.T, weights @ curve_gain.T  # (1 + resamples, points); first the sample itself
-    own_costs, own_gains = weights @ own.T[:, 0], weights @ own.T[:, 1]
+    n = len(cost)
+    weights = np.vstack([np.ones(n), bootstrap_weights(n, seed=seed)]) / n  # first the questions as they are
+    costs, gains, own_costs = weights @ curve_cost.T, weights @ curve_gain.T, weights @ cost
     if not costs[0].min() <= own_costs[0] <= costs[0].max():
         return None
     order = np.argsort(costs, axis=1, kind="stable")
     costs, gains = np.take_along_axis(costs, order, axis=1), np.take_along_axis(gains, order, axis=1)
     heights = [np.interp(x, xs, ys) for x, xs, ys in zip(own_costs, costs, gains, strict=True)]
-    differences = np.asarray(heights) - own_gains
+    differences = weights @ gain - np.asarray(heights)
     return Interval(float(differences[0]), *percentiles(differences[1:]))
 
 
