@@ -172,8 +172,8 @@ async def _costs(url: str, questions: Sequence[Question], cycles: int, count: in
                 tokens=mean(lambda c: c.tokens),
                 prompt_tokens=mean(lambda c: c.prompt_tokens),
                 recomputed=mean(lambda c: c.prompt_tokens - (c.cached_tokens or 0)),
-                write_ms=1000 * mean(lambda c: c.seconds - c.confidence_seconds),
-                score_ms=1000 * mean(lambda c: c.confidence_seconds),
+                write_ms=1000 * mean(lambda c: c.seconds - (c.confidence_seconds or 0.0)),
+                score_ms=1000 * mean(lambda c: c.confidence_seconds or 0.0),
             )
         )
     return costs

@@ -5,18 +5,21 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
+from pydantic import TypeAdapter
 
 from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CONFIDENCE, CycleRecord, Outcome, Run, RunSpec
 from rtap_training.evaluation.server_process import running_server, serve_command
+
+_CYCLE = TypeAdapter(CycleRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +139,15 @@ class RtapServer:
 async def open_server(args: argparse.Namespace, serve_flags: Sequence[str], *, log: Path) -> AsyncGenerator[RtapServer]:
     """Connect to the server of ``args``; start and stop it unless there is an address. Raises ConfigError."""
 
-    async def connect(url: str) -> RtapServer:
-        server = RtapServer(url, api_key=args.api_key, timeout_seconds=args.timeout, concurrency=args.concurrency)
-        return await server.connect()
-
-    if args.server is not None:
-        yield await connect(args.server)
-        return
-    sys.stderr.write(f"starting the server (its log: {log})\n")
-    command = serve_command(args.model, args.confidence_model, serve_flags)
-    with running_server(command, log=log, ready_seconds=args.ready_timeout) as url:
-        yield await connect(url)
+    with ExitStack() as stack:
+        url = args.server
+        if url is None:
+            sys.stderr.write(f"starting the server (its log: {log})\n")
+            command = serve_command(args.model, args.confidence_model, serve_flags)
+            url = stack.enter_context(running_server(command, log=log, ready_seconds=args.ready_timeout))
+        yield await RtapServer(
+            url, api_key=args.api_key, timeout_seconds=args.timeout, concurrency=args.concurrency
+        ).connect()
 
 
 def judged(question: Question, outcome: Outcome) -> Outcome:
@@ -158,23 +159,8 @@ def judged(question: Question, outcome: Outcome) -> Outcome:
 def outcome_of(index: int, reply: Mapping[str, Any], seconds: float) -> Outcome:
     """Parse a chat completion with an ``rtap`` field. Raises KeyError, TypeError, … for anything else."""
     rtap: Mapping[str, Any] = reply["rtap"]
-    cycles = tuple(
-        CycleRecord(
-            answer=cycle["answer"],
-            confidence=cycle["confidence"],
-            tokens=cycle["tokens"],
-            oops_tokens=cycle["oops_tokens"],
-            prompt_tokens=cycle["prompt_tokens"],
-            cached_tokens=cycle["cached_tokens"],
-            seconds=cycle["seconds"],
-            confidence_seconds=cycle["confidence_seconds"] or 0.0,
-            think=cycle.get("think"),
-            text=cycle.get("text"),
-            logprobs=cycle.get("logprobs"),
-        )
-        # Samples of a vote are listed as they finish; a prefix in that order would favour short ones.
-        for cycle in sorted(rtap["cycles"], key=lambda cycle: cycle["index"])
-    )
+    # Samples of a vote are listed as they finish; a prefix in that order would favour short ones.
+    cycles = tuple(map(_CYCLE.validate_python, sorted(rtap["cycles"], key=lambda cycle: cycle["index"])))
     content = (reply["choices"][0]["message"]["content"] or "").strip()
     # The server returns the text of a cut cycle too; votes and replays do not count it as an answer.
     is_complete = any(cycle.answer is not None for cycle in cycles)

@@ -76,7 +76,7 @@ class CycleRecord:
     prompt_tokens: int = 0
     cached_tokens: int | None = None
     seconds: float = 0.0
-    confidence_seconds: float = 0.0
+    confidence_seconds: float | None = None
     think: str | None = None
     text: str | None = None
     logprobs: Mapping[str, float] | None = None
