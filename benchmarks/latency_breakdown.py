@@ -17,7 +17,8 @@ from harness import LOGS, MODELS, READY_SECONDS, RESULTS, list_info, metric_sums
 
 from rtap_training.evaluation.client import Load, RtapServer
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import CONFIDENCE, SINGLE, CycleRecord, RunSpec
+from rtap_training.evaluation.records import CycleRecord, RunSpec
+from rtap_training.evaluation.rules import CONFIDENCE, SINGLE
 from rtap_training.evaluation.server_process import running_server, serve_command
 
 PARTS = ("queue", "prefill", "decode", "engine", "scoring", "ours", "http")

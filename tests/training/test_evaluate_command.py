@@ -192,7 +192,7 @@ def test_all_rules_are_measured_and_written(
     rows, replayed = by_label(task), by_label(task, live=False)
     assert rows.keys() >= {"single", "model", "vote x8", "cges@0.85 x8", "confidence@0.5", "confidence@0.7"}
     assert replayed.keys() >= {"single", "majority x2", "majority x8", "adaptive@0.85 x8", "adaptive@0.8 x8"}
-    assert replayed.keys() >= {"weighted x2", "weighted x8", "cges@0.85 x8", "confidence@0.5 x8", "single by text"}
+    assert replayed.keys() >= {"weighted x2", "weighted x8", "cges@0.85 x8", "confidence@0.5 x8", "majority x8 by text"}
     for row in task["rows"]:
         assert row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"]
         assert row["tokens"]["value"] == pytest.approx(20 * row["samples"])

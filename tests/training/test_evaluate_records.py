@@ -78,7 +78,7 @@ def test_a_bad_question_file_is_named_with_its_line(tmp_path: Path, text: str, s
 
 def test_halves_and_seeds_follow_from_the_question_alone() -> None:
     questions = [Question(f"question {i}", "", "t") for i in range(2000)]
-    selecting = sum(question.is_for_selection for question in questions)
+    selecting = sum(question.split == "calibration" for question in questions)
     assert 900 < selecting < 1100
     assert len({question.seed(0) for question in questions}) == 2000
     assert questions[0].seed(0) != questions[0].seed(1)
@@ -114,7 +114,7 @@ def test_each_question_is_in_one_half(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "sums.jsonl", [{"question": f"{i}?", "answer": "4"} for i in range(50)])
     halves = [load_questions([path], split=split)["sums"] for split in ("calibration", "test")]
     assert sorted(q.text for half in halves for q in half) == sorted(f"{i}?" for i in range(50))
-    assert all(q.is_for_selection == (q.split == "calibration") for half in halves for q in half)
+    assert [{q.split for q in half} for half in halves] == [{"calibration"}, {"test"}]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

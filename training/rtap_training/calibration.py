@@ -16,17 +16,8 @@ from sklearn.linear_model import LogisticRegression  # pyright: ignore  # the pa
 from rtap_core.artifact import NUM_BINS, Logistic
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
-from rtap_training.evaluation.statistics import (
-    Floats,
-    bins_of,
-    bootstrap_weights,
-    brier,
-    expected_calibration_error,
-    global_auroc,
-    paired_ratio,
-    percentiles,
-    within_question_auroc,
-)
+from rtap_training.evaluation import statistics as stats
+from rtap_training.evaluation.statistics import Floats
 
 Bools = NDArray[np.bool_]
 FOLDS = 10
@@ -50,13 +41,13 @@ class Figures:
 
 def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
     """All metrics, rounded for a report."""
-    within, overall = within_question_auroc(questions, scores, labels), global_auroc(scores, labels)
+    within, overall = stats.within_question_auroc(questions, scores, labels), stats.global_auroc(scores, labels)
     return Figures(
         within_auroc=None if within is None else round(within.auroc.value, 4),
         contrast_questions=0 if within is None else within.mixed_questions,
         global_auroc=None if overall is None else round(overall, 4),
-        ece=round(expected_calibration_error(scores, labels), 4),
-        brier=round(brier(scores, labels), 4),
+        ece=round(stats.expected_calibration_error(scores, labels), 4),
+        brier=round(stats.brier(scores, labels), 4),
         cycles=len(scores),
         right_share=round(float(labels.mean()), 4),
     )
@@ -70,11 +61,13 @@ def intervals(scores: Floats, labels: Bools, questions: Sequence[int]) -> dict[s
     _, place = np.unique(np.asarray(questions), return_inverse=True)
     cycles, errors = np.bincount(place), scores - labels
     gaps = np.zeros((len(cycles), NUM_BINS))
-    np.add.at(gaps, (place, bins_of(scores)), errors)
-    draws = bootstrap_weights(len(cycles), seed=0)
-    ends = {"ece": percentiles(np.abs(draws @ gaps).sum(axis=1) / (draws @ cycles))}
-    known = {"brier": paired_ratio(np.bincount(place, weights=errors**2).astype(np.float64), cycles.astype(np.float64))}
-    if (within := within_question_auroc(questions, scores, labels)) is not None:
+    np.add.at(gaps, (place, stats.bins_of(scores)), errors)
+    draws = stats.bootstrap_weights(len(cycles), seed=0)
+    ends = {"ece": stats.percentiles(np.abs(draws @ gaps).sum(axis=1) / (draws @ cycles))}
+    known = {
+        "brier": stats.paired_ratio(np.bincount(place, weights=errors**2).astype(np.float64), cycles.astype(np.float64))
+    }
+    if (within := stats.within_question_auroc(questions, scores, labels)) is not None:
         known["within_auroc"] = within.auroc
     ends |= {name: (one.low, one.high) for name, one in known.items()}
     return {name: [round(low, 4), round(high, 4)] for name, (low, high) in ends.items()}

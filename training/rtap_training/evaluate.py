@@ -14,7 +14,7 @@ from rtap_core.artifact import BUNDLED_MODELS
 from rtap_core.errors import ConfigError
 from rtap_core.voting import COUNT_THRESHOLD
 from rtap_training.evaluation.arguments import add_shared_flags, list_of, number_up_to, positive, run_command
-from rtap_training.evaluation.records import RULES
+from rtap_training.evaluation.rules import RULES
 
 
 def main(argv: Sequence[str] | None = None) -> int:

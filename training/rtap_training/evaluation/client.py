@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import CONFIDENCE, CycleRecord, Outcome, Run, RunSpec
+from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+from rtap_training.evaluation.rules import CONFIDENCE
 from rtap_training.evaluation.server_process import running_server, serve_command
 
 _CYCLE = TypeAdapter(CycleRecord)

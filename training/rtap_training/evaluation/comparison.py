@@ -8,16 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rtap_training.evaluation import statistics as stats
 from rtap_training.evaluation.replay import Figures
-from rtap_training.evaluation.statistics import (
-    Floats,
-    Interval,
-    equal_cost_difference,
-    mean_interval,
-    paired_difference,
-    paired_ratio,
-    wilson_interval,
-)
+from rtap_training.evaluation.statistics import Floats, Interval
 
 CHOSEN = " (chosen)"  # on the calibration half; the row is the other half
 
@@ -69,17 +62,17 @@ def row_of(figures: Figures, reference: Reference | None, *, is_live: bool, wall
         len(figures.indices),
         _share(figures.right),
         float(figures.samples.mean()) if figures.indices else 0.0,
-        mean_interval(list(figures.tokens)),
+        stats.mean_interval(list(figures.tokens)),
         wall_ratio=wall_ratio,
     )
     if reference is None or not figures.indices:
         return row
     majority, spent = restrict(reference.majority, figures.indices), figures.judged
-    total = None if spent is None else paired_ratio(figures.tokens + spent, majority.tokens).value
+    total = None if spent is None else stats.paired_ratio(figures.tokens + spent, majority.tokens).value
     return replace(
         row,
-        difference=paired_difference(figures.right, majority.right),
-        token_ratio=paired_ratio(figures.tokens, majority.tokens),
+        difference=stats.paired_difference(figures.right, majority.right),
+        token_ratio=stats.paired_ratio(figures.tokens, majority.tokens),
         total_token_ratio=total,
         at_equal_tokens=_at_equal_tokens(figures, [restrict(one, figures.indices) for one in reference.adaptive]),
     )
@@ -124,8 +117,8 @@ def restrict(figures: Figures, indices: Collection[int]) -> Figures:
 def _share(right: Floats) -> Interval:
     """Wilson's interval of a share of answers; of means over orders, a normal one."""
     if np.isin(right, (0.0, 1.0)).all():
-        return wilson_interval(int(right.sum()), len(right))
-    mean = mean_interval(list(right))
+        return stats.wilson_interval(int(right.sum()), len(right))
+    mean = stats.mean_interval(list(right))
     return Interval(mean.value, max(mean.low, 0.0), min(mean.high, 1.0))
 
 
@@ -133,4 +126,4 @@ def _at_equal_tokens(figures: Figures, adaptive: Sequence[Figures]) -> Interval 
     if len(adaptive) < 2 or any(one.spec.rule == figures.spec.rule for one in adaptive):
         return None
     costs, gains = np.asarray([one.tokens for one in adaptive]), np.asarray([one.right for one in adaptive])
-    return equal_cost_difference(costs, gains, figures.tokens, figures.right)
+    return stats.equal_cost_difference(costs, gains, figures.tokens, figures.right)

@@ -19,22 +19,17 @@ import numpy as np
 from rtap_core.artifact import LOGPROB_WEIGHTS, UNCALIBRATED, Logistic
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
-from rtap_training.calibration import (
-    Bools,
-    best_threshold,
-    cross_validated,
-    figures,
-    fit_logistic,
-    histogram,
-    intervals,
-)
+from rtap_training import calibration
+from rtap_training.calibration import Bools
 from rtap_training.evaluation.client import Load, judged, open_server
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import CONFIDENCE, CycleRecord, Outcome, RunSpec
+from rtap_training.evaluation.records import CycleRecord, Outcome, RunSpec
+from rtap_training.evaluation.rules import CONFIDENCE
 from rtap_training.evaluation.samples import sample_line, sample_rows
 from rtap_training.evaluation.statistics import within_question_auroc
 
 LOGPROB = "logprob"
+FITTED = "fitted, cross-validated"
 MIN_QUESTIONS = 5
 
 
@@ -66,7 +61,7 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
     _, firsts, place = np.unique([question for question, _ in rows], return_index=True, return_inverse=True)
     questions: list[int] = place.tolist()
     _check_contrast(labels, len(firsts))
-    bias, *weights = fit_logistic(features, labels)
+    bias, *weights = calibration.fit_logistic(features, labels)
     logistic = Logistic(bias=round(bias, 5), **{n: round(w, 5) for n, w in zip(names, weights, strict=True)})
     if served.logistic is not None and not is_logprob:
         logistic = Logistic(**served.logistic).then(logistic)
@@ -74,18 +69,22 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
         UNCALIBRATED.confidence(None, f) if one.confidence is None else one.confidence
         for (_, one), f in zip(rows, known, strict=True)
     ]
-    fitted = cross_validated(features, labels, questions)
+    fitted = calibration.cross_validated(features, labels, questions)
     metrics = {
-        name: asdict(figures(scores, labels, questions)) | {"intervals": intervals(scores, labels, questions)}
+        name: asdict(calibration.figures(scores, labels, questions))
+        | {"intervals": calibration.intervals(scores, labels, questions)}
         for name, scores in (("as served", np.array(confidences)), ("fitted, cross-validated", fitted))
     }
-    threshold = best_threshold(fitted, labels)
+    threshold = calibration.best_threshold(fitted, labels)
     block = {
         "kind": "confidence",
         "source": served.kind,
         "threshold": threshold,
         "logistic": logistic.model_dump(exclude_defaults=True),
-        "calibration": {"reference": histogram(fitted[firsts]), "held_out": metrics["fitted, cross-validated"]},
+        "calibration": {
+            "reference": calibration.histogram(fitted[firsts]),
+            "held_out": metrics[FITTED],
+        },
     }
     lines = [_row(name, row) for name, row in metrics.items()]
     for number, name in enumerate(names if is_logprob else ()):

@@ -1,24 +1,15 @@
 """Metrics of a run: accuracy, cost, recursion, and quality of the confidence with its largest errors."""
 
-import statistics as plain
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
 
+from rtap_training.evaluation import statistics as stats
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import ADAPTIVE, CGES, VOTE, CycleRecord, Run, RunSpec
-from rtap_training.evaluation.statistics import (
-    Bin,
-    Interval,
-    WithinQuestion,
-    brier,
-    expected_calibration_error,
-    global_auroc,
-    mean_interval,
-    reliability_bins,
-    wilson_interval,
-    within_question_auroc,
-)
+from rtap_training.evaluation.records import CycleRecord, Run, RunSpec
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, VOTE
+from rtap_training.evaluation.statistics import Bin, Interval, WithinQuestion
 
 NUM_BINS = 10  # of the plotted curve; the calibration error uses other bins
 WORST = 8  # answers kept of each kind
@@ -106,19 +97,19 @@ def measure(run: Run) -> Measurement:
         spec=run.spec,
         n=n,
         errors=len(run.outcomes) - n,
-        accuracy=wilson_interval(sum(outcome.is_correct for outcome in answered), n),
-        policy_tokens=mean_interval([outcome.policy_tokens for outcome in answered]),
+        accuracy=stats.wilson_interval(sum(outcome.is_correct for outcome in answered), n),
+        policy_tokens=stats.mean_interval([outcome.policy_tokens for outcome in answered]),
         generator_tokens=_per(sum(outcome.generator_tokens for outcome in answered), n),
         wall_seconds=run.wall_seconds,
         questions_per_second=n / run.wall_seconds if run.wall_seconds else None,
-        median_seconds=plain.median(o.seconds for o in answered) if timed and answered else None,
-        median_first_answer_seconds=plain.median(first_answers) if first_answers else None,
+        median_seconds=median(o.seconds for o in answered) if timed and answered else None,
+        median_first_answer_seconds=median(first_answers) if first_answers else None,
         cycles=_per(len(cycles), n),
         oops_tokens=_per(oops, n),
         oops_per_1000_tokens=1000 * _per(oops, tokens),
         cached_prompt_tokens=_per(sum(c.cached_tokens or 0 for c in cycles), n),
-        recomputed_prompt_tokens=_per(sum(_recomputed(c) for c in cycles), n),
-        later_recomputed_mean=plain.fmean(later_recomputed) if later_recomputed else None,
+        recomputed_prompt_tokens=_per(sum(c.prompt_tokens - (c.cached_tokens or 0) for c in cycles), n),
+        later_recomputed_mean=fmean(later_recomputed) if later_recomputed else None,
         later_recomputed_max=max(later_recomputed, default=None),
         unanswered=sum(outcome.answer is None for outcome in answered),
         degraded=sum(outcome.degraded is not None for outcome in answered),
@@ -146,13 +137,13 @@ def judge(run: Run, questions: Sequence[Question]) -> Judgement | None:
         rule=run.spec.label,
         answers=len(scored),
         share_right=sum(labels) / len(labels),
-        within=within_question_auroc(asked, scores, labels) if is_vote else None,
-        auroc=global_auroc(scores, labels) if is_vote else None,
-        ece=expected_calibration_error(scores, labels),
-        brier=brier(scores, labels),
-        best_of=wilson_interval(sum(best.values()), n),
-        ceiling=wilson_interval(sum(any(c.is_correct for c in outcome.cycles) for outcome in run.answered), n),
-        bins=tuple(reliability_bins(scores, labels, bins=NUM_BINS)),
+        within=stats.within_question_auroc(asked, scores, labels) if is_vote else None,
+        auroc=stats.global_auroc(scores, labels) if is_vote else None,
+        ece=stats.expected_calibration_error(scores, labels),
+        brier=stats.brier(scores, labels),
+        best_of=stats.wilson_interval(sum(best.values()), n),
+        ceiling=stats.wilson_interval(sum(any(c.is_correct for c in outcome.cycles) for outcome in run.answered), n),
+        bins=tuple(stats.reliability_bins(scores, labels, bins=NUM_BINS)),
         surely_wrong=_mistakes([one for one in falling if not one[1].is_correct], questions),
         hardly_right=_mistakes([one for one in rising if one[1].is_correct], questions),
     )
@@ -166,10 +157,6 @@ def _mistakes(found: Sequence[tuple[int, CycleRecord]], questions: Sequence[Ques
         Mistake(questions[i].text, first[i].answer or "", questions[i].answer, first[i].confidence or 0.0)
         for i in order
     )
-
-
-def _recomputed(cycle: CycleRecord) -> int:
-    return cycle.prompt_tokens - (cycle.cached_tokens or 0)
 
 
 def _per(total: float, n: int) -> float:

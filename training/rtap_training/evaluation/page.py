@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rtap_core.voting import COUNT_THRESHOLD
 from rtap_training.evaluation.comparison import CHOSEN, Row
 from rtap_training.evaluation.plot import STYLES, calibration_svg, trade_off_svg
-from rtap_training.evaluation.records import ADAPTIVE, CGES, CONFIDENCE, SINGLE
 from rtap_training.evaluation.results import Results, TaskResults
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, SINGLE
 from rtap_training.evaluation.statistics import Interval
 
 

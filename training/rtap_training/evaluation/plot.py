@@ -13,9 +13,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 
 from rtap_training.evaluation.comparison import CHOSEN, Row
 from rtap_training.evaluation.measurement import Judgement
-from rtap_training.evaluation.records import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, MODEL, SINGLE, VOTE, WEIGHTED
 from rtap_training.evaluation.replay import TEXT
 from rtap_training.evaluation.results import Results, TaskResults
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, MODEL, SINGLE, VOTE, WEIGHTED
 from rtap_training.reliability import reliability_figure, style_axis
 
 # Okabe–Ito colours, distinguishable by colour-blind readers; markers repeat the distinction in print.

@@ -11,10 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-CONFIDENCE, SINGLE, MODEL, VOTE, ADAPTIVE = "confidence", "single", "model", "vote", "adaptive"
-RULES = (CONFIDENCE, SINGLE, MODEL, VOTE, ADAPTIVE)
-# Replayed on kept samples only: the plain majority, the vote weighted by confidence, and its adaptive form.
-MAJORITY, WEIGHTED, CGES = "majority", "weighted", "cges"
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, SINGLE, VOTE
 
 
 @dataclass(frozen=True, slots=True)

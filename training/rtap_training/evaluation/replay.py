@@ -14,18 +14,8 @@ from rtap_core.stopping import choose, clears
 from rtap_core.types import Cycle, Select
 from rtap_core.voting import next_wave, rank
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import (
-    ADAPTIVE,
-    CGES,
-    CONFIDENCE,
-    MAJORITY,
-    SINGLE,
-    WEIGHTED,
-    CycleRecord,
-    Outcome,
-    Run,
-    RunSpec,
-)
+from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, SINGLE, WEIGHTED
 from rtap_training.evaluation.statistics import Floats
 
 ORDERS = 20
@@ -74,7 +64,6 @@ class Sample:
     key: str | None
     text_key: str | None
     is_right: bool
-    is_text_right: bool
     judged_tokens: int
 
 
@@ -100,7 +89,7 @@ def replay(vote: Run, questions: Sequence[Question], parameters: RuleParameters)
     rule makes fresh attempts, at most as many as there are samples.
 
     Votes with an unscored answer count answers, as on the server; the label says in how many questions there is one."""
-    kept, most = _kept(vote, questions), vote.spec.samples or 1
+    kept, most = _kept(vote), vote.spec.samples or 1
     if not kept:
         return []
     complete = [[s.cycle for s in samples if s.cycle.answer is not None] for samples in kept.values()]
@@ -123,22 +112,22 @@ def replay(vote: Run, questions: Sequence[Question], parameters: RuleParameters)
         if one.spec.rule in SCORED:
             note = f" ({unscored} questions not fully scored)" if unscored else ""
             found[i] = replace(one, judged=one.judged if is_known else None, note=note)
-    if any(sample.text_key != sample.key for samples in kept.values() for sample in samples):
-        by_text = [RunSpec(SINGLE), *([RunSpec(MAJORITY, samples=most)] if most > 1 else [])]
-        found += [_figures(spec, orders, by_text=True) for spec in by_text]
+    if most > 1 and any(sample.text_key != sample.key for samples in kept.values() for sample in samples):
+        by_text = {i: [[replace(s, key=s.text_key) for s in order] for order in of] for i, of in orders.items()}
+        found.append(replace(_figures(RunSpec(MAJORITY, samples=most), by_text), note=TEXT))
     return found
 
 
-def majority_as_drawn(vote: Run, questions: Sequence[Question]) -> Figures | None:
+def majority_as_drawn(vote: Run) -> Figures | None:
     """The plain majority of all samples in the order in which they were drawn: what live runs compare with, whose
     samples have the same seeds."""
-    kept = _kept(vote, questions)
+    kept = _kept(vote)
     if not kept:
         return None
     return _figures(RunSpec(MAJORITY, samples=vote.spec.samples), {index: [order] for index, order in kept.items()})
 
 
-def outcome_of_rule(spec: RunSpec, samples: Sequence[Sample], *, by_text: bool = False) -> tuple[int | None, int]:
+def outcome_of_rule(spec: RunSpec, samples: Sequence[Sample]) -> tuple[int | None, int]:
     """Position of the returned sample (None: no answer) and number of samples drawn, in the order given."""
     if spec.rule == SINGLE:
         return (None if samples[0].key is None else 0), 1
@@ -147,7 +136,7 @@ def outcome_of_rule(spec: RunSpec, samples: Sequence[Sample], *, by_text: bool =
         drawn = next((i for i, cycle in enumerate(cycles, 1) if clears(cycle, spec.threshold or 0.0)), len(cycles))
         return choose(cycles[:drawn], Select.BEST), drawn
     most, threshold = spec.samples or len(samples), 1.0 if spec.threshold is None else spec.threshold
-    keys = [sample.text_key if by_text else sample.key for sample in samples]
+    keys = [sample.key for sample in samples]
     is_weighted = spec.rule in (CGES, WEIGHTED)
     confidences = [sample.cycle.confidence if is_weighted else None for sample in samples]
     drawn, ranked = 0, rank([], [])
@@ -157,25 +146,24 @@ def outcome_of_rule(spec: RunSpec, samples: Sequence[Sample], *, by_text: bool =
     return (ranked[0].first if ranked else None), drawn
 
 
-def _figures(spec: RunSpec, orders: Mapping[int, Sequence[Sequence[Sample]]], *, by_text: bool = False) -> Figures:
-    figures = [[_spent(spec, order, by_text) for order in of_question] for of_question in orders.values()]
+def _figures(spec: RunSpec, orders: Mapping[int, Sequence[Sequence[Sample]]]) -> Figures:
+    figures = [[_spent(spec, order) for order in of_question] for of_question in orders.values()]
     right, samples, tokens, judged = np.asarray(figures, dtype=np.float64).mean(axis=1).T
-    return Figures(spec, tuple(orders), right, samples, tokens, judged, TEXT if by_text else "")
+    return Figures(spec, tuple(orders), right, samples, tokens, judged)
 
 
-def _spent(spec: RunSpec, order: Sequence[Sample], by_text: bool) -> tuple[float, ...]:
+def _spent(spec: RunSpec, order: Sequence[Sample]) -> tuple[float, ...]:
     """(is right, samples, tokens, judged tokens)"""
-    selected, drawn = outcome_of_rule(spec, order, by_text=by_text)
-    # A vote over texts still returns an answer; a single text is right if it is the reference.
-    rights = [one.is_text_right if by_text and spec.rule == SINGLE else one.is_right for one in order]
+    selected, drawn = outcome_of_rule(spec, order)
     judged = sum(sample.judged_tokens for sample in order[:drawn]) if spec.rule in SCORED else 0
-    return selected is not None and rights[selected], drawn, sum(s.cycle.tokens for s in order[:drawn]), judged
+    is_right = selected is not None and order[selected].is_right
+    return is_right, drawn, sum(sample.cycle.tokens for sample in order[:drawn]), judged
 
 
-def _kept(vote: Run, questions: Sequence[Question]) -> dict[int, list[Sample]]:
+def _kept(vote: Run) -> dict[int, list[Sample]]:
     """Samples by question, of the questions that have all."""
     return {
-        outcome.index: [_sample(questions[outcome.index], i, cycle) for i, cycle in enumerate(outcome.cycles)]
+        outcome.index: [_sample(i, cycle) for i, cycle in enumerate(outcome.cycles)]
         for outcome in vote.answered
         if len(outcome.cycles) == vote.spec.samples
     }
@@ -187,20 +175,10 @@ def _orders(question: Question, samples: Sequence[Sample]) -> list[list[Sample]]
     return [rng.sample(samples, len(samples)) for _ in range(ORDERS)]
 
 
-def _sample(question: Question, index: int, record: CycleRecord) -> Sample:
+def _sample(index: int, record: CycleRecord) -> Sample:
     text = record.answer if record.text is None else record.text
     is_cut = record.answer is None or text is None
     cost = (record.tokens, 0, 0, 0, 0, record.seconds, None, 0)
     cycle = Cycle(index, "", record.answer, record.confidence, False, *cost)
-    return Sample(
-        cycle,
-        key=None if is_cut else answer_key(text or ""),
-        text_key=None if is_cut else _plain(text or ""),
-        is_right=record.is_correct,
-        is_text_right=not is_cut and _plain(text or "") == _plain(question.answer),
-        judged_tokens=record.confidence_tokens or 0,
-    )
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    key, text_key = (None, None) if is_cut else (answer_key(text or ""), " ".join((text or "").split()).casefold())
+    return Sample(cycle, key, text_key, record.is_correct, record.confidence_tokens or 0)

@@ -6,9 +6,10 @@ from typing import Any
 
 from rtap_training.evaluation.comparison import Reference, Row, choose_threshold, row_of
 from rtap_training.evaluation.measurement import Judgement, Measurement, judge, measure
-from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import ADAPTIVE, CONFIDENCE, MAJORITY, SINGLE, VOTE, Run
+from rtap_training.evaluation.question_files import CALIBRATION, Question
+from rtap_training.evaluation.records import Run
 from rtap_training.evaluation.replay import TEXT, Figures, RuleParameters, figures_of, majority_as_drawn, replay
+from rtap_training.evaluation.rules import ADAPTIVE, CONFIDENCE, MAJORITY, SINGLE, VOTE
 from rtap_training.evaluation.statistics import Interval, paired_ratio
 
 
@@ -46,14 +47,14 @@ def task_results(
     vote = next((run for run in runs if run.spec.rule == VOTE), None)
     replayed = [] if vote is None else replay(vote, questions, parameters)
     reference = _reference(replayed)
-    drawn = None if is_kept or vote is None else majority_as_drawn(vote, questions)
+    drawn = None if is_kept or vote is None else majority_as_drawn(vote)
     of_live = reference if reference is None or drawn is None else replace(reference, majority=drawn)
     live = [] if is_kept else [(figures_of(run), _wall_ratio(run, vote)) for run in runs]
     rows = [row_of(figures, of_live, is_live=True, wall_ratio=ratio) for figures, ratio in live]
     rows += [row_of(figures, reference, is_live=False) for figures in replayed]
     curves = [figures for figures, _ in live if figures.spec.rule == CONFIDENCE]
     curve = curves or [figures for figures in replayed if figures.spec.rule == CONFIDENCE]
-    selecting = [index for index, question in enumerate(questions) if question.is_for_selection]
+    selecting = [index for index, question in enumerate(questions) if question.split == CALIBRATION]
     against = of_live if curves else reference
     chosen = choose_threshold(curve, against and against.majority, selecting, budget=parameters.budget)
     if chosen is not None:

@@ -18,7 +18,8 @@ from rtap_core.artifact import Logistic, read_artifact_file
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import VOTE, CycleRecord, Outcome, Run, RunSpec, write_atomically
+from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec, write_atomically
+from rtap_training.evaluation.rules import VOTE
 
 
 def write_samples(
