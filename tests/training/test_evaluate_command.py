@@ -210,7 +210,7 @@ def test_all_rules_are_measured_and_written(
     assert replayed["majority x8"]["wall_ratio"] is None
     assert {m["errors"] for m in task["measurements"]} == {0}
     confidence = next(m for m in task["measurements"] if m["spec"]["threshold"] == 0.7)
-    assert confidence["later_recomputed_max"] == 9
+    assert confidence["costs"]["most_recomputed"] == 9
     assert task["judgement"]["answers"] == 8 * QUESTIONS
     assert 0.85 < task["judgement"]["within"]["auroc"]["value"] < 0.97  # two gaussians two deviations apart: 0.92
     assert results["setting"]["load"]["seed"] == 3
@@ -315,7 +315,7 @@ def test_failed_and_degraded_requests_are_counted_and_shown(
     fake.fail, fake.degraded = 10, "timeout"
     assert evaluate(fake, questions, "--policies", "single", "--concurrency", "2") == 1
     row = results_of(questions)["tasks"][0]["measurements"][0]
-    assert (row["n"], row["errors"], row["degraded"]) == (54, 6, 54)
+    assert (row["n"], row["errors"], row["costs"]["degraded"]) == (54, 6, 54)
     assert sum(row["error_messages"].values()) == 6
     assert "6 failed: HTTP 500" in (questions.parent / "out" / "results.md").read_text(encoding="utf-8")
     shown = capsys.readouterr().out
@@ -352,7 +352,7 @@ def test_resume_asks_only_what_is_missing(fake: FakeServer, questions: Path) -> 
     assert again["tasks"][0]["measurements"][1] == before["tasks"][0]["measurements"][1]
     single = [results["tasks"][0]["measurements"][0] for results in (before, again)]
     assert single[0]["accuracy"] == single[1]["accuracy"]
-    assert single[1]["wall_seconds"] is None  # of an interrupted run
+    assert single[1]["costs"]["wall_seconds"] is None  # of an interrupted run
     assert evaluate(fake, questions, *more, "--resume", "--seed", "1") == 0  # another seed is another evaluation
     assert len(fake.requests) == asked + 2 * warm_up + 3 * QUESTIONS - 50
 
@@ -388,7 +388,9 @@ def test_judging_is_not_timed(fake: FakeServer, questions: Path, monkeypatch: py
 
     monkeypatch.setattr(Question, "is_right", slow)
     assert evaluate(fake, questions, "--policies", "single", "--limit", "4", "--concurrency", "1") == 0
-    assert results_of(questions)["tasks"][0]["measurements"][0]["wall_seconds"] < 2.0  # judging takes 4 seconds
+    assert (
+        results_of(questions)["tasks"][0]["measurements"][0]["costs"]["wall_seconds"] < 2.0
+    )  # judging takes 4 seconds
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ This module parses arguments and defers heavy imports; ``rtap_training.evaluatio
 
 import argparse
 import asyncio
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 from rtap_core.artifact import BUNDLED_MODELS
 from rtap_core.errors import ConfigError
@@ -25,17 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     _check(args)
     if not args.questions and not args.from_samples:
-        args.questions = _bundled_questions()
+        args.questions = [str(BUNDLED_MODELS / "eval" / f"{task}.jsonl") for task in ("arithmetic", "countdown")]
     from rtap_training.evaluation.report import show, write_results
     from rtap_training.evaluation.runner import run_evaluation
 
-    console = Console()
-    results = asyncio.run(run_evaluation(args, console))
-    show(results, console)
+    results = asyncio.run(run_evaluation(args))
+    show(results)
     for path in write_results(results, args.output):
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        sys.stdout.write(f"wrote {path}\n")
     if results.errors:
-        console.print(f"{results.errors} requests failed; only `errors` counts them", style="bold red")
+        sys.stdout.write(f"{results.errors} requests failed; only `errors` counts them\n")
     return 1 if results.errors else 0
 
 
@@ -52,14 +50,6 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.confidence_config and args.confidence_model:
         raise ConfigError("kept samples are scored by --confidence-model or --confidence-config; give one of them")
-
-
-def _bundled_questions() -> list[str]:
-    """Held-out questions of the tasks that the bundled policy was trained on."""
-    files = [BUNDLED_MODELS / "eval" / name for name in ("arithmetic.jsonl", "countdown.jsonl")]
-    if not all(file.is_file() for file in files):
-        raise ConfigError(f"no bundled questions in {files[0].parent}; give --questions a JSONL file or rg:NAME")
-    return list(map(str, files))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -90,15 +90,12 @@ def choose_threshold(
     on, off = common & set(selecting), common - set(selecting)
     if not on or not off:
         return None
-
     judged = [(one, restrict(one, on)) for one in curve]
     allowed = float("inf") if majority is None else budget * restrict(majority, on).tokens.mean()
-    candidates = [
-        (one.right.mean(), -one.tokens.mean(), whole) for whole, one in judged if one.tokens.mean() <= allowed
-    ]
+    candidates = [pair for pair in judged if pair[1].tokens.mean() <= allowed]
     if not candidates:
         return None
-    *_, chosen = max(candidates, key=lambda one: one[:2])
+    chosen, _ = max(candidates, key=lambda pair: (pair[1].right.mean(), -pair[1].tokens.mean()))
     return replace(restrict(chosen, off), note=chosen.note + CHOSEN)
 
 

@@ -17,12 +17,12 @@ WORST = 8  # answers kept of each kind
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Metrics of one run over its ``n`` answered requests; only ``errors`` counts failed ones.
+    """Metrics of one run over its ``n`` answered requests; only ``errors`` counts failed ones. stop_reasons,
+    error_messages: counts.
 
-    Tokens, cycles and Oops tokens are means per question. wall_seconds, questions_per_second: at the run's
-    concurrency, None if a round was interrupted. later_recomputed_*: uncached prompt tokens of
-    cycles after the first; None without such cycles or if the server does not report them. unanswered: questions
-    without an answer, which count as wrong. stop_reasons, error_messages: counts.
+    costs: by name, None if unknown. Tokens and cycles are means per question; seconds and rate are at the run's
+    concurrency, unknown if a round was interrupted. recomputed_per_later_cycle, most_recomputed: prompt tokens of
+    cycles after the first that were not cached. unanswered: questions without an answer, which count as wrong.
     """
 
     spec: RunSpec
@@ -30,20 +30,7 @@ class Measurement:
     errors: int
     accuracy: Interval
     policy_tokens: Interval
-    generator_tokens: float
-    wall_seconds: float | None
-    questions_per_second: float | None
-    median_seconds: float | None
-    median_first_answer_seconds: float | None
-    cycles: float
-    oops_tokens: float
-    oops_per_1000_tokens: float
-    cached_prompt_tokens: float
-    recomputed_prompt_tokens: float
-    later_recomputed_mean: float | None
-    later_recomputed_max: int | None
-    unanswered: int
-    degraded: int
+    costs: Mapping[str, float | None]
     stop_reasons: Mapping[str, int]
     error_messages: Mapping[str, int]
 
@@ -84,35 +71,36 @@ class Judgement:
 
 def measure(run: Run) -> Measurement:
     """Compute the metrics of one run."""
-    answered = run.answered
-    n = len(answered)
+    answered, n = run.answered, len(run.answered)
     cycles = [cycle for outcome in answered for cycle in outcome.cycles]
-    tokens = sum(outcome.policy_tokens for outcome in answered)
-    oops = sum(cycle.oops_tokens for cycle in cycles)
+    oops, tokens = sum(c.oops_tokens for c in cycles), sum(outcome.policy_tokens for outcome in answered)
     first_answers = [o.first_answer_seconds for o in answered if o.first_answer_seconds is not None]
-    timed = run.wall_seconds is not None
-    later = [] if run.spec.rule in (VOTE, ADAPTIVE, CGES) else [c for outcome in answered for c in outcome.cycles[1:]]
-    later_recomputed = [c.prompt_tokens - c.cached_tokens for c in later if c.cached_tokens is not None]
+    is_vote = run.spec.rule in (VOTE, ADAPTIVE, CGES)
+    later = [c for outcome in answered for c in outcome.cycles[1:] if c.cached_tokens is not None and not is_vote]
+    recomputed = [c.prompt_tokens - (c.cached_tokens or 0) for c in later]
+    costs: dict[str, float | None] = {
+        "generator_tokens": sum(outcome.generator_tokens for outcome in answered) / max(n, 1),
+        "wall_seconds": run.wall_seconds,
+        "questions_per_second": n / run.wall_seconds if run.wall_seconds else None,
+        "median_seconds": median(o.seconds for o in answered) if run.wall_seconds is not None and n else None,
+        "median_first_answer_seconds": median(first_answers) if first_answers else None,
+        "cycles": len(cycles) / max(n, 1),
+        "oops_tokens": oops / max(n, 1),
+        "oops_per_1000_tokens": 1000 * oops / max(tokens, 1),
+        "cached_prompt_tokens": sum(c.cached_tokens or 0 for c in cycles) / max(n, 1),
+        "recomputed_prompt_tokens": sum(c.prompt_tokens - (c.cached_tokens or 0) for c in cycles) / max(n, 1),
+        "recomputed_per_later_cycle": fmean(recomputed) if recomputed else None,
+        "most_recomputed": max(recomputed, default=None),
+        "unanswered": sum(outcome.answer is None for outcome in answered),
+        "degraded": sum(outcome.degraded is not None for outcome in answered),
+    }
     return Measurement(
         spec=run.spec,
         n=n,
         errors=len(run.outcomes) - n,
         accuracy=stats.wilson_interval(sum(outcome.is_correct for outcome in answered), n),
         policy_tokens=stats.mean_interval([outcome.policy_tokens for outcome in answered]),
-        generator_tokens=_per(sum(outcome.generator_tokens for outcome in answered), n),
-        wall_seconds=run.wall_seconds,
-        questions_per_second=n / run.wall_seconds if run.wall_seconds else None,
-        median_seconds=median(o.seconds for o in answered) if timed and answered else None,
-        median_first_answer_seconds=median(first_answers) if first_answers else None,
-        cycles=_per(len(cycles), n),
-        oops_tokens=_per(oops, n),
-        oops_per_1000_tokens=1000 * _per(oops, tokens),
-        cached_prompt_tokens=_per(sum(c.cached_tokens or 0 for c in cycles), n),
-        recomputed_prompt_tokens=_per(sum(c.prompt_tokens - (c.cached_tokens or 0) for c in cycles), n),
-        later_recomputed_mean=fmean(later_recomputed) if later_recomputed else None,
-        later_recomputed_max=max(later_recomputed, default=None),
-        unanswered=sum(outcome.answer is None for outcome in answered),
-        degraded=sum(outcome.degraded is not None for outcome in answered),
+        costs=costs,
         stop_reasons=dict(sorted(Counter(outcome.stop_reason for outcome in answered).items())),
         error_messages=dict(Counter(outcome.error for outcome in run.outcomes if outcome.error is not None)),
     )
@@ -157,7 +145,3 @@ def _mistakes(found: Sequence[tuple[int, CycleRecord]], questions: Sequence[Ques
         Mistake(questions[i].text, first[i].answer or "", questions[i].answer, first[i].confidence or 0.0)
         for i in order
     )
-
-
-def _per(total: float, n: int) -> float:
-    return total / n if n else 0.0

@@ -29,9 +29,9 @@ class RuleParameters:
     the live one first. thresholds: of the confidence rule. budget: share of the majority's tokens that the chosen
     threshold may spend."""
 
-    samples: tuple[int, ...]
-    vote_thresholds: tuple[float, ...]
-    thresholds: tuple[float, ...]
+    samples: Sequence[int]
+    vote_thresholds: Sequence[float]
+    thresholds: Sequence[float]
     budget: float
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rtap_training.evaluation.comparison import Row
-from rtap_training.evaluation.measurement import Judgement, Measurement
+from rtap_training.evaluation.measurement import Judgement
 from rtap_training.evaluation.page import number, to_html
 from rtap_training.evaluation.plot import plot_png
 from rtap_training.evaluation.records import write_atomically
@@ -44,22 +44,6 @@ SHORT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("drawn", lambda r: number(r.samples, 1)),
     ("tokens", lambda r: number(r.tokens.value, 0)),
     ("share", lambda r: number(r.token_ratio and r.token_ratio.value, 2)),
-)
-LIVE_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
-    ("rule", lambda m: m.spec.label),
-    ("judged tokens", lambda m: number(m.generator_tokens)),
-    ("wall s", lambda m: number(m.wall_seconds)),
-    ("per s", lambda m: number(m.questions_per_second)),
-    ("median s", lambda m: number(m.median_seconds, 2)),
-    ("cycles", lambda m: number(m.cycles, 2)),
-    ("Oops tokens", lambda m: number(m.oops_tokens, 2)),
-    ("per 1,000", lambda m: number(m.oops_per_1000_tokens, 2)),
-    ("prompt cached", lambda m: number(m.cached_prompt_tokens)),
-    ("recomputed", lambda m: number(m.recomputed_prompt_tokens)),
-    ("per later cycle (max)", lambda m: f"{number(m.later_recomputed_mean)} ({m.later_recomputed_max or 0})"),
-    ("no answer", lambda m: str(m.unanswered)),
-    ("degraded", lambda m: str(m.degraded)),
-    ("failed", lambda m: str(m.errors)),
 )
 QUALITY_COLUMNS: tuple[tuple[str, Callable[[Judgement], str]], ...] = (
     ("answers of", lambda j: j.rule),
@@ -99,8 +83,9 @@ def write_results(results: Results, directory: Path) -> list[Path]:
     return [directory / name for name in contents]
 
 
-def show(results: Results, console: Console) -> None:
+def show(results: Results) -> None:
     """Print the rules of each task, and the quality of its confidence."""
+    console = Console()
     for task in results.tasks:
         table = Table(title=task.task, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for heading, _ in SHORT_COLUMNS:
@@ -146,10 +131,9 @@ def to_markdown(results: Results) -> str:
         "rounds) for differences and ratios. *Majority* is the plain majority of all samples. *Replayed* rules decide "
         f"on the kept samples of `vote`, in {ORDERS} random orders of each question's samples. `majority` counts "
         "answers, `weighted` sums confidences; `adaptive` and `cges` are the same with a threshold, drawn in waves. "
-        "Tokens, cycles, Oops tokens and prompt tokens are means per question; *judged tokens* are those that the "
-        "generator read. *(chosen)*: the threshold chosen on the calibration half of the questions, on the other half. "
-        "*by text*: texts are compared instead of the answers in them. *per s*: questions per second "
-        "at the stated concurrency.",
+        "Tokens and cycles are means per question; *judged* and *generator tokens* are those that the generator read. "
+        "*(chosen)*: the threshold chosen on the calibration half of the questions, on the other half. "
+        "*by text*: texts are compared instead of the answers in them. Seconds are at the stated concurrency.",
         setting,
         *(_task_markdown(task) for task in results.tasks),
     ]
@@ -162,7 +146,9 @@ def _task_markdown(task: TaskResults) -> str:
     if failed:
         parts.append("\n".join(f"- `{rule}`, {count} failed: {text}" for rule, text, count in failed))
     if task.measurements:
-        parts += ["### Live runs", _table(LIVE_COLUMNS, task.measurements)]
+        headings = [name.replace("_", " ") for name in ("rule", *task.measurements[0].costs, "failed")]
+        rows = [[m.spec.label, *map(number, m.costs.values()), str(m.errors)] for m in task.measurements]
+        parts += ["### Live runs", grid(headings, rows)]
     if task.judgement is not None:
         parts += ["### Quality of the confidence", _table(QUALITY_COLUMNS, [task.judgement])]
     return "\n\n".join(parts)

