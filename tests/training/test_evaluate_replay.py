@@ -15,11 +15,11 @@ from rtap_core.errors import ConfigError
 from rtap_core.format import RTAP
 from rtap_core.recursion import FinalEvent, Recursion
 from rtap_core.types import Continuation, Limits, Policy, Trajectory
-from rtap_training.evaluation.comparison import CHOSEN, Reference, choose_threshold, row_of
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
 from rtap_training.evaluation.replay import Figures, RuleParameters, majority_as_drawn, outcome_of_rule, replay
 from rtap_training.evaluation.replay import _sample as sample_of
+from rtap_training.evaluation.results import CHOSEN, Reference, choose_threshold, row_of
 from rtap_training.evaluation.samples import read_samples, write_samples
 from tests.core.scripted import ScriptedConfidence, ScriptedEngine, encode
 

@@ -10,9 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rtap_core.voting import COUNT_THRESHOLD
-from rtap_training.evaluation.comparison import CHOSEN, Row
 from rtap_training.evaluation.plot import STYLES, calibration_svg, trade_off_svg
-from rtap_training.evaluation.results import Results, TaskResults
+from rtap_training.evaluation.results import CHOSEN, Results, Row, TaskResults
 from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, SINGLE
 from rtap_training.evaluation.statistics import Interval
 
@@ -26,22 +25,23 @@ def to_html(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "number": number, "interval": interval}
+    environment.filters |= {"percent": percent, "number": number, "interval": interval, "data_uri": data_uri}
     defaults: Mapping[str, Any] = (results.setting.get("server") or {}).get("defaults") or {}
     threshold = defaults.get("threshold") if defaults.get("policy") == CONFIDENCE else None
     return environment.get_template("page.html.j2").render(
         setting=results.setting,
         errors=results.errors,
-        tasks=[(task, choose(task, threshold), *_plots(task)) for task in results.tasks],
+        tasks=[
+            (task, choose(task, threshold), trade_off_svg(task), task.judgement and calibration_svg(task.judgement))
+            for task in results.tasks
+        ],
         colours={rule: colour for rule, (colour, _, _) in STYLES.items()},
     )
 
 
-def _plots(task: TaskResults) -> tuple[str, str | None]:
-    """Data URIs of the plots: accuracy against tokens, and reliability if there is a confidence."""
-    drawn = [trade_off_svg(task), None if task.judgement is None else calibration_svg(task.judgement)]
-    first, second = (svg and f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in drawn)
-    return str(first), None if second is None else str(second)
+def data_uri(svg: bytes) -> str:
+    """SVG as a data URI."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def choose(task: TaskResults, threshold: float | None = None) -> dict[str, Row]:

@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from rtap_training.evaluation.comparison import CHOSEN, Row
 from rtap_training.evaluation.measurement import Judgement
 from rtap_training.evaluation.replay import TEXT
-from rtap_training.evaluation.results import Results, TaskResults
+from rtap_training.evaluation.results import CHOSEN, Results, Row, TaskResults
 from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, MODEL, SINGLE, VOTE, WEIGHTED
 from rtap_training.reliability import reliability_figure, style_axis
 
@@ -74,10 +73,10 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     shown = [row for row in task.rows if row.n and not row.label.endswith((TEXT, CHOSEN))]
     for rule in STYLES:
         points = sorted((row for row in shown if row.rule == rule), key=lambda row: row.tokens.value)
-        replayed = [row for row in points if not row.is_live]
+        replayed, live = [row for row in points if not row.is_live], [row for row in points if row.is_live]
         if replayed:
             _points(axis, rule, replayed)
-        if live := [row for row in points if row.is_live]:
+        if live:
             _points(axis, rule, live, is_filled=not replayed)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -115,15 +114,9 @@ def _points(axis: Axes, rule: str, points: Sequence[Row], *, is_filled: bool = T
     for i, row in enumerate(points):
         text = f"{row.threshold:.2g}" if row.threshold is not None else f"×{row.size}" if row.size else ""
         below = rule == VOTE or (rule == CONFIDENCE and i % 2 == 1)  # alternate sides so that labels do not overlap
-        axis.annotate(
-            text,
-            (row.tokens.value, row.accuracy.value),
-            ha="left" if below else "right",
-            xytext=(6, -12) if below else (-4, 8),
-            textcoords="offset points",
-            fontsize=8,
-            color=colour,
-        )
+        side, shift = ("left", (6, -12)) if below else ("right", (-4, 8))
+        at = (row.tokens.value, row.accuracy.value)
+        axis.annotate(text, at, ha=side, xytext=shift, textcoords="offset points", fontsize=8, color=colour)
 
 
 def _budget_line(axis: Axes, task: TaskResults) -> None:
@@ -132,15 +125,6 @@ def _budget_line(axis: Axes, task: TaskResults) -> None:
     if largest is None:
         return
     axis.axhline(largest.accuracy.value, color=STYLES[MAJORITY][0], linewidth=0.9, linestyle=":", zorder=1)
-    position = task.budget * largest.tokens.value
+    position, text = task.budget * largest.tokens.value, f" {task.budget:.0%} of ×{largest.size}'s tokens"
     axis.axvline(position, color="#777777", linewidth=0.9, linestyle="--", zorder=1)
-    axis.annotate(
-        f"{task.budget:.0%} of ×{largest.size}'s tokens",
-        (position, 0.01),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, 2),
-        textcoords="offset points",
-        fontsize=7.5,
-        color="#555555",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-    )
+    axis.text(position, 0.015, text, transform=axis.get_xaxis_transform(), fontsize=7.5, color="#555555")

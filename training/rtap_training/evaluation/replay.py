@@ -3,7 +3,7 @@
 The figures of a question are means over ORDERS orders of its samples, so that chance in their order weighs less.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -14,7 +14,7 @@ from rtap_core.stopping import choose, clears
 from rtap_core.types import Cycle, Select
 from rtap_core.voting import next_wave, rank
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
+from rtap_training.evaluation.records import CycleRecord, Run, RunSpec
 from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, SINGLE, WEIGHTED
 from rtap_training.evaluation.statistics import Floats
 
@@ -69,19 +69,9 @@ class Sample:
 
 def figures_of(run: Run) -> Figures:
     """Figures of a run as it was answered by a server."""
-    answered = run.answered
-
-    def column(value: Callable[[Outcome], float]) -> Floats:
-        return np.asarray([value(outcome) for outcome in answered], dtype=np.float64)
-
-    return Figures(
-        run.spec,
-        tuple(outcome.index for outcome in answered),
-        column(lambda outcome: outcome.is_correct),
-        column(lambda outcome: len(outcome.cycles)),
-        column(lambda outcome: outcome.policy_tokens),
-        column(lambda outcome: outcome.generator_tokens),
-    )
+    rows = [(o.is_correct, len(o.cycles), o.policy_tokens, o.generator_tokens) for o in run.answered]
+    right, samples, tokens, judged = np.asarray(rows, dtype=np.float64).reshape(-1, 4).T
+    return Figures(run.spec, tuple(outcome.index for outcome in run.answered), right, samples, tokens, judged)
 
 
 def replay(vote: Run, questions: Sequence[Question], parameters: RuleParameters) -> list[Figures]:

@@ -12,13 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rtap_training.evaluation.comparison import Row
 from rtap_training.evaluation.measurement import Judgement
 from rtap_training.evaluation.page import number, to_html
 from rtap_training.evaluation.plot import plot_png
 from rtap_training.evaluation.records import write_atomically
 from rtap_training.evaluation.replay import ORDERS
-from rtap_training.evaluation.results import Results, TaskResults
+from rtap_training.evaluation.results import Results, Row, TaskResults
 from rtap_training.evaluation.statistics import Interval
 
 Line = TypeVar("Line")
