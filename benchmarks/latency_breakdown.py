@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _measure(url: str, questions: Sequence[Question], args: argparse.Namespace) -> list[Split]:
     splits: list[Split] = []
     for concurrency, count in zip(args.concurrency, args.requests, strict=True):
-        server = await RtapServer(url, api_key=None, timeout_seconds=120, concurrency=concurrency).connect()
+        server = await RtapServer(url, api_key=None, timeout_seconds=120).connect()
         chosen = [questions[i % len(questions)] for i in range(count)]
         load = Load(concurrency, 1.0, 0, args.max_cycles)
         for spec in (RunSpec(SINGLE), RunSpec(CONFIDENCE, args.threshold)):
@@ -155,7 +155,7 @@ def _start(url: str, ready_seconds: float) -> Start:
 
 
 async def _costs(url: str, questions: Sequence[Question], cycles: int, count: int) -> list[CycleCost]:
-    server = await RtapServer(url, api_key=None, timeout_seconds=120, concurrency=1).connect()
+    server = await RtapServer(url, api_key=None, timeout_seconds=120).connect()
     spec, load = RunSpec(CONFIDENCE, 1.0), Load(1, 1.0, 0, cycles)  # no score reaches the threshold
     run = await server.run("countdown", questions[:count], spec, load)
     costs: list[CycleCost] = []

@@ -159,7 +159,7 @@ def _other_rules(plain: str, own: str, proxy: str | None, args: argparse.Namespa
 
 def _ours(url: str, spec: RunSpec, args: argparse.Namespace, **load: Any) -> Rule:
     async def answer(questions: Sequence[Question], concurrency: int) -> Round:
-        server = await RtapServer(url, api_key=None, timeout_seconds=300, concurrency=concurrency).connect()
+        server = await RtapServer(url, api_key=None, timeout_seconds=300).connect()
         how = Load(concurrency, 1.0, args.seed, **load)
         run = await server.run(questions[0].task, questions, spec, how)
         return Round(

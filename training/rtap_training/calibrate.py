@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rtap_core.errors import ConfigError
-from rtap_training.evaluation.arguments import add_shared_flags, positive, run_command
+from rtap_training.evaluation.arguments import add_flag, add_shared_flags, positive, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``rtap calibrate``. Returns 0; 2 for invalid arguments, servers or samples."""
     return run_command(
-        _parser(), argv, _calibrate, lambda args: f"fit the samples so far with --from-samples {_kept(args.output)}"
+        _parser(), argv, _calibrate, lambda args: f"fit the samples so far: --from-samples {_kept(args)}"
     )
 
 
@@ -31,16 +31,16 @@ def _calibrate(args: argparse.Namespace) -> int:
     from rtap_training.evaluation.records import write_atomically
 
     if not args.from_samples:
-        sample(args, _kept(args.output))
-    block, report = fit(read(args.from_samples or [_kept(args.output)], args.split))
+        sample(args, _kept(args))
+    block, report = fit(read(args.from_samples or [_kept(args)], args.split))
     write_atomically(args.output, json.dumps({"rtap": block, "command": args.command}, indent=2) + "\n")
     sys.stdout.write(f"{report}\nwrote {args.output}; serve it with --confidence-config {args.output}\n")
     return 0
 
 
-def _kept(output: Path) -> Path:
+def _kept(args: argparse.Namespace) -> Path:
     """File of the samples."""
-    return output.with_suffix(".samples.jsonl")
+    return args.output.with_suffix(".samples.jsonl")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,10 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_shared_flags(parser)
-    text = "file to write (default: %(default)s)"
-    parser.add_argument("--output", type=Path, default=Path("confidence.json"), help=text)
-    text = "samples of each question (default: %(default)s)"
-    parser.add_argument("--samples", type=positive, default=8, metavar="N", help=text)
+    add_flag(parser, "--output", "file to write", type=Path, default="confidence.json")
+    add_flag(parser, "--samples", "samples of each question", type=positive, default="8", metavar="N")
     return parser
 
 

@@ -27,7 +27,9 @@ FOLDS = 10
 class Figures:
     """Metrics of a generator. AUROCs are None without contrast.
 
-    within_auroc: mean over the ``contrast_questions`` questions that have both right and wrong cycles.
+    within_auroc: mean over the ``contrast_questions`` questions that have both right and wrong cycles. intervals: 95 %,
+    by bootstrap over questions, as cycles of one question are not independent. That of the calibration error lies high:
+    noise biases it upwards.
     """
 
     within_auroc: float | None
@@ -37,40 +39,34 @@ class Figures:
     brier: float
     cycles: int
     right_share: float
+    intervals: dict[str, tuple[float, float]]
 
 
 def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
     """All metrics, rounded for a report."""
     within, overall = stats.within_question_auroc(questions, scores, labels), stats.global_auroc(scores, labels)
+    _, place = np.unique(np.asarray(questions), return_inverse=True)
+    cycles, errors = np.bincount(place).astype(np.float64), scores - labels
+    gaps = np.zeros((len(cycles), NUM_BINS))
+    np.add.at(gaps, (place, stats.bins_of(scores)), errors)
+    draws = stats.bootstrap_weights(len(cycles), seed=0)
+    brier = stats.paired_ratio(np.bincount(place, weights=errors**2).astype(np.float64), cycles)
+    ends = {
+        "ece": stats.percentiles(np.abs(draws @ gaps).sum(axis=1) / (draws @ cycles)),
+        "brier": (brier.low, brier.high),
+    }
+    if within is not None:
+        ends["within_auroc"] = (within.auroc.low, within.auroc.high)
     return Figures(
         within_auroc=None if within is None else round(within.auroc.value, 4),
         contrast_questions=0 if within is None else within.mixed_questions,
         global_auroc=None if overall is None else round(overall, 4),
         ece=round(stats.expected_calibration_error(scores, labels), 4),
-        brier=round(stats.brier(scores, labels), 4),
+        brier=round(brier.value, 4),
         cycles=len(scores),
         right_share=round(float(labels.mean()), 4),
+        intervals={name: (round(low, 4), round(high, 4)) for name, (low, high) in ends.items()},
     )
-
-
-def intervals(scores: Floats, labels: Bools, questions: Sequence[int]) -> dict[str, list[float]]:
-    """95 % bootstrap intervals of the metrics. Questions are resampled: cycles of one question are not independent.
-
-    The calibration error is biased upwards by noise, so its interval lies high.
-    """
-    _, place = np.unique(np.asarray(questions), return_inverse=True)
-    cycles, errors = np.bincount(place), scores - labels
-    gaps = np.zeros((len(cycles), NUM_BINS))
-    np.add.at(gaps, (place, stats.bins_of(scores)), errors)
-    draws = stats.bootstrap_weights(len(cycles), seed=0)
-    ends = {"ece": stats.percentiles(np.abs(draws @ gaps).sum(axis=1) / (draws @ cycles))}
-    known = {
-        "brier": stats.paired_ratio(np.bincount(place, weights=errors**2).astype(np.float64), cycles.astype(np.float64))
-    }
-    if (within := stats.within_question_auroc(questions, scores, labels)) is not None:
-        known["within_auroc"] = within.auroc
-    ends |= {name: (one.low, one.high) for name, one in known.items()}
-    return {name: [round(low, 4), round(high, 4)] for name, (low, high) in ends.items()}
 
 
 def fit_logistic(features: Floats, labels: Bools) -> list[float]:

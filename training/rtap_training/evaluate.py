@@ -7,12 +7,13 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rtap_core.artifact import BUNDLED_MODELS
 from rtap_core.errors import ConfigError
 from rtap_core.voting import COUNT_THRESHOLD
-from rtap_training.evaluation.arguments import add_shared_flags, list_of, number_up_to, positive, run_command
+from rtap_training.evaluation.arguments import add_flag, add_shared_flags, list_of, number_up_to, positive, run_command
 from rtap_training.evaluation.rules import RULES
 
 
@@ -62,28 +63,25 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_shared_flags(parser)
-    add, share = parser.add_argument, number_up_to(1)
+    add, share, thresholds = partial(add_flag, parser), number_up_to(1), f"{COUNT_THRESHOLD},0.8,0.9,0.95,0.98"
     text = "file of `rtap calibrate` that computes the confidences of kept samples from their log-probabilities"
-    add("--confidence-config", type=Path, metavar="FILE", help=text)
+    add("--confidence-config", text, type=Path, metavar="FILE")
     text = f"stopping rules to measure, from {','.join(RULES)} (default: all that the server can)"
-    add("--policies", type=list_of(_rule), metavar="LIST", help=text)
-    text = "thresholds of the confidence rule (default: %(default)s)"
-    add("--thresholds", type=list_of(share), default="0.2,0.4,0.6,0.8", metavar="LIST", help=text)
-    text = "thresholds of the adaptive vote; the server is asked with the first (default: %(default)s)"
-    default = f"{COUNT_THRESHOLD},0.8,0.9,0.95,0.98"
-    add("--vote-thresholds", type=list_of(share), default=default, metavar="LIST", help=text)
-    text = "numbers of samples to vote over (default: %(default)s)"
-    add("--samples", type=list_of(positive), default="1,2,4,8,16", metavar="LIST", help=text)
-    add("--max-cycles", type=positive, metavar="N", help="maximum cycles (default: the server's)")
-    text = "how further cycles start (default: the server's)"
-    add("--recursion", choices=("continue", "fresh"), help=text)
+    add("--policies", text, type=list_of(_rule), metavar="LIST")
+    text = "thresholds of the confidence rule"
+    add("--thresholds", text, type=list_of(share), default="0.2,0.4,0.6,0.8", metavar="LIST")
+    text = "thresholds of the adaptive vote; the server is asked with the first"
+    add("--vote-thresholds", text, type=list_of(share), default=thresholds, metavar="LIST")
+    add("--samples", "numbers of samples to vote over", type=list_of(positive), default="1,2,4,8,16", metavar="LIST")
+    add("--max-cycles", "maximum cycles (default: the server's)", type=positive, metavar="N")
+    add("--recursion", "how further cycles start (default: the server's)", choices=("continue", "fresh"))
     text = "parts into which questions are split; rules alternate part by part, for ratios of seconds with an interval"
-    add("--rounds", type=positive, default=1, metavar="N", help=f"{text} (default: %(default)s)")
-    text = "share of the majority's tokens that the chosen threshold may spend (default: %(default)s)"
-    add("--token-budget", type=share, default=0.35, metavar="SHARE", help=text)
-    text = "folder for report.html, results.{json,csv,md}, samples.jsonl and the plot (default: %(default)s)"
-    add("--output", type=Path, default=Path("rtap-eval"), metavar="DIR", help=text)
-    add("--resume", action="store_true", help="reuse answers under the same settings from DIR/runs")
+    add("--rounds", text, type=positive, default="1", metavar="N")
+    text = "share of the majority's tokens that the chosen threshold may spend"
+    add("--token-budget", text, type=share, default="0.35", metavar="SHARE")
+    text = "folder for report.html, results.{json,csv,md}, samples.jsonl and the plot"
+    add("--output", text, type=Path, default="rtap-eval", metavar="DIR")
+    add("--resume", "reuse answers under the same settings from DIR/runs", action="store_true")
     return parser
 
 

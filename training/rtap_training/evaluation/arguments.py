@@ -5,8 +5,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rtap_core.errors import ConfigError
 
@@ -34,6 +35,8 @@ def run_command(
     except ConfigError as error:
         message, status = str(error), 2
     except OSError as error:
+        if error.filename is None:
+            raise
         message, status = f"cannot write {error.filename}: {error.strerror}", 2
     except KeyboardInterrupt:
         message, status = f"interrupted; {hint(args)}", 130
@@ -54,32 +57,30 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
+def add_flag(parser: argparse.ArgumentParser, name: str, text: str, **more: Any) -> None:
+    """Add a flag whose help ends with the default as typed."""
+    parser.add_argument(name, help=f"{text} (default: %(default)s)" if "default" in more else text, **more)
+
+
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for server, questions and load."""
-    add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="model to serve (default: the bundled one)")
-    add("--confidence-model", metavar="PATH", help="confidence generator of MODEL")
-    add("--server", metavar="URL", help="address of a running rtap server, instead of MODEL")
-    text = "API key of the server (default: RTAP_API_KEY)"
-    add("--api-key", default=os.environ.get("RTAP_API_KEY"), help=text)
-    text = "JSONL files with question and answer, or rg:NAME?option=value of reasoning-gym"
-    add("--questions", nargs="+", default=[], metavar="SOURCE", help=text)
-    text = "samples.jsonl of earlier runs, instead of server and questions"
-    add("--from-samples", type=Path, nargs="+", default=[], metavar="FILE", help=text)
-    text = "message with {question} in it (default: the question; for rg: also to answer in \\boxed{})"
-    add("--prompt", metavar="TEMPLATE", help=text)
-    add("--limit", type=positive, metavar="N", help="only the first N questions of each task")
-    add("--split", choices=("calibration", "test"), help="only this half of the questions (default: both)")
-    add("--max-tokens", type=positive, metavar="N", help="maximum tokens per reply (default: no limit)")
-    text = "sampling temperature, as your clients use (default: %(default)s)"
-    add("--temperature", type=number_up_to(2), default="1.0", metavar="T", help=text)
-    text = "seed; every question derives its own from it (default: %(default)s)"
-    add("--seed", type=int, default="0", metavar="S", help=text)
-    add("--concurrency", type=positive, default="32", metavar="N", help="concurrent requests (default: %(default)s)")
-    text = "timeout of one request (default: %(default)s)"
-    add("--timeout", type=positive, default="600", metavar="SECONDS", help=text)
-    text = "timeout of a server start (default: %(default)s)"
-    add("--ready-timeout", type=positive, default="300", metavar="SECONDS", help=text)
+    add, of_file = partial(add_flag, parser), "JSONL files with question and answer, or rg:NAME?option=value"
+    add("model", "model to serve (default: the bundled one)", nargs="?", metavar="MODEL")
+    add("--confidence-model", "confidence generator of MODEL", metavar="PATH")
+    add("--server", "address of a running rtap server, instead of MODEL", metavar="URL")
+    add("--api-key", "API key of the server (default: RTAP_API_KEY)")
+    add("--questions", of_file, nargs="+", metavar="SOURCE")
+    add("--from-samples", "samples.jsonl of earlier runs, in place of both", type=Path, nargs="+", metavar="FILE")
+    add("--prompt", "message with {question} in it (default: the question; for rg: also to box it)", metavar="TEMPLATE")
+    add("--limit", "only the first N questions of each task", type=positive, metavar="N")
+    add("--split", "only this half of the questions (default: both)", choices=("calibration", "test"))
+    add("--max-tokens", "maximum tokens per reply (default: no limit)", type=positive, metavar="N")
+    add("--temperature", "as your clients use", type=number_up_to(2), default="1.0", metavar="T")
+    add("--seed", "every question derives its own from it", type=int, default="0", metavar="S")
+    add("--concurrency", "concurrent requests", type=positive, default="32", metavar="N")
+    add("--timeout", "timeout of one request", type=positive, default="600", metavar="SECONDS")
+    add("--ready-timeout", "timeout of a server start", type=positive, default="300", metavar="SECONDS")
+    parser.set_defaults(api_key=os.environ.get("RTAP_API_KEY"), questions=[], from_samples=[])
 
 
 def list_of(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:

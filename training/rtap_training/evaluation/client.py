@@ -39,11 +39,10 @@ class Load:
 class RtapServer:
     """A running server. ``connect`` sets ``model`` and ``config``."""
 
-    def __init__(self, base_url: str, *, api_key: str | None, timeout_seconds: float, concurrency: int) -> None:
+    def __init__(self, base_url: str, *, api_key: str | None, timeout_seconds: float) -> None:
         self._base_url = base_url.rstrip("/").removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout_seconds = timeout_seconds
-        self._limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self.model = ""
         self.config: Mapping[str, Any] = {}
 
@@ -56,8 +55,9 @@ class RtapServer:
 
     def _client(self) -> httpx.AsyncClient:
         """Connections of one run. They are not reused: an idle connection may close while a request is sent on it."""
+        limits = httpx.Limits(max_connections=None)
         return httpx.AsyncClient(
-            base_url=self._base_url, headers=self._headers, timeout=self._timeout_seconds, limits=self._limits
+            base_url=self._base_url, headers=self._headers, timeout=self._timeout_seconds, limits=limits
         )
 
     async def _get(self, client: httpx.AsyncClient, path: str) -> Mapping[str, Any]:
@@ -146,9 +146,7 @@ async def open_server(args: argparse.Namespace, serve_flags: Sequence[str], *, l
             sys.stderr.write(f"starting the server (its log: {log})\n")
             command = serve_command(args.model, args.confidence_model, serve_flags)
             url = stack.enter_context(running_server(command, log=log, ready_seconds=args.ready_timeout))
-        yield await RtapServer(
-            url, api_key=args.api_key, timeout_seconds=args.timeout, concurrency=args.concurrency
-        ).connect()
+        yield await RtapServer(url, api_key=args.api_key, timeout_seconds=args.timeout).connect()
 
 
 def judged(question: Question, outcome: Outcome) -> Outcome:

@@ -72,8 +72,7 @@ def fit(served: Served) -> tuple[dict[str, Any], str]:
     fitted = calibration.cross_validated(features, labels, questions)
     metrics = {
         name: asdict(calibration.figures(scores, labels, questions))
-        | {"intervals": calibration.intervals(scores, labels, questions)}
-        for name, scores in (("as served", np.array(confidences)), ("fitted, cross-validated", fitted))
+        for name, scores in (("as served", np.array(confidences)), (FITTED, fitted))
     }
     threshold = calibration.best_threshold(fitted, labels)
     block = {
