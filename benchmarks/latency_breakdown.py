@@ -15,9 +15,9 @@ from typing import Any
 
 from harness import LOGS, MODELS, READY_SECONDS, RESULTS, list_info, metric_sums, processes_of, run_info, write_report
 
-from rtap_training.evaluation.client import Load, RtapServer
+from rtap_training.evaluation.client import RtapServer
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import CycleRecord, RunSpec
+from rtap_training.evaluation.records import CycleRecord, Load, RunSpec
 from rtap_training.evaluation.rules import CONFIDENCE, SINGLE
 from rtap_training.evaluation.server_process import running_server, serve_command
 

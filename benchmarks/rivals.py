@@ -35,9 +35,9 @@ from harness import (
     write_report,
 )
 
-from rtap_training.evaluation.client import Load, RtapServer
+from rtap_training.evaluation.client import RtapServer
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import RunSpec
+from rtap_training.evaluation.records import Load, RunSpec
 from rtap_training.evaluation.rules import CONFIDENCE, MODEL, SINGLE, VOTE
 from rtap_training.evaluation.server_process import running_server, serve_command
 from rtap_training.evaluation.statistics import Interval, paired_difference, wilson_interval

@@ -13,7 +13,7 @@ from rtap_core.features import LogprobFeatures
 from rtap_training.calibrate import main
 from rtap_training.evaluation import client
 from rtap_training.evaluation.fitting import Served, fit
-from rtap_training.evaluation.records import CycleRecord, Outcome
+from rtap_training.evaluation.records import CycleRecord, Load, Outcome
 
 TRUTH = Logistic(bias=-4.0, probability_mean=2.0, probability_answer=5.0)
 
@@ -169,10 +169,8 @@ def test_a_server_is_sampled_one_scored_cycle_a_request_and_the_samples_are_kept
         server.config = {"confidence": {"kind": "logprob", "logistic": None}}
         return server
 
-    async def ask(
-        _: Any, questions: Any, spec: Any, load: client.Load, *, on_outcome: Any
-    ) -> tuple[list[Outcome], float]:
-        asked.append((spec.request(max_cycles=load.max_cycles), load.seed))
+    async def ask(_: Any, questions: Any, spec: Any, load: Load, *, on_outcome: Any) -> tuple[list[Outcome], float]:
+        asked.append((spec.request(load), load.seed))
         outcomes = list[Outcome]()
         for index in range(len(questions)):
             row = next(known)

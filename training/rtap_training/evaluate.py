@@ -13,7 +13,7 @@ from pathlib import Path
 from rtap_core.artifact import BUNDLED_MODELS
 from rtap_core.errors import ConfigError
 from rtap_core.voting import COUNT_THRESHOLD
-from rtap_training.evaluation.arguments import add_flag, add_shared_flags, list_of, number_up_to, positive, run_command
+from rtap_training.evaluation.arguments import add_flag, add_shared_flags, list_of, positive, run_command, share
 from rtap_training.evaluation.rules import RULES
 
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_shared_flags(parser)
-    add, share, thresholds = partial(add_flag, parser), number_up_to(1), f"{COUNT_THRESHOLD},0.8,0.9,0.95,0.98"
+    add, thresholds = partial(add_flag, parser), f"{COUNT_THRESHOLD},0.8,0.9,0.95,0.98"
     text = "file of `rtap calibrate` that computes the confidences of kept samples from their log-probabilities"
     add("--confidence-config", text, type=Path, metavar="FILE")
     text = f"stopping rules to measure, from {','.join(RULES)} (default: all that the server can)"

@@ -1,6 +1,7 @@
 """Command lines of ``rtap eval`` and ``rtap calibrate``: shared flags, their values, exit status. Cheap to import."""
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -75,7 +76,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--limit", "only the first N questions of each task", type=positive, metavar="N")
     add("--split", "only this half of the questions (default: both)", choices=("calibration", "test"))
     add("--max-tokens", "maximum tokens per reply (default: no limit)", type=positive, metavar="N")
-    add("--temperature", "as your clients use", type=number_up_to(2), default="1.0", metavar="T")
+    add("--temperature", "as your clients use", type=temperature, default="1.0", metavar="T")
     add("--seed", "every question derives its own from it", type=int, default="0", metavar="S")
     add("--concurrency", "concurrent requests", type=positive, default="32", metavar="N")
     add("--timeout", "timeout of one request", type=positive, default="600", metavar="SECONDS")
@@ -95,23 +96,21 @@ def list_of(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
     return parse
 
 
-def positive(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
-    return int(text)
+def number(kind: Callable[[str], Value], low: float, high: float, text: str) -> Callable[[str], Value]:
+    """Parser of a number from ``low`` to ``high``; text: these bounds in words."""
 
-
-def number_up_to(high: float) -> Callable[[str], float]:
-    """Parser of a number from 0 to ``high``."""
-
-    def parse(text: str) -> float:
+    def parse(given: str) -> Value:
         try:
-            value = float(text)
+            value = kind(given)
         except ValueError:
-            value = float("nan")
-        if not 0.0 <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to {high:g}")
+            value = None
+        if not isinstance(value, int | float) or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{given!r} must be {text}")
         return value
 
     return parse
+
+
+positive = number(int, 1, math.inf, "an integer of at least 1")
+share = number(float, 0, 1, "a number from 0 to 1")
+temperature = number(float, 0, 2, "a number from 0 to 2")

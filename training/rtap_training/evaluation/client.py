@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,24 +16,10 @@ from pydantic import TypeAdapter
 from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-from rtap_training.evaluation.rules import CONFIDENCE
+from rtap_training.evaluation.records import CycleRecord, Load, Outcome, Run, RunSpec
 from rtap_training.evaluation.server_process import running_server, serve_command
 
 _CYCLE = TypeAdapter(CycleRecord)
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Request settings of a run. seed: base of the per-question seeds. max_cycles, max_tokens,
-    recursion: None for the server's default."""
-
-    concurrency: int
-    temperature: float
-    seed: int
-    max_cycles: int | None = None
-    max_tokens: int | None = None
-    recursion: str | None = None
 
 
 class RtapServer:
@@ -82,10 +68,8 @@ class RtapServer:
             "messages": [{"role": "user", "content": question.prompt}],
             "temperature": load.temperature,
             "seed": question.seed(load.seed),
-            "rtap": {**spec.request(max_cycles=load.max_cycles), "return_cycles": True},
+            "rtap": {**spec.request(load), "return_cycles": True},
         }
-        if load.recursion is not None and spec.rule == CONFIDENCE:
-            body["rtap"]["recursion"] = load.recursion
         if load.max_tokens is not None:
             body["max_completion_tokens"] = load.max_tokens
         start = time.perf_counter()

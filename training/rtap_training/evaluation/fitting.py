@@ -21,9 +21,9 @@ from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
 from rtap_training import calibration
 from rtap_training.calibration import Bools
-from rtap_training.evaluation.client import Load, judged, open_server
+from rtap_training.evaluation.client import judged, open_server
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import CycleRecord, Outcome, RunSpec
+from rtap_training.evaluation.records import CycleRecord, Load, Outcome, RunSpec
 from rtap_training.evaluation.rules import CONFIDENCE
 from rtap_training.evaluation.samples import sample_line, sample_rows
 from rtap_training.evaluation.statistics import within_question_auroc

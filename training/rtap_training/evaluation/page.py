@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from rtap_core.voting import COUNT_THRESHOLD
-from rtap_training.evaluation.plot import STYLES, calibration_svg, trade_off_svg
+from rtap_training.evaluation.plot import STYLES, to_svg, trade_off
 from rtap_training.evaluation.results import CHOSEN, Results, Row, TaskResults
 from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, SINGLE
 from rtap_training.evaluation.statistics import Interval
+from rtap_training.reliability import reliability_figure
 
 
 def to_html(results: Results) -> str:
@@ -25,23 +27,26 @@ def to_html(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "number": number, "interval": interval, "data_uri": data_uri}
+    environment.filters |= {"percent": percent, "number": number, "interval": interval}
     defaults: Mapping[str, Any] = (results.setting.get("server") or {}).get("defaults") or {}
     threshold = defaults.get("threshold") if defaults.get("policy") == CONFIDENCE else None
     return environment.get_template("page.html.j2").render(
         setting=results.setting,
         errors=results.errors,
-        tasks=[
-            (task, choose(task, threshold), trade_off_svg(task), task.judgement and calibration_svg(task.judgement))
-            for task in results.tasks
-        ],
+        tasks=[(task, choose(task, threshold), *map(data_uri, _plots(task))) for task in results.tasks],
         colours={rule: colour for rule, (colour, _, _) in STYLES.items()},
     )
 
 
-def data_uri(svg: bytes) -> str:
+def _plots(task: TaskResults) -> tuple[Figure, Figure | None]:
+    """Accuracy against tokens, and reliability if there is a confidence."""
+    judged = task.judgement
+    return trade_off([task]), None if judged is None else reliability_figure({judged.rule: judged.bins})
+
+
+def data_uri(figure: Figure | None) -> str | None:
     """SVG as a data URI."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    return None if figure is None else f"data:image/svg+xml;base64,{base64.b64encode(to_svg(figure)).decode()}"
 
 
 def choose(task: TaskResults, threshold: float | None = None) -> dict[str, Row]:

@@ -1,4 +1,4 @@
-"""Plots: accuracy against tokens per question, and share right against confidence, with 95 % intervals."""
+"""Plot of accuracy against tokens per question, with 95 % intervals."""
 
 # matplotlib's own annotations leave every **kwargs untyped:
 # pyright: reportUnknownMemberType=false
@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from rtap_training.evaluation.measurement import Judgement
 from rtap_training.evaluation.replay import TEXT
 from rtap_training.evaluation.results import CHOSEN, Results, Row, TaskResults
 from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, MODEL, SINGLE, VOTE, WEIGHTED
-from rtap_training.reliability import reliability_figure, style_axis
+from rtap_training.reliability import style_axis
 
 # Okabe–Ito colours, distinguishable by colour-blind readers; markers repeat the distinction in print.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -34,28 +33,20 @@ LINED = (CONFIDENCE, ADAPTIVE, CGES, MAJORITY, WEIGHTED)
 def plot_png(results: Results) -> bytes:
     """The plot as a PNG file."""
     output = io.BytesIO()
-    _trade_off(results.tasks).savefig(output, format="png")
+    trade_off(results.tasks).savefig(output, format="png")
     return output.getvalue()
 
 
-def trade_off_svg(task: TaskResults) -> bytes:
-    """One task's panel as a deterministic SVG file."""
-    return _svg(_trade_off([task]))
-
-
-def calibration_svg(judgement: Judgement) -> bytes:
-    """Reliability plot of a confidence as an SVG file."""
-    return _svg(reliability_figure({judgement.rule: judgement.bins}))
-
-
-def _svg(figure: Figure) -> bytes:
+def to_svg(figure: Figure) -> bytes:
+    """The figure as a deterministic SVG file."""
     output = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "rtap", "svg.fonttype": "path"}):
         figure.savefig(output, format="svg", metadata={"Date": None})
     return output.getvalue()
 
 
-def _trade_off(tasks: Sequence[TaskResults]) -> Figure:
+def trade_off(tasks: Sequence[TaskResults]) -> Figure:
+    """Accuracy against tokens, one panel per task."""
     panels = max(len(tasks), 1)
     figure = Figure(figsize=(6.4 * panels, 5.2), dpi=160, layout="constrained")
     axes: list[Axes] = list(figure.subplots(1, panels, squeeze=False)[0])

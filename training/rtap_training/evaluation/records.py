@@ -11,7 +11,20 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from rtap_training.evaluation.rules import ADAPTIVE, CGES, SINGLE, VOTE
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, SINGLE, VOTE
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Request settings of a run. seed: base of the per-question seeds. max_cycles, max_tokens,
+    recursion: None for the server's default."""
+
+    concurrency: int
+    temperature: float
+    seed: int
+    max_cycles: int | None = None
+    max_tokens: int | None = None
+    recursion: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +45,17 @@ class RunSpec:
         name = self.rule if self.threshold is None else f"{self.rule}@{self.threshold:.4g}"
         return name if self.samples is None else f"{name} x{self.samples}"
 
-    def request(self, *, max_cycles: int | None) -> dict[str, Any]:
+    def request(self, load: Load) -> dict[str, Any]:
         """The ``rtap`` request field of this rule."""
         is_vote = self.rule in (VOTE, ADAPTIVE, CGES)
-        field: dict[str, Any] = {"policy": VOTE if is_vote else self.rule}
-        threshold = 1.0 if self.rule == VOTE else self.threshold  # VOTE draws all samples
-        if threshold is not None:
-            field["threshold"] = threshold
-        if self.samples is not None:
-            field["samples"] = self.samples
-        if max_cycles is not None and self.rule != SINGLE and not is_vote:
-            field["max_cycles"] = max_cycles
-        return field
+        field = {
+            "policy": VOTE if is_vote else self.rule,
+            "threshold": 1.0 if self.rule == VOTE else self.threshold,  # VOTE draws all samples
+            "samples": self.samples,
+            "max_cycles": None if is_vote or self.rule == SINGLE else load.max_cycles,
+            "recursion": load.recursion if self.rule == CONFIDENCE else None,
+        }
+        return {name: value for name, value in field.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

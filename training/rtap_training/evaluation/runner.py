@@ -18,10 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 from rtap_core.errors import ConfigError
-from rtap_training.evaluation.client import Load, RtapServer, judged, open_server
+from rtap_training.evaluation.client import RtapServer, judged, open_server
 from rtap_training.evaluation.measurement import measure
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import Outcome, Round, Run, RunFile, RunSpec
+from rtap_training.evaluation.records import Load, Outcome, Round, Run, RunFile, RunSpec
 from rtap_training.evaluation.replay import RuleParameters
 from rtap_training.evaluation.results import Results, task_results
 from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MODEL, SINGLE, VOTE
