@@ -15,9 +15,9 @@ from typing import Any
 
 from harness import LOGS, MODELS, READY_SECONDS, RESULTS, list_info, metric_sums, processes_of, run_info, write_report
 
-from rtap_training.evaluation.client import Load, RtapServer
+from rtap_training.evaluation.client import RtapServer
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import CycleRecord, RunSpec
+from rtap_training.evaluation.records import CycleRecord, Load, RunSpec
 from rtap_training.evaluation.rules import CONFIDENCE, SINGLE
 from rtap_training.evaluation.server_process import running_server, serve_command
 
@@ -112,13 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _measure(url: str, questions: Sequence[Question], args: argparse.Namespace) -> list[Split]:
     splits: list[Split] = []
     for concurrency, count in zip(args.concurrency, args.requests, strict=True):
-        server = await RtapServer(url, api_key=None, timeout_seconds=120, concurrency=concurrency).connect()
+        server = await RtapServer(url, api_key=None, timeout_seconds=120).connect()
         chosen = [questions[i % len(questions)] for i in range(count)]
         load = Load(concurrency, 1.0, 0, args.max_cycles)
         for spec in (RunSpec(SINGLE), RunSpec(CONFIDENCE, args.threshold)):
-            await server.run("warm-up", chosen[: 2 * concurrency], spec, load, on_outcome=lambda _: None)
+            await server.run("warm-up", chosen[: 2 * concurrency], spec, load)
             before = metric_sums(url, SUMS)
-            run = await server.run("countdown", chosen, spec, load, on_outcome=lambda _: None)
+            run = await server.run("countdown", chosen, spec, load)
             spent = {name: 1000 * (after - before[name]) / count for name, after in metric_sums(url, SUMS).items()}
             if len(run.answered) < count:
                 raise SystemExit(f"{count - len(run.answered)} of {count} requests failed")
@@ -155,9 +155,9 @@ def _start(url: str, ready_seconds: float) -> Start:
 
 
 async def _costs(url: str, questions: Sequence[Question], cycles: int, count: int) -> list[CycleCost]:
-    server = await RtapServer(url, api_key=None, timeout_seconds=120, concurrency=1).connect()
+    server = await RtapServer(url, api_key=None, timeout_seconds=120).connect()
     spec, load = RunSpec(CONFIDENCE, 1.0), Load(1, 1.0, 0, cycles)  # no score reaches the threshold
-    run = await server.run("countdown", questions[:count], spec, load, on_outcome=lambda _: None)
+    run = await server.run("countdown", questions[:count], spec, load)
     costs: list[CycleCost] = []
     for index in range(cycles):
         found = [o.cycles[index] for o in run.answered if len(o.cycles) > index]
@@ -173,8 +173,8 @@ async def _costs(url: str, questions: Sequence[Question], cycles: int, count: in
                 tokens=mean(lambda c: c.tokens),
                 prompt_tokens=mean(lambda c: c.prompt_tokens),
                 recomputed=mean(lambda c: c.prompt_tokens - (c.cached_tokens or 0)),
-                write_ms=1000 * mean(lambda c: c.seconds - c.confidence_seconds),
-                score_ms=1000 * mean(lambda c: c.confidence_seconds),
+                write_ms=1000 * mean(lambda c: c.seconds - (c.confidence_seconds or 0.0)),
+                score_ms=1000 * mean(lambda c: c.confidence_seconds or 0.0),
             )
         )
     return costs

@@ -35,9 +35,9 @@ from harness import (
     write_report,
 )
 
-from rtap_training.evaluation.client import Load, RtapServer
+from rtap_training.evaluation.client import RtapServer
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import RunSpec
+from rtap_training.evaluation.records import Load, RunSpec
 from rtap_training.evaluation.rules import CONFIDENCE, MODEL, SINGLE, VOTE
 from rtap_training.evaluation.server_process import running_server, serve_command
 from rtap_training.evaluation.statistics import Interval, paired_difference, wilson_interval
@@ -159,9 +159,9 @@ def _other_rules(plain: str, own: str, proxy: str | None, args: argparse.Namespa
 
 def _ours(url: str, spec: RunSpec, args: argparse.Namespace, **load: Any) -> Rule:
     async def answer(questions: Sequence[Question], concurrency: int) -> Round:
-        server = await RtapServer(url, api_key=None, timeout_seconds=300, concurrency=concurrency).connect()
+        server = await RtapServer(url, api_key=None, timeout_seconds=300).connect()
         how = Load(concurrency, 1.0, args.seed, **load)
-        run = await server.run(questions[0].task, questions, spec, how, on_outcome=lambda _: None)
+        run = await server.run(questions[0].task, questions, spec, how)
         return Round(
             tuple(outcome.is_correct for outcome in run.outcomes),
             sum(outcome.policy_tokens for outcome in run.answered),

@@ -8,7 +8,8 @@ from playwright.sync_api import Browser
 from rtap_training.evaluation.page import to_html
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-from rtap_training.evaluation.results import Results, RuleParameters, task_results
+from rtap_training.evaluation.replay import RuleParameters
+from rtap_training.evaluation.results import Results, task_results
 from tests.page.browser import open_page, violations
 
 QUESTIONS = 500

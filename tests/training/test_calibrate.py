@@ -2,7 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import pytest
 
 from rtap_core.artifact import Logistic, read_artifact_file
 from rtap_core.features import LogprobFeatures
-from rtap_training import calibrate
-from rtap_training.calibrate import Sample, Served, fit, main
+from rtap_training.calibrate import main
 from rtap_training.evaluation import client
-from rtap_training.evaluation.records import CycleRecord, Outcome, Run
+from rtap_training.evaluation.fitting import Served, fit
+from rtap_training.evaluation.records import CycleRecord, Load, Outcome
 
 TRUTH = Logistic(bias=-4.0, probability_mean=2.0, probability_answer=5.0)
 
@@ -40,9 +39,9 @@ def rows(questions: int = 60, samples: int = 8, seed: int = 0) -> list[dict[str,
     return found
 
 
-def samples(**without: None) -> list[Sample]:
+def samples(**without: None) -> list[tuple[str, CycleRecord]]:
     return [
-        Sample(row["question"], row["is_correct"], row["confidence"], row["logprobs"])
+        (row["question"], CycleRecord("1", row["is_correct"], row["confidence"], logprobs=row["logprobs"]))
         for row in [one | without for one in rows()]
     ]
 
@@ -139,10 +138,10 @@ def test_what_cannot_be_fitted_is_one_sentence(
         ([], "no questions: give --questions FILE"),
         (["--questions", "absent.jsonl"], "absent.jsonl"),
         (["M", "--server", "http://x"], "give only one of them"),
-        (["--from-samples", "s.jsonl", "--questions", "q.jsonl"], "has its own questions; omit MODEL"),
+        (["--from-samples", "s.jsonl", "--questions", "q.jsonl"], "has its own questions"),
         (["--from-samples", "s.jsonl", "--", "--max-model-len", "9"], "needs no server"),
-        (["--questions", "{questions}", "--output", "/proc/no/c.json"], "cannot write /proc/no/c.samples.jsonl"),
-        (["--from-samples", "absent.jsonl"], "cannot read the samples file absent.jsonl: no such file"),
+        (["--questions", "{questions}", "--output", "/proc/no/c.json"], "cannot write /proc/no: "),
+        (["--from-samples", "absent.jsonl"], "cannot read the samples file absent.jsonl: No such file"),
         (["--questions", "{questions}", "--server", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
     ],
 )
@@ -164,32 +163,31 @@ def test_a_server_is_sampled_one_scored_cycle_a_request_and_the_samples_are_kept
 ) -> None:
     """The file of the samples gives the same calibration again."""
     known = iter(rows(questions=40, samples=4))
-    asked = list[tuple[str, Any, int]]()
+    asked = list[tuple[Any, int]]()
 
     async def connect(server: client.RtapServer) -> client.RtapServer:
         server.config = {"confidence": {"kind": "logprob", "logistic": None}}
         return server
 
-    async def run(_: Any, task: str, questions: Any, spec: Any, load: client.Load, *, on_outcome: Any) -> Run:
-        asked.append((task, spec.request(max_cycles=load.max_cycles), load.seed))
+    async def ask(_: Any, questions: Any, spec: Any, load: Load, *, on_outcome: Any) -> tuple[list[Outcome], float]:
+        asked.append((spec.request(load), load.seed))
         outcomes = list[Outcome]()
         for index in range(len(questions)):
             row = next(known)
-            cycle = CycleRecord(
-                "1", row["is_correct"], row["confidence"], 9, 0, 0, None, text="1", logprobs=row["logprobs"]
-            )
+            answer = "1" if row["is_correct"] else "2"
+            cycle = CycleRecord(answer, False, row["confidence"], 9, text=answer, logprobs=row["logprobs"])
             outcomes.append(Outcome(index, cycles=(cycle,)))
             on_outcome(outcomes[-1])
-        return Run(task, spec, tuple(outcomes), None)
+        return outcomes, 1.0
 
     monkeypatch.setattr(client.RtapServer, "connect", connect)
-    monkeypatch.setattr(client.RtapServer, "run", run)
+    monkeypatch.setattr(client.RtapServer, "ask", ask)
     questions = written(tmp_path / "sums.jsonl", [{"question": f"q{i}", "answer": "1"} for i in range(40)])
     output, again = tmp_path / "confidence.json", tmp_path / "again.json"
     flags = ["--server", "http://x", "--questions", str(questions), "--samples", "4", "--seed", "3"]
     assert main([*flags, "--output", str(output)]) == 0
     one_cycle = {"policy": "confidence", "threshold": 1.0, "max_cycles": 1}
-    assert asked == [("sums", one_cycle, seed) for seed in (3, 4, 5, 6)]
+    assert asked == [(one_cycle, seed) for seed in (3, 4, 5, 6)]
     assert main(["--from-samples", str(tmp_path / "confidence.samples.jsonl"), "--output", str(again)]) == 0
     assert read_artifact_file(output) == read_artifact_file(again)
 
@@ -205,19 +203,17 @@ def test_a_server_without_confidence_is_refused(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_without_flags_of_the_server_its_confidence_is_logprob(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from rtap_training.evaluation import server_process
-
     commands = list[list[str]]()
 
     def running(command: list[str], **_: Any):
         commands.append(command)
-        raise SystemExit
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(server_process, "running_server", running)
-    for flags in ([], ["--max-model-len", "9"], ["--confidence", "yesno"], ["--confidence-model=G"]):
-        args = Namespace(server=None, model="M", output=tmp_path / "c.json", ready_timeout=1)
-        with pytest.raises(SystemExit), calibrate._address(args, flags):
-            pass
+    monkeypatch.setattr(client, "running_server", running)
+    questions = written(tmp_path / "q.jsonl", [{"question": "1+1", "answer": "2"}])
+    flags = ["M", "--questions", str(questions), "--output", str(tmp_path / "c.json")]
+    for more in ([], ["--", "--max-model-len", "9"], ["--", "--confidence", "yesno"], ["--confidence-model=G"]):
+        assert main([*flags, *more]) == 130
     assert [command[-4:].count("logprob") for command in commands] == [1, 1, 0, 0]
 
 
@@ -247,12 +243,12 @@ def test_an_interrupted_run_keeps_what_was_sampled(
         server.config = {"confidence": {"kind": "yesno", "logistic": None}}
         return server
 
-    async def run(*_: Any, on_outcome: Any) -> Run:
-        on_outcome(Outcome(0, cycles=(CycleRecord("2", True, 0.5, 9, 0, 0, None, text="2"),)))
+    async def ask(*_: Any, on_outcome: Any) -> None:
+        on_outcome(Outcome(0, cycles=(CycleRecord("2", True, 0.5, 9, text="2"),)))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(client.RtapServer, "connect", connect)
-    monkeypatch.setattr(client.RtapServer, "run", run)
+    monkeypatch.setattr(client.RtapServer, "ask", ask)
     questions = written(tmp_path / "q.jsonl", [{"question": "1+1", "answer": "2"}])
     flags = ["--server", "http://x", "--questions", str(questions), "--output", str(tmp_path / "c.json")]
     assert main(flags) == 130

@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rtap_training.evaluation.judgement import WORST, judge
-from rtap_training.evaluation.page import bar, choose, interval, percent, task_view, to_html
+from rtap_training.evaluation.measurement import WORST, judge
+from rtap_training.evaluation.page import choose, interval, percent, to_html
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.records import CycleRecord, Outcome, Run, RunSpec
-from rtap_training.evaluation.results import Results, RuleParameters, task_results
+from rtap_training.evaluation.replay import RuleParameters
+from rtap_training.evaluation.results import Results, task_results
 from rtap_training.evaluation.statistics import Interval
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
@@ -119,9 +120,11 @@ def test_without_a_vote_the_confidence_rule_is_judged_and_without_both_nothing_i
     assert alone.judgement.rule == "confidence@0.7"
     silent = run(RunSpec("single"), 4)
     nothing = task_results(TASK, [silent], questions(4), PARAMETERS)
-    view = task_view(nothing)
-    assert (view["judgement"], view["calibration"], view["headline"]) == (None, None, "")
-    assert "Largest errors of the confidence" not in to_html(Results({}, (nothing,)))
+    assert nothing.judgement is None
+    page = to_html(Results({}, (nothing,)))
+    assert "Largest errors of the confidence" not in page
+    assert "Reliability" not in page
+    assert 'class="lead"' not in page
 
 
 def test_failed_requests_are_told() -> None:
@@ -139,22 +142,20 @@ def test_shares(value: float | None, text: str) -> None:
     assert percent(value) == text
 
 
-def test_intervals_and_where_they_are_drawn() -> None:
+def test_intervals() -> None:
     assert interval(Interval(0.5, 0.433, 0.52)) == "43.3–52.0"
     assert interval(Interval(0.0, -0.013, 0.02), sign=True) == "-1.3 to +2.0"
-    assert bar(Interval(0.5, 0.25, 0.75), 0.25, 1.25) == {"left": 0.0, "width": 50.0, "dot": 25.0}
 
 
 def test_a_headline_without_a_vote_names_the_cost_alone() -> None:
     task = task_results(TASK, [run(RunSpec("confidence", 0.5), 4)], questions(4), PARAMETERS)
-    assert task_view(task, 0.5)["headline"].endswith("with 40.0 tokens a question.")
+    setting = {"server": {"defaults": {"policy": "confidence", "threshold": 0.5}}}
+    assert "with 40.0 tokens a question.</p>" in to_html(Results(setting, (task,)))
 
 
 def test_a_threshold_is_highlighted_if_it_was_chosen_or_is_served_and_not_for_its_accuracy() -> None:
     runs = [run(RunSpec("confidence", t), 4) for t in (0.2, 0.7)]
     task = task_results(TASK, runs, questions(4), PARAMETERS)
     task = replace(task, rows=tuple(row for row in task.rows if "chosen" not in row.label))
-    assert choose(task).confidence is None
-    served = choose(task, 0.7).confidence
-    assert served is not None
-    assert served.threshold == 0.7
+    assert "Stopped by confidence" not in choose(task)
+    assert choose(task, 0.7)["Stopped by confidence"].threshold == 0.7

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from rtap_core.errors import ConfigError
-from rtap_training.evaluation.client import outcome_of
-from rtap_training.evaluation.measurement import confidence_quality, measure
+from rtap_training.evaluation.client import judged, outcome_of
+from rtap_training.evaluation.measurement import judge, measure
 from rtap_training.evaluation.question_files import Question, load_questions
-from rtap_training.evaluation.records import CycleRecord, Outcome, Reply, Round, Run, RunFile, RunSpec, write_atomically
-from rtap_training.evaluation.results import RuleParameters, task_results
+from rtap_training.evaluation.records import CycleRecord, Outcome, Round, Run, RunFile, RunSpec, write_atomically
+from rtap_training.evaluation.replay import RuleParameters
+from rtap_training.evaluation.results import task_results
 
 
 def cycle(answer: str | None, *, right: bool = False, confidence: float | None = None, tokens: int = 10) -> CycleRecord:
@@ -77,7 +78,7 @@ def test_a_bad_question_file_is_named_with_its_line(tmp_path: Path, text: str, s
 
 def test_halves_and_seeds_follow_from_the_question_alone() -> None:
     questions = [Question(f"question {i}", "", "t") for i in range(2000)]
-    selecting = sum(question.is_for_selection for question in questions)
+    selecting = sum(question.split == "calibration" for question in questions)
     assert 900 < selecting < 1100
     assert len({question.seed(0) for question in questions}) == 2000
     assert questions[0].seed(0) != questions[0].seed(1)
@@ -90,16 +91,12 @@ def test_a_run_goes_on_after_the_last_whole_line(tmp_path: Path) -> None:
     file = RunFile(path, resume=False)
     file.add(answered)
     file.add(Outcome(1, error="HTTP 500: no"))  # asked again
-    file.add_reply(Reply(2, 0.5, {"id": "x"}))  # killed before it was judged
-    file.add_reply(Reply(3, error="HTTP 500: no"))
-    file.end_round(0, Round(12.5, "today"))
+    file.end_round(Round(0, 12.5, "today"))
     path.write_text(path.read_text() + '{"index": 2, "error": nu')  # killed while it wrote
     again = RunFile(path, resume=True)
-    assert (again.outcomes, again.rounds) == ({0: answered}, {0: Round(12.5, "today")})
-    assert again.replies == {2: Reply(2, 0.5, {"id": "x"})}
+    assert (again.outcomes, again.rounds) == ({0: answered}, {0: Round(0, 12.5, "today")})
     again.add(outcome(2, [cycle("3")]))
     assert set(RunFile(path, resume=True).outcomes) == {0, 2}
-    assert RunFile(path, resume=True).replies == {}
     assert RunFile(path, resume=False).outcomes == {}
     assert path.read_text() == ""
 
@@ -117,7 +114,7 @@ def test_each_question_is_in_one_half(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "sums.jsonl", [{"question": f"{i}?", "answer": "4"} for i in range(50)])
     halves = [load_questions([path], split=split)["sums"] for split in ("calibration", "test")]
     assert sorted(q.text for half in halves for q in half) == sorted(f"{i}?" for i in range(50))
-    assert all(q.is_for_selection == (q.split == "calibration") for half in halves for q in half)
+    assert [{q.split for q in half} for half in halves] == [{"calibration"}, {"test"}]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -141,17 +138,17 @@ def test_measure_counts_every_cycle_and_keeps_failed_requests_apart() -> None:
         wall_seconds=4.0,
     )
     figures = measure(run)
-    assert (figures.n, figures.errors, figures.degraded, figures.unanswered) == (2, 1, 1, 1)
-    assert figures.accuracy.value == 0.5
-    assert (figures.policy_tokens.value, figures.generator_tokens) == (25.0, 50.0)
-    assert (figures.cycles, figures.oops_tokens, figures.oops_per_1000_tokens) == (1.5, 1.5, 60.0)
-    assert (figures.cached_prompt_tokens, figures.recomputed_prompt_tokens) == (48.0, 27.0)
-    assert (figures.later_recomputed_mean, figures.later_recomputed_max) == (18.0, 18)
-    assert (figures.wall_seconds, figures.questions_per_second) == (4.0, 0.5)
+    assert (figures.n, figures.errors, figures.accuracy.value, figures.policy_tokens.value) == (2, 1, 0.5, 25.0)
+    assert figures.costs == {
+        "generator_tokens": 50.0, "wall_seconds": 4.0, "questions_per_second": 0.5, "median_seconds": 0.5,
+        "median_first_answer_seconds": 0.25, "cycles": 1.5, "oops_tokens": 1.5, "oops_per_1000_tokens": 60.0,
+        "cached_prompt_tokens": 48.0, "recomputed_prompt_tokens": 27.0, "recomputed_per_later_cycle": 18.0,
+        "most_recomputed": 18, "unanswered": 1, "degraded": 1,
+    }  # fmt: skip
     assert figures.stop_reasons == {"max_tokens": 1, "threshold": 1}
 
 
-def test_confidence_quality_reads_every_scored_sample() -> None:
+def test_a_judgement_reads_every_scored_sample() -> None:
     good, bad = cycle("1", right=True, confidence=0.8), cycle("2", confidence=0.3)
     run = Run(
         "demo",
@@ -159,13 +156,17 @@ def test_confidence_quality_reads_every_scored_sample() -> None:
         (outcome(0, [good, bad, cycle(None)]), outcome(1, [bad, bad, bad]), outcome(2, [bad, good, good])),
         1.0,
     )
-    quality = confidence_quality(run)
-    assert quality is not None
-    assert quality.scored_answers == 8
-    assert quality.within is not None
-    assert (quality.within.auroc.value, quality.within.mixed_questions) == (1.0, 2)
-    assert (quality.best_of.value, quality.ceiling.value) == (2 / 3, 2 / 3)
-    assert confidence_quality(run_of(RunSpec("vote", samples=1), [True], 5)) is None
+    questions = [Question(f"q{i}", "1", "demo") for i in range(3)]
+    judged = judge(run, questions)
+    assert judged is not None
+    assert judged.answers == 8
+    assert judged.within is not None
+    assert (judged.within.auroc.value, judged.within.mixed_questions) == (1.0, 2)
+    assert (judged.best_of.value, judged.ceiling.value) == (2 / 3, 2 / 3)
+    assert judge(run_of(RunSpec("vote", samples=1), [True], 5), questions) is None
+    stopped = judge(replace(run, spec=RunSpec("confidence", 0.5)), questions)
+    assert stopped is not None
+    assert stopped.within is None  # the rule selects which answers there are
 
 
 def reply_of(answer: str | None, content: str) -> dict[str, Any]:
@@ -180,12 +181,12 @@ def reply_of(answer: str | None, content: str) -> dict[str, Any]:
 
 
 def test_what_was_sampled_for_nothing_is_spent_as_well() -> None:
-    spent = outcome_of(0, Question("2+2", "4", "sums"), reply_of("4", "4"), 1.5)
+    spent = judged(Question("2+2", "4", "sums"), outcome_of(0, reply_of("4", "4"), 1.5))
     assert (spent.is_correct, spent.policy_tokens, spent.generator_tokens) == (True, 37, 9)
 
 
 def test_a_cut_answer_is_no_answer() -> None:
-    cut = outcome_of(0, Question("2+2", "4", "sums"), reply_of(None, "4"), 1.5)
+    cut = judged(Question("2+2", "4", "sums"), outcome_of(0, reply_of(None, "4"), 1.5))
     assert (cut.answer, cut.is_correct) == (None, False)
 
 
@@ -196,12 +197,12 @@ def test_seconds_are_compared_within_one_session() -> None:
         return Run("demo", spec, (outcome(0, cycles),), 1.0, rounds)
 
     parameters = RuleParameters((2,), (0.95,), (0.5,), 1.0)
-    vote = run("vote", Round(10.0, "monday"), Round(10.0, "monday"), Round(10.0, "tuesday"))
+    vote = run("vote", Round(0, 10.0, "monday"), Round(0, 10.0, "monday"), Round(0, 10.0, "tuesday"))
 
     def ratio(*rounds: Round | None) -> float | None:
         found = task_results("demo", [run("single", *rounds), vote], [Question("q", "a", "demo")], parameters)
         interval = found.rows[0].wall_ratio
         return None if interval is None else interval.value
 
-    assert ratio(Round(5.0, "monday"), Round(90.0, "tuesday"), Round(5.0, "tuesday")) == 0.5
-    assert ratio(Round(5.0, "tuesday"), None, Round(5.0, None)) is None
+    assert ratio(Round(0, 5.0, "monday"), Round(0, 90.0, "tuesday"), Round(0, 5.0, "tuesday")) == 0.5
+    assert ratio(Round(0, 5.0, "tuesday"), None, Round(0, 5.0, "")) is None

@@ -114,22 +114,15 @@ def test_expected_calibration_error_puts_edges_in_the_upper_bin() -> None:
     assert s.expected_calibration_error([0.49, 0.7], [True, False], bins=2) == pytest.approx((0.51 + 0.7) / 2)
 
 
-def test_majority_takes_the_most_frequent_then_the_earliest_answer() -> None:
-    assert s.majority(["a", "b", "b"]) == "b"
-    assert s.majority(["b", "a", "a", "b"]) == "b"
-    assert s.majority([None, None, "c"]) == "c"
-    assert s.majority([None, None]) is None
-    assert s.majority([]) is None
-
-
-def test_interpolate_is_linear_between_points_of_any_order_and_refuses_to_extrapolate() -> None:
-    xs, ys = [30.0, 10.0, 20.0], [0.9, 0.5, 0.6]
-    assert s.interpolate(15.0, xs, ys) == pytest.approx(0.55)
-    assert s.interpolate(25.0, xs, ys) == pytest.approx(0.75)
-    assert [s.interpolate(x, xs, ys) for x in xs] == ys
-    assert s.interpolate(9.9, xs, ys) is None
-    assert s.interpolate(30.1, xs, ys) is None
-    assert s.interpolate(1.0, [], []) is None
+def test_reliability_bins_by_hand_are_those_of_the_calibration_error() -> None:
+    scores, right = np.array([0.91, 0.93, 0.11, 0.13, 1.0]), np.array([True, False, False, False, True])
+    low, high, top = bins = s.reliability_bins(scores, right, bins=20)
+    assert (low.confidence, low.right, low.cycles) == (pytest.approx(0.12), 0.0, 2)
+    assert (high.confidence, high.right, high.cycles) == (pytest.approx(0.92), 0.5, 2)
+    assert (top.confidence, top.right, top.cycles) == (1.0, 1.0, 1)  # 1.0 belongs to the last bin
+    assert high.low < 0.5 < high.high
+    gaps = sum(abs(b.confidence - b.right) * b.cycles for b in bins)
+    assert gaps / 5 == pytest.approx(s.expected_calibration_error(scores, right))
 
 
 def test_bootstrap_weights_draw_n_questions_and_repeat_with_the_seed() -> None:
@@ -157,12 +150,12 @@ def test_equal_cost_difference_of_a_rule_on_the_curve_is_zero_and_of_a_worse_rul
     rng = np.random.default_rng(1)
     costs = np.stack([rng.poisson(20, 400), rng.poisson(40, 400), rng.poisson(80, 400)]).astype(float)
     gains = np.stack([rng.random(400) < p for p in (0.4, 0.6, 0.7)]).astype(float)
-    same = s.equal_cost_difference(costs, gains, list(costs[1]), list(gains[1]))
+    same = s.equal_cost_difference(costs, gains, costs[1], gains[1])
     assert same is not None
     assert same.value == pytest.approx(0.0)
     assert (same.low, same.high) == (pytest.approx(0.0), pytest.approx(0.0))
-    worse = s.equal_cost_difference(costs, gains, list(costs[1]), [0.0] * 400)
+    worse = s.equal_cost_difference(costs, gains, costs[1], np.zeros(400))
     assert worse is not None
-    assert worse.value == pytest.approx(float(gains[1].mean()))
-    assert 0.5 < worse.low < worse.value < worse.high < 0.7
-    assert s.equal_cost_difference(costs, gains, [1000.0] * 400, [0.0] * 400) is None
+    assert worse.value == pytest.approx(-float(gains[1].mean()))
+    assert -0.7 < worse.low < worse.value < worse.high < -0.5
+    assert s.equal_cost_difference(costs, gains, np.full(400, 1000.0), np.zeros(400)) is None

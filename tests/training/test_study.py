@@ -34,14 +34,14 @@ def suite(tmp_path: Path) -> Path:
 
 def test_suite_is_read(suite: Path) -> None:
     loaded = study.load_suite(suite)
-    assert (loaded.seeds, loaded.runs) == ((1, 2), {"start": {}, "trained": {"method": "grpo"}})
+    assert (loaded.seeds, loaded.runs) == ((1, 2), {"start": None, "trained": {"method": "grpo"}})
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("title: T", "titel: T", "must have exactly the keys"),
-        ("baseline: start", "baseline: no", "not one of the runs"),
+        ("title: T", "titel: T", "title: Field required"),
+        ("baseline: start", "baseline: other", "not one of the runs"),
     ],
 )
 def test_a_wrong_suite_is_refused(suite: Path, old: str, new: str, message: str) -> None:

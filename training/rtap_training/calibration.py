@@ -10,22 +10,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit  # pyright: ignore  # comes with scikit-learn
 from sklearn.linear_model import LogisticRegression  # pyright: ignore  # the package has no types
 
 from rtap_core.artifact import NUM_BINS, Logistic
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
-from rtap_training.evaluation.statistics import (
-    Floats,
-    bootstrap_weights,
-    brier,
-    expected_calibration_error,
-    global_auroc,
-    within_question_auroc,
-)
+from rtap_training.evaluation import statistics as stats
+from rtap_training.evaluation.statistics import Floats
 
 Bools = NDArray[np.bool_]
-BOOTSTRAPS = 1000
 FOLDS = 10
 
 
@@ -33,7 +27,9 @@ FOLDS = 10
 class Figures:
     """Metrics of a generator. AUROCs are None without contrast.
 
-    within_auroc: mean over the ``contrast_questions`` questions that have both right and wrong cycles.
+    within_auroc: mean over the ``contrast_questions`` questions that have both right and wrong cycles. intervals: 95 %,
+    by bootstrap over questions, as cycles of one question are not independent. That of the calibration error lies high:
+    noise biases it upwards.
     """
 
     within_auroc: float | None
@@ -43,67 +39,34 @@ class Figures:
     brier: float
     cycles: int
     right_share: float
+    intervals: dict[str, tuple[float, float]]
 
 
 def figures(scores: Floats, labels: Bools, questions: Sequence[int]) -> Figures:
     """All metrics, rounded for a report."""
-    within = within_question_auroc(questions, scores, labels)
+    within, overall = stats.within_question_auroc(questions, scores, labels), stats.global_auroc(scores, labels)
+    _, place = np.unique(np.asarray(questions), return_inverse=True)
+    cycles, errors = np.bincount(place).astype(np.float64), scores - labels
+    gaps = np.zeros((len(cycles), NUM_BINS))
+    np.add.at(gaps, (place, stats.bins_of(scores)), errors)
+    draws = stats.bootstrap_weights(len(cycles), seed=0)
+    brier = stats.paired_ratio(np.bincount(place, weights=errors**2).astype(np.float64), cycles)
+    ends = {
+        "ece": stats.percentiles(np.abs(draws @ gaps).sum(axis=1) / (draws @ cycles)),
+        "brier": (brier.low, brier.high),
+    }
+    if within is not None:
+        ends["within_auroc"] = (within.auroc.low, within.auroc.high)
     return Figures(
         within_auroc=None if within is None else round(within.auroc.value, 4),
         contrast_questions=0 if within is None else within.mixed_questions,
-        global_auroc=rounded(global_auroc(scores, labels)),
-        ece=round(expected_calibration_error(scores, labels), 4),
-        brier=round(brier(scores, labels), 4),
+        global_auroc=None if overall is None else round(overall, 4),
+        ece=round(stats.expected_calibration_error(scores, labels), 4),
+        brier=round(brier.value, 4),
         cycles=len(scores),
         right_share=round(float(labels.mean()), 4),
+        intervals={name: (round(low, 4), round(high, 4)) for name, (low, high) in ends.items()},
     )
-
-
-def intervals(scores: Floats, labels: Bools, questions: Sequence[int], *, seed: int = 0) -> dict[str, list[float]]:
-    """95 % bootstrap intervals of the metrics. Questions are resampled: cycles of one question are not independent.
-
-    The calibration error is biased upwards by noise, so its interval lies high.
-    """
-    names, place = np.unique(np.asarray(questions), return_inverse=True)
-    num_questions = len(names)
-    draws = bootstrap_weights(num_questions, seed=seed, resamples=BOOTSTRAPS)  # (R, Q)
-    bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
-    errors = scores - labels
-    gaps = np.bincount(place * NUM_BINS + bins, weights=errors, minlength=num_questions * NUM_BINS)
-    cycles = draws @ np.bincount(place)
-    by_question = np.array(
-        [global_auroc(scores[place == q], labels[place == q]) for q in range(num_questions)], dtype=np.float64
-    )  # NaN without contrast
-    is_mixed = ~np.isnan(by_question)
-    mixed = draws @ is_mixed
-    with np.errstate(invalid="ignore"):  # a resample without a mixed question has no within-question AUROC
-        within = draws @ np.where(is_mixed, by_question, 0.0) / mixed
-    _, level = np.unique(scores, return_inverse=True)
-    drawn: dict[str, Floats] = {
-        "within_auroc": within,
-        "global_auroc": np.array([_weighted_auroc(level, labels, row[place]) for row in draws]),
-        "ece": np.abs(draws @ gaps.reshape(num_questions, NUM_BINS)).sum(axis=1) / cycles,
-        "brier": draws @ np.bincount(place, weights=errors**2) / cycles,
-    }
-    ends = {name: np.nanpercentile(v, [2.5, 97.5]).tolist() for name, v in drawn.items() if not np.isnan(v).all()}
-    return {name: [round(low, 4), round(high, 4)] for name, (low, high) in ends.items()}
-
-
-def _weighted_auroc(level: NDArray[np.intp], labels: Bools, weights: Floats) -> float:
-    """AUROC of weighted cycles, scored by rank; NaN without contrast."""
-    right, wrong = np.bincount(level, weights=weights * labels), np.bincount(level, weights=weights * ~labels)
-    pairs = right.sum() * wrong.sum()
-    return float((right * (wrong.cumsum() - wrong / 2)).sum() / pairs) if pairs else float("nan")
-
-
-def rounded(value: float | None) -> float | None:
-    """To the four places of a report."""
-    return None if value is None else round(value, 4)
-
-
-def sigmoid(logits: Floats) -> Floats:
-    """Sigmoid that does not overflow."""
-    return np.exp(-np.logaddexp(0, -logits))
 
 
 def fit_logistic(features: Floats, labels: Bools) -> list[float]:
@@ -143,7 +106,7 @@ def cross_validated(features: Floats, labels: Bools, questions: Sequence[int]) -
         if len(np.unique(labels[fitted])) < 2:
             raise ConfigError("right or wrong samples are of too few questions to cross-validate; give more questions")
         bias, *weights = fit_logistic(features[fitted], labels[fitted])
-        scores[left_out] = sigmoid(bias + features[left_out] @ np.array(weights))
+        scores[left_out] = expit(bias + features[left_out] @ np.array(weights))
     return scores
 
 

@@ -1,41 +1,34 @@
 """HTTP client of an rtap server for evaluations. Requests are neither retried nor dropped."""
 
+import argparse
 import asyncio
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import httpx
+from pydantic import TypeAdapter
 
 from rtap_core.answers import extract_answer
 from rtap_core.errors import ConfigError
 from rtap_training.evaluation.question_files import Question
-from rtap_training.evaluation.records import CycleRecord, Outcome, Reply, Run, RunSpec
-from rtap_training.evaluation.rules import CONFIDENCE
+from rtap_training.evaluation.records import CycleRecord, Load, Outcome, Run, RunSpec
+from rtap_training.evaluation.server_process import running_server, serve_command
 
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Request settings of a run. seed: base of the per-question seeds. max_cycles, max_tokens,
-    recursion: None for the server's default."""
-
-    concurrency: int
-    temperature: float
-    seed: int
-    max_cycles: int | None = None
-    max_tokens: int | None = None
-    recursion: str | None = None
+_CYCLE = TypeAdapter(CycleRecord)
 
 
 class RtapServer:
     """A running server. ``connect`` sets ``model`` and ``config``."""
 
-    def __init__(self, base_url: str, *, api_key: str | None, timeout_seconds: float, concurrency: int) -> None:
+    def __init__(self, base_url: str, *, api_key: str | None, timeout_seconds: float) -> None:
         self._base_url = base_url.rstrip("/").removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout_seconds = timeout_seconds
-        self._concurrency = concurrency
         self.model = ""
         self.config: Mapping[str, Any] = {}
 
@@ -48,7 +41,7 @@ class RtapServer:
 
     def _client(self) -> httpx.AsyncClient:
         """Connections of one run. They are not reused: an idle connection may close while a request is sent on it."""
-        limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
+        limits = httpx.Limits(max_connections=None)
         return httpx.AsyncClient(
             base_url=self._base_url, headers=self._headers, timeout=self._timeout_seconds, limits=limits
         )
@@ -66,110 +59,97 @@ class RtapServer:
             raise ConfigError(f"{self._base_url}{path} answered {response.status_code}; {hint}")
         return response.json()
 
-    async def _ask(self, client: httpx.AsyncClient, index: int, question: Question, spec: RunSpec, load: Load) -> Reply:
-        """Send one question under one rule. A failure becomes a reply with ``error``."""
+    async def _post(
+        self, client: httpx.AsyncClient, index: int, question: Question, spec: RunSpec, load: Load
+    ) -> Outcome:
+        """Send one question under one rule. A failure becomes an outcome with ``error``."""
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": question.prompt}],
             "temperature": load.temperature,
             "seed": question.seed(load.seed),
-            "rtap": {**spec.request(max_cycles=load.max_cycles), "return_cycles": True},
+            "rtap": {**spec.request(load), "return_cycles": True},
         }
-        if load.recursion is not None and spec.rule == CONFIDENCE:
-            body["rtap"]["recursion"] = load.recursion
         if load.max_tokens is not None:
             body["max_completion_tokens"] = load.max_tokens
         start = time.perf_counter()
         try:
             response = await client.post("/v1/chat/completions", json=body)
+            seconds = time.perf_counter() - start
+            if not response.is_success:
+                return Outcome(index, error=f"HTTP {response.status_code}: {response.text[:300]}")
+            return outcome_of(index, response.json(), seconds)
         except httpx.HTTPError as error:
-            return Reply(index, error=f"{type(error).__name__}: {error}")
-        seconds = time.perf_counter() - start
-        if not response.is_success:
-            return Reply(index, error=f"HTTP {response.status_code}: {response.text[:300]}")
-        try:
-            return Reply(index, seconds, response.json())
-        except ValueError as error:
-            return Reply(index, error=f"invalid reply ({type(error).__name__}: {error})")
+            return Outcome(index, error=f"{type(error).__name__}: {error}")
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            return Outcome(index, error=f"invalid reply ({type(error).__name__}: {error})")
 
-    async def run(
+    async def ask(
         self,
-        task: str,
         questions: Sequence[Question],
         spec: RunSpec,
         load: Load,
         *,
-        on_outcome: Callable[[Outcome], None],
-        on_reply: Callable[[Reply], None] = lambda _: None,
         only: Sequence[int] | None = None,
-    ) -> Run:
-        """Send questions under one rule, ``load.concurrency`` at a time, then judge the replies outside the timed part.
+        on_outcome: Callable[[Outcome], None] = lambda _: None,
+    ) -> tuple[list[Outcome], float]:
+        """Outcomes, not yet judged, and the seconds from the first request to the last reply; ``load.concurrency``
+        requests at a time.
 
-        on_reply: called as each reply arrives. on_outcome: called for each judged reply.
-        only: positions of the questions to send; None: all."""
+        only: positions of the questions to send; None: all. on_outcome: called as each reply arrives."""
         positions = range(len(questions)) if only is None else only
         waiting = iter(positions)
-        replies: list[Reply] = []
+        outcomes: list[Outcome] = []
 
         async def work(client: httpx.AsyncClient) -> None:
             for index in waiting:
-                reply = await self._ask(client, index, questions[index], spec, load)
-                replies.append(reply)
-                on_reply(reply)
+                outcomes.append(await self._post(client, index, questions[index], spec, load))
+                on_outcome(outcomes[-1])
 
         async with self._client() as client:
             start = time.perf_counter()
             async with asyncio.TaskGroup() as workers:
                 for _ in range(min(load.concurrency, len(positions))):
                     workers.create_task(work(client))
-            wall_seconds = time.perf_counter() - start
-        outcomes: list[Outcome] = []
-        for reply in replies:
-            outcome = await asyncio.to_thread(judged, questions[reply.index], reply)
-            outcomes.append(outcome)
-            on_outcome(outcome)
-        return Run(task, spec, tuple(sorted(outcomes, key=lambda outcome: outcome.index)), wall_seconds)
+            return outcomes, time.perf_counter() - start
+
+    async def run(self, task: str, questions: Sequence[Question], spec: RunSpec, load: Load) -> Run:
+        """Ask all questions under one rule, then judge the answers outside the timed part."""
+        outcomes, seconds = await self.ask(questions, spec, load)
+        outcomes.sort(key=lambda outcome: outcome.index)
+        return Run(task, spec, tuple(judged(questions[outcome.index], outcome) for outcome in outcomes), seconds)
 
 
-def judged(question: Question, reply: Reply) -> Outcome:
-    """The outcome of a reply. An invalid reply becomes an outcome with ``error``."""
-    if reply.error is not None or reply.body is None:
-        return Outcome(reply.index, error=reply.error or "invalid reply (empty)")
-    try:
-        return outcome_of(reply.index, question, reply.body, reply.seconds)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        return Outcome(reply.index, error=f"invalid reply ({type(error).__name__}: {error})")
+@asynccontextmanager
+async def open_server(args: argparse.Namespace, serve_flags: Sequence[str], *, log: Path) -> AsyncGenerator[RtapServer]:
+    """Connect to the server of ``args``; start and stop it unless there is an address. Raises ConfigError."""
+
+    with ExitStack() as stack:
+        url = args.server
+        if url is None:
+            sys.stderr.write(f"starting the server (its log: {log})\n")
+            command = serve_command(args.model, args.confidence_model, serve_flags)
+            url = stack.enter_context(running_server(command, log=log, ready_seconds=args.ready_timeout))
+        yield await RtapServer(url, api_key=args.api_key, timeout_seconds=args.timeout).connect()
 
 
-def outcome_of(index: int, question: Question, reply: Mapping[str, Any], seconds: float) -> Outcome:
+def judged(question: Question, outcome: Outcome) -> Outcome:
+    """The outcome with its answers checked."""
+    cycles = tuple(replace(cycle, is_correct=question.is_right(cycle.answer)) for cycle in outcome.cycles)
+    return replace(outcome, is_correct=question.is_right(outcome.answer), cycles=cycles)
+
+
+def outcome_of(index: int, reply: Mapping[str, Any], seconds: float) -> Outcome:
     """Parse a chat completion with an ``rtap`` field. Raises KeyError, TypeError, … for anything else."""
     rtap: Mapping[str, Any] = reply["rtap"]
-    cycles = tuple(
-        CycleRecord(
-            answer=cycle["answer"],
-            is_correct=question.is_right(cycle["answer"]),
-            confidence=cycle["confidence"],
-            tokens=cycle["tokens"],
-            oops_tokens=cycle["oops_tokens"],
-            prompt_tokens=cycle["prompt_tokens"],
-            cached_tokens=cycle["cached_tokens"],
-            seconds=cycle["seconds"],
-            confidence_seconds=cycle["confidence_seconds"] or 0.0,
-            think=cycle.get("think"),
-            text=cycle.get("text"),
-            logprobs=cycle.get("logprobs"),
-        )
-        # Samples of a vote are listed as they finish; a prefix in that order would favour short ones.
-        for cycle in sorted(rtap["cycles"], key=lambda cycle: cycle["index"])
-    )
+    # Samples of a vote are listed as they finish; a prefix in that order would favour short ones.
+    cycles = tuple(map(_CYCLE.validate_python, sorted(rtap["cycles"], key=lambda cycle: cycle["index"])))
     content = (reply["choices"][0]["message"]["content"] or "").strip()
     # The server returns the text of a cut cycle too; votes and replays do not count it as an answer.
     is_complete = any(cycle.answer is not None for cycle in cycles)
-    answer = extract_answer(content) if content and is_complete else None
     return Outcome(
         index=index,
-        answer=answer,
-        is_correct=question.is_right(answer),
+        answer=extract_answer(content) if content and is_complete else None,
         stop_reason=rtap["stop_reason"],
         policy_tokens=reply["usage"]["completion_tokens"] + rtap["discarded_tokens"],
         generator_tokens=rtap["confidence_tokens"],

@@ -1,23 +1,20 @@
-"""Plots: accuracy against tokens per question, and share right against confidence, with 95 % intervals."""
+"""Plot of accuracy against tokens per question, with 95 % intervals."""
 
 # matplotlib's own annotations leave every **kwargs untyped:
 # pyright: reportUnknownMemberType=false
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from rtap_training.evaluation.comparison import CHOSEN, Row
-from rtap_training.evaluation.judgement import Judgement
 from rtap_training.evaluation.replay import TEXT
-from rtap_training.evaluation.results import Results, TaskResults
+from rtap_training.evaluation.results import CHOSEN, Results, Row, TaskResults
 from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, MODEL, SINGLE, VOTE, WEIGHTED
+from rtap_training.reliability import style_axis
 
 # Okabe–Ito colours, distinguishable by colour-blind readers; markers repeat the distinction in print.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -36,83 +33,30 @@ LINED = (CONFIDENCE, ADAPTIVE, CGES, MAJORITY, WEIGHTED)
 def plot_png(results: Results) -> bytes:
     """The plot as a PNG file."""
     output = io.BytesIO()
-    _trade_off(results.tasks).savefig(output, format="png")
+    trade_off(results.tasks).savefig(output, format="png")
     return output.getvalue()
 
 
-def trade_off_svg(task: TaskResults) -> bytes:
-    """One task's panel as a deterministic SVG file."""
-    return _svg(_trade_off([task]))
-
-
-def calibration_svg(judgement: Judgement) -> bytes:
-    """Reliability plot of a confidence as an SVG file."""
-    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1, label="perfectly calibrated")
-    colour, marker, _ = STYLES[CONFIDENCE]
-    bins = judgement.bins
-    axis.errorbar(
-        [b.confidence for b in bins],
-        [b.right for b in bins],
-        yerr=[[max(b.right - b.low, 0) for b in bins], [max(b.high - b.right, 0) for b in bins]],
-        color=f"{colour}55",
-        ecolor=f"{colour}66",
-        elinewidth=1.0,
-        linewidth=1.2,
-    )
-    axis.scatter(
-        [b.confidence for b in bins],
-        [b.right for b in bins],
-        s=[24 + 900 * b.cycles / judgement.answers for b in bins],
-        color=f"{colour}cc",
-        edgecolors="white",
-        marker=marker,
-        label=f"{judgement.answers:,} answers",
-        zorder=4,
-    )
-    axis.set_xlim(-0.06, 1.06)
-    axis.set_ylim(-0.06, 1.06)
-    for scale in (axis.xaxis, axis.yaxis):
-        scale.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.set_xlabel("confidence")
-    axis.set_ylabel("answers that are right")
-    _style_axis(axis)
-    for handle in axis.legend(frameon=False, loc="upper left").legend_handles:
-        if isinstance(handle, PathCollection):
-            handle.set_sizes([40])  # not the size of the first bin
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> bytes:
+def to_svg(figure: Figure) -> bytes:
+    """The figure as a deterministic SVG file."""
     output = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "rtap", "svg.fonttype": "path"}):
         figure.savefig(output, format="svg", metadata={"Date": None})
     return output.getvalue()
 
 
-def _style_axis(axis: Axes) -> None:
-    axis.grid(which="major", color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
-def _trade_off(tasks: Sequence[TaskResults]) -> Figure:
+def trade_off(tasks: Sequence[TaskResults]) -> Figure:
+    """Accuracy against tokens, one panel per task."""
     panels = max(len(tasks), 1)
     figure = Figure(figsize=(6.4 * panels, 5.2), dpi=160, layout="constrained")
     axes: list[Axes] = list(figure.subplots(1, panels, squeeze=False)[0])
     for axis, task in zip(axes, tasks, strict=False):
         _panel(axis, task)
     axes[0].set_ylabel("accuracy")
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(str(label), handle)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=min(panels + 1, 3), frameon=False
-        )
+        columns = min(panels + 1, 3)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -124,8 +68,7 @@ def _panel(axis: Axes, task: TaskResults) -> None:
         if replayed:
             _points(axis, rule, replayed)
         if live:
-            _points(axis, rule, live, is_filled=bool(not replayed))
-    _from_single(axis, shown)
+            _points(axis, rule, live, is_filled=not replayed)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -135,18 +78,8 @@ def _panel(axis: Axes, task: TaskResults) -> None:
     axis.set_xlabel("policy tokens per question (log scale)")
     axis.set_title(f"{task.task}, {task.n} questions", loc="left", fontweight="bold")
     axis.margins(x=0.08)
-    _style_axis(axis)
+    style_axis(axis)
     _budget_line(axis, task)
-
-
-def _from_single(axis: Axes, shown: Sequence[Row]) -> None:
-    """Extend the curve of thresholds to the single cycle, which equals threshold 0."""
-    single = [row for row in shown if row.rule == SINGLE]
-    curve = sorted((row for row in shown if row.rule == CONFIDENCE), key=lambda row: row.tokens.value)
-    ends = [*single[:1], *curve[:1]]
-    if len(ends) == 2:
-        xs, ys = [row.tokens.value for row in ends], [row.accuracy.value for row in ends]
-        axis.plot(xs, ys, color=STYLES[CONFIDENCE][0], linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
 
 
 def _points(axis: Axes, rule: str, points: Sequence[Row], *, is_filled: bool = True) -> None:
@@ -172,15 +105,9 @@ def _points(axis: Axes, rule: str, points: Sequence[Row], *, is_filled: bool = T
     for i, row in enumerate(points):
         text = f"{row.threshold:.2g}" if row.threshold is not None else f"×{row.size}" if row.size else ""
         below = rule == VOTE or (rule == CONFIDENCE and i % 2 == 1)  # alternate sides so that labels do not overlap
-        axis.annotate(
-            text,
-            (row.tokens.value, row.accuracy.value),
-            ha="left" if below else "right",
-            xytext=(6, -12) if below else (-4, 8),
-            textcoords="offset points",
-            fontsize=8,
-            color=colour,
-        )
+        side, shift = ("left", (6, -12)) if below else ("right", (-4, 8))
+        at = (row.tokens.value, row.accuracy.value)
+        axis.annotate(text, at, ha=side, xytext=shift, textcoords="offset points", fontsize=8, color=colour)
 
 
 def _budget_line(axis: Axes, task: TaskResults) -> None:
@@ -189,15 +116,6 @@ def _budget_line(axis: Axes, task: TaskResults) -> None:
     if largest is None:
         return
     axis.axhline(largest.accuracy.value, color=STYLES[MAJORITY][0], linewidth=0.9, linestyle=":", zorder=1)
-    position = task.budget * largest.tokens.value
+    position, text = task.budget * largest.tokens.value, f" {task.budget:.0%} of ×{largest.size}'s tokens"
     axis.axvline(position, color="#777777", linewidth=0.9, linestyle="--", zorder=1)
-    axis.annotate(
-        f"{task.budget:.0%} of ×{largest.size}'s tokens",
-        (position, 0.01),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, 2),
-        textcoords="offset points",
-        fontsize=7.5,
-        color="#555555",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-    )
+    axis.text(position, 0.015, text, transform=axis.get_xaxis_transform(), fontsize=7.5, color="#555555")

@@ -13,8 +13,7 @@ from rtap_training.tasks.jsonl import read_rows
 
 SLOT = "{question}"
 GYM_PROMPT = SLOT + "\n\nReason briefly, then give the final answer in \\boxed{}."
-CALIBRATION, TEST = "calibration", "test"
-SPLITS = (CALIBRATION, TEST)
+SPLITS = CALIBRATION, TEST = ("calibration", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +33,9 @@ class Question:
         return self.template.replace(SLOT, self.text)
 
     @property
-    def is_for_selection(self) -> bool:
-        """True for the half that calibrates and selects thresholds. Salted: independent of the train/held-out split."""
-        return hashlib.sha256(f"select:{self.text}".encode()).digest()[0] % 2 == 0
-
-    @property
     def split(self) -> str:
-        """CALIBRATION or TEST."""
-        return CALIBRATION if self.is_for_selection else TEST
+        """CALIBRATION, the half that also selects thresholds, or TEST. Salted: independent of the held-out split."""
+        return SPLITS[hashlib.sha256(f"select:{self.text}".encode()).digest()[0] % 2]
 
     def is_right(self, answer: str | None) -> bool:
         """True if the verifier of the dataset, or the checker of the task, accepts the answer."""

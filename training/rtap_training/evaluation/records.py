@@ -3,14 +3,28 @@
 A run is one stopping rule on the questions of one task. Runs are stored in full, so metrics can be recomputed.
 """
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtap_training.evaluation.rules import ADAPTIVE, CGES, SINGLE, VOTE
+from pydantic import TypeAdapter
+
+from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, SINGLE, VOTE
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Request settings of a run. seed: base of the per-question seeds. max_cycles, max_tokens,
+    recursion: None for the server's default."""
+
+    concurrency: int
+    temperature: float
+    seed: int
+    max_cycles: int | None = None
+    max_tokens: int | None = None
+    recursion: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,37 +45,26 @@ class RunSpec:
         name = self.rule if self.threshold is None else f"{self.rule}@{self.threshold:.4g}"
         return name if self.samples is None else f"{name} x{self.samples}"
 
-    def request(self, *, max_cycles: int | None) -> dict[str, Any]:
+    def request(self, load: Load) -> dict[str, Any]:
         """The ``rtap`` request field of this rule."""
         is_vote = self.rule in (VOTE, ADAPTIVE, CGES)
-        field: dict[str, Any] = {"policy": VOTE if is_vote else self.rule}
-        threshold = 1.0 if self.rule == VOTE else self.threshold  # VOTE draws all samples
-        if threshold is not None:
-            field["threshold"] = threshold
-        if self.samples is not None:
-            field["samples"] = self.samples
-        if max_cycles is not None and self.rule != SINGLE and not is_vote:
-            field["max_cycles"] = max_cycles
-        return field
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Response to one question, not yet judged. index: position in the task's questions. body: a chat completion.
-    error: reason of a failure."""
-
-    index: int
-    seconds: float = 0.0
-    body: Mapping[str, Any] | None = None
-    error: str | None = None
+        field = {
+            "policy": VOTE if is_vote else self.rule,
+            "threshold": 1.0 if self.rule == VOTE else self.threshold,  # VOTE draws all samples
+            "samples": self.samples,
+            "max_cycles": None if is_vote or self.rule == SINGLE else load.max_cycles,
+            "recursion": load.recursion if self.rule == CONFIDENCE else None,
+        }
+        return {name: value for name, value in field.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Duration of a round. session: start time of the evaluation that ran it; None in old files."""
+    """Duration of a round. session: start time of the evaluation that ran it."""
 
+    number: int
     seconds: float
-    session: str | None
+    session: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +78,14 @@ class CycleRecord:
     """
 
     answer: str | None
-    is_correct: bool
-    confidence: float | None
-    tokens: int
-    oops_tokens: int
-    prompt_tokens: int
-    cached_tokens: int | None
+    is_correct: bool = False
+    confidence: float | None = None
+    tokens: int = 0
+    oops_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int | None = None
     seconds: float = 0.0
-    confidence_seconds: float = 0.0
+    confidence_seconds: float | None = None
     think: str | None = None
     text: str | None = None
     logprobs: Mapping[str, float] | None = None
@@ -130,58 +133,42 @@ class Run:
         return [outcome for outcome in self.outcomes if outcome.error is None]
 
 
+_LINE: TypeAdapter[Outcome | Round] = TypeAdapter(Outcome | Round)
+
+
 class RunFile:
-    """A run on disk, one JSON line a reply, a judged answer and a finished round. A killed run goes on after the last
-    whole line. replies: those not judged yet."""
+    """A run on disk, one JSON line an answer, not yet judged, and a finished round. A killed run goes on after the last
+    whole line. ``outcomes`` has failed requests too, but these are not stored: a resumed run asks them again."""
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         """Read what an earlier session stored; without ``resume``, drop it."""
         self._path = path
         self.outcomes: dict[int, Outcome] = {}
-        self.replies: dict[int, Reply] = {}
         self.rounds: dict[int, Round] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for line in whole_lines(path) if resume else ():
-            row: dict[str, Any] = json.loads(line)
-            if "round" in row:
-                self.rounds[row["round"]] = Round(row["seconds"], row.get("session"))
-            elif "body" in row:
-                self.replies[row["index"]] = Reply(**row)
+        text = path.read_text("utf-8") if resume and path.exists() else ""
+        text = text[: text.rfind("\n") + 1]
+        for line in text.splitlines():
+            stored = _LINE.validate_json(line)
+            if isinstance(stored, Outcome):
+                self.outcomes[stored.index] = stored
             else:
-                cycles = tuple(CycleRecord(**cycle) for cycle in row["cycles"])
-                self.outcomes[row["index"]] = replace(Outcome(**row), cycles=cycles)
-                self.replies.pop(row["index"], None)
-        kept = [asdict(one) for one in [*self.outcomes.values(), *self.replies.values()]]
-        rounds = [{"round": number, **asdict(one)} for number, one in self.rounds.items()]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in [*kept, *rounds]))
-
-    def add_reply(self, reply: Reply) -> None:
-        """Store a reply until it is judged; a failed one is asked again."""
-        if reply.error is None:
-            self.replies[reply.index] = reply
-            self._append(asdict(reply))
+                self.rounds[stored.number] = stored
+        write_atomically(path, text)
 
     def add(self, outcome: Outcome) -> None:
-        """Store an outcome; a failed one is forgotten, so that it is asked again."""
-        self.replies.pop(outcome.index, None)
+        """Store an outcome."""
+        self.outcomes[outcome.index] = outcome
         if outcome.error is None:
-            self.outcomes[outcome.index] = outcome
-            self._append(asdict(outcome))
+            self._append(outcome)
 
-    def end_round(self, number: int, finished: Round) -> None:
+    def end_round(self, finished: Round) -> None:
         """Store the duration of a round whose questions were all asked in one go."""
-        self.rounds[number] = finished
-        self._append({"round": number, **asdict(finished)})
+        self.rounds[finished.number] = finished
+        self._append(finished)
 
-    def _append(self, row: Mapping[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def whole_lines(path: Path) -> Iterator[str]:
-    """Lines of a file that may not exist, without a last one that was cut while it was written."""
-    text = path.read_text("utf-8") if path.exists() else ""
-    return iter(text.split("\n")[:-1])
+    def _append(self, line: Outcome | Round) -> None:
+        with self._path.open("ab") as file:
+            file.write(_LINE.dump_json(line) + b"\n")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -2,23 +2,22 @@
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import fields as dataclass_fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import TypeAdapter
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rtap_training.evaluation.comparison import Row
-from rtap_training.evaluation.measurement import ConfidenceQuality, Measurement
-from rtap_training.evaluation.page import to_html
+from rtap_training.evaluation.measurement import Judgement
+from rtap_training.evaluation.page import number, to_html
 from rtap_training.evaluation.plot import plot_png
 from rtap_training.evaluation.records import write_atomically
 from rtap_training.evaluation.replay import ORDERS
-from rtap_training.evaluation.results import Results, TaskResults
+from rtap_training.evaluation.results import Results, Row, TaskResults
 from rtap_training.evaluation.statistics import Interval
 
 Line = TypeVar("Line")
@@ -29,74 +28,50 @@ ROW_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("", lambda r: "live" if r.is_live else "replayed"),
     ("n", lambda r: str(r.n)),
     ("accuracy [95 %]", lambda r: interval(r.accuracy)),
-    ("minus majority's [95 %]", lambda r: _optional(r.difference, sign=True)),
+    ("minus majority's [95 %]", lambda r: interval(r.difference, sign=True)),
     ("samples", lambda r: number(r.samples, 2)),
     ("tokens", lambda r: number(r.tokens.value)),
-    ("of majority's [95 %]", lambda r: _optional(r.token_ratio)),
+    ("of majority's [95 %]", lambda r: interval(r.token_ratio)),
     ("with judged", lambda r: number(r.total_token_ratio, 3)),
-    ("seconds, of vote's [95 %]", lambda r: _optional(r.wall_ratio)),
-    ("minus adaptive vote at equal tokens [95 %]", lambda r: _optional(r.at_equal_tokens, sign=True)),
+    ("seconds, of vote's [95 %]", lambda r: interval(r.wall_ratio)),
+    ("minus adaptive vote at equal tokens [95 %]", lambda r: interval(r.at_equal_tokens, sign=True)),
 )
 SHORT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("rule", lambda r: f"live {r.label}" if r.is_live else r.label),
     ("right", lambda r: number(r.accuracy.value, 3)),
-    ("to majority [95 %]", lambda r: interval(r.difference, sign=True, digits=2) if r.difference else "–"),
+    ("to majority [95 %]", lambda r: interval(r.difference, sign=True, digits=2)),
     ("drawn", lambda r: number(r.samples, 1)),
     ("tokens", lambda r: number(r.tokens.value, 0)),
-    ("share", lambda r: number(r.token_ratio.value if r.token_ratio else None, 2)),
+    ("share", lambda r: number(r.token_ratio and r.token_ratio.value, 2)),
 )
-COST_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
-    ("rule", lambda m: m.spec.label),
-    ("n", lambda m: str(m.n)),
-    ("accuracy [95 %]", lambda m: interval(m.accuracy)),
-    ("policy tokens", lambda m: number(m.policy_tokens.value)),
-    ("judged tokens", lambda m: number(m.generator_tokens)),
-    ("wall s", lambda m: number(m.wall_seconds)),
-    ("per s", lambda m: number(m.questions_per_second)),
-    ("failed", lambda m: str(m.errors)),
-)
-RECURSION_COLUMNS: tuple[tuple[str, Callable[[Measurement], str]], ...] = (
-    ("rule", lambda m: m.spec.label),
-    ("cycles", lambda m: number(m.cycles, 2)),
-    ("Oops tokens", lambda m: number(m.oops_tokens, 2)),
-    ("per 1,000", lambda m: number(m.oops_per_1000_tokens, 2)),
-    ("prompt cached", lambda m: number(m.cached_prompt_tokens)),
-    ("re- computed", lambda m: number(m.recomputed_prompt_tokens)),
-    ("per later cycle (max)", lambda m: _later(m)),
-    ("no answer", lambda m: str(m.unanswered)),
-    ("degraded", lambda m: str(m.degraded)),
-)
-QUALITY_COLUMNS: tuple[tuple[str, Callable[[ConfidenceQuality], str]], ...] = (
-    ("answers", lambda q: str(q.scored_answers)),
-    ("right", lambda q: number(q.share_right, 3)),
-    ("AUROC within question [95 %]", lambda q: interval(q.within.auroc) if q.within else "–"),
-    ("mixed questions", lambda q: str(q.within.mixed_questions) if q.within else "0"),
-    ("AUROC by pairs", lambda q: number(q.within.pair_auroc, 3) if q.within else "–"),
-    ("AUROC global", lambda q: number(q.auroc, 3)),
-    ("ECE", lambda q: number(q.ece, 3)),
-    ("Brier", lambda q: number(q.brier, 3)),
-    ("best of all [95 %]", lambda q: interval(q.best_of)),
-    ("any right", lambda q: number(q.ceiling.value, 3)),
+QUALITY_COLUMNS: tuple[tuple[str, Callable[[Judgement], str]], ...] = (
+    ("answers of", lambda j: j.rule),
+    ("answers", lambda j: str(j.answers)),
+    ("right", lambda j: number(j.share_right, 3)),
+    ("AUROC within question [95 %]", lambda j: interval(j.within and j.within.auroc)),
+    ("mixed questions", lambda j: str(j.within.mixed_questions if j.within else "–")),
+    ("AUROC by pairs", lambda j: number(j.within and j.within.pair_auroc, 3)),
+    ("AUROC global", lambda j: number(j.auroc, 3)),
+    ("ECE", lambda j: number(j.ece, 3)),
+    ("Brier", lambda j: number(j.brier, 3)),
+    ("best of all [95 %]", lambda j: interval(j.best_of)),
+    ("any right", lambda j: number(j.ceiling.value, 3)),
 )
 
 
-def number(value: float | None, digits: int = 1) -> str:
-    """Fixed decimals; a dash for unknown values."""
-    return "–" if value is None or value != value else f"{value:,.{digits}f}"
-
-
-def interval(value: Interval, *, sign: bool = False, digits: int = 3) -> str:
-    """Value and interval, e.g. ``0.512 [0.472, 0.552]``; the value alone if it has none."""
+def interval(value: Interval | None, *, sign: bool = False, digits: int = 3) -> str:
+    """Value and interval, e.g. ``0.512 [0.472, 0.552]``; the value alone if it has none, a dash for unknown ones."""
+    if value is None:
+        return "–"
     spec = f"{'+' if sign else ''}.{digits}f"
-    if value.low != value.low:
-        return f"{value.value:{spec}}"
-    return f"{value.value:{spec}} [{value.low:{spec}}, {value.high:{spec}}]"
+    ends = "" if value.low != value.low else f" [{value.low:{spec}}, {value.high:{spec}}]"
+    return f"{value.value:{spec}}{ends}"
 
 
 def write_results(results: Results, directory: Path) -> list[Path]:
     """Write results.{json,csv,md}, report.html and accuracy_vs_tokens.png into ``directory``, each atomically."""
     contents: dict[str, str | bytes] = {
-        "results.json": json.dumps(results.as_json(), indent=1, allow_nan=False) + "\n",
+        "results.json": TypeAdapter(Results).dump_json(results, indent=1),
         "results.csv": to_csv(results),
         "results.md": to_markdown(results),
         "report.html": to_html(results),
@@ -107,58 +82,41 @@ def write_results(results: Results, directory: Path) -> list[Path]:
     return [directory / name for name in contents]
 
 
-def show(results: Results, console: Console) -> None:
-    """Print the tables of each task."""
+def show(results: Results) -> None:
+    """Print the rules of each task, and the quality of its confidence."""
+    console = Console()
     for task in results.tasks:
-        _print(console, f"{task.task}: rules", SHORT_COLUMNS, task.rows)
-        if task.measurements:
-            _print(console, f"{task.task}: cost of the live runs", COST_COLUMNS, task.measurements)
-            _print(console, "recursion", RECURSION_COLUMNS, task.measurements)
-        if task.quality is not None:
-            console.print(_quality_sentence(task.quality), highlight=False, markup=False)
-
-
-def _print(
-    console: Console, title: str, columns: Sequence[tuple[str, Callable[[Line], str]]], lines: Sequence[Line]
-) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, _ in columns:
-        is_rule = heading == "rule"
-        table.add_column(heading, justify="left" if is_rule else "right", no_wrap=is_rule)
-    for line in lines:
-        table.add_row(*(cell(line) for _, cell in columns))
-    console.print(table)
+        table = Table(title=task.task, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for heading, _ in SHORT_COLUMNS:
+            is_rule = heading == "rule"
+            table.add_column(heading, justify="left" if is_rule else "right", no_wrap=is_rule)
+        for row in task.rows:
+            table.add_row(*(cell(row) for _, cell in SHORT_COLUMNS))
+        console.print(table)
+        if (found := task.judgement) is not None:
+            line = (
+                f"Confidence: AUROC {interval(found.within and found.within.auroc)} within a question, "
+                f"{number(found.auroc, 3)} global; ECE {number(found.ece, 3)}, Brier {number(found.brier, 3)}."
+            )
+            console.print(line, highlight=False, markup=False)
 
 
 def to_csv(results: Results) -> str:
-    """One line per rule with raw numbers."""
-    lines = [{"task": task.task, **_flat(row)} for task in results.tasks for row in task.rows]
+    """One line per rule with raw numbers; an interval has three columns."""
+    lines: list[dict[str, object]] = []
+    for task in results.tasks:
+        for row in task.rows:
+            lines.append({"task": task.task})
+            for field in fields(Row):
+                value = getattr(row, field.name)
+                ends = (value.value, value.low, value.high) if isinstance(value, Interval) else (value, None, None)
+                names = (field.name, f"{field.name}_low", f"{field.name}_high")
+                lines[-1] |= dict(zip(names if "Interval" in str(field.type) else names[:1], ends, strict=False))
     output = io.StringIO()
-    writer = csv.DictWriter(output, ["task", *_columns()], lineterminator="\n")
+    writer = csv.DictWriter(output, lines[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return output.getvalue()
-
-
-def _columns() -> list[str]:
-    """Columns of a rule; an interval has three."""
-    return [name for field in dataclass_fields(Row) for name in _names(field.name, "Interval" in str(field.type))]
-
-
-def _names(name: str, is_interval: bool) -> list[str]:
-    return [name, f"{name}_low", f"{name}_high"] if is_interval else [name]
-
-
-def _flat(row: Row) -> dict[str, object]:
-    """Values of a rule by column; interval bounds become separate columns."""
-    flat: dict[str, object] = {}
-    for field in dataclass_fields(row):
-        value = getattr(row, field.name)
-        if isinstance(value, Interval):
-            flat |= dict(zip(_names(field.name, True), (value.value, value.low, value.high), strict=True))
-        else:
-            flat[field.name] = value
-    return flat
 
 
 def to_markdown(results: Results) -> str:
@@ -172,10 +130,9 @@ def to_markdown(results: Results) -> str:
         "rounds) for differences and ratios. *Majority* is the plain majority of all samples. *Replayed* rules decide "
         f"on the kept samples of `vote`, in {ORDERS} random orders of each question's samples. `majority` counts "
         "answers, `weighted` sums confidences; `adaptive` and `cges` are the same with a threshold, drawn in waves. "
-        "Tokens, cycles, Oops tokens and prompt tokens are means per question; *judged tokens* are those that the "
-        "generator read. *(chosen)*: the threshold chosen on the calibration half of the questions, on the other half. "
-        "*by text*: texts are compared instead of the answers in them. *per s*: questions per second "
-        "at the stated concurrency.",
+        "Tokens and cycles are means per question; *judged* and *generator tokens* are those that the generator read. "
+        "*(chosen)*: the threshold chosen on the calibration half of the questions, on the other half. "
+        "*by text*: texts are compared instead of the answers in them. Seconds are at the stated concurrency.",
         setting,
         *(_task_markdown(task) for task in results.tasks),
     ]
@@ -183,37 +140,24 @@ def to_markdown(results: Results) -> str:
 
 
 def _task_markdown(task: TaskResults) -> str:
-    parts = [f"## {task.task}", _grid(ROW_COLUMNS, task.rows)]
-    errors = [
-        f"- `{m.spec.label}`, {count} failed: {text}"
-        for m in task.measurements
-        for text, count in m.error_messages.items()
-    ]
-    parts += ["\n".join(errors)] if errors else []
+    failed = [(m.spec.label, *one) for m in task.measurements for one in m.error_messages.items()]
+    parts = [f"## {task.task}", _table(ROW_COLUMNS, task.rows)]
+    if failed:
+        parts.append("\n".join(f"- `{rule}`, {count} failed: {text}" for rule, text, count in failed))
     if task.measurements:
-        parts += ["### Live runs", _grid(COST_COLUMNS, task.measurements)]
-        parts += ["### Recursion", _grid(RECURSION_COLUMNS, task.measurements)]
-    if task.quality is not None:
-        parts += ["### Quality of the confidence", _grid(QUALITY_COLUMNS, [task.quality])]
+        headings = [name.replace("_", " ") for name in ("rule", *task.measurements[0].costs, "failed")]
+        rows = [[m.spec.label, *map(number, m.costs.values()), str(m.errors)] for m in task.measurements]
+        parts += ["### Live runs", grid(headings, rows)]
+    if task.judgement is not None:
+        parts += ["### Quality of the confidence", _table(QUALITY_COLUMNS, [task.judgement])]
     return "\n\n".join(parts)
 
 
-def _grid(columns: Sequence[tuple[str, Callable[[Line], str]]], rows: Sequence[Line]) -> str:
-    lines = ["| " + " | ".join(heading for heading, _ in columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows)])
+def _table(columns: Sequence[tuple[str, Callable[[Line], str]]], lines: Sequence[Line]) -> str:
+    return grid([heading for heading, _ in columns], [[cell(line) for _, cell in columns] for line in lines])
 
 
-def _later(m: Measurement) -> str:
-    return "–" if m.later_recomputed_mean is None else f"{m.later_recomputed_mean:.1f} ({m.later_recomputed_max})"
-
-
-def _optional(value: Interval | None, *, sign: bool = False) -> str:
-    return "–" if value is None else interval(value, sign=sign)
-
-
-def _quality_sentence(quality: ConfidenceQuality) -> str:
-    within = interval(quality.within.auroc) if quality.within else "unknown (no question has right and wrong answers)"
-    return (
-        f"Confidence: AUROC {within} within a question, {number(quality.auroc, 3)} "
-        f"global; ECE {number(quality.ece, 3)}, Brier {number(quality.brier, 3)}."
-    )
+def grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown table."""
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

@@ -10,7 +10,6 @@ Fields of a line: ``task``, ``question``, ``prompt`` (the message that was sent;
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,7 @@ from rtap_training.evaluation.rules import VOTE
 
 
 def write_samples(
-    path: Path,
-    votes: Sequence[Run],
-    questions: Mapping[str, Sequence[Question]],
-    *,
-    confidence: Mapping[str, Any] | None = None,
+    path: Path, votes: Sequence[Run], questions: Mapping[str, Sequence[Question]], *, confidence: Mapping[str, Any]
 ) -> None:
     """Write the samples of all votes. confidence: that of GET /v1/rtap/config."""
     lines = [
@@ -40,27 +35,14 @@ def write_samples(
     write_atomically(path, "".join(lines))
 
 
-def sample_line(
-    question: Question, number: int, cycle: CycleRecord, confidence: Mapping[str, Any] | None = None
-) -> str:
+def sample_line(question: Question, number: int, cycle: CycleRecord, confidence: Mapping[str, Any]) -> str:
     """The line of one sample. confidence: see ``write_samples``."""
-    row = {
-        "task": question.task,
-        "question": question.text,
-        "reference": question.answer,
-        "sample": number,
-        "think": cycle.think,
-        "text": cycle.text,
-        "answer": cycle.answer,
-        "is_correct": cycle.is_correct,
-        "tokens": cycle.tokens,
-        "confidence": cycle.confidence,
-        "logprobs": cycle.logprobs,
-    }
+    names = ("think", "text", "answer", "is_correct", "tokens", "confidence", "logprobs")
+    row = {"task": question.task, "question": question.text, "reference": question.answer, "sample": number}
+    row |= {name: getattr(cycle, name) for name in names}
+    row |= {"kind": confidence["kind"], "logistic": confidence.get("logistic")}
     if question.prompt != question.text:
         row["prompt"] = question.prompt
-    if confidence is not None:
-        row |= {"kind": confidence["kind"], "logistic": confidence.get("logistic")}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -111,10 +93,10 @@ def sample_rows(
     for path in paths:
         try:
             lines = path.read_text("utf-8").split("\n")
-        except FileNotFoundError as error:
-            raise ConfigError(f"cannot read the samples file {path}: no such file") from error
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read the samples file {path}: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"cannot read the samples file {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the samples file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -138,18 +120,17 @@ def _logistic(path: Path) -> Logistic:
 
 
 def _cycle(question: Question, row: Mapping[str, Any], logistic: Logistic | None) -> CycleRecord:
-    text: str | None = row["text"]
+    text, confidence = row["text"], row.get("confidence")
     answer = row["answer"] if "answer" in row else extract_answer(text or "") or None
-    confidence = None if row.get("confidence") is None else float(row["confidence"])
-    if confidence is not None and not 0.0 <= confidence <= 1.0:
-        raise ValueError(f"confidence {row['confidence']} is not between 0 and 1")
+    if confidence is not None and not 0.0 <= float(confidence) <= 1.0:
+        raise ValueError(f"confidence {confidence} is not between 0 and 1")
     if logistic is not None:
         confidence = None if answer is None else logistic.confidence(None, LogprobFeatures.from_shown(row["logprobs"]))
-    record = CycleRecord(answer, False, confidence, row["tokens"], 0, 0, None)
-    right = row["is_correct"] if "is_correct" in row else question.is_right(answer)
-    return replace(
-        record,
-        is_correct=right,
+    return CycleRecord(
+        answer,
+        row["is_correct"] if "is_correct" in row else question.is_right(answer),
+        confidence,
+        row["tokens"],
         think=row.get("think"),
         text=text,
         logprobs=row.get("logprobs"),

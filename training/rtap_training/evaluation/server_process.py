@@ -39,7 +39,9 @@ def running_server(
 
     Output goes to ``log``. Raises ConfigError with the cause from the log if the server exits or is not ready in time.
     """
-    port = _free_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     base_url = f"http://127.0.0.1:{port}"
     # the child must import this checkout from any working directory
     checkout = str(Path(rtap_core.__path__[0]).parent)
@@ -54,36 +56,19 @@ def running_server(
             start_new_session=True,  # so that its engine processes can be stopped too
         )
     try:
-        with _signals_unwind():
-            _wait_until_ready(process, base_url + ready_path, log, ready_seconds)
-            yield base_url
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    signal.signal(number, _leave)
+        _wait_until_ready(process, base_url + ready_path, log, ready_seconds)
+        yield base_url
     finally:
         _stop(process)
 
 
-@contextmanager
-def _signals_unwind() -> Generator[None]:
-    """Turn SIGTERM and SIGHUP into SystemExit, so that the server is stopped too. Existing handlers are kept."""
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    taken: list[signal.Signals] = []
-    if threading.current_thread() is threading.main_thread():
-        taken = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """Handle a signal so that the server is stopped too."""
+    raise SystemExit(128 + number)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path, ready_seconds: float) -> None:

@@ -7,11 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from statistics import NormalDist
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import roc_auc_score  # pyright: ignore  # the package has no types
+from scipy.stats import binomtest  # pyright: ignore  # comes with scikit-learn; neither has types
+from sklearn.metrics import roc_auc_score  # pyright: ignore
 
 from rtap_core.artifact import NUM_BINS
 
@@ -19,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 Scores = Sequence[float] | Floats
 Labels = Sequence[bool] | npt.NDArray[np.bool_]
 
-Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
+Z95 = NormalDist().inv_cdf(0.975)
 RESAMPLES = 4000
 
 
@@ -47,18 +49,23 @@ class WithinQuestion:
     mixed_questions: int
 
 
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """One bin of confidences. confidence: their mean. right, low, high: share right, with Wilson's interval."""
+
+    confidence: float
+    right: float
+    low: float
+    high: float
+    cycles: int
+
+
 def wilson_interval(successes: int, n: int) -> Interval:
     """Share of successes with Wilson's score interval; for n = 0 the value is nan and the interval [0, 1]."""
     if n == 0:
         return Interval(math.nan, 0.0, 1.0)
-    share = successes / n
-    scale = 1 + Z95**2 / n
-    centre = (share + Z95**2 / (2 * n)) / scale
-    half = Z95 / scale * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    # exact ends: rounding must not move 0 of n or n of n outside the interval
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
-    return Interval(share, low, high)
+    ends: Any = binomtest(successes, n).proportion_ci(method="wilson")
+    return Interval(successes / n, float(ends.low), float(ends.high))
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -83,25 +90,19 @@ def within_question_auroc(
     questions: Sequence[int], scores: Scores, labels: Labels, *, seed: int = 0
 ) -> WithinQuestion | None:
     """Within-question AUROC of scored answers (one entry each); None if no question is mixed."""
-    groups: dict[int, list[tuple[float, bool]]] = {}
-    for question, score, label in zip(questions, scores, labels, strict=True):
-        groups.setdefault(question, []).append((score, label))
+    asked, score, right = np.asarray(questions), np.asarray(scores), np.asarray(labels, dtype=np.bool_)
     aurocs: list[float] = []
     pairs: list[int] = []
-    for group in groups.values():
-        right = sum(label for _, label in group)
-        auroc = global_auroc([score for score, _ in group], [label for _, label in group])
+    for question in np.unique(asked):
+        own = asked == question
+        auroc = global_auroc(score[own], right[own])
         if auroc is not None:
             aurocs.append(auroc)
-            pairs.append(right * (len(group) - right))
+            pairs.append(int(right[own].sum() * (~right[own]).sum()))
     if not aurocs:
         return None
-    values = np.asarray(aurocs)
-    means = bootstrap_weights(len(values), seed=seed) @ values / len(values)
-    low, high = _percentiles(means)
-    return WithinQuestion(
-        Interval(float(values.mean()), low, high), float(np.average(values, weights=pairs)), len(values)
-    )
+    mean = paired_difference(aurocs, [0.0] * len(aurocs), seed=seed)
+    return WithinQuestion(mean, float(np.average(aurocs, weights=pairs)), len(aurocs))
 
 
 def brier(scores: Scores, labels: Labels) -> float:
@@ -111,35 +112,28 @@ def brier(scores: Scores, labels: Labels) -> float:
     return float(np.mean((np.asarray(scores) - np.asarray(labels, dtype=np.float64)) ** 2))
 
 
-def expected_calibration_error(scores: Scores, labels: Labels, *, bins: int = NUM_BINS) -> float:
-    """Mean over equal-width bins of |mean confidence - share right|, weighted by bin size; NaN without answers.
+def bins_of(scores: Scores, bins: int = NUM_BINS) -> npt.NDArray[np.int64]:
+    """Equal-width bin of [0, 1] of each score. One on an inner edge belongs to the upper bin, 1.0 to the last."""
+    return np.minimum((np.asarray(scores, dtype=np.float64) * bins).astype(np.int64), bins - 1)
 
-    A score on an inner edge belongs to the upper bin, 1.0 to the last.
-    """
+
+def reliability_bins(scores: Scores, labels: Labels, *, bins: int = NUM_BINS) -> list[Bin]:
+    """Non-empty bins, lowest first."""
+    confidence, right, place = np.asarray(scores), np.asarray(labels), bins_of(scores, bins)
+    filled: list[Bin] = []
+    for number in np.unique(place):
+        here = place == number
+        share = wilson_interval(int(right[here].sum()), int(here.sum()))
+        filled.append(Bin(float(confidence[here].mean()), share.value, share.low, share.high, int(here.sum())))
+    return filled
+
+
+def expected_calibration_error(scores: Scores, labels: Labels, *, bins: int = NUM_BINS) -> float:
+    """Mean over bins of |mean confidence - share right|, weighted by bin size; NaN without answers."""
     if not len(scores):
         return math.nan
-    confidence = np.asarray(scores, dtype=np.float64)
-    right = np.asarray(labels, dtype=np.float64)
-    index = np.minimum((confidence * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(index, weights=confidence - right, minlength=bins)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
-def majority(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer; the earliest wins a tie. None entries do not vote; None if all are None."""
-    counts: dict[str, int] = {}
-    for answer in answers:
-        if answer is not None:
-            counts[answer] = counts.get(answer, 0) + 1
-    return max(counts, key=lambda answer: counts[answer]) if counts else None  # max returns the first of equals
-
-
-def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float | None:
-    """Linear interpolation at ``x`` through unsorted points; None outside their range."""
-    if not xs or not min(xs) <= x <= max(xs):
-        return None
-    order = np.argsort(np.asarray(xs), kind="stable")
-    return float(np.interp(x, np.asarray(xs)[order], np.asarray(ys)[order]))
+    gaps = np.bincount(bins_of(scores, bins), weights=np.asarray(scores) - np.asarray(labels, dtype=np.float64))
+    return float(np.abs(gaps).sum() / len(scores))
 
 
 @lru_cache(maxsize=4)
@@ -151,17 +145,16 @@ def bootstrap_weights(n: int, *, seed: int, resamples: int = RESAMPLES) -> Float
     return weights
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Interval:
+def paired_difference(first: Scores, second: Scores, *, seed: int = 0) -> Interval:
     """Mean of first - second over the same questions, interval by paired bootstrap."""
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     n = len(differences)
     if n == 0:
         return Interval(math.nan, math.nan, math.nan)
-    low, high = _percentiles(bootstrap_weights(n, seed=seed) @ differences / n)
-    return Interval(float(differences.mean()), low, high)
+    return Interval(float(differences.mean()), *percentiles(bootstrap_weights(n, seed=seed) @ differences / n))
 
 
-def paired_ratio(first: Sequence[float] | Floats, second: Sequence[float] | Floats, *, seed: int = 0) -> Interval:
+def paired_ratio(first: Scores, second: Scores, *, seed: int = 0) -> Interval:
     """Sum of first over sum of second, of the same questions or rounds, interval by paired bootstrap; a single pair has
     none."""
     above, below = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
@@ -169,34 +162,30 @@ def paired_ratio(first: Sequence[float] | Floats, second: Sequence[float] | Floa
     if len(above) < 2 or not below.all():
         return Interval(value, math.nan, math.nan)
     weights = bootstrap_weights(len(above), seed=seed)
-    return Interval(value, *_percentiles((weights @ above) / (weights @ below)))
+    return Interval(value, *percentiles((weights @ above) / (weights @ below)))
 
 
 def equal_cost_difference(
-    curve_cost: Floats, curve_gain: Floats, cost: Sequence[float], gain: Sequence[float], *, seed: int = 0
+    curve_cost: Floats, curve_gain: Floats, cost: Floats, gain: Floats, *, seed: int = 0
 ) -> Interval | None:
-    """Gain of a curve of rules over one rule at that rule's mean cost; None if that cost is beyond the curve.
+    """Gain of one rule over a curve of rules at the rule's mean cost; None if that cost is beyond the curve.
 
     curve_cost, curve_gain: (points, questions), one row for each point of the curve; cost, gain: (questions,).
     Every resample of questions recomputes the whole curve; a cost beyond its ends takes the gain at the end.
     """
-    n = curve_cost.shape[1]
-    own_cost, own_gain = np.asarray(cost, dtype=np.float64), np.asarray(gain, dtype=np.float64)
-    height = interpolate(float(own_cost.mean()), list(curve_cost.mean(axis=1)), list(curve_gain.mean(axis=1)))
-    if height is None:
+    n = len(cost)
+    weights = np.vstack([np.ones(n), bootstrap_weights(n, seed=seed)]) / n  # first the questions as they are
+    costs, gains, own_costs = weights @ curve_cost.T, weights @ curve_gain.T, weights @ cost
+    if not costs[0].min() <= own_costs[0] <= costs[0].max():
         return None
-    weights = bootstrap_weights(n, seed=seed) / n
-    costs, gains = weights @ curve_cost.T, weights @ curve_gain.T  # (resamples, points)
-    own_costs, own_gains = weights @ own_cost, weights @ own_gain  # (resamples,)
     order = np.argsort(costs, axis=1, kind="stable")
     costs, gains = np.take_along_axis(costs, order, axis=1), np.take_along_axis(gains, order, axis=1)
-    heights = np.empty(len(weights), dtype=np.float64)
-    for i, (xs, ys) in enumerate(zip(costs, gains, strict=True)):
-        heights[i] = np.interp(own_costs[i], xs, ys)
-    low, high = _percentiles(heights - own_gains)
-    return Interval(height - float(own_gain.mean()), low, high)
+    heights = [np.interp(x, xs, ys) for x, xs, ys in zip(own_costs, costs, gains, strict=True)]
+    differences = weights @ gain - np.asarray(heights)
+    return Interval(float(differences[0]), *percentiles(differences[1:]))
 
 
-def _percentiles(values: Floats) -> tuple[float, float]:
+def percentiles(values: Floats) -> tuple[float, float]:
+    """Ends of the 95 % interval of bootstrapped values."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
