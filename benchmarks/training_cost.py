@@ -23,9 +23,9 @@ from typing import Any
 from harness import RESULTS, interval_text, list_info, ratio_over_rounds, run_info, write_report
 from transformers import TrainerCallback
 
-from rtap_training.config import build_config
-from rtap_training.questions import load_questions
-from rtap_training.rl.config import CONFIGS
+from rtap_training.config.rl import CONFIGS
+from rtap_training.config.settings import build_config
+from rtap_training.data.questions import load_questions
 from rtap_training.runtime import configure_torch
 from rtap_training.tasks.base import Split
 
@@ -70,8 +70,8 @@ class Clock(TrainerCallback):
 
 def run_once(method: str, args: argparse.Namespace, seed: int, folder: Path) -> list[dict[str, float]]:
     """Step times of one short run."""
+    from rtap_training.models.loading import load_for_training
     from rtap_training.rl import command
-    from rtap_training.rl.loading import load_for_training
 
     teacher = {} if method == "grpo" else {"teacher": str(args.teacher)}
     config = build_config(CONFIGS[method], None, {

@@ -14,8 +14,8 @@ import yaml
 from rtap_core.types import Cycle, Policy, StopReason, Trajectory
 from rtap_server.http.schema import cycle_object, trajectory_object
 from rtap_server.settings import Settings
-from rtap_training import calibrate, evaluate
 from rtap_training.__main__ import _parser as train_parser
+from rtap_training.evaluation import calibrate, evaluate
 from tests.documents import PAGES, ROOT, Command, anchors, blocks, commands, links
 
 README = ROOT / "README.md"

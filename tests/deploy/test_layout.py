@@ -11,7 +11,7 @@ MAY_IMPORT_VLLM = {
     "rtap_server.app",
     "rtap_server.run",
     "rtap_server.engine",
-    "rtap_training.sampling",
+    "rtap_training.sampling.samplers",
 }
 
 

@@ -16,8 +16,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from rtap_core.format import RTAP
 from rtap_server.engine.confidence.yesno import yes_no_ids
+from rtap_training.config.rl import RtapConfig
 from rtap_training.rl import command
-from rtap_training.rl.config import RtapConfig
 from tests.e2e.conftest import VLLM_FLAGS, Running, free_port, rtap_command, running
 from tests.training.rl.tiny_vlm import encoded, picture, save_vlm
 

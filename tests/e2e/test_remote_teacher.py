@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rtap_core.errors import ConfigError
-from rtap_training.questions import load_questions
+from rtap_training.config.rl import RladConfig
+from rtap_training.data.questions import load_questions
+from rtap_training.models.loading import load_for_training
+from rtap_training.models.teacher import RemoteTeacher, Teacher
 from rtap_training.rl import command
-from rtap_training.rl.config import RladConfig
-from rtap_training.rl.loading import load_for_training
-from rtap_training.rl.teacher import RemoteTeacher, Teacher
 from rtap_training.tasks.base import Split
 from rtap_training.training_errors import TeacherError
 from tests.e2e.conftest import MODELS, Running, free_port, running, vllm_command

@@ -7,7 +7,7 @@ import torch
 from rtap_core.artifact import read_artifact
 from rtap_core.features import logprob_features
 from rtap_core.format import RTAP
-from rtap_training.rl.online_generator import load_online_generator
+from rtap_training.models.online_generator import load_online_generator
 from tests.e2e.conftest import MODELS
 from tests.training.demo import encode_question, encode_text, load_policy
 

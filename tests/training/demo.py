@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rtap_training.rl.loading import load_dialect, load_for_training
-from rtap_training.trajectories import prompt_ids
+from rtap_training.data.trajectories import prompt_ids
+from rtap_training.models.loading import load_dialect, load_for_training
 
 MODELS = Path(__file__).parents[2] / "deploy" / "models"
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from rtap_core.format import RTAP, parse_cycle
-from rtap_training.huggingface import load_tokenizer, token_id
-from rtap_training.questions import held_out_questions
+from rtap_training.data.questions import held_out_questions
+from rtap_training.models.huggingface import load_tokenizer, token_id
+from rtap_training.models.online_generator import load_online_generator, score_rows
 from rtap_training.rl.lockstep import Request
-from rtap_training.rl.online_generator import load_online_generator, score_rows
-from rtap_training.sampling import sample_until
+from rtap_training.sampling.samplers import sample_until
 from rtap_training.tasks import TASKS, check
 from tests.training.demo import MODELS, decode_ids, encode_question, encode_text, load_policy
 

@@ -10,8 +10,8 @@ import pytest
 
 from rtap_core.artifact import Logistic, read_artifact_file
 from rtap_core.features import LogprobFeatures
-from rtap_training.calibrate import main
 from rtap_training.evaluation import client
+from rtap_training.evaluation.calibrate import main
 from rtap_training.evaluation.fitting import Served, fit
 from rtap_training.evaluation.records import CycleRecord, Load, Outcome
 

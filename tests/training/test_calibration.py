@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit
 
 from rtap_core.errors import ConfigError
-from rtap_training.calibration import (
+from rtap_training.evaluation.calibration import (
     Figures,
     best_threshold,
     cross_validated,

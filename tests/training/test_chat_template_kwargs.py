@@ -8,19 +8,19 @@ import httpx
 import pytest
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import SamplerKind, build_config
-from rtap_training.generator_config import GeneratorConfig
-from rtap_training.huggingface import load_tokenizer
-from rtap_training.questions import load_questions
+from rtap_training.config.generator import GeneratorConfig
+from rtap_training.config.rl import CONFIGS, GrpoConfig, RladConfig
+from rtap_training.config.settings import SamplerKind, build_config
+from rtap_training.config.sft import SftConfig
+from rtap_training.data.questions import load_questions
+from rtap_training.data.trajectories import kept_trajectories, prompt_ids, sample_parts
+from rtap_training.models.huggingface import load_tokenizer
+from rtap_training.models.loading import load_dialect, load_for_training
+from rtap_training.models.teacher import RemoteTeacher
 from rtap_training.rl import command
-from rtap_training.rl.config import CONFIGS, GrpoConfig, RladConfig
-from rtap_training.rl.loading import load_dialect, load_for_training
-from rtap_training.rl.teacher import RemoteTeacher
 from rtap_training.sft import build_rows
-from rtap_training.sft_config import SftConfig
 from rtap_training.tasks.base import Question, Split
 from rtap_training.training_errors import TeacherError
-from rtap_training.trajectories import kept_trajectories, prompt_ids, sample_parts
 from tests.training.rl.tiny import save_policy
 from tests.training.test_generator import kept_samples
 

@@ -13,9 +13,9 @@ import pytest
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import STAGES, main
 from rtap_training.bundled.config import StartConfig
-from rtap_training.config import add_flags, build_config
-from rtap_training.generator_config import GeneratorConfig
-from rtap_training.rl.config import CONFIGS
+from rtap_training.config.generator import GeneratorConfig
+from rtap_training.config.rl import CONFIGS
+from rtap_training.config.settings import add_flags, build_config
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:

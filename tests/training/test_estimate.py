@@ -24,14 +24,14 @@ from transformers import (
 
 from rtap_training import estimate as module
 from rtap_training.__main__ import main
+from rtap_training.config.generator import GeneratorConfig
+from rtap_training.config.rl import CONFIGS, GrpoConfig, RladConfig, RlConfig, RtapConfig
+from rtap_training.config.sft import SftConfig
+from rtap_training.data.trajectories import kept_trajectories
 from rtap_training.estimate import Launch, MetaModel, Parts, estimate
-from rtap_training.generator_config import GeneratorConfig
-from rtap_training.huggingface import load_tokenizer, save_checkpoint
-from rtap_training.rl.config import CONFIGS, GrpoConfig, RladConfig, RlConfig, RtapConfig
-from rtap_training.rl.loading import load_dialect, lora_config
-from rtap_training.rl.online_generator import train_in_fp32
-from rtap_training.sft_config import SftConfig
-from rtap_training.trajectories import kept_trajectories
+from rtap_training.models.huggingface import load_tokenizer, save_checkpoint
+from rtap_training.models.loading import load_dialect, lora_config
+from rtap_training.models.online_generator import train_in_fp32
 from tests.other_checkpoints import save_generator_adapter
 from tests.training.rl.tiny import BUNDLED, save_generator, save_policy
 from tests.training.rl.tiny_vlm import save_vlm

@@ -27,8 +27,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rtap_core.errors import ConfigError
-from rtap_training.evaluate import main
 from rtap_training.evaluation import question_files
+from rtap_training.evaluation.evaluate import main
 from rtap_training.evaluation.question_files import Question
 from rtap_training.evaluation.server_process import running_server, serve_command
 from rtap_training.tasks import gym

@@ -2,11 +2,11 @@
 
 import pytest
 
+from rtap_training.data.trajectories import SampledTrajectory
 from rtap_training.events import MAX_ROWS, Sample, last_confidences, means_over, samples_table
 from rtap_training.rl.figures import means_of, samples_of, sums_of
 from rtap_training.rl.messages import last_text
 from rtap_training.rl.rollouts import RolledCycle, Rollout
-from rtap_training.trajectories import SampledTrajectory
 
 RIGHT, WRONG = RolledCycle((1, 2, 3), "", "82", True, 0), RolledCycle((4, 5), "", "81", False, 0)
 CUT = RolledCycle((6,), "", None, False, 0)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtap_core.format import split_cycles
-from rtap_training.examples import Example, balance, collect, cycle_text, synthetic_texts
+from rtap_training.data.examples import Example, balance, collect, cycle_text, synthetic_texts
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.countdown import Countdown, CountdownProblem
 from rtap_training.tasks.expression import evaluate

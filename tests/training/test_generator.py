@@ -16,17 +16,17 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from rtap_core.adapters import merge_to_checkpoint, read_backbone
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import main
+from rtap_training.config.generator import GeneratorConfig
+from rtap_training.data.trajectories import kept_trajectories, numbered, prompt_ids
 from rtap_training.evaluation.scoring import score_samples
 from rtap_training.generator import ClassifierTrainer, Padding, _corruptions, _dataset, _fresh, _weighted
-from rtap_training.generator_config import GeneratorConfig
-from rtap_training.huggingface import load_tokenizer, save_checkpoint
-from rtap_training.rl.loading import Loaded, load_dialect, load_for_training
-from rtap_training.rl.online_generator import LabelledCycle
+from rtap_training.models.huggingface import load_tokenizer, save_checkpoint
+from rtap_training.models.loading import Loaded, load_dialect, load_for_training
+from rtap_training.models.online_generator import LabelledCycle
 from rtap_training.rl.rollouts import Dialect
 from rtap_training.supervised import trainer_arguments
 from rtap_training.tasks.base import Split
 from rtap_training.tasks.jsonl import question_split
-from rtap_training.trajectories import kept_trajectories, numbered, prompt_ids
 from tests.training.demo import encode_question
 from tests.training.rl.tiny import BUNDLED
 

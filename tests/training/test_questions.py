@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from rtap_core.errors import ConfigError
+from rtap_training.data.questions import held_out_questions, is_right, load_questions, message
 from rtap_training.evaluation.question_files import GYM_PROMPT, check_prompt
-from rtap_training.questions import held_out_questions, is_right, load_questions, message
 from rtap_training.tasks import TASKS, task_of
 from rtap_training.tasks.base import Question, Split
 from rtap_training.tasks.gym import GymQuestion

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rtap_training.reliability import plot_png
+from rtap_training.evaluation.reliability import plot_png
 
 
 def test_the_plot_is_a_png() -> None:

@@ -11,7 +11,7 @@ import pytest
 from psutil import Process, wait_procs
 
 from rtap_training.__main__ import main
-from rtap_training.config import run_dir
+from rtap_training.config.settings import run_dir
 from rtap_training.run_state import last_complete
 
 BUNDLED_POLICY = Path(__file__).parents[2] / "deploy" / "models" / "policy"

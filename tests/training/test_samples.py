@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rtap_core.errors import ConfigError
-from rtap_training.samples import CHUNK_ROWS, read_or_make
+from rtap_training.sampling.files import CHUNK_ROWS, read_or_make
 from rtap_training.training_errors import TrainingError
 
 HEADER: dict[str, Any] = {"format": 3, "samples": CHUNK_ROWS // 2, "questions": 5, "seed": 7}  # chunks of two questions

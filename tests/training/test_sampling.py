@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import SamplerKind
+from rtap_training.config.settings import SamplerKind
 from rtap_training.rl.lockstep import Request
-from rtap_training.sampling import TransformersSampler, sample_until, sampler_kind
+from rtap_training.sampling.samplers import TransformersSampler, sample_until, sampler_kind
 from tests.training.demo import MODELS, encode_question, load_policy
 
 NO_END = frozenset[int]()

@@ -16,11 +16,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rtap_core.errors import ConfigError
 from rtap_training.__main__ import main
-from rtap_training.rl.loading import load_dialect, load_for_training
+from rtap_training.config.sft import SftConfig
+from rtap_training.data.trajectories import kept_trajectories
+from rtap_training.models.loading import load_dialect, load_for_training
 from rtap_training.sft import IGNORED, _dataset, build_corrections, build_rows
-from rtap_training.sft_config import SftConfig
 from rtap_training.supervised import trainer_arguments
-from rtap_training.trajectories import kept_trajectories
 from tests.training.rl.tiny import BUNDLED
 from tests.training.test_generator import kept_samples, save_llama
 

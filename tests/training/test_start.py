@@ -13,9 +13,9 @@ from rtap_training.__main__ import main
 from rtap_training.bundled.start import group_by_length, split_text
 from rtap_training.bundled.tokenizer import TAGS, render_prompt
 from rtap_training.checkpoint import MANIFEST
-from rtap_training.rl.loading import load_dialect
+from rtap_training.config.sft import SftConfig
+from rtap_training.models.loading import load_dialect
 from rtap_training.sft import build_rows
-from rtap_training.sft_config import SftConfig
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.trajectory import sample_conversation
 

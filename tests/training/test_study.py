@@ -10,8 +10,8 @@ import pytest
 from rtap_core.errors import ConfigError
 from rtap_training import study
 from rtap_training.__main__ import STAGES
-from rtap_training.config import build_config
-from rtap_training.rl.config import CONFIGS
+from rtap_training.config.rl import CONFIGS
+from rtap_training.config.settings import build_config
 
 POLICY = Path("deploy/models/policy").resolve()
 

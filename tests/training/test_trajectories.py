@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from rtap_training import trajectories
-from rtap_training.questions import held_out_questions
-from rtap_training.rl.loading import load_dialect
-from rtap_training.supervised_config import SupervisedConfig
+from rtap_training.config.supervised import SupervisedConfig
+from rtap_training.data import trajectories
+from rtap_training.data.questions import held_out_questions
+from rtap_training.data.trajectories import SampledTrajectory, sample_parts
+from rtap_training.models.loading import load_dialect
 from rtap_training.tasks import TASKS
-from rtap_training.trajectories import SampledTrajectory, sample_parts
 from tests.training.rl.tiny import BUNDLED
 
 QUESTIONS = held_out_questions(TASKS["arithmetic"], 5)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from rtap_core.format import RTAP
-from rtap_training.huggingface import load_tokenizer
-from rtap_training.rl.online_generator import load_online_generator, score_rows
+from rtap_training.models.huggingface import load_tokenizer
+from rtap_training.models.online_generator import load_online_generator, score_rows
 from tests.training.demo import MODELS, encode_question, encode_text
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rtap_core.format import RTAP, parse_cycle
-from rtap_training.huggingface import load_tokenizer, token_id
+from rtap_training.models.huggingface import load_tokenizer, token_id
 from tests.training.demo import decode_ids
 
 pytestmark = pytest.mark.slow
@@ -23,12 +23,12 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from rtap_training.config import SamplerKind
-from rtap_training.questions import held_out_questions
-from rtap_training.rl.loading import load_dialect
-from rtap_training.supervised_config import SupervisedConfig
+from rtap_training.config.settings import SamplerKind
+from rtap_training.data.questions import held_out_questions
+from rtap_training.models.loading import load_dialect
+from rtap_training.config.supervised import SupervisedConfig
 from rtap_training.tasks import TASKS
-from rtap_training.trajectories import sample_parts
+from rtap_training.data.trajectories import sample_parts
 
 torch.set_num_threads(1)
 policy, output, wanted = sys.argv[1], sys.argv[2], []

@@ -13,10 +13,10 @@ from typing import Any
 
 from rtap_core.errors import ConfigError, RtapError
 from rtap_training.bundled import config as demo
-from rtap_training.config import BUNDLED, add_flags, build_config
-from rtap_training.generator_config import GeneratorConfig
-from rtap_training.rl.config import CONFIGS
-from rtap_training.sft_config import SftConfig
+from rtap_training.config.generator import GeneratorConfig
+from rtap_training.config.rl import CONFIGS
+from rtap_training.config.settings import BUNDLED, add_flags, build_config
+from rtap_training.config.sft import SftConfig
 
 EVAL_COUNT = 600
 RECIPE = Path("training/rtap_training/bundled/recipe.yaml")
@@ -97,7 +97,7 @@ def _run(command: str, flags: dict[str, Any]) -> None:
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     match command:
         case "questions":
-            from rtap_training.questions import write_held_out
+            from rtap_training.data.questions import write_held_out
 
             for path in write_held_out(flags["output"], flags["count"]):
                 sys.stdout.write(f"{path}\n")

@@ -25,14 +25,14 @@ from transformers import (
 
 from rtap_core.adapters import is_adapter
 from rtap_core.errors import ConfigError
+from rtap_training.config.generator import GeneratorConfig
+from rtap_training.config.rl import RlConfig
+from rtap_training.config.sft import SftConfig
 from rtap_training.generator import classifier_shape
-from rtap_training.generator_config import GeneratorConfig
+from rtap_training.models.loading import freeze_vision, loading, lora_config
+from rtap_training.models.online_generator import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, train_in_fp32
 from rtap_training.rl.command import rows_of_a_process
-from rtap_training.rl.config import RlConfig
-from rtap_training.rl.loading import freeze_vision, loading, lora_config
-from rtap_training.rl.online_generator import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, train_in_fp32
 from rtap_training.rl.trainer import LENGTHS
-from rtap_training.sft_config import SftConfig
 from rtap_training.supervised import accumulation_steps
 
 PROMPT_TOKENS = 256  # assumed where a setting limits the answer alone

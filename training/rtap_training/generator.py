@@ -32,25 +32,12 @@ from rtap_core.artifact import LOGPROB_WEIGHTS, NUM_BINS, Logistic
 from rtap_core.classifier_input import answer_ids
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
-from rtap_training.calibration import Bools, Floats, Seen, best_threshold, figures, fit_confidence, histogram
 from rtap_training.checkpoint import manifest
-from rtap_training.config import run_dir
-from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
-from rtap_training.examples import Example, synthetic_texts, unrelated_text
-from rtap_training.generator_config import GeneratorConfig
-from rtap_training.huggingface import cast_to, save_checkpoint
-from rtap_training.output import save_generator_adapter
-from rtap_training.questions import Question, load_questions, message
-from rtap_training.reliability import plot_png
-from rtap_training.rl.loading import load_dialect, lora_config
-from rtap_training.rl.online_generator import LabelledCycle, pad_rows, score_rows, train_in_fp32, weighted_examples
-from rtap_training.rl.rollouts import Dialect, RolledCycle
-from rtap_training.runtime import configure_torch, end_processes
-from rtap_training.supervised import check_resumable, optimizer, run_trainer, trainer_arguments
-from rtap_training.tasks import TASKS, parse_mix
-from rtap_training.tasks.base import Split, sample_split
-from rtap_training.tasks.jsonl import question_split
-from rtap_training.trajectories import (
+from rtap_training.config.generator import GeneratorConfig
+from rtap_training.config.settings import run_dir
+from rtap_training.data.examples import Example, synthetic_texts, unrelated_text
+from rtap_training.data.questions import Question, load_questions, message
+from rtap_training.data.trajectories import (
     SampledTrajectory,
     kept_trajectories,
     numbered,
@@ -58,6 +45,19 @@ from rtap_training.trajectories import (
     remove_samples,
     sample_parts,
 )
+from rtap_training.evaluation.calibration import Bools, Floats, Seen, best_threshold, figures, fit_confidence, histogram
+from rtap_training.evaluation.reliability import plot_png
+from rtap_training.events import FOLDER, SHOWN, TAG, Sample, add_events, last_confidences, means_over
+from rtap_training.models.huggingface import cast_to, save_checkpoint
+from rtap_training.models.loading import load_dialect, lora_config
+from rtap_training.models.online_generator import LabelledCycle, pad_rows, score_rows, train_in_fp32, weighted_examples
+from rtap_training.models.output import save_generator_adapter
+from rtap_training.rl.rollouts import Dialect, RolledCycle
+from rtap_training.runtime import configure_torch, end_processes
+from rtap_training.supervised import check_resumable, optimizer, run_trainer, trainer_arguments
+from rtap_training.tasks import TASKS, parse_mix
+from rtap_training.tasks.base import Split, sample_split
+from rtap_training.tasks.jsonl import question_split
 
 Item = TypeVar("Item")
 Parts = tuple[list[Question], list[Question], list[Question]]  # of training, calibration, evaluation; disjoint

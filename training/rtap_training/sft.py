@@ -21,17 +21,17 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import manifest
-from rtap_training.output import save_policy
-from rtap_training.questions import load_questions
-from rtap_training.rl.loading import load_dialect, load_for_training, lora_config
+from rtap_training.config.sft import CORRECTIONS, RIGHT, SftConfig
+from rtap_training.data.questions import load_questions
+from rtap_training.data.trajectories import SampledTrajectory, kept_trajectories, remove_samples, sample_parts
+from rtap_training.models.loading import load_dialect, load_for_training, lora_config
+from rtap_training.models.output import save_policy
+from rtap_training.models.teacher import check_same_tokens
 from rtap_training.rl.rollouts import Dialect
-from rtap_training.rl.teacher import check_same_tokens
 from rtap_training.runtime import configure_torch, end_processes
-from rtap_training.sft_config import CORRECTIONS, RIGHT, SftConfig
 from rtap_training.supervised import check_resumable, optimizer, run_trainer, trainer_arguments
 from rtap_training.tasks.base import Split
 from rtap_training.tasks.jsonl import question_split
-from rtap_training.trajectories import SampledTrajectory, kept_trajectories, remove_samples, sample_parts
 
 IGNORED = -100  # label of a token without loss
 

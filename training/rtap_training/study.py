@@ -19,9 +19,9 @@ from scipy import stats  # pyright: ignore[reportMissingTypeStubs] - comes with 
 from rtap_core.errors import ConfigError
 from rtap_training.bundled.pipeline import Run
 from rtap_training.checkpoint import git_commit, versions
+from rtap_training.data.questions import held_out_questions
 from rtap_training.evaluation.records import write_atomically
 from rtap_training.evaluation.report import grid
-from rtap_training.questions import held_out_questions
 from rtap_training.tasks import TASKS
 
 Figures = dict[str, float | None]
@@ -85,10 +85,10 @@ def run(file: Path, output: Path, run_command: Run) -> None:
 def _train_and_measure(suite: Suite, name: str, seed: int, folder: Path, run_command: Run) -> Figures:
     import torch
 
-    from rtap_training.config import template_kwargs
-    from rtap_training.rl.loading import load_for_training
+    from rtap_training.config.settings import template_kwargs
+    from rtap_training.models.loading import load_for_training
+    from rtap_training.models.online_generator import load_online_generator
     from rtap_training.rl.measure import MeasureConfig, measure
-    from rtap_training.rl.online_generator import load_online_generator
 
     method, changed = suite.run(name)
     settings = dict(suite.measure)

@@ -12,12 +12,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import sha256
-from rtap_training.config import run_dir
+from rtap_training.config.settings import run_dir
+from rtap_training.config.supervised import SupervisedConfig
 from rtap_training.events import FOLDER
 from rtap_training.muon import MuonAdamW
 from rtap_training.rl.checkpoints import JsonLog, last_checkpoint
 from rtap_training.run_state import check_same_settings, describe, mark_complete, plain, step_of
-from rtap_training.supervised_config import SupervisedConfig
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 _MAY_REPLACE = frozenset({

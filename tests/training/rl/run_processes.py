@@ -18,10 +18,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from transformers import PreTrainedModel
 
-from rtap_training.config import build_config
-from rtap_training.questions import load_questions
+from rtap_training.config.rl import CONFIGS, RlConfig
+from rtap_training.config.settings import build_config
+from rtap_training.data.questions import load_questions
 from rtap_training.rl import command
-from rtap_training.rl.config import CONFIGS, RlConfig
 from rtap_training.rl.lockstep import Completion, Request
 from rtap_training.rl.trainer import RecursiveTrainer
 from rtap_training.tasks.base import Split

@@ -9,7 +9,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from rtap_training.rl.config import RlConfig
+from rtap_training.config.rl import RlConfig
 
 FOLDER = Path(__file__).parents[3] / "training" / "rtap_training" / "recipes" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from rtap_core.types import Cycle, Policy, StopReason, Trajectory
-from rtap_training.questions import held_out_questions
-from rtap_training.rl.loading import load_for_training
+from rtap_training.data.questions import held_out_questions
+from rtap_training.models.loading import load_for_training
+from rtap_training.models.online_generator import load_online_generator
 from rtap_training.rl.measure import MeasureConfig, forced_figures, measure, own_figures
-from rtap_training.rl.online_generator import load_online_generator
 from rtap_training.tasks import TASKS
 from rtap_training.tasks.base import Question
 from tests.training.demo import load_policy

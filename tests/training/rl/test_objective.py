@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rtap_training.config.rl import ClampGradient, KdrlConfig, RladConfig, RlConfig
 from rtap_training.losses import sequence_mean
-from rtap_training.rl.config import ClampGradient, KdrlConfig, RladConfig, RlConfig
 from rtap_training.rl.objective import needs_teacher, objective
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rtap_core.errors import ConfigError
+from rtap_training.config.rl import GrpoConfig
 from rtap_training.rl import command
 from rtap_training.rl.checkpoints import last_checkpoint
-from rtap_training.rl.config import GrpoConfig
 from tests.training.rl.tiny import BUNDLED, save_generator, save_policy
 
 pytestmark = pytest.mark.slow

@@ -20,14 +20,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequ
 
 from rtap_core.adapters import merge_adapter, read_backbone
 from rtap_core.errors import ConfigError
-from rtap_training.huggingface import load_tokenizer
-from rtap_training.questions import load_questions
+from rtap_training.config.rl import GrpoConfig, KdrlConfig, RladConfig, RlConfig, RtapConfig
+from rtap_training.data.questions import load_questions
+from rtap_training.models.huggingface import load_tokenizer
+from rtap_training.models.loading import load_for_training
+from rtap_training.models.teacher import LocalTeacher
 from rtap_training.rl import command
 from rtap_training.rl.checkpoints import last_checkpoint
-from rtap_training.rl.config import GrpoConfig, KdrlConfig, RladConfig, RlConfig, RtapConfig
-from rtap_training.rl.loading import load_for_training
 from rtap_training.rl.lockstep import Completion
-from rtap_training.rl.teacher import LocalTeacher
 from rtap_training.tasks.base import Split
 from rtap_training.training_errors import TeacherError, TrainingError
 from tests.other_checkpoints import save_generator_adapter

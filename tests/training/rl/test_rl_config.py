@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import build_config
-from rtap_training.rl.config import (
+from rtap_training.config.rl import (
     CONFIGS,
     ClampGradient,
     GrpoConfig,
@@ -17,6 +16,7 @@ from rtap_training.rl.config import (
     RladConfig,
     RtapConfig,
 )
+from rtap_training.config.settings import build_config
 
 
 def test_rtap_has_the_papers_settings() -> None:

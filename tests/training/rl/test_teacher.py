@@ -9,8 +9,8 @@ import httpx
 import pytest
 import torch
 
-from rtap_training.huggingface import load_tokenizer
-from rtap_training.rl.teacher import ROWS_IN_FLIGHT, RemoteTeacher
+from rtap_training.models.huggingface import load_tokenizer
+from rtap_training.models.teacher import ROWS_IN_FLIGHT, RemoteTeacher
 from rtap_training.training_errors import TeacherError
 from tests.training.rl.tiny import BUNDLED
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from rtap_core.errors import ConfigError
-from rtap_training.questions import load_questions
+from rtap_training.config.rl import RatioLevel, RladConfig, RtapConfig
+from rtap_training.data.questions import load_questions
 from rtap_training.rl import command
-from rtap_training.rl.config import RatioLevel, RladConfig, RtapConfig
 from rtap_training.rl.dataset import build_dataset, open_image
 from rtap_training.rl.lockstep import Completion, Request
 from rtap_training.rl.trainer import RecursiveTrainer

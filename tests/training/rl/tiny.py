@@ -7,7 +7,7 @@ from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 from rtap_training.bundled.architecture import build_policy
 from rtap_training.bundled.config import Architecture
-from rtap_training.huggingface import load_tokenizer, save_checkpoint
+from rtap_training.models.huggingface import load_tokenizer, save_checkpoint
 
 BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
 

@@ -17,7 +17,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from rtap_training.huggingface import load_tokenizer
+from rtap_training.models.huggingface import load_tokenizer
 from tests.training.rl.tiny import BUNDLED
 
 SIZE, PATCH = 28, 14

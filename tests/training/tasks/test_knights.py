@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtap_training.huggingface import load_tokenizer
+from rtap_training.models.huggingface import load_tokenizer
 from rtap_training.tasks.base import Attempt
 from rtap_training.tasks.knights import Knights, KnightsProblem
 from rtap_training.tasks.puzzle import parse_puzzle, parse_statement

@@ -3,7 +3,7 @@
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rtap_training.bundled.config import Architecture
-from rtap_training.huggingface import pad_id, token_id
+from rtap_training.models.huggingface import pad_id, token_id
 from rtap_training.tasks.trajectory import TURN_END
 
 MAX_POSITIONS = 1024

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import check_positive, setting
+from rtap_training.config.settings import check_positive, setting
 from rtap_training.tasks import parse_mix
 
 TASK_MIX = "countdown=0.4,arithmetic=0.2,knights=0.4"

@@ -12,7 +12,7 @@ from rtap_training.bundled.architecture import MAX_POSITIONS, build_policy
 from rtap_training.bundled.config import StartConfig
 from rtap_training.bundled.tokenizer import PAD, TAGS, TURN_START, build_tokenizer, render_prompt
 from rtap_training.checkpoint import manifest, replacing, write_manifest
-from rtap_training.huggingface import load_tokenizer
+from rtap_training.models.huggingface import load_tokenizer
 from rtap_training.runtime import configure_torch
 from rtap_training.tasks import TASKS, parse_mix
 from rtap_training.tasks.trajectory import TURN_END, Conversation, sample_conversation

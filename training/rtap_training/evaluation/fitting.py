@@ -19,8 +19,8 @@ import numpy as np
 from rtap_core.artifact import LOGPROB_WEIGHTS, UNCALIBRATED, Logistic
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
-from rtap_training import calibration
-from rtap_training.calibration import Bools
+from rtap_training.evaluation import calibration
+from rtap_training.evaluation.calibration import Bools
 from rtap_training.evaluation.client import judged, open_server
 from rtap_training.evaluation.question_files import Question, load_questions
 from rtap_training.evaluation.records import CycleRecord, Load, Outcome, RunSpec

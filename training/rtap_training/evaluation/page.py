@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from rtap_core.voting import COUNT_THRESHOLD
 from rtap_training.evaluation.plot import STYLES, to_svg, trade_off
+from rtap_training.evaluation.reliability import reliability_figure
 from rtap_training.evaluation.results import CHOSEN, Results, Row, TaskResults
 from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, SINGLE
 from rtap_training.evaluation.statistics import Interval
-from rtap_training.reliability import reliability_figure
 
 
 def to_html(results: Results) -> str:

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
+from rtap_training.evaluation.reliability import style_axis
 from rtap_training.evaluation.replay import TEXT
 from rtap_training.evaluation.results import CHOSEN, Results, Row, TaskResults
 from rtap_training.evaluation.rules import ADAPTIVE, CGES, CONFIDENCE, MAJORITY, MODEL, SINGLE, VOTE, WEIGHTED
-from rtap_training.reliability import style_axis
 
 # Okabe–Ito colours, distinguishable by colour-blind readers; markers repeat the distinction in print.
 STYLES: dict[str, tuple[str, str, str]] = {

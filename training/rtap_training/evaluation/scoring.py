@@ -13,11 +13,11 @@ from rtap_core.artifact import read_artifact
 from rtap_core.classifier_input import answer_ids
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
+from rtap_training.data.trajectories import rendered_sample
 from rtap_training.evaluation.records import write_atomically
 from rtap_training.evaluation.samples import sample_rows
-from rtap_training.rl.loading import load_dialect
-from rtap_training.rl.online_generator import load_online_generator, score_rows
-from rtap_training.trajectories import rendered_sample
+from rtap_training.models.loading import load_dialect
+from rtap_training.models.online_generator import load_online_generator, score_rows
 
 
 def score_samples(

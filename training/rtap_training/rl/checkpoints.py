@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rtap_training.config.rl import SAME_RUN, RlConfig
 from rtap_training.events import TAG, Sample, add_events
-from rtap_training.rl.config import SAME_RUN, RlConfig
 from rtap_training.run_state import LineLog, check_same_settings, last_complete, plain
 from rtap_training.run_state import describe as describe_settings
 

@@ -17,16 +17,16 @@ from trl.trainer.utils import add_fused_lm_head
 from rtap_core.artifact import read_artifact
 from rtap_core.errors import ConfigError
 from rtap_training.checkpoint import manifest
+from rtap_training.config.rl import RlConfig
+from rtap_training.data.questions import Question, is_right, load_questions
 from rtap_training.events import FOLDER
-from rtap_training.output import save_generator_adapter, save_policy, write_model
-from rtap_training.questions import Question, is_right, load_questions
+from rtap_training.models.loading import Loaded, load_for_training, lora_config
+from rtap_training.models.online_generator import OnlineGenerator, load_online_generator
+from rtap_training.models.output import save_generator_adapter, save_policy, write_model
+from rtap_training.models.teacher import LocalTeacher, RemoteTeacher, Teacher, check_same_tokens, load_teacher
 from rtap_training.rl.checkpoints import JsonLog, SamplesTable, check_same_run, describe, last_checkpoint
 from rtap_training.rl.components import RunComponents
-from rtap_training.rl.config import RlConfig
 from rtap_training.rl.dataset import build_dataset
-from rtap_training.rl.loading import Loaded, load_for_training, lora_config
-from rtap_training.rl.online_generator import OnlineGenerator, load_online_generator
-from rtap_training.rl.teacher import LocalTeacher, RemoteTeacher, Teacher, check_same_tokens, load_teacher
 from rtap_training.rl.trainer import RecursiveTrainer
 from rtap_training.run_state import step_of
 from rtap_training.runtime import configure_torch, end_processes

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rtap_training.rl.online_generator import OnlineGenerator
+from rtap_training.models.online_generator import OnlineGenerator
+from rtap_training.models.teacher import Teacher
 from rtap_training.rl.rollouts import Dialect
-from rtap_training.rl.teacher import Teacher
 
 
 @dataclass(slots=True)

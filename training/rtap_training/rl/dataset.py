@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
 
 from rtap_core.errors import ConfigError
-from rtap_training.questions import Question, message
+from rtap_training.data.questions import Question, message
 from rtap_training.tasks.base import PicturedQuestion
 from rtap_training.tasks.jsonl import MAX_PATH
 

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from rtap_core.recursion import FinalEvent, Recursion
 from rtap_core.types import Confidence, Cycle, Judged, Limits, Policy, Score, Select, Trajectory
 from rtap_core.voting import majority
+from rtap_training.data.questions import Question
+from rtap_training.data.trajectories import prompt_ids
 from rtap_training.evaluation.statistics import within_question_auroc
-from rtap_training.questions import Question
+from rtap_training.models.online_generator import score_rows
 from rtap_training.rl.lockstep import Lockstep, RowEngine, in_lockstep
-from rtap_training.rl.online_generator import score_rows
 from rtap_training.rl.rollouts import Dialect
-from rtap_training.sampling import TransformersSampler
+from rtap_training.sampling.samplers import TransformersSampler
 from rtap_training.tasks import check
-from rtap_training.trajectories import prompt_ids
 
 NEVER = 2.0  # a threshold that no confidence reaches
 BATCH_ROWS = 512

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rtap_training.config.rl import Method, RatioLevel, RlConfig
 from rtap_training.losses import (
     by_token,
     clipped_surrogate,
@@ -15,7 +16,6 @@ from rtap_training.losses import (
     sequence_log_ratio,
     trrd_log_ratio,
 )
-from rtap_training.rl.config import Method, RatioLevel, RlConfig
 
 
 def needs_teacher(config: RlConfig, advantages: Tensor, mask: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rtap_training import rewards
-from rtap_training.rl.config import RlConfig
+from rtap_training.config.rl import RlConfig
 from rtap_training.rl.rollouts import Dialect, Rollout
 
 RewardFunction = Callable[..., list[float]]

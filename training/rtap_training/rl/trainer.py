@@ -16,17 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 
+from rtap_training.config.rl import RlConfig
 from rtap_training.events import Sample
 from rtap_training.losses import advantage_shares, group_advantages, sequence_mean
+from rtap_training.models.online_generator import LabelledCycle, labelled_cycles
 from rtap_training.rl import figures
 from rtap_training.rl.batches import distinct_rows, forward_by_length
 from rtap_training.rl.checkpoints import last_checkpoint
 from rtap_training.rl.components import RunComponents
-from rtap_training.rl.config import RlConfig
 from rtap_training.rl.lockstep import Completion, Request
 from rtap_training.rl.messages import Messages, extend, last_text
 from rtap_training.rl.objective import needs_teacher, objective
-from rtap_training.rl.online_generator import LabelledCycle, labelled_cycles
 from rtap_training.rl.reward_functions import reward_functions
 from rtap_training.rl.rollouts import Rollout, RolloutQuestion, roll_out
 from rtap_training.rl.rounds import Rounds

@@ -13,7 +13,7 @@ from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
 
 from rtap_core.format import PRESETS, parse_cycle
 from rtap_training import rewards
-from rtap_training.questions import load_questions
+from rtap_training.data.questions import load_questions
 from rtap_training.tasks import check
 from rtap_training.tasks.base import Question, Split
 

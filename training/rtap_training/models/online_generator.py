@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rtap_core.adapters import is_adapter, load_adapter, read_backbone
 from rtap_core.errors import ConfigError
-from rtap_training.examples import Example, balance, collect, group, read_once
+from rtap_training.data.examples import Example, balance, collect, group, read_once
 from rtap_training.rl.rollouts import Rollout
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 2048  # on a CPU padding costs more than small batches

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rtap_training.checkpoint import replacing, write_manifest
-from rtap_training.huggingface import cast_to, save_checkpoint
-from rtap_training.rl.loading import Loaded, load_for_training
+from rtap_training.models.huggingface import cast_to, save_checkpoint
+from rtap_training.models.loading import Loaded, load_for_training
 
 
 def save_policy(

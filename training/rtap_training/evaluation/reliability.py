@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from rtap_training.calibration import Bools, Floats
+from rtap_training.evaluation.calibration import Bools, Floats
 from rtap_training.evaluation.statistics import Bin, reliability_bins
 
 # Okabe–Ito colours, distinguishable by colour-blind readers.

@@ -18,16 +18,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rtap_core.errors import ConfigError
 from rtap_core.features import LogprobFeatures
-from rtap_training.config import SamplerKind, run_dir
+from rtap_training.config.settings import SamplerKind, run_dir
+from rtap_training.config.supervised import SupervisedConfig
+from rtap_training.data.questions import is_right, message
 from rtap_training.evaluation.question_files import Question as FileQuestion
 from rtap_training.evaluation.records import CycleRecord
 from rtap_training.evaluation.samples import sample_rows
-from rtap_training.questions import is_right, message
-from rtap_training.rl.loading import loading
+from rtap_training.models.loading import loading
 from rtap_training.rl.rollouts import Dialect, RolledCycle, Rollout, RolloutQuestion, roll_out
-from rtap_training.samples import header, read_or_make, weights_sha256
-from rtap_training.sampling import Sampler, TransformersSampler, VllmSampler, sampler_kind
-from rtap_training.supervised_config import SupervisedConfig
+from rtap_training.sampling.files import header, read_or_make, weights_sha256
+from rtap_training.sampling.samplers import Sampler, TransformersSampler, VllmSampler, sampler_kind
 from rtap_training.tasks.base import Question
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import BUNDLED, TEMPLATE_KWARGS, run_dir, setting, template_kwargs
+from rtap_training.config.settings import BUNDLED, TEMPLATE_KWARGS, run_dir, setting, template_kwargs
 from rtap_training.evaluation.question_files import check_prompt
 
 REWARDS = ("increase", "final", "format", "answer", "length")

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import TEMPLATE_KWARGS, SamplerKind, check_positive, json_object, setting, template_kwargs
+from rtap_training.config.settings import (
+    TEMPLATE_KWARGS,
+    SamplerKind,
+    check_positive,
+    json_object,
+    setting,
+    template_kwargs,
+)
 from rtap_training.evaluation.question_files import check_prompt
 
 

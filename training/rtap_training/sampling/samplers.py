@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import SamplerKind
+from rtap_training.config.settings import SamplerKind
 from rtap_training.rl.lockstep import Completion, Request
 
 _CPU_CACHE_BYTES = 2**30

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtap_core.errors import ConfigError
-from rtap_training.config import check_positive, setting
-from rtap_training.supervised_config import SupervisedConfig
+from rtap_training.config.settings import check_positive, setting
+from rtap_training.config.supervised import SupervisedConfig
 
 RIGHT, CORRECTIONS = "right", "corrections"
 

@@ -1,0 +1,1 @@
+"""Questions, sampled trajectories, and labelled cycles."""

@@ -1,0 +1,1 @@
+"""Models as training loads and writes them."""

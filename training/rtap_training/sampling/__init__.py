@@ -1,0 +1,1 @@
+"""Samplers, and the files that keep what they sampled."""
