@@ -192,6 +192,7 @@ class Session:
     def _path(self, task: str, spec: RunSpec) -> Path:
         """File of this run; its name depends on everything that changes the outcome."""
         what = {
+            "format": 2,  # of the file
             "questions": [asdict(question) for question in self.questions[task]],
             "load": asdict(self.load),
             "rounds": self.args.rounds,
