@@ -18,7 +18,7 @@ from rtap_server.http.api_keys import load_keys
 from rtap_server.http.auth import AuthMiddleware
 from rtap_server.http.request_id import RequestIdMiddleware
 from rtap_server.telemetry.metrics import Metrics
-from tests.costs import async_cpu_seconds
+from tests.costs import RUNS, async_cpu_seconds
 
 JSON, EVENTS = (
     ResponseStart(200, ((b"content-type", b"application/json"),)),
@@ -253,7 +253,7 @@ async def test_no_body_is_read_without_a_key(method: str, path: str, status: int
 @pytest.mark.parametrize("body", [b"[]," * 100_000, b'["",' * 60_000, b"[" * 100_000, b'{"a":' * 100_000])
 async def test_a_body_of_many_values_does_not_stop_the_gateway(body: bytes) -> None:
     """The gateway decodes bodies for stickiness. The replica refuses these with the reason."""
-    app = gateway(fleet := ScriptedFleet([JSON, b"{}"]), max_body_bytes=2**20)
+    app = gateway(fleet := ScriptedFleet(*[[JSON, b"{}"]] * RUNS), max_body_bytes=2**20)
     assert await async_cpu_seconds(lambda: call(app, "POST", "/v1/chat/completions", content=body)) < 0.5
     assert fleet.requests[0].body == body
 
