@@ -71,9 +71,9 @@ def sample_parts(
         ]
 
     with closing(sampler):
-        sample(state.process_index)
+        own = sample(state.process_index)
     state.wait_for_everyone()
-    shares = [sample(rank) for rank in range(state.num_processes)]
+    shares = [own if rank == state.process_index else sample(rank) for rank in range(state.num_processes)]
     by_part = (chain.from_iterable(rows) for rows in zip(*shares, strict=True))
     return [sorted(rows, key=lambda turn: turn.question) for rows in by_part]
 

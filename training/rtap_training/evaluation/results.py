@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What rows are compared with. majority: of all samples. adaptive: curve of the adaptive vote, from one sample."""
+    """Baselines of every row. majority: of all samples. adaptive: curve of the adaptive vote, from one sample."""
 
     majority: Figures
     adaptive: Sequence[Figures]

@@ -34,11 +34,12 @@ def distinct_rows(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
     ids, mask (B, T); ids of padding are ignored.
     """
-    kinds: dict[tuple[int, ...], int] = {}
-    rows = (tuple(row) for row in torch.where(mask.bool(), ids, -1).tolist())
-    kind_of = [kinds.setdefault(row, len(kinds)) for row in rows]
-    firsts = [kind_of.index(kind) for kind in range(len(kinds))]
-    return ids.new_tensor(firsts), ids.new_tensor(kind_of)
+    rows = [tuple(row) for row in torch.where(mask.bool(), ids, -1).tolist()]
+    firsts: dict[tuple[int, ...], int] = {}
+    for index, row in enumerate(rows):
+        firsts.setdefault(row, index)
+    kinds = {row: kind for kind, row in enumerate(firsts)}
+    return ids.new_tensor([*firsts.values()]), ids.new_tensor([kinds[row] for row in rows])
 
 
 def _trimmed(forward: Forward, ids: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
