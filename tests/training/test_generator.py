@@ -184,6 +184,7 @@ def test_a_folder_that_is_no_generators_adapter_is_one_sentence(tmp_path: Path) 
         (["--questions", "countdown", "--micro-batch", "5"], "micro_batch=5 must divide batch_size=32"),
         (["--questions", "countdown", "--trainer", '{"seed": 1}'], "seed is set by a flag"),
         (["--questions", "countdown", "--corruptions", "9", *SMALL], "corruptions=9 need bundled tasks"),
+        (["--questions", "countdown", "--equation-weight", "-1"], "equation_weight=-1.0 must be at least 0"),
         (["--questions", "countdown", "--validation-share", "1"], "validation_share=1.0 must be between"),
         (["--questions", "nowhere/questions.jsonl"], "cannot read the question file"),
         (["--questions", "countdown", *SMALL], "no contrast to learn from"),  # random weights are never right
@@ -227,7 +228,7 @@ def test_the_loss_is_the_balanced_cross_entropy_however_rows_are_split(llama: Pa
         before = model.score.weight.detach().clone()
         trainer = ClassifierTrainer(
             model=model, args=trainer_arguments(TrainingArguments, config, remove_unused_columns=False),
-            train_dataset=_dataset(examples), data_collator=Padding(7),
+            train_dataset=_dataset(examples, None), data_collator=Padding(7),
         )  # fmt: skip
         trainer.train()
         gradients.append((before - model.score.weight.detach()) / config.learning_rate)
@@ -244,6 +245,39 @@ def test_the_loss_is_the_balanced_cross_entropy_however_rows_are_split(llama: Pa
     ]
     (sum(losses, torch.zeros(())) / len(losses)).backward()
     torch.testing.assert_close(model.score.weight.grad, gradients[0], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_written_equations_are_read_by_the_same_head_at_their_last_tokens(
+    lora_rank: int, llama: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(BUNDLED / "policy")
+    texts = ["2*3=6 6+1=8 8-1=7", "2*3=6 6+1=7", "none"]
+    rows = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    config = GeneratorConfig(
+        policy=str(llama), questions="countdown", output=tmp_path / "generator", lora_rank=lora_rank, global_weight=1.0
+    )
+    examples = _weighted([LabelledCycle(str(i), ids, i == 1) for i, ids in enumerate(rows)], config)
+    model = _fresh(config, pad_id=7).eval()
+    trainer = ClassifierTrainer(
+        model=model, args=trainer_arguments(TrainingArguments, config, remove_unused_columns=False),
+        train_dataset=_dataset(examples, tokenizer), data_collator=Padding(7), equation_weight=0.5,
+    )  # fmt: skip
+    loss = trainer.compute_loss(model, next(iter(trainer.get_eval_dataloader(trainer.train_dataset))))
+
+    def read(ids: tuple[int, ...], label: int) -> torch.Tensor:
+        """Loss of a row that ends here."""
+        logit = model(input_ids=torch.tensor([ids])).logits[0, 0]
+        return torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.tensor(float(label)))
+
+    ends = [[(5, 1), (11, 0), (len(rows[0]), 0)], [(5, 1), (11, 1)]]  # tokens are signs here
+    assert [len(tokenizer.tokenize(text)) for text in texts[:2]] == [17, 11]
+    expected = sum(read(ids, int(i == 1)) for i, ids in enumerate(rows)) / 3
+    for ids, labels in zip(rows, ends, strict=False):
+        expected += 0.5 * sum(read(ids[:end], label) for end, label in labels) / len(labels) / 3
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "score" in name and p.requires_grad)
 
 
 def test_corrupted_workings_have_both_labels_and_are_of_training_questions() -> None:

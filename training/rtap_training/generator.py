@@ -35,6 +35,7 @@ from rtap_core.features import LogprobFeatures
 from rtap_training.checkpoint import manifest
 from rtap_training.config.generator import GeneratorConfig
 from rtap_training.config.settings import run_dir
+from rtap_training.data.equations import NO_LABEL, equation_labels
 from rtap_training.data.examples import Example, synthetic_texts, unrelated_text
 from rtap_training.data.questions import Question, load_questions, message
 from rtap_training.data.trajectories import (
@@ -121,8 +122,9 @@ def run(config: GeneratorConfig) -> None:
     trainer = ClassifierTrainer(
         model=_fresh(config, pad_id=pad_id),
         args=arguments,
-        train_dataset=_dataset(examples),
+        train_dataset=_dataset(examples, tokenizer if config.equation_weight else None),
         data_collator=Padding(pad_id),
+        equation_weight=config.equation_weight,
         optimizer_cls_and_kwargs=optimizer(config, arguments),
     )
     data = json.dumps([(e.ids, e.weight, e.is_right) for e in examples])
@@ -293,47 +295,70 @@ def _weighted(cycles: Sequence[LabelledCycle], config: GeneratorConfig) -> list[
     return [replace(e, weight=e.weight / mean) for e in weighted]
 
 
-def _dataset(examples: Sequence[Example]) -> Any:
-    return Dataset.from_dict(
-        {
-            "input_ids": [list(e.ids) for e in examples],
-            "is_right": [float(e.is_right) for e in examples],
-            "weight": [e.weight for e in examples],
-        }
-    )
+def _dataset(examples: Sequence[Example], tokenizer: Any) -> Any:
+    """Rows of the Trainer. tokenizer: to find written equations; None: without them."""
+    columns: dict[str, list[Any]] = {
+        "input_ids": [list(e.ids) for e in examples],
+        "is_right": [float(e.is_right) for e in examples],
+        "weight": [e.weight for e in examples],
+    }
+    if tokenizer is not None:
+        columns["equations"] = [equation_labels(tokenizer.convert_ids_to_tokens(ids)) for ids in columns["input_ids"]]
+    return Dataset.from_dict(columns)
 
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """Collate examples: right-padded ids (B, T), their mask, labels (B,) and weights (B,)."""
+    """Collate examples: right-padded ids (B, T), their mask, labels (B,), weights (B,), and labels (B, T) of equations
+    if the examples have them."""
 
     pad_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         ids, mask = pad_rows([row["input_ids"] for row in rows], self.pad_id)
-        return {
+        batch = {
             "input_ids": ids,
             "attention_mask": mask,
             "is_right": torch.tensor([row["is_right"] for row in rows]),
             "weight": torch.tensor([row["weight"] for row in rows]),
         }
+        if "equations" in rows[0]:
+            batch["equations"], _ = pad_rows([row["equations"] for row in rows], NO_LABEL)
+        return batch
 
 
 class ClassifierTrainer(Trainer):
-    """Trainer of the balanced cross-entropy (R-TAP eq. 6): each cycle counts by its weight."""
+    """Trainer of the balanced cross-entropy (R-TAP eq. 6): each cycle counts by its weight.
+
+    equation_weight: weight of a cycle's written equations, whose last tokens the same head reads, next to its 1.
+    """
 
     loss_is_scaled_for_ga = False  # the loss is a mean over the micro batch
+
+    def __init__(self, *, equation_weight: float = 0.0, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._equation_weight = equation_weight
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Weighted mean over the rows."""
         del num_items_in_batch  # of tokens
-        labels, weights = inputs.pop("is_right"), inputs.pop("weight")
-        outputs = model(**inputs)
+        labels, weights, equations = inputs.pop("is_right"), inputs.pop("weight"), inputs.pop("equations", None)
+        outputs = model(**inputs, output_hidden_states=equations is not None)
         losses = F.binary_cross_entropy_with_logits(outputs.logits[:, 0].float(), labels, reduction="none")
+        if equations is not None:
+            logits = self.accelerator.unwrap_model(model).score(outputs.hidden_states[-1])[..., 0].float()
+            losses = losses + self._equation_weight * equation_losses(logits, equations)
         loss = (losses * weights).mean()
         return (loss, outputs) if return_outputs else loss
+
+
+def equation_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each row's labelled tokens (B,); 0 for a row without. logits, labels: (B, T)."""
+    is_labelled = labels != NO_LABEL
+    losses = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).to(logits.dtype), reduction="none")
+    return (losses * is_labelled).sum(1) / is_labelled.sum(1).clamp(min=1)
 
 
 def _merged_as_saved(adapter: Any, config: GeneratorConfig) -> PreTrainedModel:

@@ -22,6 +22,9 @@ class GeneratorConfig(SupervisedConfig):
     samples: int = setting(8, "trajectories a question. R-TAP: 128")
     max_cycles: int = setting(2, "cycles a trajectory; a wrong cycle is followed by another")
     corruptions: int = setting(0, "questions more, with right, corrupted and unrelated workings; bundled tasks alone")
+    equation_weight: float = setting(
+        0.0, "loss of written equations (a token each: true so far?) next to the cycle's 1"
+    )
     epochs: int = setting(2, "passes over the cycles")
     batch_size: int = setting(32, "distinct cycles an update")
     global_weight: float = setting(0.25, "weight of questions all right or all wrong")
@@ -38,6 +41,8 @@ class GeneratorConfig(SupervisedConfig):
         check_positive(self, "eval_questions", "max_cycles")
         if self.num_layers < 0 or self.corruptions < 0:
             raise ConfigError(f"num_layers={self.num_layers} and corruptions={self.corruptions} must be at least 0")
+        if self.equation_weight < 0:
+            raise ConfigError(f"equation_weight={self.equation_weight} must be at least 0")
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share={self.validation_share} must be between 0 and 1")
         if not 0 <= self.global_weight <= 1:
