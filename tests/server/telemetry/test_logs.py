@@ -136,3 +136,20 @@ def test_a_live_engine_does_not_delay_the_end(restored):
     finally:
         engine.kill()
         engine.wait()
+
+
+@pytest.mark.parametrize(
+    ("line", "is_shown"),
+    [
+        ("[W1201 07:59:42.015 utils.cpp:68] Warning: NUMA binding", False),
+        ("Loading safetensors checkpoint shards: 100% Completed | 1/1 [00:00<00:00, 47.7it/s]", False),
+        ("[E1201 07:59:42.015 utils.cpp:68] Error: NUMA binding", True),
+        ("RuntimeError: out of memory, 100%", True),
+        ("Killed", True),
+    ],
+)
+def test_warnings_of_engine_processes_are_hidden_and_errors_never(line, is_shown, restored, capfd):
+    for is_verbose in (False, True):
+        with captured_stderr(is_verbose=is_verbose):
+            os.write(2, f"{line}\n".encode())
+        assert (f"stderr: {line}" in capfd.readouterr().err) == (is_shown or is_verbose)
