@@ -56,7 +56,10 @@ def install(extra: str) -> str:
     folder = "" if Path.cwd() == CHECKOUT else f" -C {shlex.quote(str(CHECKOUT))}"
     default = CHECKOUT / ".venv"
     venv = "" if Path(sys.prefix).resolve() == default.resolve() else f" VENV={shlex.quote(sys.prefix)}"
-    return f"make{folder} setup{f' EXTRA={extra}' if extra else ''}{venv if sys.prefix != sys.base_prefix else ''}"
+    if sys.prefix == sys.base_prefix:
+        venv = ""
+    extras = shlex.quote(" ".join(extra.split(",")))
+    return f"make{folder} setup{f' EXTRA={extras}' if extra else ''}{venv}"
 
 
 def describe(name: str, found: Mapping[str, EntryPoint]) -> str:
