@@ -53,9 +53,11 @@ class CommandLine:
 
 
 def check(argv: Sequence[str], environ: Mapping[str, str]) -> Settings | None:
-    """Settings of a command line; None when a ``--config`` file has further flags.
+    """Settings of a command line; None when a ``--config`` file has further flags, and when vLLM's help is asked for.
 
     Raises ConfigError for the first mistake: word by word, then what words mean together, then the address."""
+    if _help_word(argv) is not None:
+        return None
     line = _read(argv)
     if "--config" in line.others:
         return None
@@ -85,7 +87,7 @@ def bundled(name: str) -> str:
 
 def print_help(argv: Sequence[str]) -> bool:
     """Print the help that needs no vLLM. False when no such help was asked for."""
-    asked = next((word for word in argv if word in ("-h", "--help") or word.startswith("--help=")), None)
+    asked = _help_word(argv)
     if asked is None:
         return False
     _, _, topic = asked.partition("=")
@@ -102,6 +104,10 @@ def print_help(argv: Sequence[str]) -> bool:
             text += f"  {group['title']:<{width}}  {group['summary']}".rstrip() + "\n"
     sys.stdout.write(f"{text}\n{HELP}\n")
     return True
+
+
+def _help_word(argv: Sequence[str]) -> str | None:
+    return next((word for word in argv if word in ("-h", "--help") or word.startswith("--help=")), None)
 
 
 def cannot_listen(host: str, port: int, uds: str | None, error: OSError | OverflowError) -> str:
@@ -148,11 +154,14 @@ def _read(argv: Sequence[str]) -> CommandLine:
             line.others[flag] = values[0] if values else ""
             if flag == "--port":
                 _check_port(line.others[flag])
+            elif flag == "--config" and not Path(line.others[flag]).is_file():
+                raise ConfigError(f"cannot read --config {line.others[flag]}: No such file")
             elif flag == "--model" and values:
                 check_model_path(values[0])
                 line.model = values[0]
         elif word.startswith("--") and _is_current():
-            raise ConfigError(f"unrecognized arguments: {name}{closest_match(flag, [*ours, *theirs])}; {HELP}")
+            long = [known for known in (*ours, *theirs) if known.startswith("--")]
+            raise ConfigError(f"unrecognized arguments: {name}{closest_match(flag, long)}; {HELP}")
     return line
 
 

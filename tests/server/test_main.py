@@ -81,6 +81,7 @@ def test_a_flag_that_is_written_wrong_gets_the_right_one(capsys):
         (["--confidence-config", "/nowhere"], "cannot read --confidence-config /nowhere: No such file"),
         (["--confidence-engine-args", "{"], "--confidence-engine-args is not JSON"),
         (["--threshold"], "--threshold needs a value"),
+        (["--config", "/nowhere.yaml"], "cannot read --config /nowhere.yaml: No such file"),
         (["a/b", "c/d"], "unrecognized argument 'c/d': 'a/b' is the MODEL already"),
     ],
 )
@@ -137,6 +138,10 @@ def test_help_lists_our_groups_with_choices_and_defaults_then_those_of_vllm(caps
     text = capsys.readouterr().out
     assert "--n-limit" in text
     assert "--threshold" not in text
+    with pytest.raises(SystemExit) as left:
+        main(["--help=ParallelConfig"])
+    assert left.value.code == 0
+    assert "--tensor-parallel-size" in capsys.readouterr().out
 
 
 def test_every_flag_of_the_documents_is_known():
