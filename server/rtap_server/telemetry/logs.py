@@ -15,7 +15,6 @@ import warnings
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from threading import Thread
-from typing import TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 from typing_extensions import Buffer, override
@@ -76,23 +75,26 @@ async def loading_progress(message: str) -> AsyncGenerator[None]:
     """Announce ``message``. A terminal also shows the seconds since then, until the block ends."""
     announce(message)
     shows = sys.stderr.isatty() and not logging.getLogger(LOGGER).handlers
-    stream = sys.stderr
-    task = asyncio.create_task(_count_seconds(stream)) if shows else None
+    task = asyncio.create_task(_count_seconds()) if shows else None
     try:
         yield
     finally:
         if task is not None:
             task.cancel()
-            stream.write("\r\x1b[K")
-            stream.flush()
+            _show_on_line("")
 
 
-async def _count_seconds(stream: TextIO) -> None:
+async def _count_seconds() -> None:
     began = time.monotonic()
     while True:
-        stream.write(f"\r… {time.monotonic() - began:.0f} s\x1b[K")
-        stream.flush()
+        _show_on_line(f"… {time.monotonic() - began:.0f} s")
         await asyncio.sleep(1)
+
+
+def _show_on_line(text: str) -> None:
+    """Replace the terminal's current line. ``captured_stderr`` changes ``sys.stderr`` meanwhile."""
+    sys.stderr.write(f"\r{text}\x1b[K")
+    sys.stderr.flush()
 
 
 def use_json(fields: str) -> None:
