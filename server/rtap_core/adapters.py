@@ -21,6 +21,23 @@ def is_adapter(model: str | Path) -> bool:
     return (Path(model) / _ADAPTER).is_file()
 
 
+def is_path(model: str) -> bool:
+    """True for a path, False for a Hugging Face name."""
+    return model.startswith(("/", "./", "../", "~")) or Path(model).exists()
+
+
+def check_model_path(model: str) -> None:
+    """Raise ConfigError for a path without a checkpoint."""
+    if not is_path(model) or (Path(model) / "config.json").is_file():
+        return
+    if is_adapter(model):
+        raise ConfigError(
+            f"{model} is an adapter: serve its base with --enable-lora --lora-modules NAME={model}, or a "
+            "generator's with --confidence-model"
+        )
+    raise ConfigError(f"no model at {model}: give a folder with a config.json, or a Hugging Face name")
+
+
 def read_backbone(folder: Path) -> str:
     """Folder or Hub name of the model that the adapter was trained on. Raises ConfigError."""
     if any(not (folder / name).is_file() for name in ADAPTER_FILES):

@@ -1,40 +1,53 @@
 """``rtap serve``: vLLM's argument parser with a group of R-TAP flags, then the service."""
 
-import errno
 import logging
 import os
-import re
 import socket
 import sys
 from argparse import Namespace
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import cast
 
-from rtap_core.artifact import BUNDLED_MODELS
 from rtap_core.errors import ConfigError
+from rtap_server.command_line import HELP, REFUSED, USAGE, bundled, cannot_listen, check, print_help, with_bundled
 from rtap_server.doctor import engine_check, engine_package, has_nvidia_gpu
 from rtap_server.http.api_keys import KeyRing, load_keys
-from rtap_server.settings import REMOVED, Settings, add_flags, closest_match, load_settings
-from rtap_server.telemetry.logs import announce, drop_unwritable_output, use_json
+from rtap_server.settings import Settings, add_flags, load_settings
+from rtap_server.telemetry.logs import announce, drop_unwritable_output, hide_warnings, loading_progress, use_json
 
 _MAX_HEADER_BYTES = 2**16  # uvicorn's own default; vLLM's is 4 MiB
-_HELP = "`rtap serve --help=R-TAP` lists the R-TAP flags, `--help=all` all flags"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP. Returns the exit code: 0 after a clean stop, 1 after a failure, 2 for
     invalid settings."""
     drop_unwritable_output()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    words = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as `vllm serve` does
     try:
-        args, settings, bundled = _parse(sys.argv[1:] if argv is None else argv)
-        return _run(args, settings, bundled=bundled)
+        if print_help(words):
+            return 0
+        checked = check(words, os.environ)
+        _set_up_logs(is_verbose="--verbose" in words if checked is None else checked.verbose)
+        args, settings, is_bundled = _parse(words)
+        return _run(args, settings, is_bundled=is_bundled)
     except ConfigError as error:
         announce(str(error), logging.ERROR)
         return 2
+
+
+def _set_up_logs(*, is_verbose: bool) -> None:
+    """Hide warnings of libraries, in engine processes too, unless they are asked for."""
+    if is_verbose:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    hide_warnings()
 
 
 def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
@@ -43,35 +56,19 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
     from vllm.exceptions import VLLMValidationError
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class Parser(FlexibleArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-            if unknown and unknown[1] in REMOVED:
-                raise ConfigError(f"{unknown[1]} was removed: {REMOVED[unknown[1]]}")
-            hint = closest_match(unknown[1], self._option_string_actions) if unknown else ""
-            super().error(f"{message}{hint}; {_HELP}")
-
-    parser = Parser(
-        prog="rtap serve",
-        usage="rtap serve [MODEL] [--confidence-model PATH|URL] [R-TAP flags] [any vllm serve flag]",
-        description="Serve a model that thinks in recursive Think–Answer cycles. Without MODEL: the bundled models.",
-        epilog=_HELP,
-    )
+    parser = FlexibleArgumentParser(prog="rtap serve", usage=USAGE, epilog=HELP)
     make_arg_parser(parser)
     parser.set_defaults(model=None, h11_max_incomplete_event_size=_MAX_HEADER_BYTES)
     add_flags(parser)
     args = cast(Namespace, parser.parse_args(argv))
     values, environ = dict(vars(args)), dict(os.environ)
     model = args.model_tag or args.model
-    bundled = model is None
-    if bundled:
-        model = _bundled("policy")
-        named = values.get("rtap_confidence_model") or environ.get("RTAP_CONFIDENCE_MODEL")
-        kind = values.get("rtap_confidence") or environ.get("RTAP_CONFIDENCE") or "auto"
-        if not named and kind in ("auto", "pooling"):
-            values["rtap_confidence_model"] = _bundled("confidence")
+    is_bundled = model is None
+    if is_bundled:
+        model = bundled("policy")
+        values = with_bundled(values, environ, None)
     args.model_tag = args.model = model
-    args.served_model_name = args.served_model_name or _served_names(args, None if bundled else model)
+    args.served_model_name = args.served_model_name or _served_names(args, None if is_bundled else model)
     _use_reasoning_parser(args)
     _refuse_unsupported(args)
     settings = load_settings(values, environ)
@@ -84,7 +81,7 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
         _log_as_json(args)
     if args.otlp_traces_endpoint:
         os.environ.setdefault("OTEL_SERVICE_NAME", "rtap")
-    return args, settings, bundled
+    return args, settings, is_bundled
 
 
 def _served_names(args: Namespace, model: str | None) -> list[str]:
@@ -110,13 +107,9 @@ def _use_reasoning_parser(args: Namespace) -> None:
 def _refuse_unsupported(args: Namespace) -> None:
     """Refuse vLLM flags that start anything but one API process, and a key on the command line."""
     if args.headless or args.grpc or (args.api_server_count or 1) > 1:
-        raise ConfigError(
-            "rtap runs one API process: leave out --headless, --grpc and --api-server-count; scale with replicas"
-        )
+        raise ConfigError(REFUSED["--headless"])
     if args.api_key:
-        raise ConfigError(
-            "leave out --api-key, which other users of this machine can read: set RTAP_API_KEYS or use --api-keys-file"
-        )
+        raise ConfigError(REFUSED["--api-key"])
 
 
 def _log_as_json(args: Namespace) -> None:
@@ -132,14 +125,7 @@ def _log_as_json(args: Namespace) -> None:
     use_json(JSON_FORMAT)
 
 
-def _bundled(name: str) -> str:
-    path = BUNDLED_MODELS / name
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"no MODEL was given, and the bundled one is missing at {path}: name a model")
-    return str(path)
-
-
-def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
+def _run(args: Namespace, settings: Settings, *, is_bundled: bool) -> int:
     import uvloop
     from vllm.entrypoints.launchers.launcher import setup_server  # pyright: ignore[reportUnknownVariableType]
 
@@ -147,35 +133,21 @@ def _run(args: Namespace, settings: Settings, *, bundled: bool) -> int:
     from rtap_server.run import exit_on_signals
 
     keys = load_keys(settings.api_keys_file, os.environ)
-    cpu_defaults(args, bundled=bundled, num_engines=2 if settings.confidence_kind == "pooling" else 1)
+    cpu_defaults(args, bundled=is_bundled, num_engines=2 if settings.confidence_kind == "pooling" else 1)
     args.host = args.host or "127.0.0.1"  # vLLM's default is all interfaces
     try:
         address, sock = setup_server(args, reuse_port=False)
     except (OSError, OverflowError) as error:
-        raise ConfigError(_cannot_listen(args.host, args.port, args.uds, error)) from error
+        raise ConfigError(cannot_listen(args.host, args.port, args.uds, error)) from error
     exit_on_signals()
     with sock:
         engine = engine_check(engine_package(), has_gpu=has_nvidia_gpu())
         if engine["status"] == "warning":
             announce(f"{engine['found']}. {engine['todo']}", logging.WARNING)
-        announce(f"loading {args.model}")
         failure = uvloop.run(_serve(args, settings, sock, address, keys))
     if failure is not None:
         announce(f"{failure}; the server exits with code 1", logging.ERROR)
     return 0 if failure is None else 1
-
-
-def _cannot_listen(host: str, port: int, uds: str | None, error: OSError | OverflowError) -> str:
-    """Error message that names the flag to change."""
-    if isinstance(error, OverflowError):
-        return f"cannot listen on port {port}: choose a --port from 0 to 65535"
-    reason = error.strerror or str(error)
-    if uds is not None:
-        stale = "if no server uses the file, delete it, or " if error.errno == errno.EADDRINUSE else ""
-        return f"cannot listen on the unix socket {uds}: {reason}; {stale}choose another --uds"
-    is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-    other = "--host (127.0.0.1: this machine only, 0.0.0.0: all interfaces)" if is_host else "--port"
-    return f"cannot listen on {host}:{port}: {reason}; choose another {other}"
 
 
 async def _serve(args: Namespace, settings: Settings, sock: socket.socket, address: str, keys: KeyRing) -> str | None:
@@ -187,16 +159,17 @@ async def _serve(args: Namespace, settings: Settings, sock: socket.socket, addre
     from rtap_server.routes.rtap import server_facts, start_lines
     from rtap_server.run import serve_app
 
-    async with start_engines(args, settings) as engines:
+    async with AsyncExitStack() as stack:
+        async with loading_progress(f"loading {args.model}"):
+            engines = await stack.enter_async_context(start_engines(args, settings))
         server = engines.server
         admission = Admission(
             settings.max_in_flight_requests, settings.max_in_flight_tokens, settings.trajectories_limit
         )
         app = await create_app(engines.policy, args, server, keys, admission)
         supervisor = Supervisor(engines.supervised, server.metrics, settings.engine_silence_seconds, announce)
-        for line in start_lines(server_facts(server, args.served_model_name)):
+        for line in start_lines(server_facts(server, args.served_model_name), address, has_keys=not keys.is_empty):
             announce(line)
-        announce(f"ready at {address}")
         return await serve_app(
             app,
             args,

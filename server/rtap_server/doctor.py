@@ -125,9 +125,7 @@ def settings_check(environ: Mapping[str, str]) -> Finding:
         settings = load_settings({}, environ)
         keys = load_keys(settings.api_keys_file, environ)
     except ConfigError as error:
-        return _finding(
-            "settings", "failed", str(error), "Fix or unset the variable; `rtap serve --help=R-TAP` lists all."
-        )
+        return _finding("settings", "failed", str(error), "Fix or unset the variable; `rtap serve --help` lists all.")
     given = sorted(name for name in environ if name.startswith("RTAP_"))
     access = "no API keys" if keys.is_empty else "API keys"
     return _finding("settings", "ok", f"{access}; {', '.join(given) or 'no RTAP_* variables'}")

@@ -8,10 +8,12 @@ import argparse
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from rtap_core.errors import ConfigError
@@ -158,6 +160,7 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field(
         default="text", description="json: each log line is an object, one for each request"
     )
+    verbose: bool = Field(default=False, description="show warnings of vLLM and other libraries; errors always show")
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="larger request bodies are answered with 413")
     body_timeout_seconds: float = Field(
         default=30.0, gt=0, description="a request body that is not complete after this long is answered with 408"
@@ -208,16 +211,87 @@ class Settings(BaseSettings):
 
 
 ALIASES: Mapping[str, str] = {"deadline_seconds": "--deadline"}
+# Groups of `rtap serve --help`: title -> (description, settings).
+GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "stopping": (
+        "when a request ends; a request's rtap object overrides it",
+        ("policy", "threshold", "max_cycles", "samples", "select", "recursion", "patience", "deadline_seconds",
+         "trajectory_format", "cycle_open"),
+    ),
+    "confidence": (
+        "what scores an answer",
+        ("confidence", "confidence_model", "confidence_backbone", "confidence_config", "confidence_input",
+         "confidence_timeout_seconds", "confidence_engine_args", "yesno_question"),
+    ),
+    "limits": (
+        "ceilings for requests",
+        ("max_cycles_limit", "samples_limit", "deadline_seconds_limit", "trajectories_limit", "n_limit",
+         "messages_limit", "max_in_flight_requests", "max_in_flight_tokens", "max_body_bytes", "body_timeout_seconds",
+         "allow_request_templates"),
+    ),
+    "operations": (
+        "keys, logs, start and stop",
+        ("api_keys_file", "log_format", "verbose", "drain_seconds", "engine_silence_seconds", "allow_pickled_weights",
+         "oops_lexicon"),
+    ),
+}  # fmt: skip
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the "R-TAP" group: one flag for each field, with the field's description as help."""
-    group = parser.add_argument_group("R-TAP", "each flag is also an RTAP_* variable; the flag wins")
-    for name, field in Settings.model_fields.items():
-        names = [f"--{name.replace('_', '-')}", *([ALIASES[name]] if name in ALIASES else [])]
-        default = "" if field.default in (None, ...) or field.default_factory else f" [{field.default}]"
-        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        group.add_argument(*names, dest=f"rtap_{name}", metavar="VALUE", help=f"{field.description}{default}", **switch)
+def flag_of(name: str) -> str:
+    """Flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: Iterable[str] = tuple(GROUPS)) -> None:
+    """Add a flag for each setting of the groups, with the field's description as help."""
+    for title in groups:
+        description, names = GROUPS[title]
+        group = parser.add_argument_group(title, f"{description}; each flag is also an RTAP_* variable, the flag wins")
+        for name in names:
+            field = Settings.model_fields[name]
+            flags = [flag_of(name), *([ALIASES[name]] if name in ALIASES else [])]
+            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+            values = _choices(field.annotation)
+            metavar = f"{{{','.join(values)}}}" if values else "VALUE"
+            text = f"{field.description}{_shown_default(field)}".replace("%", "%%")
+            group.add_argument(*flags, dest=f"rtap_{name}", metavar=metavar, help=text, **switch)
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Allowed values of a Literal or an enumeration, also of an optional one."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return [str(member.value) for member in annotation]
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    return [value for part in get_args(annotation) for value in _choices(part)]
+
+
+def _shown_default(field: FieldInfo) -> str:
+    """Default in brackets, unless the description names it."""
+    if "default: " in (field.description or ""):
+        return ""
+    value: Any = field.get_default(call_default_factory=True)
+    shown = {None: "none", True: "on", False: "off"}.get(value, value) if not isinstance(value, dict) else "{}"
+    return f" [{str(shown).strip()}]"
+
+
+def check_value(name: str, text: str) -> None:
+    """Raise ConfigError when ``text`` is no value of the setting ``name``."""
+    if name == "confidence_engine_args":
+        _json_object(text)
+        return
+    field = Settings.model_fields[name]
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    try:
+        adapter.validate_python(text)
+    except ValidationError as error:
+        raise ConfigError(_sentence(name, text, error)) from error
+
+
+def _sentence(name: str, value: object, error: ValidationError) -> str:
+    message = error.errors()[0]["msg"].removeprefix("Value error, ")
+    return f"{flag_of(name)} (or {ENV_PREFIX}{name.upper()})={value!r}: {message}"
 
 
 def load_settings(args: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
@@ -232,7 +306,7 @@ def load_settings(args: Mapping[str, Any], environ: Mapping[str, str]) -> Settin
             raise ConfigError(f"{name} was removed: {removed[name]}")
         raise ConfigError(
             f"unknown variables: {', '.join(f'{name}{closest_match(name, known)}' for name in unknown)}; "
-            "fix or unset them: `rtap serve --help=R-TAP` lists all"
+            "fix or unset them: `rtap serve --help` lists all"
         )
     given = {name: args[f"rtap_{name}"] for name in Settings.model_fields if args.get(f"rtap_{name}") is not None}
     if "confidence_engine_args" in given:
@@ -244,8 +318,8 @@ def load_settings(args: Mapping[str, Any], environ: Mapping[str, str]) -> Settin
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        where = f"--{name.replace('_', '-')} (or {ENV_PREFIX}{name.upper()})={first['input']!r}: " if name else ""
-        raise ConfigError(where + first["msg"].removeprefix("Value error, ")) from error
+        message = _sentence(name, first["input"], error) if name else first["msg"].removeprefix("Value error, ")
+        raise ConfigError(message) from error
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -93,6 +93,45 @@ def test_a_command_whose_extra_is_missing_is_marked_in_the_help_and_refused(
     missing = cli.Command("serve things", "cpu", "no_such_module_anywhere")
     monkeypatch.setattr(cli, "COMMANDS", {**cli.COMMANDS, "serve": missing})
     assert cli.main(["--help"]) == 0
-    assert "serve things (not installed: pip install 'rtap[cpu]')" in capsys.readouterr().out
+    assert f"serve things (not installed: {cli.install('cpu')})" in capsys.readouterr().out
     assert cli.main(["serve"]) == 2
-    assert capsys.readouterr().err == "rtap: serve is not installed: run pip install 'rtap[cpu]'\n"
+    assert capsys.readouterr().err == f"rtap: serve is not installed: run {cli.install('cpu')}\n"
+
+
+def test_a_hint_names_make_in_a_checkout_and_pip_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
+    monkeypatch.chdir(ROOT)
+    assert cli.install("train") == "make setup EXTRA=train"
+    assert cli.install("cpu,train") == "make setup EXTRA='cpu train'"
+    monkeypatch.setattr(sys, "prefix", "/other")
+    assert cli.install("train") == "make setup EXTRA=train VENV=/other"
+    monkeypatch.chdir(tmp_path)
+    assert cli.install("train") == f"make -C {ROOT} setup EXTRA=train VENV=/other"
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    assert cli.install("train") == "pip install 'rtap[train]'"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["ask", "--treshold", "1", "hi"], "unrecognized arguments: --treshold (did you mean --threshold?)"),
+        (["ask"], "the following arguments are required: question"),
+        (["ask", "hi", "--threshold", "3"], "argument --threshold: '3' must be a number from 0 to 1"),
+        (["chat", "--max-cycles", "0"], "argument --max-cycles: '0' must be a whole number of at least 1"),
+    ],
+)
+def test_wrong_flags_of_ask_and_chat_are_one_sentence(arguments: list[str], sentence: str) -> None:
+    result = rtap(*arguments)
+    assert result.returncode == 2
+    assert result.stderr == (f"rtap {arguments[0]}: {sentence}; `rtap {arguments[0]} --help` lists the flags\n")
+
+
+@pytest.mark.parametrize("name", ["ask", "chat", "doctor", "models", "serve", "train", "eval", "calibrate"])
+def test_the_help_of_every_command_takes_under_a_second(name: str) -> None:
+    seconds: list[float] = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = rtap(name, "--help", path=ROOT / "server")
+        seconds.append(time.perf_counter() - started)
+        assert result.returncode == 0, result.stderr
+    assert statistics.median(seconds) < 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rtap_client import doctor
+from rtap_client.cli import install
 from rtap_client.doctor import Check
 from tests.clients.fake_server import Answer, error, fake_server
 
@@ -52,7 +53,7 @@ def test_a_package_out_of_range_is_named_with_its_range(installed):
     assert "openai 1.4 is not <3,>=2.25" in found.found
     assert "nothing-like-it is missing (required: >=1)" in found.found
     assert "trl 1.16 is not <1.0" in found.found
-    assert found.todo.startswith("Run `pip install 'rtap[serve,cpu,train]'`")
+    assert found.todo.startswith(f"Run `{install('serve,cpu,train')}`")
 
 
 def test_a_wrong_python_names_the_right_one(installed):
@@ -120,7 +121,7 @@ def test_packages_add_checks_and_an_exception_is_a_failed_check(installed):
     assert broken[0] == Check("port", "ok", "7")
     assert (broken[1].status, "oh no" in broken[1].found) == ("failed", True)
     absent = findings(part(installed, "import no_such_module_anywhere\n"))
-    assert (absent[0].status, "pip install 'rtap[cpu]'" in absent[0].todo) == ("skipped", True)
+    assert (absent[0].status, install("cpu") in absent[0].todo) == ("skipped", True)
 
 
 def test_lines_or_json_and_the_exit_code(monkeypatch, capsys):

@@ -1,17 +1,25 @@
 """Command-line mistakes of `rtap serve` that are found before anything is loaded: exit code 2 and one sentence."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from rtap_core.artifact import Artifact
 from rtap_core.format import RTAP, TEXT, THINK
 from rtap_core.types import Policy
+from rtap_server import command_line
 from rtap_server.__main__ import _parse, main
+from rtap_server.command_line import check
+from rtap_server.engine.vllm_compat import vllm_flags
 from rtap_server.routes.rtap import server_facts, start_lines
-from rtap_server.settings import REMOVED, Settings
+from rtap_server.settings import GROUPS, REMOVED, Settings
 from tests.documents import PAGES, commands
 from tests.server.fake_engine import FakeEngine, build
 
@@ -23,7 +31,7 @@ from tests.server.fake_engine import FakeEngine, build
         (["--policy", "confidence"], {}, "policy=confidence needs a generator"),
         (["--policy", "sure"], {}, "--policy (or RTAP_POLICY)='sure'"),
         ([], {"RTAP_TRESHOLD": "1"}, "unknown variables: RTAP_TRESHOLD (did you mean RTAP_THRESHOLD?); fix or unset"),
-        (["--confidence", "remote", "--confidence-model", "/m"], {}, "confidence=remote needs a http(s) address"),
+        (["--confidence", "remote", "--confidence-model", "org/m"], {}, "confidence=remote needs a http(s) address"),
         (["--api-server-count", "2"], {}, "rtap runs one API process"),
         (["--headless"], {}, "rtap runs one API process"),
         (["--api-key", "secret"], {}, "leave out --api-key, which other users of this machine can read"),
@@ -54,20 +62,86 @@ def test_a_removed_flag_is_refused_with_its_sentence(flag, capsys):
 
 
 def test_a_flag_that_is_written_wrong_gets_the_right_one(capsys):
+    assert main(["some/model", "--treshold", "0.4"]) == 2
+    assert (
+        "unrecognized arguments: --treshold (did you mean --threshold?); `rtap serve --help`" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["/nowhere", "--threshold", "2"], "no model at /nowhere"),
+        (["--threshold", "2", "/nowhere"], "--threshold (or RTAP_THRESHOLD)='2'"),
+        (["--port", "eighty", "--policy", "sure"], "--port must be a number from 0 to 65535, not 'eighty'"),
+        (["--policy", "sure", "--port", "eighty"], "--policy (or RTAP_POLICY)='sure'"),
+        (["--tensor_parallel_size", "2", "--max-cycles", "0"], "--max-cycles (or RTAP_MAX_CYCLES)='0'"),
+        (["--thresh", "2"], "--threshold (or RTAP_THRESHOLD)='2'"),
+        (["--confidence-model", "/nowhere"], "no generator at /nowhere"),
+        (["--confidence-config", "/nowhere"], "cannot read --confidence-config /nowhere: No such file"),
+        (["--confidence-engine-args", "{"], "--confidence-engine-args is not JSON"),
+        (["--threshold"], "--threshold needs a value"),
+        (["--config", "/nowhere.yaml"], "cannot read --config /nowhere.yaml: No such file"),
+        (["a/b", "c/d"], "unrecognized argument 'c/d': 'a/b' is the MODEL already"),
+    ],
+)
+def test_the_first_mistake_of_a_command_line_is_reported(words, sentence, capsys):
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"rtap serve: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["/nowhere"], 2), (["--threshold", "2"], 2), (["--treshold", "2"], 2), (["--help"], 0)]
+)
+def test_mistakes_and_help_import_nothing_heavy_and_take_less_than_two_seconds(words, code):
+    program = (
+        "import sys; from rtap_server.__main__ import main; code = main(sys.argv[1:]); "
+        "assert not {'vllm', 'torch', 'transformers'} & sys.modules.keys(); sys.exit(code)"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--lora-modules", "a=/a", "b=/b", "--enable-lora"],
+        ["-tp", "2", "-O3", "--no-enable-prefix-caching", "--seed=-1"],
+        ["--compilation-config.mode", "3", "--hf-overrides", "{}", "--host", "127.0.0.1", "--port", "0"],
+        ["--verbose", "--max_cycles=3", "--deadline", "5"],
+    ],
+)
+def test_correct_command_lines_pass_the_check(words):
+    assert check(["some/model", *words], {}) is not None
+
+
+def test_the_listed_flags_are_those_of_the_installed_vllm():
+    assert vllm_flags() == json.loads(Path(command_line.__file__).with_name("vllm_flags.json").read_text("utf-8"))
+
+
+def test_every_setting_is_in_one_group_of_the_help():
+    grouped = [name for _, names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(Settings.model_fields)
+
+
+def test_help_lists_our_groups_with_choices_and_defaults_then_those_of_vllm(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    titles = [f"{title}:" for title in GROUPS] + ["vLLM's groups", "  ParallelConfig"]
+    assert [text.index(f"\n{title}") for title in titles] == sorted(text.index(f"\n{title}") for title in titles)
+    assert "--policy {confidence,model,single,vote}" in text
+    assert "--log-format {text,json}" in text
+    assert "default for max_cycles of a request [8]" in text
+    assert main(["--help=limits"]) == 0
+    text = capsys.readouterr().out
+    assert "--n-limit" in text
+    assert "--threshold" not in text
     with pytest.raises(SystemExit) as left:
-        main(["some/model", "--treshold", "0.4"])
-    assert left.value.code == 2
-    told = capsys.readouterr().err
-    assert "unrecognized arguments: --treshold 0.4 (did you mean --threshold?); `rtap serve --help=R-TAP` lists" in told
-
-
-def test_help_says_how_to_see_the_flags(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "`rtap serve --help=R-TAP` lists the R-TAP flags" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(SystemExit):
-        main(["--help=R-TAP"])
-    assert "--max-cycles VALUE" in capsys.readouterr().out
+        main(["--help=ParallelConfig"])
+    assert left.value.code == 0
+    assert "--tensor-parallel-size" in capsys.readouterr().out
 
 
 def test_every_flag_of_the_documents_is_known():
@@ -125,12 +199,18 @@ def test_the_start_says_what_is_loaded_and_how_to_change_it(settings, confidence
     server = build(
         FakeEngine(["x"]), settings=settings, confidence=confidence, format=fmt, model="/m", format_source="why"
     )._server
-    lines = start_lines(server_facts(replace(server, confidence=confidence), ["rtap", "/m"]))
+    lines = start_lines(
+        server_facts(replace(server, confidence=confidence), ["rtap", "/m"]), "http://h:1", has_keys=False
+    )
     assert lines[0] == "model: /m, which requests call rtap or /m; --served-model-name changes it"
     assert lines[1] == f"format: {fmt.name} (why); --trajectory-format changes it"
-    assert lines[2].startswith(f"policy: {policy}")
-    assert lines[3].startswith(f"confidence: {source}")
-    assert len(lines) == 4
+    assert lines[2] == "ready at http://h:1 (page), http://h:1/v1 (API)"
+    assert lines[3].startswith(f"policy: {policy}")
+    assert lines[4].startswith(f"confidence: {source}")
+    assert lines[5:] == [
+        "keys: none; RTAP_API_KEYS or --api-keys-file sets them",
+        "stop: Ctrl-C; running requests may finish for --drain-seconds",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # vLLM does not close what cannot bind
@@ -187,7 +267,7 @@ def test_the_start_says_how_to_calibrate_a_confidence_that_is_not():
     server = build(FakeEngine(["x"]), settings=settings, generator=Artifact(), model="/m", format_source="why")._server
     facts = server_facts(server, ["/m"])
     assert facts["confidence"]["is_calibrated"] is False
-    assert start_lines(facts)[3] == (
+    assert start_lines(facts, "http://h:1", has_keys=True)[4] == (
         "confidence: yesno, not calibrated, so votes count answers; `rtap calibrate /m --questions FILE -- "
         "--confidence yesno` fits it and writes the file for --confidence-config"
     )

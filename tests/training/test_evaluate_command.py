@@ -402,7 +402,7 @@ def test_judging_is_not_timed(fake: FakeServer, questions: Path, monkeypatch: py
         (["--samples", "0"], "'0' must be an integer of at least 1"),
         (["--concurrency", "many"], "'many' must be an integer"),
         (["--temperature", "nan"], "'nan' must be a number from 0 to 2"),
-        (["--quesions", "x"], "unrecognized arguments: --quesions"),
+        (["--quesions", "x"], "(did you mean --questions?)"),
     ],
 )
 def test_a_bad_flag_gets_one_sentence(

@@ -14,7 +14,7 @@ from typing import Any
 from rtap_core.errors import ConfigError, RtapError
 from rtap_training.bundled import config as demo
 from rtap_training.config.generator import GeneratorConfig
-from rtap_training.config.rl import CONFIGS
+from rtap_training.config.rl import CONFIGS, Method
 from rtap_training.config.settings import BUNDLED, add_flags, build_config
 from rtap_training.config.sft import SftConfig
 
@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, (_, kind, what) in STAGES.items():
         add_flags(commands.add_parser(name, help=what, allow_abbrev=False), kind)
     for name, kind in CONFIGS.items():
-        add_flags(commands.add_parser(name, help=(kind.__doc__ or "").splitlines()[0], allow_abbrev=False), kind)
+        parser_of = commands.add_parser(name, help=(kind.__doc__ or "").splitlines()[0], allow_abbrev=False)
+        add_flags(parser_of, kind, ("teacher",) if name in (Method.RLAD, Method.KDRL) else ())
     for name in ("sft", "generator", *CONFIGS):
         commands.choices[name].add_argument(
             "--estimate", type=int, nargs="?", const=0, metavar="RANKS", default=argparse.SUPPRESS,

@@ -17,6 +17,7 @@ from rtap_client.commands import (
     FAILED,
     INTERRUPTED,
     USAGE,
+    CommandParser,
     add_connection_flags,
     add_request_flags,
     connect,
@@ -113,12 +114,12 @@ def _json_object(reply: ChatReply) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="rtap ask",
         description="Ask a server one question. The answer goes to stdout, everything else to stderr.",
         epilog=f"The API key is read from RTAP_API_KEY. {EXIT_CODES}",
     )
-    parser.add_argument("question", nargs="+", help="the question, quoted or not; - reads it from stdin")
+    parser.add_argument("question", nargs="+", help="the question (required), quoted or not; - reads it from stdin")
     parser.add_argument("--json", action="store_true", help="print one JSON object: answer, rtap, usage, id")
     parser.add_argument("--cycles", action="store_true", help="also list the cycles on stderr")
     add_connection_flags(parser)

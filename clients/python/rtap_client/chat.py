@@ -3,9 +3,10 @@
 import argparse
 import contextlib
 import importlib
+import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Never
 
@@ -14,22 +15,28 @@ from openai.types.chat import ChatCompletionMessageParam
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+from typing_extensions import override
 
 from rtap_client.client import RTAP
 from rtap_client.commands import (
     EXIT_CODES,
+    FAILED,
+    UNREACHABLE,
     USAGE,
+    CommandParser,
     add_connection_flags,
     add_request_flags,
     connect,
     describe_error,
     print_error,
     printable,
+    refusal,
     rtap_options,
     sampling_options,
     server_url,
     usage_error,
 )
+from rtap_client.server_process import BUNDLED, ServerFailed, started_server
 from rtap_client.streams import events
 from rtap_client.types import ServerConfig
 from rtap_client.view import LiveReply, count, render
@@ -42,11 +49,12 @@ HELP = """\
 /help, /quit                         Ctrl-C stops an answer, Ctrl-D quits"""
 
 
-class _Flags(argparse.ArgumentParser):
+class _Flags(CommandParser):
     """Parser that raises ValueError instead of ending the program."""
 
+    @override
     def error(self, message: str) -> Never:
-        raise ValueError(message)
+        raise ValueError(self.explained(message))
 
 
 @dataclass(slots=True)
@@ -138,11 +146,16 @@ class Chat:
     def _set(self, flags: str) -> None:
         parser = _Flags(add_help=False, argument_default=argparse.SUPPRESS)
         add_request_flags(parser)
+        changed = argparse.Namespace(**vars(self.args))
         try:
-            parser.parse_args(shlex.split(flags), namespace=self.args)
+            parser.parse_args(shlex.split(flags), namespace=changed)
+            message = refusal(changed, self.config)
         except ValueError as error:
-            self.console.print(Text(f"{error}; for example /set --threshold 0.9", style="yellow"))
+            message = f"{error}; for example /set --threshold 0.9"
+        if message is not None:
+            self.console.print(Text(message, style="yellow"))
             return
+        self.args = changed
         values = {**rtap_options(self.args), **sampling_options(self.args)}
         settings = ", ".join(f"{name} {value}" for name, value in values.items()) or "all server defaults"
         self.console.print(Text(settings, style="dim"))
@@ -158,11 +171,13 @@ class Chat:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="rtap chat",
-        description="Talk to a server and watch its cycles: confidence, threshold, and what changed.",
+        description="Talk to a server and watch its cycles: confidence, threshold, and what changed. With MODEL a "
+        "server is started for the time of the chat, unless one serves it at --url.",
         epilog=f"The API key is read from RTAP_API_KEY. {EXIT_CODES}",
     )
+    parser.add_argument("serve", nargs="?", metavar="MODEL", help=f"model to serve; {BUNDLED}: the bundled one")
     add_connection_flags(parser)
     add_request_flags(parser)
     parser.add_argument("--forget", action="store_true", help="send each question without the conversation before it")
@@ -172,18 +187,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error("chat", message)
         return USAGE
     console = Console(highlight=False)
-    with connect(args) as client:
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(connect(args))
         try:
             config = client.config()
         except openai.OpenAIError as error:
             failure = describe_error(error, client)
-            print_error("chat", failure.message)
-            return failure.exit_code
+            is_named = args.url or os.environ.get("RTAP_URL")
+            if args.serve is None or is_named or failure.exit_code != UNREACHABLE:
+                print_error("chat", failure.message)
+                return failure.exit_code
+            try:
+                args.url = stack.enter_context(_server(args.serve, console))
+            except ServerFailed as failed:
+                print_error("chat", str(failed))
+                return FAILED
+            client = stack.enter_context(connect(args))
+            config = client.config()
+        if args.serve not in (None, config.model, *config.models):
+            print_error(
+                "chat", f"{server_url(client)} serves {config.model}, not {args.serve}; stop it, or leave out MODEL"
+            )
+            return USAGE
+        message = refusal(args, config)
+        if message is not None:
+            print_error("chat", message)
+            return USAGE
         args.model = args.model or config.models[0]
         chat = Chat(client, args, config, console)
         console.print(Text(f"{args.model} at {server_url(client)} · {chat.policy} · /help for commands", style="dim"))
         _read_lines(chat)
     return 0
+
+
+@contextlib.contextmanager
+def _server(model: str, console: Console) -> Generator[str]:
+    """Start a server and show the seconds while it loads."""
+    with contextlib.ExitStack() as stack:
+        with console.status(f"starting a server of {model}") as status:
+            url = stack.enter_context(
+                started_server(model, lambda seconds: status.update(f"starting a server of {model}, {seconds:.0f} s"))
+            )
+        yield url
 
 
 def _read_lines(chat: Chat) -> None:

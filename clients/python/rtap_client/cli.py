@@ -6,15 +6,18 @@ Entry points are functions `main(argv: list[str] | None = None) -> int`. They ar
 
 import difflib
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import cast
 
 from rtap_client import __version__
 
 GROUP = "rtap.commands"
+CHECKOUT = Path(__file__).resolve().parents[3]  # when the package is not installed from a wheel
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ COMMANDS: Mapping[str, Command] = {
     "ask": Command("ask a server one question; for scripts"),
     "chat": Command("talk to a server and watch its cycles"),
     "doctor": Command("check installation, machine, models and server"),
+    "models": Command("list the models on this machine: bundled and in the Hub cache"),
     "serve": Command("serve a model with recursive Think–Answer cycles; OpenAI API, on vLLM", "cpu", "vllm"),
     "train": Command("train policies and confidence generators", "train", "sklearn"),
     "calibrate": Command("make a server's confidence a probability on your questions", "train", "sklearn"),
@@ -46,8 +50,16 @@ def missing_extra(name: str) -> str | None:
 
 
 def install(extra: str) -> str:
-    """Return the command that installs an extra."""
-    return f"pip install 'rtap[{extra}]'" if extra else "pip install rtap"
+    """Return the command that installs an extra: `make setup` in a checkout, else pip."""
+    if not CHECKOUT.joinpath("scripts", "setup_env.py").is_file():
+        return f"pip install 'rtap[{extra}]'" if extra else "pip install rtap"
+    folder = "" if Path.cwd() == CHECKOUT else f" -C {shlex.quote(str(CHECKOUT))}"
+    default = CHECKOUT / ".venv"
+    venv = "" if Path(sys.prefix).resolve() == default.resolve() else f" VENV={shlex.quote(sys.prefix)}"
+    if sys.prefix == sys.base_prefix:
+        venv = ""
+    extras = shlex.quote(" ".join(extra.split(",")))
+    return f"make{folder} setup{f' EXTRA={extras}' if extra else ''}{venv}"
 
 
 def describe(name: str, found: Mapping[str, EntryPoint]) -> str:

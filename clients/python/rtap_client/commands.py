@@ -1,15 +1,20 @@
 """Flags, exit codes and error messages shared by `rtap ask` and `rtap chat`."""
 
 import argparse
+import difflib
+import math
 import os
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast, get_args
+from typing import Any, NoReturn, TypedDict, cast, get_args
 
 import openai
+from typing_extensions import override
 
 from rtap_client.client import DEFAULT_URL, RTAP
-from rtap_client.types import Continuation, Policy, RtapOptions, Select
+from rtap_client.types import Continuation, Policy, RtapOptions, Select, ServerConfig
 
 FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130  # exit codes; 0 is success
 EXIT_CODES = (
@@ -34,10 +39,46 @@ class Sampling(TypedDict, total=False):
     seed: int
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Parser whose errors suggest the flag that was meant and name the command to run next."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {self.explained(message)}; `{self.prog} --help` lists the flags\n")
+
+    def explained(self, message: str) -> str:
+        """Add the closest flag to the message about an unknown one."""
+        found = re.match(r"unrecognized arguments: (-[\w-]+)", message)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(found[1], flags, n=1) if found else []
+        return f"{message} (did you mean {close[0]}?)" if close else message
+
+
+def number(kind: Callable[[str], float], low: float, high: float, text: str) -> Callable[[str], float]:
+    """Return a parser of numbers from ``low`` to ``high``. text: these bounds in words."""
+
+    def parse(given: str) -> float:
+        try:
+            value = kind(given)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{given!r} must be {text}")
+        return value
+
+    return parse
+
+
+_COUNT = number(int, 1, math.inf, "a whole number of at least 1")
+_SHARE = number(float, 0, 1, "a number from 0 to 1")
+_SECONDS = number(float, 1e-9, 1e9, "a number of seconds above 0")
+_TEMPERATURE = number(float, 0, 2, "a number from 0 to 2")
+
+
 def add_connection_flags(parser: argparse.ArgumentParser) -> None:
     """Add --url, --timeout and --retries. There is no flag for the key: other users can read command lines."""
     parser.add_argument("--url", metavar="URL", help=f"address of the server [RTAP_URL, else {DEFAULT_URL}]")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="timeout of a request [600]")
+    parser.add_argument("--timeout", type=_SECONDS, default=600.0, metavar="SECONDS", help="timeout of a request [600]")
     retries = "retries when the server is not reached, full, or limits this key; honours Retry-After [0]"
     parser.add_argument("--retries", type=int, default=0, metavar="N", help=retries)
 
@@ -47,17 +88,19 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="model name [the first that the server lists]")
     rtap = parser.add_argument_group("recursion", "Defaults are the server's.")
     rtap.add_argument("--policy", choices=get_args(Policy), help="stop policy")
-    rtap.add_argument("--threshold", type=float, metavar="0..1", help="stop at this confidence")
-    rtap.add_argument("--max-cycles", type=int, metavar="N", help="maximum number of cycles")
-    rtap.add_argument("--samples", type=int, metavar="N", help="number of samples in a vote")
+    rtap.add_argument("--threshold", type=_SHARE, metavar="0..1", help="stop at this confidence")
+    rtap.add_argument("--max-cycles", type=_COUNT, metavar="N", help="maximum number of cycles")
+    rtap.add_argument("--samples", type=_COUNT, metavar="N", help="number of samples in a vote")
     rtap.add_argument("--select", choices=get_args(Select), help="return the best or the last complete answer")
     rtap.add_argument("--recursion", choices=get_args(Continuation), help="start of further cycles")
-    rtap.add_argument("--patience", type=int, metavar="N", help="stop after N cycles without a higher confidence")
-    rtap.add_argument("--deadline", type=float, metavar="SECONDS", help="return the best answer so far after this time")
+    rtap.add_argument("--patience", type=_COUNT, metavar="N", help="stop after N cycles without a higher confidence")
+    rtap.add_argument(
+        "--deadline", type=_SECONDS, metavar="SECONDS", help="return the best answer so far after this time"
+    )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--system", metavar="TEXT", help="system message")
-    sampling.add_argument("--max-tokens", type=int, metavar="N", help="token limit over all cycles")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="sampling temperature")
+    sampling.add_argument("--max-tokens", type=_COUNT, metavar="N", help="token limit over all cycles")
+    sampling.add_argument("--temperature", type=_TEMPERATURE, metavar="T", help="sampling temperature")
     sampling.add_argument("--seed", type=int, metavar="N", help="seed of the whole trajectory")
 
 
@@ -81,6 +124,23 @@ def usage_error(args: argparse.Namespace) -> str | None:
         return f"the address {url} does not begin with http:// or https://; try --url http://{url.rpartition('://')[2]}"
     if not (key.isascii() and key.isprintable()):
         return "RTAP_API_KEY contains a line break or a character that is not ASCII; copy the key again"
+    return None
+
+
+def refusal(args: argparse.Namespace, config: ServerConfig) -> str | None:
+    """Return why this server would refuse the flags, or None."""
+    if args.model is not None and args.model not in config.models:
+        return f"this server has no model {args.model}; it has {', '.join(config.models)}"
+    if args.policy == "confidence" and config.confidence.kind == "none":
+        return "--policy confidence needs a confidence generator, and this server has none; use vote, model or single"
+    ceilings = config.limits
+    for flag, value, limit in (
+        ("--max-cycles", args.max_cycles, ceilings.max_cycles),
+        ("--samples", args.samples, ceilings.samples),
+        ("--deadline", args.deadline, ceilings.deadline_seconds),
+    ):
+        if value is not None and value > limit:
+            return f"{flag} {value:g} is above this server's limit of {limit:g}"
     return None
 
 

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, metadata, requires, version
 from typing import Any, Literal, cast
 
+from rtap_client.cli import install
+
 GROUP = "rtap.checks"
 TIMEOUT_SECONDS = 5.0  # of a request to the server
 Status = Literal["ok", "warning", "failed", "skipped"]
@@ -103,8 +105,7 @@ def packages() -> Iterator[Check]:
     named = " and ".join(f"rtap[{extra}]" for extra in extras) if extras else "rtap"
     if wrong:
         listed = ",".join(extras)
-        todo = f"Run `pip install 'rtap[{listed}]'`, or `make setup`, in a separate environment."
-        yield Check("packages", "failed", "; ".join(wrong), todo if listed else "Run `pip install rtap`.")
+        yield Check("packages", "failed", "; ".join(wrong), f"Run `{install(listed)}` in a separate environment.")
     else:
         yield Check("packages", "ok", f"{count} packages in the ranges of {named}")
 
@@ -121,7 +122,7 @@ def server(url: str | None, key: str | None) -> Iterator[Check]:
     try:
         httpx = importlib.import_module("httpx")
     except ImportError:
-        yield Check("server", "skipped", "httpx is missing", "Run `pip install rtap`.")
+        yield Check("server", "skipped", "httpx is missing", f"Run `{install('')}`.")
         return
     named, root = url is not None, (url or "http://127.0.0.1:8000").rstrip("/").removesuffix("/v1")
 
@@ -166,7 +167,7 @@ def _checks_of(point: EntryPoint, arguments: Mapping[str, Any]) -> Iterator[Chec
         checks = cast(Callable[[Mapping[str, Any]], Iterable[Mapping[str, Any]]], point.load())
     except ImportError as error:
         found = f"the {point.name} is not installed ({error})"
-        todo = "To serve from here: `pip install 'rtap[cpu]'` or `pip install 'rtap[cuda]'`."
+        todo = f"To serve from here: `{install('cpu')}` or `{install('cuda')}`."
         yield Check(point.name, "skipped", found, todo)
         return
     try:

@@ -8,7 +8,6 @@ import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from vllm.platforms import current_platform
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.usage.usage_lib import UsageContext
 
-from rtap_core.adapters import is_adapter
+from rtap_core.adapters import check_model_path
 from rtap_core.artifact import Artifact, is_classifier, read_artifact
 from rtap_core.errors import ConfigError
 from rtap_core.format import TrajectoryFormat, detect_format
@@ -83,13 +82,7 @@ def cpu_executor(sizes: Mapping[str, Any]) -> str | None:
 
 
 def engine_config(engine_args: AsyncEngineArgs, model: str, *, allows_pickles: bool) -> VllmConfig:
-    if _is_path(model) and not (Path(model) / "config.json").is_file():
-        if is_adapter(model):
-            raise ConfigError(
-                f"{model} is an adapter: serve its base with --enable-lora --lora-modules NAME={model}, or a "
-                "generator's with --confidence-model"
-            )
-        raise ConfigError(f"no model at {model}: give a folder with a config.json, or a Hugging Face name")
+    check_model_path(model)
     given = str(engine_args.load_format)
     check_folder(model, given, allows_pickles=allows_pickles)
     engine_args.load_format = load_format(given, allows_pickles=allows_pickles)
@@ -258,7 +251,3 @@ def rtap_block(config: VllmConfig) -> dict[str, Any] | None:
 
 def _vocabulary(config: VllmConfig) -> dict[str, int]:
     return cast(dict[str, int], tokenizer_of(config).get_vocab())
-
-
-def _is_path(model: str) -> bool:
-    return model.startswith(("/", "./", "../", "~")) or Path(model).exists()

@@ -74,7 +74,7 @@ class Engines:
 @asynccontextmanager
 async def start_engines(args: Namespace, settings: Settings) -> AsyncGenerator[Engines]:
     """Both engines, loaded in parallel and stopped together at the end. Raises ConfigError."""
-    with captured_stderr():
+    with captured_stderr(is_verbose=settings.verbose):
         async with _started_engines(args, settings) as engines:
             yield engines
 

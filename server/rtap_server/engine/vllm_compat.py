@@ -3,10 +3,12 @@
 The extras ``cpu`` and ``cuda`` pin the minor version of vLLM that these tests run against.
 """
 
+import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import zmq
+from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig, VllmConfig
 from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.sampling_params import SamplingParams
@@ -101,3 +103,21 @@ def zmq_context(engine: "AsyncLLM") -> "zmq.Context[Any] | None":
 def _resources(engine: "AsyncLLM") -> Any:
     core: Any = engine.engine_core
     return core.resources
+
+
+def vllm_flags() -> dict[str, Any]:
+    """Groups of vLLM's command line, each with its flags and their numbers of values."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser: argparse.ArgumentParser = make_arg_parser(FlexibleArgumentParser(prog="rtap serve", add_help=False))
+    groups: list[dict[str, Any]] = []
+    for group in parser._action_groups:  # pyright: ignore[reportPrivateUsage]
+        actions = group._group_actions  # pyright: ignore[reportPrivateUsage]
+        flags = {
+            flag: 1 if action.nargs is None else action.nargs for action in actions for flag in action.option_strings
+        }
+        summary = " ".join((group.description or "").split("\n\n", 1)[0].split())
+        groups.append({"title": group.title or "", "summary": summary, "flags": flags})
+    release = ".".join(vllm_version.split(".")[:2])
+    return {"version": f"{release}.", "groups": [group for group in groups if group["flags"]]}

@@ -172,7 +172,7 @@ _SPENDS = {
 }
 
 
-def start_lines(facts: Mapping[str, Any]) -> list[str]:
+def start_lines(facts: Mapping[str, Any], address: str, *, has_keys: bool) -> list[str]:
     """``server_facts`` as lines for the operator, each with the flag that changes it."""
     defaults, confidence = facts["defaults"], facts["confidence"]
     policy, names = defaults["policy"], " or ".join(facts["models"])
@@ -196,9 +196,13 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
             "none, so no answer is scored; --confidence-model (a generator of `rtap train generator`) or --confidence "
             "logprob (no second model; `rtap calibrate` fits it) adds scores and policy confidence"
         )
+    keys = "required" if has_keys else "none; RTAP_API_KEYS or --api-keys-file sets them"
     return [
         f"model: {facts['model']}, which requests call {names}; --served-model-name changes it",
         f"format: {facts['format']} ({facts['format_source']}); --trajectory-format changes it",
+        f"ready at {address} (page), {address}/v1 (API)",
         f"policy: {policy} ({spends}), {facts['policy_source']}{vote}",
         f"confidence: {scores}",
+        f"keys: {keys}",
+        "stop: Ctrl-C; running requests may finish for --drain-seconds",
     ]

@@ -4,12 +4,16 @@ JSON lines have the shape of vLLM's own JSON formatter. Request bodies are not l
 dropped: a full disk or a closed pipe must not fail a request or an engine.
 """
 
+import asyncio
 import io
 import logging
 import os
+import re
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+import time
+import warnings
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from threading import Thread
 
 from pythonjsonlogger.json import JsonFormatter
@@ -20,6 +24,8 @@ REQUESTS = "rtap.requests"
 ERRORS = "rtap.errors"
 STDERR = "stderr"
 
+# Warnings and progress bars of libraries in engine processes, which `--verbose` shows.
+_WARNINGS = re.compile(r"\[W\d{4} |.*\bWarning: |Triton is installed|.*\d+%.*\d+/\d+ \[")
 _MAX_LINE_BYTES = 2**16
 _FLUSH_SECONDS = 2.0
 
@@ -64,6 +70,33 @@ def announce(message: str, level: int = logging.INFO) -> None:
         print(f"rtap serve: {message}", file=sys.stderr)  # noqa: T201 - the command's own message
 
 
+@asynccontextmanager
+async def loading_progress(message: str) -> AsyncGenerator[None]:
+    """Announce ``message``. A terminal also shows the seconds since then, until the block ends."""
+    announce(message)
+    shows = sys.stderr.isatty() and not logging.getLogger(LOGGER).handlers
+    task = asyncio.create_task(_count_seconds()) if shows else None
+    try:
+        yield
+    finally:
+        if task is not None:
+            task.cancel()
+            _show_on_line("")
+
+
+async def _count_seconds() -> None:
+    began = time.monotonic()
+    while True:
+        _show_on_line(f"… {time.monotonic() - began:.0f} s")
+        await asyncio.sleep(1)
+
+
+def _show_on_line(text: str) -> None:
+    """Replace the terminal's current line. ``captured_stderr`` changes ``sys.stderr`` meanwhile."""
+    sys.stderr.write(f"\r{text}\x1b[K")
+    sys.stderr.flush()
+
+
 def use_json(fields: str) -> None:
     """Format log lines as JSON, except those of vLLM and uvicorn, which have their own setting for it.
 
@@ -77,8 +110,16 @@ def use_json(fields: str) -> None:
     logging.captureWarnings(True)
 
 
+def hide_warnings() -> None:
+    """Hide warnings of libraries in this process, and uvicorn's start and stop messages. Errors are shown."""
+    warnings.simplefilter("ignore")
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.ERROR)
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.levelno >= logging.WARNING)
+
+
 @contextmanager
-def captured_stderr() -> Generator[None]:
+def captured_stderr(*, is_verbose: bool = True) -> Generator[None]:
     """Log what engine processes and native code write to stderr, one record a line.
 
     Such text may quote a request, so it must not look like records of the log. File descriptor 2 is a pipe while this
@@ -88,7 +129,7 @@ def captured_stderr() -> Generator[None]:
     os.dup2(writing, 2)
     os.close(writing)
     sys.stderr = _lossy_text(real, "utf-8")  # never closed: logging handlers keep it
-    thread = Thread(target=_log_lines, args=(reading, _stderr_logger()), name="stderr", daemon=True)
+    thread = Thread(target=_log_lines, args=(reading, _stderr_logger(), is_verbose), name="stderr", daemon=True)
     thread.start()
     try:
         yield
@@ -110,12 +151,12 @@ def _stderr_logger() -> logging.Logger:
     return logger
 
 
-def _log_lines(descriptor: int, logger: logging.Logger) -> None:
+def _log_lines(descriptor: int, logger: logging.Logger, is_verbose: bool) -> None:
     """Read to the end, so that no writer ever waits; logging itself raises nothing."""
     with open(descriptor, "rb") as pipe:
         while line := pipe.readline(_MAX_LINE_BYTES):
             for part in line.decode("utf-8", "backslashreplace").splitlines():
-                if part.strip():
+                if part.strip() and (is_verbose or not _WARNINGS.match(part)):
                     logger.warning("%s", _printable(part))
 
 

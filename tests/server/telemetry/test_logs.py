@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -136,3 +137,41 @@ def test_a_live_engine_does_not_delay_the_end(restored):
     finally:
         engine.kill()
         engine.wait()
+
+
+@pytest.mark.parametrize(
+    ("line", "is_shown"),
+    [
+        ("[W1201 07:59:42.015 utils.cpp:68] Warning: NUMA binding", False),
+        ("Loading safetensors checkpoint shards: 100% Completed | 1/1 [00:00<00:00, 47.7it/s]", False),
+        ("[E1201 07:59:42.015 utils.cpp:68] Error: NUMA binding", True),
+        ("RuntimeError: out of memory, 100%", True),
+        ("Killed", True),
+    ],
+)
+def test_warnings_of_engine_processes_are_hidden_and_errors_never(line, is_shown, restored, capfd):
+    for is_verbose in (False, True):
+        with captured_stderr(is_verbose=is_verbose):
+            os.write(2, f"{line}\n".encode())
+        assert (f"stderr: {line}" in capfd.readouterr().err) == (is_shown or is_verbose)
+
+
+def test_a_terminal_shows_the_seconds_of_loading_and_clears_them(restored):
+    program = (
+        "import asyncio\n"
+        "from rtap_server.telemetry.logs import captured_stderr, drop_unwritable_output, loading_progress\n"
+        "async def main():\n"
+        "    async with loading_progress('loading x'):\n"
+        "        with captured_stderr():\n"
+        "            await asyncio.sleep(1.3)\n"
+        "drop_unwritable_output()\n"
+        "asyncio.run(main())\n"
+    )
+    terminal, side = pty.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", program], stderr=side, timeout=60, check=True)
+        shown = os.read(terminal, 10_000).decode()
+    finally:
+        os.close(terminal)
+        os.close(side)
+    assert shown == "rtap serve: loading x\r\n\r… 0 s\x1b[K\r… 1 s\x1b[K\r\x1b[K"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -71,8 +72,8 @@ def run_dir(output: Path) -> Path:
     return output.with_name(f"{output.name}.run")
 
 
-def add_flags(parser: argparse.ArgumentParser, config: "type[DataclassInstance]") -> None:
-    """Add one flag per field, and ``--config``."""
+def add_flags(parser: argparse.ArgumentParser, config: "type[DataclassInstance]", required: Sequence[str] = ()) -> None:
+    """Add one flag per field, and ``--config``. required: fields without a usable default."""
     parser.add_argument("--config", type=Path, help="YAML file with the same names as the flags; flags win")
     types = get_type_hints(config)
     for item in fields(config):
@@ -80,10 +81,11 @@ def add_flags(parser: argparse.ArgumentParser, config: "type[DataclassInstance]"
         shape: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if issubclass(kind, StrEnum):
             shape["choices"] = list(kind)
+        shown = "required" if item.name in required else f"default: {item.default}"
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",
             default=argparse.SUPPRESS,
-            help=f"{item.metadata['help']} (default: {item.default})".replace("%", "%%"),
+            help=f"{item.metadata['help']} ({shown})".replace("%", "%%"),
             **shape,
         )
 

@@ -1,6 +1,7 @@
 """Command lines of ``rtap eval`` and ``rtap calibrate``: shared flags, their values, exit status. Cheap to import."""
 
 import argparse
+import difflib
 import math
 import os
 import shlex
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from rtap_core.errors import ConfigError
 
@@ -27,7 +28,9 @@ def run_command(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     at = arguments.index("--") if "--" in arguments else len(arguments)
-    args = parser.parse_args(arguments[:at])
+    args, unknown = parser.parse_known_args(arguments[:at])
+    if unknown:
+        refuse_unknown(parser, unknown, [flag for action in parser._actions for flag in action.option_strings])  # pyright: ignore[reportPrivateUsage]
     shown = [text.replace(args.api_key, "…") for text in arguments] if args.api_key else arguments
     args.serve_flags, args.command = arguments[at + 1 :], shlex.join([*parser.prog.split(), *shown])
     try:
@@ -58,6 +61,13 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
+def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str], known: Sequence[str]) -> NoReturn:
+    """End the command with the unknown arguments and the flag that was probably meant."""
+    close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    parser.error(f"unknown arguments: {' '.join(unknown)}{hint}; `{parser.prog} --help` lists the flags")
+
+
 def add_flag(parser: argparse.ArgumentParser, name: str, text: str, **more: Any) -> None:
     """Add a flag whose help ends with the default as typed."""
     parser.add_argument(name, help=f"{text} (default: %(default)s)" if "default" in more else text, **more)
@@ -70,7 +80,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--confidence-model", "confidence generator of MODEL", metavar="PATH")
     add("--server", "address of a running rtap server, instead of MODEL", metavar="URL")
     add("--api-key", "API key of the server (default: RTAP_API_KEY)")
-    add("--questions", of_file, nargs="+", metavar="SOURCE")
+    add("--questions", f"{of_file} (required without --from-samples)", nargs="+", metavar="SOURCE")
     add("--from-samples", "samples.jsonl of earlier runs, in place of both", type=Path, nargs="+", metavar="FILE")
     add("--prompt", "message with {question} in it (default: the question; for rg: also to box it)", metavar="TEMPLATE")
     add("--limit", "only the first N questions of each task", type=positive, metavar="N")

@@ -87,7 +87,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path,
 def _cause(log: Path) -> str:
     """Cause from the log: the server's own message, else the first exception, else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    start_up = r"rtap serve: (?!loading |ready at |(?:model|format|policy|confidence): )"
+    start_up = r"rtap serve: (?!loading |ready at |(?:model|format|policy|confidence|keys|stop): )"
     own = [line for line in lines if re.match(start_up, line)]
     # at the start of a line, or behind vLLM's log prefix
     raised = [found[1] for line in lines if (found := re.search(r"(?:^|\] )([A-Z]\w*(?:Error|Exception): .*)", line))]
