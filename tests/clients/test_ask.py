@@ -74,6 +74,12 @@ def test_on_a_terminal_the_answer_that_is_being_written_is_on_stderr_until_it_is
     assert err.endswith("1 ✓ 0.900 4\n")
 
 
+def test_an_answer_below_the_threshold_is_not_sure_on_stderr(run_ask):
+    below = {**REPLY["rtap"], "stop_reason": "max_cycles", "confidence": 0.13}
+    with fake_server(MODELS, Answer(body={**REPLY, "rtap": below})) as fake:
+        assert run_ask("2+2", "--url", fake.url) == (0, "4\n", "rtap ask: not sure (0.13, below the threshold)\n")
+
+
 def test_a_dash_reads_the_question_from_stdin(run_ask, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("what is\n2+2?\n"))
     with fake_server(MODELS, Answer(body=REPLY)) as fake:

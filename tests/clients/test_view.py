@@ -117,6 +117,18 @@ def test_a_finished_reply_shows_the_answer_and_why_it_stopped():
     assert "Ctrl-C" not in shown
 
 
+def test_an_answer_below_the_threshold_is_not_sure():
+    reply = LiveReply("confidence", 0.76, 4)
+    reply.observe(AnswerEvent("4", 0))
+    below = {**RTAP, "stop_reason": "max_cycles", "confidence": 0.13, "cycles": [{**CYCLE, "confidence": 0.13}]}
+    rtap = Trajectory.construct(**below)
+    reply.observe(DoneEvent("id", "4", "stop", rtap, (rtap,), None))
+    shown = printed(render(reply, 0.5), force_terminal=True, color_system="standard")
+    assert "answer · not sure (0.13, needs 0.76)" in shown
+    assert "\x1b[1;33m?" in shown
+    assert "\x1b[32m" not in shown  # no green
+
+
 def test_a_vote_counts_samples_and_marks_those_that_agree_with_the_answer():
     reply = LiveReply("vote", None, 8)
     assert "sample 1 · vote · 1.0 s" in printed(render(reply, 1.0))

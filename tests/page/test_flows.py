@@ -1,6 +1,7 @@
 """User flows in a real browser over scripted streams: ask, watch, stop, compare, configure, give feedback."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -64,6 +65,31 @@ def test_a_run_with_its_cycles_its_reason_and_its_figures(visit, server):
     (body,) = server.asked
     assert body["rtap"] == {"return_cycles": True, "drafts": True}
     assert (body["stream"], body["messages"][0]["content"]) == (True, "make 82 from 3, 7, 25")
+
+
+def test_an_answer_below_the_threshold_is_amber_and_says_what_it_needs(visit, server):
+    best = [replace(MENDED[0], confidence=0.13, accepted=True), replace(MENDED[1], confidence=0.12, accepted=False)]
+    server.answers = lambda _: stream_of(best, stop=StopReason.MAX_CYCLES)
+    page = visit()
+    ask(page)
+    expect(page.locator(".answer .caption")).to_have_text("AnswerNot sure (0.13, needs 0.76)")
+    expect(page.locator(".cycle .verdict")).to_have_text(["returned: the best answer", "not accepted"])
+    accent, amber, number = page.evaluate(
+        """() => [".state", ".doubt", ".cycle .number"].map((one, i) =>
+        getComputedStyle(document.querySelector(one), i ? null : "::before")[i ? "color" : "backgroundColor"])"""
+    )
+    assert amber == number != accent
+    assert figures(page)["Confidence"] == "0.13 → 0.13"
+    dot, line = page.locator(".sparkline circle"), page.locator(".sparkline polyline")
+    assert dot.get_attribute("cx") == line.get_attribute("points").split(",")[0]
+
+
+def test_what_cost_more_is_no_saving(visit, server):
+    long = [replace(MENDED[0], tokens=9), replace(MENDED[1], tokens=900)]
+    server.answers = lambda _: stream_of(long)
+    page = visit()
+    ask(page)
+    assert [name for name in figures(page) if name.startswith("Saved")] == ["Saved against all 8 cycles"]
 
 
 def test_thinking_folds_when_it_is_judged_and_unfolds_without_the_repeated_answer(visit, server):

@@ -138,6 +138,10 @@ def _print(reply: ChatReply, *, as_json: bool, with_cycles: bool) -> int:
         sys.stdout.write(json.dumps(_json_object(reply), ensure_ascii=False) + "\n")
     elif answer:
         sys.stdout.write((printable(answer) if is_terminal() else answer) + "\n")
+        rtap = reply.rtap
+        is_judged = rtap is not None and rtap.policy == "confidence" and rtap.confidence is not None
+        if is_judged and rtap.stop_reason != "threshold":
+            sys.stderr.write(f"rtap ask: not sure ({rtap.confidence:.2f}, below the threshold)\n")
     if answer:
         return 0
     reason = reply.choices[0].finish_reason

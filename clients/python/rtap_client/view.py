@@ -95,10 +95,22 @@ def render(reply: LiveReply, seconds: float) -> RenderableType:
     if reply.stopped:
         parts.append(Text(f"stopped after {seconds:.1f} s", style="yellow"))
     elif reply.answer:
-        parts.append(Panel(Text(printable(reply.answer)), title="answer", title_align="left", border_style="green"))
+        confidence = None if reply.done is None or reply.done.rtap is None else reply.done.rtap.confidence
+        title = "answer"
+        if (doubt := not_sure(confidence, reply.threshold)) is not None:
+            title = f"answer · {doubt}"
+        color = "green" if doubt is None else "yellow"
+        parts.append(Panel(Text(printable(reply.answer)), title=title, title_align="left", border_style=color))
     else:
         parts.append(Text("no cycle completed an answer; raise --max-tokens or --deadline", style="yellow"))
     return Group(*parts, Text(summary(reply, seconds), style="dim"))
+
+
+def not_sure(confidence: float | None, threshold: float | None) -> str | None:
+    """Warning next to an answer whose confidence is below the threshold."""
+    if confidence is None or threshold is None or confidence >= threshold:
+        return None
+    return f"not sure ({confidence:.2f}, needs {threshold:.2f})"
 
 
 def summary(reply: LiveReply, seconds: float) -> str:
@@ -167,7 +179,7 @@ def _cycles(reply: LiveReply) -> Table:
         value = "  –  " if cycle.confidence is None else f"{cycle.confidence:.3f}"
         table.add_row(
             str(cycle.index + 1),
-            Text("✓", "bold green") if cycle.accepted or cycle.answer in chosen else Text("✗", "red"),
+            _mark(cycle, reply.threshold, is_chosen=cycle.accepted or cycle.answer in chosen),
             bar(cycle.confidence, reply.threshold),
             value,
             Text(f"{cycle.tokens} tok", "dim"),
@@ -176,6 +188,12 @@ def _cycles(reply: LiveReply) -> Table:
         )
         before = before if cycle.answer is None else cycle.answer
     return table
+
+
+def _mark(cycle: Cycle, threshold: float | None, *, is_chosen: bool) -> Text:
+    if not is_chosen:
+        return Text("✗", "red")
+    return Text("✓", "bold green") if not_sure(cycle.confidence, threshold) is None else Text("?", "bold yellow")
 
 
 def being_written(reply: LiveReply) -> list[RenderableType]:

@@ -6,7 +6,8 @@ import { cyclesOf, isVote, savings, tokensOf } from "./run.js";
 /** List the figures as {name, value, note, how, chart}. */
 export function figuresOf(run) {
   if (run.firstTokenAt === null) return [];
-  const scores = cyclesOf(run).map((cycle) => cycle.confidence).filter((value) => value !== null);
+  const scored = cyclesOf(run).filter((cycle) => cycle.confidence !== null);
+  const scores = scored.map((cycle) => cycle.confidence);
   const reasoning = run.usage?.completion_tokens_details?.reasoning_tokens;
   const read = run.rtap?.confidence_tokens;
   const discarded = run.rtap?.discarded_tokens;
@@ -25,16 +26,17 @@ export function figuresOf(run) {
   }
   found.push({ name: "Total time", value: seconds(at(run.endedAt)), how: "From sending the request to the end of the stream, measured by this page." });
   if (!isVote(run) && scores.length > 1) {
+    const accepted = scored.findIndex((cycle) => cycle.accepted);
+    const returned = accepted < 0 ? scores.length - 1 : accepted;
     found.push({
-      name: "Confidence", value: `${confidence(scores[0])}\u00a0→\u00a0${confidence(run.rtap?.confidence ?? scores.at(-1))}`, chart: sparkline(scores, run.settings),
-      how: "Confidence of the first cycle and of the returned answer. The dashed line is the threshold.",
+      name: "Confidence", value: `${confidence(scores[0])}\u00a0→\u00a0${confidence(scores[returned])}`, chart: sparkline(scores, returned, run.settings),
+      how: "Confidence of the first cycle and of the returned answer. The dot is the returned answer, the dashed line the threshold.",
     });
   }
   for (const { of, saved, share, note, how } of savings(run)) {
-    const percent = `${note === "estimate" ? "≈\u00a0" : ""}${Math.round(Math.abs(share) * 100)}\u00a0%`;
+    const percent = `${note === "estimate" ? "≈\u00a0" : ""}${Math.round(share * 100)}\u00a0%`;
     found.push({
-      name: `Saved ${of}`, value: saved < 0 ? `${percent} more` : percent,
-      note: `${plural(Math.abs(saved), "token")}, ${note}`, how,
+      name: `Saved ${of}`, value: percent, note: `${plural(saved, "token")}, ${note}`, how,
     });
   }
   return found;
@@ -42,8 +44,8 @@ export function figuresOf(run) {
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** Draw the confidence of each cycle and the threshold. */
-function sparkline(scores, { policy, threshold }) {
+/** Draw the confidence of each cycle, a dot at the returned one, and the threshold. */
+function sparkline(scores, returned, { policy, threshold }) {
   const draw = (name, attributes) => {
     const shape = document.createElementNS(SVG, name);
     for (const [key, value] of Object.entries(attributes)) shape.setAttribute(key, value);
@@ -53,7 +55,7 @@ function sparkline(scores, { policy, threshold }) {
   const points = scores.map((value, i) => `${(2 + (68 * i) / (scores.length - 1)).toFixed(1)},${y(value)}`);
   const chart = draw("svg", { class: "sparkline", viewBox: "0 0 72 20", width: "72", height: "20", "aria-hidden": "true" });
   if (policy === "confidence") chart.append(draw("line", { class: "limit", x1: "0", x2: "72", y1: y(threshold), y2: y(threshold) }));
-  const [x, last] = points.at(-1).split(",");
+  const [x, last] = points[returned].split(",");
   chart.append(draw("polyline", { points: points.join(" ") }), draw("circle", { cx: x, cy: last, r: "2" }));
   return chart;
 }

@@ -141,6 +141,14 @@ function runningSentence(run) {
   return `Cycle ${count(run.cycles.size + 1)} of at most ${count(most)}: ${doing}…`;
 }
 
+/** "Not sure (0.13, needs 0.76)" where the returned answer's confidence is below the threshold; else "". */
+export function doubt(run) {
+  const { policy, threshold } = run.settings;
+  const value = run.rtap?.confidence;
+  const isBelow = policy === "confidence" && run.phase === "done" && isNumber(value) && value < threshold;
+  return isBelow ? `Not sure (${confidence(value)}, needs ${confidence(threshold)})` : "";
+}
+
 function reason(run) {
   const { policy, threshold, max_cycles: most, samples } = run.settings;
   const n = run.cycles.size;
@@ -221,7 +229,7 @@ export function savings(run) {
     `against a vote of ${VOTE_SAMPLES}`, VOTE_SAMPLES * first, "estimate",
     `Estimate: ${VOTE_SAMPLES} samples of ${count(first)} tokens, the length of the first cycle, minus the ${count(spent)} generated.`,
   ));
-  return found;
+  return found.filter(({ saved }) => saved >= 0);
 }
 
 /** Split `after` into pieces [text, isNew] by the longest common subsequence of words with `before`.

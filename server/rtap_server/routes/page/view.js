@@ -3,7 +3,7 @@
 import { Row, axis } from "./cycles.js";
 import { count, h, plural, setText } from "./dom.js";
 import { figuresOf } from "./figures.js";
-import { bestSoFar, cyclesOf, isOver, isVote, noun, openThinking, sentence, tally, tokensOf } from "./run.js";
+import { bestSoFar, cyclesOf, doubt, isOver, isVote, noun, openThinking, sentence, tally, tokensOf } from "./run.js";
 
 const RAW_LINES = 2000; // maximum number of raw events to keep
 
@@ -16,7 +16,8 @@ export class RunView {
     this.openIndex = null; // of the cycle in openRow
     this.raw = [];
     this.isCompared = title !== null;
-    this.caption = h("p", { class: "caption" }, "Answer");
+    this.caption = h("span", {}, "Answer");
+    this.doubt = h("b", { class: "doubt" });
     this.answer = h("p", { class: "answer-text model-text", dir: "auto" });
     this.sentence = h("p", { class: "sentence" });
     this.bar = h("div", { class: "token-bar", "aria-hidden": "true", hidden: true }, h("i"));
@@ -32,7 +33,7 @@ export class RunView {
     this.rawDetails = h("details", { class: "events", ontoggle: () => this.showRaw() }, h("summary"), this.rawLines);
     this.element = h("article", { class: "run", "aria-label": title ?? "Run" },
       title === null ? null : h("h2", {}, title),
-      h("div", { class: "answer" }, this.caption, this.answer, this.sentence),
+      h("div", { class: "answer" }, h("p", { class: "caption" }, this.caption, this.doubt), this.answer, this.sentence),
       this.bar, this.figures, this.how, this.verdict, this.tally, this.axis, folded, this.rawDetails);
     this.draw();
   }
@@ -71,6 +72,7 @@ export class RunView {
     const held = draft ? `Answer of ${noun(run)} ${count(run.draft.index + 1)}, not judged yet`
       : isOver(run) ? "Best answer so far" : "Best answer so far, not returned yet";
     setText(this.caption, isFinal || !text ? "Answer" : held);
+    setText(this.doubt, doubt(run));
     setText(this.answer, text || (isOver(run) ? "No answer" : "…"));
   }
 
