@@ -31,7 +31,7 @@ from rtap_client.commands import (
     usage_error,
 )
 from rtap_client.streams import events
-from rtap_client.types import ChatReply
+from rtap_client.types import ChatReply, Trajectory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _print_doubt(rtap: Trajectory | None) -> None:
+    if rtap is None or rtap.policy != "confidence" or rtap.confidence is None or rtap.stop_reason == "threshold":
+        return
+    sys.stderr.write(f"rtap ask: not sure ({rtap.confidence:.2f}, below the threshold)\n")
+
+
 def _print(reply: ChatReply, *, as_json: bool, with_cycles: bool) -> int:
     if with_cycles and reply.rtap is not None:
         for cycle in reply.rtap.cycles:
@@ -138,10 +144,7 @@ def _print(reply: ChatReply, *, as_json: bool, with_cycles: bool) -> int:
         sys.stdout.write(json.dumps(_json_object(reply), ensure_ascii=False) + "\n")
     elif answer:
         sys.stdout.write((printable(answer) if is_terminal() else answer) + "\n")
-        rtap = reply.rtap
-        is_judged = rtap is not None and rtap.policy == "confidence" and rtap.confidence is not None
-        if is_judged and rtap.stop_reason != "threshold":
-            sys.stderr.write(f"rtap ask: not sure ({rtap.confidence:.2f}, below the threshold)\n")
+        _print_doubt(reply.rtap)
     if answer:
         return 0
     reason = reply.choices[0].finish_reason
