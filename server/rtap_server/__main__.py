@@ -31,8 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         if print_help(words):
             return 0
         checked = check(words, os.environ)
-        _set_up_logs(is_verbose="--verbose" in words if checked is None else checked.verbose)
-        args, settings, is_bundled = _parse(words)
+        is_verbose = "--verbose" in words if checked is None else checked.verbose
+        _set_up_logs(is_verbose=is_verbose)
+        args, settings, is_bundled = _parse(words, uvicorn_log_level="info" if is_verbose else "warning")
         return _run(args, settings, is_bundled=is_bundled)
     except ConfigError as error:
         announce(str(error), logging.ERROR)
@@ -50,7 +51,7 @@ def _set_up_logs(*, is_verbose: bool) -> None:
     hide_warnings()
 
 
-def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
+def _parse(argv: list[str], *, uvicorn_log_level: str = "info") -> tuple[Namespace, Settings, bool]:
     """(vLLM's arguments, settings, True when the bundled models are served)."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.exceptions import VLLMValidationError
@@ -58,7 +59,9 @@ def _parse(argv: list[str]) -> tuple[Namespace, Settings, bool]:
 
     parser = FlexibleArgumentParser(prog="rtap serve", usage=USAGE, epilog=HELP)
     make_arg_parser(parser)
-    parser.set_defaults(model=None, h11_max_incomplete_event_size=_MAX_HEADER_BYTES)
+    parser.set_defaults(
+        model=None, h11_max_incomplete_event_size=_MAX_HEADER_BYTES, uvicorn_log_level=uvicorn_log_level
+    )
     add_flags(parser)
     args = cast(Namespace, parser.parse_args(argv))
     values, environ = dict(vars(args)), dict(os.environ)

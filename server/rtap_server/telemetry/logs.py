@@ -111,11 +111,10 @@ def use_json(fields: str) -> None:
 
 
 def hide_warnings() -> None:
-    """Hide warnings of libraries in this process, and uvicorn's start and stop messages. Errors are shown."""
+    """Hide warnings of libraries in this process. Errors are shown."""
     warnings.simplefilter("ignore")
     if logging.lastResort is not None:
         logging.lastResort.setLevel(logging.ERROR)
-    logging.getLogger("uvicorn.error").addFilter(lambda record: record.levelno >= logging.WARNING)
 
 
 @contextmanager
