@@ -14,6 +14,9 @@ RtapError
 └── ConfidenceError    the confidence generator failed; the request continues without it
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class RtapError(Exception):
     """Base class. The message is one sentence: what was wrong with which value, what is allowed, what to do."""
@@ -79,3 +82,9 @@ class ConfidenceError(RtapError):
     def __init__(self, message: str, *, reason: str = "error") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def closest_match(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean X?)`` for the known word most like ``word``; empty when none is."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -11,13 +11,14 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rtap_core.adapters import check_model_path, is_path
 from rtap_core.artifact import BUNDLED_MODELS
-from rtap_core.errors import ConfigError
+from rtap_core.errors import ConfigError, closest_match
 from rtap_server.http.api_keys import load_keys
 from rtap_server.settings import (
     ALIASES,
@@ -26,7 +27,6 @@ from rtap_server.settings import (
     Settings,
     add_flags,
     check_value,
-    closest_match,
     flag_of,
     load_settings,
 )
@@ -214,6 +214,7 @@ def _check_address(host: str, port: int) -> None:
         raise ConfigError(cannot_listen(host, port, None, error)) from error
 
 
+@cache
 def _vllm() -> dict[str, Any]:
     return json.loads(_FLAGS_FILE.read_text("utf-8"))
 

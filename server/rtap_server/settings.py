@@ -5,7 +5,6 @@ are refused, because pydantic-settings ignores them silently.
 """
 
 import argparse
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -16,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from rtap_core.errors import ConfigError
+from rtap_core.errors import ConfigError, closest_match
 from rtap_core.types import Continuation, Policy, Select
 
 ENV_PREFIX = "RTAP_"
@@ -330,9 +329,3 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError("--confidence-engine-args must be a JSON object of engine arguments")
     return value  # pyright: ignore[reportUnknownVariableType]
-
-
-def closest_match(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean X?)`` for the known word most like ``word``; empty when none is."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -300,6 +300,7 @@ def test_a_degraded_run_says_so(visit, server):
     page = visit()
     ask(page)
     expect(page.locator(".sentence")).to_contain_text("The confidence generator gave no score (timeout)")
+    expect(page.locator(".cycle")).to_have_attribute("data-state", "unsure")  # green is for scores above the threshold
 
 
 SENTENCES = [

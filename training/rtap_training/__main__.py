@@ -1,7 +1,6 @@
 """``rtap train``: the training commands. Heavy imports are deferred so that ``--help`` is fast."""
 
 import argparse
-import difflib
 import os
 import sys
 import warnings
@@ -11,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rtap_core.errors import ConfigError, RtapError
+from rtap_core.errors import ConfigError, RtapError, closest_match
 from rtap_training.bundled import config as demo
 from rtap_training.config.generator import GeneratorConfig
 from rtap_training.config.rl import CONFIGS, Method
@@ -80,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         kinds: dict[str, type[Any]] = {name: kind for name, (_, kind, _) in STAGES.items()} | dict(CONFIGS)
         known = [f"--{item.name.replace('_', '-')}" for item in fields(kinds[command])] if command in kinds else []
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
+        hint = closest_match(unknown[0].partition("=")[0], known)
         parser.error(
             f"unknown arguments of {command}: {' '.join(unknown)}{hint}; `rtap train {command} --help` lists its flags"
         )

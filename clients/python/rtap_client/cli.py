@@ -54,10 +54,8 @@ def install(extra: str) -> str:
     if not CHECKOUT.joinpath("scripts", "setup_env.py").is_file():
         return f"pip install 'rtap[{extra}]'" if extra else "pip install rtap"
     folder = "" if Path.cwd() == CHECKOUT else f" -C {shlex.quote(str(CHECKOUT))}"
-    default = CHECKOUT / ".venv"
-    venv = "" if Path(sys.prefix).resolve() == default.resolve() else f" VENV={shlex.quote(sys.prefix)}"
-    if sys.prefix == sys.base_prefix:
-        venv = ""
+    is_default = sys.prefix == sys.base_prefix or Path(sys.prefix).resolve() == CHECKOUT.joinpath(".venv").resolve()
+    venv = "" if is_default else f" VENV={shlex.quote(sys.prefix)}"
     extras = shlex.quote(" ".join(extra.split(",")))
     return f"make{folder} setup{f' EXTRA={extras}' if extra else ''}{venv}"
 

@@ -96,10 +96,8 @@ def render(reply: LiveReply, seconds: float) -> RenderableType:
         parts.append(Text(f"stopped after {seconds:.1f} s", style="yellow"))
     elif reply.answer:
         confidence = None if reply.done is None or reply.done.rtap is None else reply.done.rtap.confidence
-        title = "answer"
-        if (doubt := not_sure(confidence, reply.threshold)) is not None:
-            title = f"answer · {doubt}"
-        color = "green" if doubt is None else "yellow"
+        doubt = not_sure(confidence, reply.threshold)
+        title, color = ("answer", "green") if doubt is None else (f"answer · {doubt}", "yellow")
         parts.append(Panel(Text(printable(reply.answer)), title=title, title_align="left", border_style=color))
     else:
         parts.append(Text("no cycle completed an answer; raise --max-tokens or --deadline", style="yellow"))

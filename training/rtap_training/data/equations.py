@@ -7,6 +7,7 @@ from itertools import accumulate
 from rtap_training.tasks.expression import evaluate
 
 NO_LABEL = -1
+_SPACES = str.maketrans("Ġ▁Ċ", "   ")  # a sign for a space each, so that positions stay
 _NUMBER = r"\(*[0-9]+\)*"
 _EQUATION = re.compile(
     r"(?<![\w.,+\-*/^)])(?<![+\-*/^] )"  # not the rest of a longer term
@@ -32,10 +33,9 @@ def equation_labels(tokens: Sequence[str]) -> list[int]:
     ``NO_LABEL`` at all others.
 
     tokens: as the tokenizer's vocabulary has them, with its signs for white space."""
-    pieces = [re.sub("[Ġ▁Ċ]", " ", token) for token in tokens]
-    labels = [NO_LABEL] * len(pieces)
-    index_of = {end: index for index, end in reversed(list(enumerate(accumulate(map(len, pieces)))))}
-    for end, holds in equations("".join(pieces)):
+    labels = [NO_LABEL] * len(tokens)
+    index_of = {end: index for index, end in reversed(list(enumerate(accumulate(map(len, tokens)))))}
+    for end, holds in equations("".join(tokens).translate(_SPACES)):
         if end in index_of:  # a token that goes on behind the equation would be read too late
             labels[index_of[end]] = int(holds)
     return labels

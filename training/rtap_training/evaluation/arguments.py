@@ -1,7 +1,6 @@
 """Command lines of ``rtap eval`` and ``rtap calibrate``: shared flags, their values, exit status. Cheap to import."""
 
 import argparse
-import difflib
 import math
 import os
 import shlex
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from rtap_core.errors import ConfigError
+from rtap_core.errors import ConfigError, closest_match
 
 Value = TypeVar("Value")
 
@@ -63,8 +62,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str], known: Sequence[str]) -> NoReturn:
     """End the command with the unknown arguments and the flag that was probably meant."""
-    close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
+    hint = closest_match(unknown[0].partition("=")[0], known)
     parser.error(f"unknown arguments: {' '.join(unknown)}{hint}; `{parser.prog} --help` lists the flags")
 
 

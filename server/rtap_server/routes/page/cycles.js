@@ -82,7 +82,7 @@ function statusOf(run, cycle) {
       return ["rejected", voteKey(cycle.answer) === voteKey(acceptedAnswer(run)) ? "agrees" : "differs"];
     }
     case "confidence":
-      if (cycle.accepted) return reaches || cycle.confidence === null ? ["accepted", "accepted"] : ["unsure", "returned: the best answer"];
+      if (cycle.accepted) return reaches ? ["accepted", "accepted"] : ["unsure", "returned: the best answer"];
       if (cycle.confidence === null) return ["rejected", "not returned"];
       return reaches ? ["rejected", "reaches the threshold"] : ["rejected", "not accepted"];
     default:
